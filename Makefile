@@ -1,0 +1,30 @@
+# make search: the main job on phantoms.  make test: the tests.  Both set up .venv on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: search test lint setup lock
+
+search: .venv/.ready
+	$(BIN)/python -m lungct_tune.search
+
+test: .venv/.ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/.ready
+
+# Bytecode is compiled here: every Ray worker is a new process, and without it each spends 10 s more on importing.
+.venv/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra test pyproject.toml -o requirements.lock

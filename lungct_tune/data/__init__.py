@@ -1,0 +1,20 @@
+"""From a folder of CT slices to one array, its labels, its groups and a split that does not leak."""
+
+from lungct_tune.data.find import DataError
+from lungct_tune.data.groups import SERIES_CORRELATION, TWIN_CORRELATION, near_identical_groups
+from lungct_tune.data.images import ImageSet, read_images
+from lungct_tune.data.phantoms import make_phantoms
+from lungct_tune.data.split import SPLITS, split_images, twins_across
+
+__all__ = [
+    "SERIES_CORRELATION",
+    "SPLITS",
+    "TWIN_CORRELATION",
+    "DataError",
+    "ImageSet",
+    "make_phantoms",
+    "near_identical_groups",
+    "read_images",
+    "split_images",
+    "twins_across",
+]

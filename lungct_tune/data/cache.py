@@ -1,0 +1,174 @@
+"""Decodes every image once and remembers the result by content, so that the next start is instant.
+
+An entry is two files: `<key>.npy`, the pixels, memory-mapped from then on (a set may be larger than memory),
+and `<key>.json`, what was learnt about the images while they were decoded, with the checksum of the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+from numpy.lib.format import open_memmap
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, decode
+from lungct_tune.data.find import DataError
+from lungct_tune.data.groups import (
+    SERIES_CORRELATION,
+    TWIN_CORRELATION,
+    label_conflicts,
+    near_identical_groups,
+)
+
+_COPY_BLOCK = 1024  # images held in memory while the kept ones are copied
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What decoding showed; images are named by their position in the list that was decoded."""
+
+    kept: list[int]
+    """The images whose pixels are in the array, in its order."""
+    groups: list[int]
+    """The group of each kept image."""
+    conflicts: list[list[int]]
+    """Sets of twins under different classes."""
+    unreadable: list[tuple[int, str]]
+    """Images that cannot be decoded, and why."""
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lungct_tune"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, or "" if it cannot be opened: decoding will say why."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def decode_all(
+    paths: Sequence[Path],
+    digests: Sequence[str],
+    labels: Sequence[str],
+    size: int,
+    cache: Path,
+    progress: bool,
+) -> tuple[np.ndarray, Findings]:
+    """The decoded images, (N, size, size) uint8, read-only and memory-mapped, and what was found.
+
+    Taken from `cache` if it has an intact entry for this content, else decoded into it. Unreadable images and
+    twins under different classes are not in the array.
+
+    Raises:
+        DataError: the cache folder cannot be written or its disk is too full.
+    """
+    version = [DECODER_VERSION, PIL.__version__, SERIES_CORRELATION, TWIN_CORRELATION]
+    content = [version, size, list(zip(digests, labels, strict=True))]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    pixels, findings = cache / f"{key}.npy", cache / f"{key}.json"
+    if not _is_intact(pixels, findings):
+        _require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2))
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            found = _decode_into(Path(scratch), paths, digests, labels, size, progress)
+            new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
+            new_findings.write_text(json.dumps({"sha256": file_digest(new_pixels), **asdict(found)}))
+            new_pixels.replace(pixels)
+            new_findings.replace(findings)
+    entry = json.loads(findings.read_text())
+    del entry["sha256"]
+    return np.load(pixels, mmap_mode="r"), Findings(**entry)
+
+
+def _is_intact(pixels: Path, findings: Path) -> bool:
+    try:
+        return bool(json.loads(findings.read_text())["sha256"] == file_digest(pixels))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _require_space(cache: Path, needed: int) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < needed:  # a memory map on a full disk ends in SIGBUS, which nobody can catch
+            raise OSError(f"it needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free")
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {cache} cannot be used: {error}; set XDG_CACHE_HOME to another folder"
+        ) from error
+
+
+def _decode_into(
+    scratch: Path,
+    paths: Sequence[Path],
+    digests: Sequence[str],
+    labels: Sequence[str],
+    size: int,
+    progress: bool,
+) -> Findings:
+    """Writes the usable images to `scratch`/kept.npy, with as little in memory as the threads need."""
+    n = len(paths)
+    images_NHW = open_memmap(scratch / "all.npy", "w+", np.uint8, (n, size, size))
+    thumbnails_NHW = open_memmap(scratch / "thumbnails.npy", "w+", np.uint8, (n, THUMBNAIL, THUMBNAIL))
+
+    def decode_row(i: int) -> str | None:
+        try:
+            images_NHW[i], thumbnails_NHW[i] = decode(paths[i], size)
+        except Exception as error:  # Pillow's plugins raise almost anything on broken files
+            return str(error).replace(str(paths[i]), "the file") or type(error).__name__
+        return None
+
+    unreadable = [(i, reason) for i, reason in enumerate(_in_threads(decode_row, n, progress)) if reason]
+    readable = np.setdiff1d(np.arange(n), [i for i, _ in unreadable])
+    if unreadable:
+        thumbnails_NHW = thumbnails_NHW[readable]
+    digests_N, labels_N = [digests[i] for i in readable], [labels[i] for i in readable]
+    groups_N = near_identical_groups(thumbnails_NHW, digests_N)
+    conflicts = [readable[twins] for twins in label_conflicts(thumbnails_NHW, digests_N, labels_N, groups_N)]
+    is_kept = ~np.isin(readable, np.concatenate([*conflicts, np.empty(0, dtype=int)]))
+    kept = readable[is_kept]
+    if len(kept) == n:
+        (scratch / "all.npy").replace(scratch / "kept.npy")
+    else:
+        kept_NHW = open_memmap(scratch / "kept.npy", "w+", np.uint8, (len(kept), size, size))
+        for start in range(0, len(kept), _COPY_BLOCK):
+            block = slice(start, start + _COPY_BLOCK)
+            kept_NHW[block] = images_NHW[kept[block]]
+    return Findings(
+        kept.tolist(), groups_N[is_kept].tolist(), [twins.tolist() for twins in conflicts], unreadable
+    )
+
+
+def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:
+    """What `decode_row` returns for 0 to n - 1; threads suffice, as Pillow decodes without the GIL."""
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a file is either usable or reported
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
+        reasons = track(
+            pool.map(decode_row, range(n)),
+            description="Decoding images",
+            total=n,
+            console=Console(stderr=True),
+            transient=True,
+            disable=not (progress and sys.stderr.isatty()),
+        )
+        return list(reasons)

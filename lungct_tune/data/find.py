@@ -1,0 +1,197 @@
+"""Which files are images, and of which class: everything that can be told without opening one.
+
+Copies of the Kaggle data set differ in how they name and nest their folders; this module knows the
+variants, and refuses what it does not know rather than guess a diagnosis from a folder's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
+
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "valid",
+    "valid": "valid",
+    "validation": "valid",
+    "test": "test",
+    "testing": "test",
+}
+
+# What people and systems leave beside images. Any other file should be an image, and is reported if not.
+_NOT_IMAGES = frozenset(
+    ".csv .db .docx .htm .html .ini .ipynb .json .lnk .log .md .npy .npz .pdf .py .rst .tsv .txt .xls .xlsx "
+    ".xml .yaml .yml .zip license licence readme".split()
+)
+
+
+class DataError(ValueError):
+    """The data cannot be used as they are; the message says which files, why, and what to do."""
+
+
+class ImageFile(NamedTuple):
+    path: str
+    """Relative to the root, with forward slashes."""
+    folder: str
+    """Published split that it lies in: "train", "valid", "test", or "" where there are none."""
+    class_name: str
+
+
+def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> list[ImageFile]:
+    """All image files below `root` or `root/Data`, sorted by path, with the classes of their folders.
+
+    Understood are class folders inside train, valid and test (or their usual synonyms) and bare class
+    folders; a class folder may have folders inside. A class folder's name is one of the four classes in
+    any case and with any separators, alone or followed by `_` and a stage
+    ("adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib"), or a key of `class_map`, which is compared the same way.
+
+    Raises:
+        DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
+            unknown, or fewer than two classes.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give the folder that holds train/, valid/, test/ (--data)")
+    spellings = {_letters(name): _canonical(mapped) for name, mapped in (class_map or {}).items()}
+    files: list[ImageFile] = []
+    unknown: dict[str, int] = {}
+    for folder, class_folder in _class_folders(image_base(root)):
+        images = [path.relative_to(root).as_posix() for path in _images_below(class_folder)]
+        class_name = _class_of(class_folder.name, spellings)
+        where = class_folder.relative_to(root).as_posix()
+        if class_name is not None and not images:
+            raise DataError(f"the class folder {where}/ in {root} holds no images; fill or remove it")
+        if class_name is not None:
+            files += [ImageFile(path, folder, class_name) for path in images]
+        elif images:
+            unknown[where] = len(images)
+    if unknown:
+        raise DataError(_unknown_classes(root, unknown))
+    classes = {file.class_name for file in files}
+    if len(classes) < 2:
+        found = f"only the class {classes.pop()!r}" if classes else "no images"
+        raise DataError(
+            f"found {found} in {root}; expected at least two folders named after their classes, "
+            "in train/, valid/, test/ or directly in the data folder"
+        )
+    return sorted(files)
+
+
+def image_base(root: Path) -> Path:
+    """`root`, or the `Data` folder inside it that Kaggle's archive unpacks to."""
+    nested = [path for path in _visible_folders(root) if path.name.lower() == "data"]
+    return nested[0] if len(nested) == 1 else root
+
+
+def known_groups(root: Path, paths: Iterable[str]) -> list[str | None]:
+    """For each path its group (a patient, say) from groups.csv, or None where that has no line for it.
+
+    groups.csv has the columns path and group and lies in `root`, in `root/Data`, or both; its paths are
+    relative to the folder that it lies in.
+
+    Raises:
+        DataError: the file is malformed, has one path twice, or names a path that is not among `paths`.
+    """
+    paths = list(paths)
+    group_of: dict[str, str] = {}
+    for folder in dict.fromkeys((root, image_base(root))):
+        file = folder / "groups.csv"
+        if not file.exists():
+            continue
+        try:
+            rows = pd.read_csv(file, dtype=str, keep_default_na=False)
+            rows = rows[["path", "group"]]
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{file} is not a CSV file with the columns path,group: {error}") from error
+        prefix = folder.relative_to(root)
+        listed = [(prefix / path).as_posix() for path in rows["path"]]
+        wrong = sorted(set(listed) - set(paths)) or rows["path"][rows["path"].duplicated()].tolist()
+        if wrong or (rows["group"] == "").any():
+            reason = f"bad paths, such as {wrong[0]!r}" if wrong else "empty groups"
+            raise DataError(
+                f"{file} has {reason}; each line must name one image, relative to {folder}, and its group"
+            )
+        group_of |= dict(zip(listed, rows["group"], strict=True))
+    return [group_of.get(path) for path in paths]
+
+
+def _class_folders(base: Path) -> list[tuple[str, Path]]:
+    """(published split or "", class folder) for each class folder of `base`."""
+    split_folders = [path for path in _visible_folders(base) if path.name.lower() in _SPLIT_FOLDERS]
+    others = [path for path in _visible_folders(base) if path not in split_folders]
+    if not split_folders:
+        _refuse_loose_images(base)
+        return [("", path) for path in others]
+    if astray := [path.name for path in others if _images_below(path)]:
+        raise DataError(
+            f"{base} has images in {', '.join(astray)} beside the folders "
+            f"{', '.join(path.name for path in split_folders)}; keep either split folders or class folders"
+        )
+    for path in (base, *split_folders):
+        _refuse_loose_images(path)
+    return [
+        (_SPLIT_FOLDERS[split_folder.name.lower()], path)
+        for split_folder in split_folders
+        for path in _visible_folders(split_folder)
+    ]
+
+
+def _visible_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_clutter(path))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir() and not any(map(_is_clutter, (path, *path.relative_to(folder).parents)))
+    ]
+
+
+def _is_clutter(path: Path) -> bool:
+    name = path.name.lower()
+    return name.startswith(".") or name == "__macosx" or (path.suffix.lower() or name) in _NOT_IMAGES
+
+
+def _refuse_loose_images(folder: Path) -> None:
+    if loose := sorted(path.name for path in folder.iterdir() if not path.is_dir() and not _is_clutter(path)):
+        raise DataError(
+            f"{len(loose)} files in {folder} lie in no class folder, such as {loose[0]!r}; "
+            "move each into the folder of its class, or away"
+        )
+
+
+def _letters(name: str) -> str:
+    """What remains of a name when case and separators don't matter."""
+    return re.sub(r"[\W_]", "", name.casefold())
+
+
+def _canonical(class_name: str) -> str:
+    """The display name of one of the four classes however it is spelled; other names unchanged."""
+    return _class_of(class_name, {}) or class_name.strip()
+
+
+def _class_of(folder_name: str, spellings: Mapping[str, str]) -> str | None:
+    """The class that a folder's name stands for, or None; `spellings` goes before the four classes."""
+    # Stage suffixes begin at an underscore, but squamous_cell_carcinoma has underscores of its own:
+    # so every beginning of the name that ends at an underscore may be the class.
+    parts = folder_name.split("_")
+    beginnings = [_letters("".join(parts[:n])) for n in range(len(parts), 0, -1)]
+    known = {_letters(name): name for name in CANONICAL_CLASSES} | dict(spellings)
+    return next((known[name] for name in beginnings if name in known), None)
+
+
+def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
+    listing = "\n".join(f"  {folder}/ ({count} images)" for folder, count in unknown.items())
+    example = Path(next(iter(unknown))).name
+    return (
+        f"the classes of these folders in {root} are not known:\n{listing}\n"
+        f"Known are {', '.join(CANONICAL_CLASSES)}. To use others, say which class each folder holds: "
+        f'--class-map "{example}=CLASS,…" or class_map: {{{example}: CLASS, …}} in the settings file'
+    )

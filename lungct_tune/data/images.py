@@ -1,0 +1,108 @@
+"""The images of a data set, ready to train on: pixels, classes, groups, and what had to be left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lungct_tune.data.cache import decode_all, default_cache, file_digest
+from lungct_tune.data.decode import DECODER_VERSION
+from lungct_tune.data.find import DataError, find_images, known_groups
+from lungct_tune.data.groups import join_groups
+
+_LISTED = 20  # files named in an error before the rest is only counted
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """All usable images of one folder; row i of `table` describes `images_NHW[i]`."""
+
+    root: Path
+    table: pd.DataFrame
+    """One row an image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
+    as published), label (index into classes), digest (sha256 of the file), group (images of one group must
+    stay in one split)."""
+    images_NHW: np.ndarray
+    """uint8 grey, square, memory-mapped, read-only."""
+    classes: tuple[str, ...]
+    """Display names in the order of the labels, which is alphabetical."""
+    unreadable: list[tuple[str, str]]
+    """(path, reason) of each file that could not be decoded."""
+    conflicts: list[tuple[str, ...]]
+    """Paths of twins that stand under different classes; they are not in the table."""
+    fingerprint: str
+    """sha256 of all that makes these "the same data": content, classes, groups, paths and size."""
+
+
+def read_images(
+    root: Path,
+    size: int,
+    *,
+    class_map: Mapping[str, str] | None = None,
+    skip_unreadable: bool = False,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> ImageSet:
+    """Finds, decodes and groups the images in `root`; instant for data that were read before.
+
+    Args:
+        root: a folder as `find_images` understands it, with a groups.csv or without (see `known_groups`).
+        size: width and height of the decoded images in pixels.
+        class_map: class of each folder name, for other names than those of the four classes.
+        skip_unreadable: leave out files that cannot be decoded instead of raising.
+        cache: where decoded images are kept; $XDG_CACHE_HOME/lungct_tune or ~/.cache/lungct_tune by default.
+        progress: show a bar while decoding, if stderr is a terminal.
+
+    Raises:
+        DataError: the folder's layout, a class name, groups.csv, a file or the cache is not usable.
+    """
+    files = find_images(root, class_map)
+    known = known_groups(root, [file.path for file in files])
+    paths = [root / file.path for file in files]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_digest, paths))
+    labels = [file.class_name for file in files]
+    images_NHW, found = decode_all(paths, digests, labels, size, cache or default_cache(), progress)
+
+    unreadable = [(files[i].path, reason) for i, reason in found.unreadable]
+    if unreadable and not skip_unreadable:
+        raise DataError(_unreadable_message(root, unreadable))
+    classes = tuple(sorted(set(labels)))
+    table = pd.DataFrame(
+        {
+            "path": [files[i].path for i in found.kept],
+            "folder": [files[i].folder for i in found.kept],
+            "label": [classes.index(labels[i]) for i in found.kept],
+            "digest": [digests[i] for i in found.kept],
+            "group": join_groups(np.array(found.groups, dtype=np.intp), [known[i] for i in found.kept]),
+        }
+    )
+    if lost := [name for label, name in enumerate(classes) if label not in table["label"].to_numpy()]:
+        raise DataError(
+            f"no usable image of {', '.join(lost)} is left in {root}: "
+            f"{len(unreadable)} files are unreadable, and {sum(map(len, found.conflicts))} have a twin "
+            "under another class"
+        )
+    conflicts = [tuple(files[i].path for i in twins) for twins in found.conflicts]
+    identity = f"{DECODER_VERSION} {size} {classes}\n{table.to_csv(index=False)}"
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    return ImageSet(root, table, images_NHW, classes, unreadable, conflicts, fingerprint)
+
+
+def _unreadable_message(root: Path, unreadable: list[tuple[str, str]]) -> str:
+    lines = [f"  {path}: {reason}" for path, reason in unreadable[:_LISTED]]
+    if len(unreadable) > _LISTED:
+        lines.append(f"  … and {len(unreadable) - _LISTED} more")
+    return "\n".join(
+        [
+            f"{len(unreadable)} files in {root} cannot be read as images:",
+            *lines,
+            "Repair or remove them, or leave them out with --skip-unreadable",
+        ]
+    )

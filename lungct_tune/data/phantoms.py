@@ -1,0 +1,252 @@
+"""Invented CT slices, so that the whole journey runs, and can be tested, where there are no patients' images.
+
+The classes differ as the real ones do in kind (where the mass lies, how large it is, what its edge is like),
+and nothing else does: anatomy, placement, window and noise are drawn alike for all four. A phantom patient
+has several slices that look nearly alike, as a real series has. No result on phantoms says anything about
+people.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+SLICES = 4
+"""Images of one phantom patient."""
+
+_FOLDERS = {
+    "adenocarcinoma": "adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib",
+    "large.cell.carcinoma": "large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa",
+    "normal": "normal",
+    "squamous.cell.carcinoma": "squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa",
+}  # class, as the published test folder names it: as train and valid name it
+
+_VERSION = 1  # part of the folder's name; raise it when the same seed gives other images
+
+_NOTICE = """\
+THESE ARE NOT PATIENTS.
+
+Every image in this folder was drawn by a program (lungct_tune.data.phantoms), from random numbers.
+Nothing measured on it says anything about people, their lungs or their diseases. Never mix these
+files with real ones.
+"""
+
+_AIR, _LUNG, _FAT, _TISSUE, _BLOOD, _BONE = -1000, -850, -100, 40, 70, 450  # Hounsfield units
+
+
+def make_phantoms(root: Path, seed: int, *, patients: int = 60, size: int = 96) -> Path:
+    """Draws phantom patients, a quarter of them of each class, and writes them in Kaggle's layout.
+
+    Args:
+        root: the images go into a folder of their own in here, named after the other arguments; a finished
+            one is reused.
+        seed: the same seed gives the same files.
+        patients: at least 12, so that every class has a patient in train, valid and test (about 70/10/20).
+        size: width and height of the images in pixels.
+
+    Returns:
+        The folder with train/, valid/, test/, groups.csv (the patient of each image) and PHANTOMS.txt.
+    """
+    if patients < 12:
+        raise ValueError(f"patients={patients}: at least 12 are needed, 3 of each class, one for each split")
+    folder = root / f"phantoms-v{_VERSION}-{patients}x{SLICES}-{size}px-seed{seed}"
+    if folder.exists():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        unfinished = Path(scratch, folder.name)
+        groups = [
+            (path.relative_to(unfinished).as_posix(), f"phantom-{patient:03d}")
+            for patient in range(patients)
+            for path in _write_patient(unfinished, seed, patient, size)
+        ]
+        with (unfinished / "groups.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "group"), *groups])
+        (unfinished / "PHANTOMS.txt").write_text(_NOTICE)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process finished the same folder first
+                raise
+    return folder
+
+
+def _write_patient(root: Path, seed: int, patient: int, size: int) -> list[Path]:
+    place_in_class, class_number = divmod(patient, len(_FOLDERS))
+    class_name = list(_FOLDERS)[class_number]
+    turns = ("train", "test", "valid", "train", "train", "train", "test", "train", "train", "train")
+    split = turns[place_in_class % len(turns)]
+    folder = root / split / (class_name if split == "test" else _FOLDERS[class_name])
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{patient:03d}-{slice_number}.png" for slice_number in range(SLICES)]
+    for slice_number, path in enumerate(paths):
+        height = slice_number / (SLICES - 1) - 0.5
+        Image.fromarray(_slice([seed, patient], class_name, height, size)).save(path)
+    return paths
+
+
+def _slice(patient_seed: list[int], class_name: str, height: float, size: int) -> np.ndarray:
+    """One slice, (size, size) uint8; `height` is its place in the patient's stack, -0.5 to 0.5.
+
+    All slices of a patient make the same random draws, so that they differ by height and noise alone.
+    """
+    rng = np.random.default_rng(patient_seed)
+    thorax = _Thorax(rng, size)
+    level = rng.uniform(0, 1) + 0.1 * height  # 0: aortic arch, 1: just above the diaphragm
+    _draw_body(thorax, rng)
+    lungs = _draw_lungs(thorax, rng, level)
+    for lung in lungs:
+        _draw_vessels(thorax, rng, lung, height)
+    _draw_mediastinum(thorax, rng, level)
+    _draw_mass(thorax, rng, class_name, lungs[rng.integers(2)], height)
+    low, high = rng.uniform(-1250, -1050), rng.uniform(200, 900)
+    noise_HW = np.random.default_rng([*patient_seed, round(1000 * (height + 1))]).normal(size=(size, size))
+    hounsfield_HW = gaussian_filter(thorax.hounsfield_HW, 0.5) + rng.uniform(15, 45) * noise_HW
+    return np.round(255 * np.clip((hounsfield_HW - low) / (high - low), 0, 1)).astype(np.uint8)
+
+
+class _Thorax:
+    """A slice being drawn, in the body's coordinates: x to the image's right, y to the back, about ±1."""
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        axis = np.linspace(-1, 1, size)
+        x_HW, y_HW = np.meshgrid(axis, axis)
+        turn = rng.normal(0, 0.1)
+        x_HW, y_HW = x_HW - rng.normal(0, 0.06), y_HW - rng.normal(0, 0.06)
+        self.x_HW = (x_HW * np.cos(turn) + y_HW * np.sin(turn)) / rng.uniform(0.92, 1.15)
+        self.y_HW = (y_HW * np.cos(turn) - x_HW * np.sin(turn)) / rng.uniform(0.92, 1.25)
+        self.hounsfield_HW = np.full((size, size), float(_AIR))
+        self.pixel = 2 / size
+
+    def fill(self, distance_HW: np.ndarray, hounsfield: float) -> None:
+        """Paints where `distance_HW` is negative, with an edge one pixel soft."""
+        cover_HW = np.clip(0.5 - distance_HW / self.pixel, 0, 1)
+        self.hounsfield_HW += cover_HW * (hounsfield - self.hounsfield_HW)
+
+    def blob(
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float,
+        hounsfield: float,
+        *,
+        turn: float = 0,
+        waves: tuple[tuple[int, float, float], ...] = (),
+    ) -> None:
+        """An ellipse whose radius varies around it by `waves`: (how many, how much, phase)."""
+        dx_HW, dy_HW = self.x_HW - x, self.y_HW - y
+        across_HW = (dx_HW * np.cos(turn) + dy_HW * np.sin(turn)) / rx
+        along_HW = (dy_HW * np.cos(turn) - dx_HW * np.sin(turn)) / ry
+        angle_HW = np.arctan2(along_HW, across_HW)
+        edge_HW = 1 + sum(depth * np.cos(count * angle_HW + phase) for count, depth, phase in waves)
+        self.fill((np.hypot(across_HW, along_HW) - edge_HW) * min(rx, ry), hounsfield)
+
+    def line(self, start: np.ndarray, end: np.ndarray, width: float, hounsfield: float) -> None:
+        """A line from `start` (x, y), where it is `width` wide, to `end`, where it is half as wide."""
+        step = end - start
+        along_HW = ((self.x_HW - start[0]) * step[0] + (self.y_HW - start[1]) * step[1]) / (step @ step)
+        along_HW = np.clip(along_HW, 0, 1)
+        away_HW = np.hypot(
+            self.x_HW - start[0] - along_HW * step[0], self.y_HW - start[1] - along_HW * step[1]
+        )
+        self.fill(away_HW - width / 2 * (1 - along_HW / 2), hounsfield)
+
+
+class _Lung:
+    """Where a lung lies: the side it is on (-1 or 1), its centre and its radii."""
+
+    def __init__(self, rng: np.random.Generator, side: int, level: float) -> None:
+        self.side = side
+        self.centre = np.array([side * rng.uniform(0.37, 0.46), rng.uniform(-0.08, 0.08)])
+        self.radii = np.array([rng.uniform(0.27, 0.35), rng.uniform(0.44, 0.58)]) * (0.9 + 0.1 * level)
+        self.hilum = self.centre - [side * 0.75 * self.radii[0], rng.uniform(-0.1, 0.1)]
+
+    def at(self, angle: float, depth: float) -> np.ndarray:
+        """The point (x, y) at `angle` (0: away from the heart), `depth` (0 to 1) of the way to the pleura."""
+        return self.centre + depth * self.radii * [self.side * np.cos(angle), np.sin(angle)]
+
+
+def _waves(
+    rng: np.random.Generator, depth: float, counts: tuple[int, ...]
+) -> tuple[tuple[int, float, float], ...]:
+    return tuple((count, rng.normal(0, depth), rng.uniform(0, 2 * np.pi)) for count in counts)
+
+
+def _draw_body(thorax: _Thorax, rng: np.random.Generator) -> None:
+    wide, deep, fat = rng.uniform(0.84, 0.96), rng.uniform(0.66, 0.82), rng.uniform(0.02, 0.12)
+    shape = _waves(rng, 0.02, (2, 3, 4))
+    thorax.blob(0, 0.04, wide, deep, _FAT, waves=shape)
+    thorax.blob(0, 0.04, wide - fat, deep - fat, _TISSUE, waves=shape)
+    thorax.line(np.array([-0.9, deep + 0.16]), np.array([0.9, deep + 0.16]), 0.03, _FAT)  # the table
+    for angle in np.arange(0, 2 * np.pi, 2 * np.pi / rng.integers(9, 14)) + rng.uniform(0, 1):
+        x, y = 0.88 * (wide - fat) * np.cos(angle), 0.04 + 0.88 * (deep - fat) * np.sin(angle)
+        thorax.blob(x, y, 0.08, 0.025, _BONE, turn=np.arctan2(y * wide**2, x * deep**2) + np.pi / 2)
+    back = deep - fat - rng.uniform(0.22, 0.30)
+    thorax.blob(0, back, 0.13, 0.11, _BONE - 200, waves=_waves(rng, 0.05, (3,)))
+    thorax.line(np.array([0, back + 0.1]), np.array([0, back + 0.26]), 0.06, _BONE)
+    thorax.blob(0, back + 0.14, 0.05, 0.04, _TISSUE)
+
+
+def _draw_lungs(thorax: _Thorax, rng: np.random.Generator, level: float) -> list[_Lung]:
+    lungs = [_Lung(rng, side, level) for side in (-1, 1)]
+    for lung in lungs:
+        lean = lung.side * rng.normal(0.08, 0.06)
+        thorax.blob(*lung.centre, *lung.radii, _LUNG, turn=lean, waves=_waves(rng, 0.03, (2, 3, 5)))
+    return lungs
+
+
+def _draw_mediastinum(thorax: _Thorax, rng: np.random.Generator, level: float) -> None:
+    """Great vessels and trachea above, the heart, leaning to the image's right, below; spine and aorta."""
+    wide = 0.14 + 0.22 * level + rng.normal(0, 0.02)
+    x = 0.12 * level + rng.normal(0, 0.03)
+    thorax.blob(x, rng.uniform(-0.2, -0.05), wide, rng.uniform(0.28, 0.4), _BLOOD, turn=-0.5 * level)
+    thorax.blob(rng.uniform(0.06, 0.14), 0.3, 0.085, 0.085, _BLOOD)
+    if level < 0.5:
+        thorax.blob(rng.normal(0, 0.02), rng.uniform(0, 0.1), 0.055, 0.06, _AIR)
+
+
+def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height: float) -> None:
+    """Branches from the hilum, and dots where a vessel crosses the slice; they drift with height."""
+    thorax.blob(*lung.hilum, 0.07, 0.09, _BLOOD)
+    for _ in range(rng.integers(4, 7)):
+        angle, depth = rng.uniform(-1.6, 1.6) + 0.1 * height, rng.uniform(0.1, 0.4)
+        fork = lung.at(angle, depth)
+        thorax.line(lung.hilum, fork, rng.uniform(0.03, 0.05), _TISSUE - 100)
+        for turn in rng.uniform(-0.6, 0.6, size=2):
+            thorax.line(fork, lung.at(angle + turn, depth + 0.35), 0.02, _TISSUE - 300)
+    for _ in range(rng.integers(8, 20)):
+        x, y = lung.at(rng.uniform(0, 2 * np.pi) + 0.1 * height, rng.uniform(0.2, 0.85))
+        thorax.blob(x, y, 0.015, 0.015, _TISSUE - 100)
+
+
+def _draw_mass(
+    thorax: _Thorax, rng: np.random.Generator, class_name: str, lung: _Lung, height: float
+) -> None:
+    """Adenocarcinoma: small, at the pleura, spiculated. Large cell: large, in the outer lung, smooth.
+    Squamous: at the hilum, often with a cavity. All slices cut it near its middle, so that all show it.
+    """
+    shrink = np.sqrt(1 - height**2)
+    outward = rng.uniform(-1.1, 1.1)
+    if class_name == "adenocarcinoma":
+        radius = shrink * rng.uniform(0.085, 0.13)
+        x, y = centre = lung.at(outward, 0.75)
+        for angle in rng.uniform(0, 2 * np.pi, size=rng.integers(7, 12)):
+            tip = centre + radius * rng.uniform(1.3, 2.0) * np.array([np.cos(angle), np.sin(angle)])
+            thorax.line(centre, tip, 0.05, _TISSUE - 100)
+        thorax.blob(x, y, radius, radius, _TISSUE, waves=_waves(rng, 0.15, (3, 5)))
+    elif class_name == "large.cell.carcinoma":
+        radius = shrink * rng.uniform(0.19, 0.27)
+        x, y = lung.at(outward, 0.6)
+        thorax.blob(x, y, radius, radius * rng.uniform(0.85, 1.2), _TISSUE, waves=_waves(rng, 0.03, (2,)))
+    elif class_name == "squamous.cell.carcinoma":
+        radius = shrink * rng.uniform(0.14, 0.2)
+        x, y = lung.hilum + np.array([0.06 * lung.side, rng.normal(0, 0.05)])
+        thorax.blob(x, y, radius, radius, _TISSUE, waves=_waves(rng, 0.08, (2, 4)))
+        if rng.random() < 0.6:
+            thorax.blob(x + lung.side * 0.02, y, 0.45 * radius, 0.4 * radius, _AIR)

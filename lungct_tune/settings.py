@@ -1,0 +1,205 @@
+"""Every choice a user can make, validated in one place; the command line and YAML are two doors to it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+
+SPACES = Path(__file__).parent.parent / "search_spaces"
+
+EXAMPLES = """\
+examples:
+  python -m lungct_tune.search                                  phantoms, a handful of trials, minutes
+  python -m lungct_tune.search --data chest-ctscan --trials 60  real images, on the cluster at hand
+  python -m lungct_tune.search --resume 2026-11-23-054807-phantoms go on with an interrupted search
+"""
+
+
+class SettingsError(ValueError):
+    """A choice that cannot be: the message names the field, the value and what is allowed."""
+
+
+def _pairs(value: Any) -> Any:
+    """`a=b,c=d` from the command line becomes the mapping that YAML gives."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",")]
+    if not all(folder.strip() and equals and name.strip() for folder, equals, name in pairs):
+        raise ValueError("expected FOLDER=CLASS[,FOLDER=CLASS...]")
+    return {folder.strip(): name.strip() for folder, _, name in pairs}
+
+
+def _flag(help: str, metavar: str = "N") -> Any:
+    return Field(None, description=help, json_schema_extra={"metavar": metavar})
+
+
+class Settings(BaseModel):
+    """All settings of a search. A field is a flag (`--image-size`) and a key of a YAML file (`image_size`).
+
+    Fields left at None are decided when the program sees the data and the cluster; `for_data` fills those
+    that depend on whether the images are real.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path | None = _flag("images: DIR or DIR/Data with train/ valid/ test/ of class folders", "DIR")
+    class_map: Annotated[dict[str, str] | None, BeforeValidator(_pairs)] = _flag(
+        "other class names: FOLDER=CLASS[,...]", "MAP"
+    )
+    skip_unreadable: bool = Field(False, description="go on without the files that cannot be read")
+    space: Path = Field(
+        SPACES / "default.yaml",
+        description="what Optuna may vary (search_spaces/default.yaml)",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    trials: Positive | None = _flag("trials to run (40; phantoms 8)")
+    epochs: Positive | None = _flag("epochs a trial may have at most (30; phantoms 9)")
+    image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("square, in pixels (224; phantoms 64)")
+    batch_size: Annotated[int, Field(ge=2)] | None = _flag(
+        "images a step, over all workers (32; phantoms 16)"
+    )
+    split: Literal["grouped", "official"] = Field(
+        "grouped", description="70/10/20 without cutting a group, or the published folders"
+    )
+    weights: str | None = _flag("imagenet, none or a FILE (imagenet; phantoms none)", "W")
+    normalisation: Literal["imagenet", "unit"] = Field(
+        "imagenet", description="what the weights expect: ImageNet's mean and deviation, or grey as 0 to 1"
+    )
+    workers: Positive = Field(
+        1, description="Ray Train workers of a slot, data parallel (1)", json_schema_extra={"metavar": "N"}
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="CPUs a worker reserves, fractions allowed (1)", json_schema_extra={"metavar": "F"}
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = _flag(
+        "GPUs a worker reserves, fractions share one (1 where there are GPUs)", "F"
+    )
+    slots: Positive | None = _flag("trials at once (as many as the cluster holds)")
+    final_workers: Positive | None = _flag("workers of the final retraining (all that fit)")
+    storage: str = Field(
+        "./results", description="where experiments go (./results)", json_schema_extra={"metavar": "URI"}
+    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = _flag(
+        "the experiment's name (time and data)", "NAME"
+    )
+    study: str | None = _flag("any Optuna storage (SQLite in the experiment's folder)", "URL")
+    resume: str | None = _flag("go on with an interrupted search", "NAME")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="everything random comes from it (0)", json_schema_extra={"metavar": "N"}
+    )
+    address: str | None = _flag("a running Ray cluster (the one at hand, else a local one)", "ADDR")
+    plan: bool = Field(False, description="print what would happen, and stop")
+    verbose: bool = Field(False, description="show Ray's own output too")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size is not None and self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of workers {self.workers}: "
+                "every worker takes an equal share of a step's images"
+            )
+        if self.gpus_per_worker and self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _found(self) -> Self:
+        if self.data is not None and not self.data.is_dir():
+            raise ValueError(
+                f"data {str(self.data)!r} is not a folder; it must hold the images' class folders"
+            )
+        return self
+
+    def for_data(self) -> Settings:
+        """These settings with what depends on the kind of images filled in: small and quick for phantoms."""
+        phantoms = self.data is None
+        decided = {
+            "trials": 8 if phantoms else 40,
+            "epochs": 9 if phantoms else 30,
+            "image_size": 64 if phantoms else 224,
+            "batch_size": math.lcm(16 if phantoms else 32, self.workers),
+            "weights": "none" if phantoms else "imagenet",
+        }
+        return self.model_copy(update={k: v for k, v in decided.items() if getattr(self, k) is None})
+
+    def as_yaml(self) -> str:
+        """The settings that make the experiment what it is, without the study's URL: it may hold a password."""
+        kept = self.model_dump(mode="json", exclude={"study", "resume", "plan", "address", "verbose"})
+        return yaml.safe_dump(kept, sort_keys=False)
+
+
+def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]]:
+    """The settings from a command line and the YAML file it may name, and the names of the fields given.
+
+    Raises:
+        SettingsError: a value is not allowed, a key is unknown, or the file cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lungct_tune.search",
+        usage="%(prog)s [--data DIR] [--space FILE] [--trials N] [--epochs N] ...",
+        description="Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=27, width=110
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--settings", metavar="FILE", help="YAML of these settings; flags win")
+    for name, field in Settings.model_fields.items():
+        flag, extra = "--" + name.replace("_", "-"), field.json_schema_extra
+        if field.annotation is bool:
+            parser.add_argument(flag, action="store_true", help=field.description)
+        else:
+            choices = getattr(field.annotation, "__args__", ()) if not isinstance(extra, dict) else ()
+            metavar = str(extra["metavar"]) if isinstance(extra, dict) else "|".join(choices)
+            parser.add_argument(flag, metavar=metavar, help=field.description)
+    flags = vars(parser.parse_args(argv))
+    given = _read_yaml(Path(path)) | flags if (path := flags.pop("settings", None)) else flags
+    return validate(given), set(given)
+
+
+def validate(values: dict[str, Any]) -> Settings:
+    """Settings from plain values.
+
+    Raises:
+        SettingsError: naming each wrong field, its value and what is allowed.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: no such setting; there are {', '.join(Settings.model_fields)}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{field} = {problem['input']!r}: {said}" if field else said
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {values!r}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a storage URI names something else than a path of this machine."""
+    return urlsplit(uri).scheme not in ("", "file")

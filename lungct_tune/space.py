@@ -1,0 +1,173 @@
+"""Search spaces: YAML files that say what Optuna may vary and which trials are fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from lungct_tune.configuration import PUBLISHED, Configuration
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "truncation_depth": (1, 49),
+    "frozen_share": (0, 1),
+    "dropout": (0, 0.95),
+    "augmentation": (0, 1),
+    "backbone_lr": (1e-8, 1),
+    "head_lr": (1e-8, 1),
+    "weight_decay": (0, 10),
+}
+"""What the model and the training can take; a space may only narrow it."""
+
+
+class SpaceError(ValueError):
+    """A search space that cannot be used: the message names file, key and reason."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a search may vary. Parameters that a space does not name keep the published value."""
+
+    distributions: dict[str, BaseDistribution]
+    constants: dict[str, int | float]
+    fixed_trials: tuple[Configuration, ...]
+    """The trials that run before Optuna chooses any: the published configuration, then the file's."""
+
+    def configuration(self, parameters: Mapping[str, Any]) -> Configuration:
+        return Configuration(**(PUBLISHED.as_dict() | self.constants | dict(parameters)))
+
+    @property
+    def deepest(self) -> int:
+        """The largest truncation depth that any trial can have."""
+        depths = [trial.truncation_depth for trial in self.fixed_trials]
+        match self.distributions.get("truncation_depth"):
+            case CategoricalDistribution(choices=choices):
+                depths += [int(str(choice)) for choice in choices]
+            case IntDistribution(high=high):
+                depths.append(high)
+        return max([*depths, int(self.constants.get("truncation_depth", 1))])
+
+
+def read_space(path: Path) -> str:
+    """The text of a space's file.
+
+    Raises:
+        SpaceError: there is no such file, or it cannot be read.
+    """
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpaceError(
+            f"{path}: cannot be read ({error}); search_spaces/ holds spaces to begin with"
+        ) from error
+
+
+def parse_space(text: str, path: str) -> SearchSpace:
+    """Reads a space from YAML; `path` says in errors where it came from.
+
+    Each key is a field of `Configuration`, its value one of
+
+    - `{low: 4, high: 49}`, with `log: true` for a logarithmic scale,
+    - `[a, b, c]`, a choice of values,
+    - `a`, the same value in every trial.
+
+    `fixed_trials` lists trials by the parameters in which they differ from the published configuration.
+
+    Raises:
+        SpaceError: the text is not YAML, or a key or value of it is wrong.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpaceError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise SpaceError(f"{path}: expected lines of `parameter: range`, found {content!r}")
+    fixed = content.pop("fixed_trials", None) or []
+    if not isinstance(fixed, list):
+        raise SpaceError(f"{path}: fixed_trials: expected a list of trials, found {fixed!r}")
+    trials = [PUBLISHED] + [_fixed_trial(path, f"fixed_trials[{i}]", trial) for i, trial in enumerate(fixed)]
+    distributions: dict[str, BaseDistribution] = {}
+    constants: dict[str, int | float] = {}
+    for key, value in content.items():
+        _known(path, key)
+        if isinstance(value, dict):
+            distributions[key] = _range(path, key, value)
+        elif isinstance(value, list):
+            distributions[key] = _choice(path, key, value, trials)
+        else:
+            constants[key] = _number(path, key, value)
+    if not distributions:
+        raise SpaceError(f"{path}: varies no parameter; possible are {', '.join(LIMITS)}")
+    return SearchSpace(distributions, constants, tuple(trials))
+
+
+def _choice(path: str, key: str, value: list[Any], trials: list[Configuration]) -> BaseDistribution:
+    choices = [_number(path, key, choice) for choice in value]
+    # Optuna takes a value outside a range from a fixed trial, but none outside a list of choices
+    if missing := {getattr(trial, key) for trial in trials} - set(choices):
+        raise SpaceError(
+            f"{path}: {key}: the choices {choices} lack {sorted(missing)}, which the published configuration "
+            "or a fixed trial has; add it, or give a range {low: ..., high: ...}"
+        )
+    return CategoricalDistribution(choices)
+
+
+def _range(path: str, key: str, value: dict[str, Any]) -> BaseDistribution:
+    if unknown := set(value) - {"low", "high", "log"}:
+        raise SpaceError(
+            f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log"
+        )
+    if missing := {"low", "high"} - set(value):
+        raise SpaceError(f"{path}: {key}: a range needs {' and '.join(sorted(missing))}")
+    low, high, log = (
+        _number(path, key, value["low"]),
+        _number(path, key, value["high"]),
+        value.get("log", False),
+    )
+    if not isinstance(log, bool):
+        raise SpaceError(f"{path}: {key}: log is {log!r}; it must be true or false")
+    if low > high:
+        raise SpaceError(f"{path}: {key}: low {low} is above high {high}")
+    if log and low <= 0:
+        raise SpaceError(f"{path}: {key}: a logarithmic range must begin above 0, not at {low}")
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log)
+    return FloatDistribution(low, high, log=log)
+
+
+def _number(path: str, key: str, value: Any) -> int | float:
+    low, high = LIMITS[key]
+    integer = isinstance(getattr(PUBLISHED, key), int)
+    # YAML 1.1 reads 1e-5 as text: what a person means by it is a number
+    try:
+        number = float(value) if not isinstance(value, bool) else float("nan")
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not low <= number <= high or (integer and number != int(number)):
+        kind = "a whole number" if integer else "a number"
+        raise SpaceError(
+            f"{path}: {key}: {value!r} is not allowed; it must be {kind} from {low:g} to {high:g}"
+        )
+    return int(number) if integer else number
+
+
+def _fixed_trial(path: str, where: str, trial: Any) -> Configuration:
+    if not isinstance(trial, dict):
+        raise SpaceError(f"{path}: {where}: expected parameters and values, found {trial!r}")
+    for key in trial:
+        _known(path, key, f"{where}: ")
+    return replace(PUBLISHED, **{key: _number(path, key, value) for key, value in trial.items()})
+
+
+def _known(path: str, key: Any, where: str = "") -> None:
+    if key not in LIMITS:
+        raise SpaceError(f"{path}: {where}{key}: no such parameter; there are {', '.join(LIMITS)}")

@@ -1,0 +1,311 @@
+"""One training of one configuration: its epochs, its evaluation and its state, in plain PyTorch.
+
+Runs alone (a notebook) or on all workers of a torch.distributed process group at once, each worker on its share
+of every batch. All that is random follows from the seed and the number of the epoch, so a state needs no random
+state: an interrupted training that goes on gives what an uninterrupted one gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from lungct_tune.augment import Augmentation
+from lungct_tune.configuration import Configuration
+from lungct_tune.model import CutResNet
+from lungct_tune.weights import load_backbone
+
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and standard deviation of each channel, for grey values scaled to 0 to 1, by name."""
+
+LABEL_SMOOTHING = 0.1
+GRADIENT_NORM = 1.0
+"""Gradients longer than this, over all parameters, are shortened to it."""
+WARM_UP_SHARE = 0.05
+"""Share of all steps over which the learning rates rise to their peak, before they fall along a cosine."""
+
+
+class NotFiniteLoss(ArithmeticError):
+    """A loss or gradient was infinite or not a number; the message names epoch and step."""
+
+
+class Training:
+    """One training of one configuration on this worker, together with all workers of the process group.
+
+    Every worker calls the constructor and every method at the same time with the same arguments. Seeds torch's
+    global generators, at the start and again at every epoch.
+
+    Args:
+        configuration: what to train.
+        images_NHW: all images, uint8 grey, square; on `device`, or on the CPU (also memory-mapped), from where
+            each batch is then moved.
+        labels_N: their classes, int64.
+        train_indices: which of the images to learn from.
+        classes: number of classes.
+        epochs: length of the learning-rate schedule, and the most that can be trained.
+        batch_size: images of one step over all workers together; at most all training images are taken. What
+            does not fill a batch sits out the epoch.
+        seed: everything random follows from it; not negative.
+        normalisation: a name in `NORMALISATIONS`.
+        backbone_state: pretrained weights as `read_weights` gives them; None starts from random ones.
+        device: where to train.
+
+    Raises:
+        ValueError: the batch cannot be shared among the workers, or has fewer than two images a worker.
+        WeightsError: the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        images_NHW: Tensor,
+        labels_N: Tensor,
+        train_indices: Tensor | np.ndarray | Sequence[int],
+        classes: int,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        normalisation: str,
+        backbone_state: Mapping[str, Tensor] | None,
+        device: torch.device | str,
+    ) -> None:
+        self.device = torch.device(device)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.images_NHW = images_NHW
+        self.labels_N = labels_N.to(images_NHW.device)
+        self.train_indices = torch.as_tensor(train_indices, dtype=torch.int64)
+        self.share = _share(batch_size, len(self.train_indices), self.world)
+        self.steps = len(self.train_indices) // (self.share * self.world)
+        self.epochs = epochs
+        self.epoch = 0
+        """Finished epochs."""
+        self.seed = seed
+        self.normalisation = normalisation
+        self.augmentation = Augmentation(configuration.augmentation)
+        train_labels_N = self.labels_N[self.train_indices.to(self.labels_N.device)]
+        self.class_weights_C = _class_weights(train_labels_N, classes).to(self.device)
+
+        torch.backends.cudnn.deterministic = True  # the same trial gives the same figures in every slot
+        torch.manual_seed(seed)
+        model = CutResNet(
+            configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes
+        )
+        if backbone_state is not None:
+            load_backbone(model, backbone_state)
+        self.model, self.network = _place(model, self.device, self.world)
+        self.optimizer = _optimizer(self.model, configuration)
+
+    def train_epoch(self) -> float:
+        """Train one epoch; its mean loss over all workers.
+
+        Raises:
+            NotFiniteLoss: on all workers together, at the end of the epoch.
+            RuntimeError: all epochs of the schedule are done.
+        """
+        if self.epoch == self.epochs:
+            raise RuntimeError(f"all {self.epochs} epochs of this training are done")
+        torch.manual_seed(_mix(self.seed, self.epoch, 1 + self.rank))  # dropout differs between workers
+        indices_SN, matrices_SN23 = self._plan_epoch()
+        self.network.train()
+        health = []  # stays on the device: to read a loss is to wait for all the work queued before it
+        for step in range(self.steps):
+            self._set_learning_rates((self.epoch * self.steps + step + 0.5) / (self.epochs * self.steps))
+            health.append(self._train_step(indices_SN[step], matrices_SN23[step]))
+        health_S2 = torch.stack(health)
+        if self.world > 1:
+            dist.all_reduce(health_S2)
+            _average_running_statistics(self.model, self.world)
+        health_S2 = health_S2.cpu() / self.world
+        self._check(health_S2)
+        self.epoch += 1
+        return health_S2[:, 0].mean().item()
+
+    @torch.inference_mode()
+    def probabilities(self, indices: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+        """Class probabilities of these images, float32 (len(indices), classes), in their order, on every worker.
+
+        However many workers there are, each image is computed by exactly one of them.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64, device=self.images_NHW.device)
+        mine = wanted[self.rank :: self.world]
+        longest = math.ceil(len(wanted) / self.world)
+        probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
+        self.model.eval()
+        for start in range(0, len(mine), self.share):
+            batch = slice(start, min(start + self.share, len(mine)))
+            grey_N1HW = as_grey(self.images_NHW[mine[batch]].to(self.device))
+            probabilities_NC[batch] = forward(self.model, grey_N1HW, self.normalisation).softmax(dim=1)
+        everyones = [probabilities_NC]
+        if self.world > 1:
+            everyones = [torch.empty_like(probabilities_NC) for _ in range(self.world)]
+            dist.all_gather(everyones, probabilities_NC)
+        return torch.stack(everyones, dim=1).flatten(0, 1)[: len(wanted)].cpu().numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training needs to go on, the same on every worker and for any number of them.
+
+        Model, optimizer and number of finished epochs; learning rates and random numbers follow from these.
+        As in torch, the tensors are the live ones: save them before the next epoch.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, from a training of the same configuration, data and seed."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch = state["epoch"]
+
+    def model_state(self) -> dict[str, Tensor]:
+        """A copy of the `CutResNet`'s state, contiguous on the CPU, as safetensors wants it."""
+        return {
+            key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, value in self.model.state_dict().items()
+        }
+
+    def _plan_epoch(self) -> tuple[Tensor, Tensor]:
+        """This worker's images (S, n) and augmentation matrices (S, n, 2, 3) for every step of the epoch.
+
+        All workers draw for whole batches and take their share, so that the batches do not depend on how many
+        workers there are. Drawn and moved once: no step waits for a transfer.
+        """
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 0))
+        batch = self.share * self.world
+        order = torch.randperm(len(self.train_indices), generator=generator)[: self.steps * batch]
+        matrices_M23 = self.augmentation.draw(len(order), generator)
+        mine = slice(self.rank, None, self.world)
+        indices_SN = self.train_indices[order].view(self.steps, batch)[:, mine]
+        matrices_SN23 = matrices_M23.view(self.steps, batch, 2, 3)[:, mine]
+        return indices_SN.to(self.images_NHW.device), matrices_SN23.to(self.device)
+
+    def _train_step(self, indices_N: Tensor, matrices_N23: Tensor) -> Tensor:
+        """One step on this worker's share of a batch; loss and gradient norm (2,), on the device."""
+        images_NHW = self.images_NHW[indices_N].to(self.device, non_blocking=True)
+        labels_N = self.labels_N[indices_N].to(self.device, non_blocking=True)
+        grey_N1HW = self.augmentation.apply(as_grey(images_NHW), matrices_N23)
+        logits_NC = forward(self.network, grey_N1HW, self.normalisation)
+        # Divided by images, not by their class weights as "mean" does: then the workers' mean is the batch's loss.
+        loss = F.cross_entropy(
+            logits_NC, labels_N, self.class_weights_C, label_smoothing=LABEL_SMOOTHING, reduction="sum"
+        ) / len(labels_N)
+        self.optimizer.zero_grad()
+        loss.backward()
+        learning = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(learning, GRADIENT_NORM)
+        self.optimizer.step()
+        return torch.stack([loss.detach(), norm])
+
+    def _set_learning_rates(self, progress: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(progress)
+
+    def _check(self, health_S2: Tensor) -> None:
+        broken_S = ~health_S2.isfinite().all(dim=1)
+        if broken_S.any():
+            step = int(broken_S.int().argmax())
+            loss, norm = health_S2[step].tolist()
+            raise NotFiniteLoss(
+                f"loss {loss:g}, gradient norm {norm:g} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}; "
+                "lower the learning rates, or check the weights it started from"
+            )
+
+
+def as_grey(images_NHW: Tensor) -> Tensor:
+    """uint8 images (N, H, W) as float (N, 1, H, W), 0 to 1."""
+    return images_NHW.unsqueeze(1) / 255
+
+
+def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor:
+    """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1: how every image meets the network.
+
+    Repeats the image in three channels-last channels, normalised by the named `NORMALISATIONS`, and computes in
+    bfloat16 on GPUs that have it.
+    """
+    channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(*NORMALISATIONS[normalisation])]
+    images_NCHW = torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
+    on_gpu = grey_N1HW.device.type == "cuda"
+    bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(grey_N1HW.device.type, torch.bfloat16, enabled=bfloat16):
+        return network(images_NCHW).float()
+
+
+def schedule(progress: float) -> float:
+    """Share of the peak learning rate at `progress` (0 to 1) of all steps: a linear warm-up, then half a cosine."""
+    if progress < WARM_UP_SHARE:
+        return progress / WARM_UP_SHARE
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))
+
+
+def _share(batch_size: int, images: int, world: int) -> int:
+    """Images of one step on one worker."""
+    if batch_size % world:
+        raise ValueError(
+            f"batch size {batch_size} cannot be shared by {world} workers; take a multiple of {world}"
+        )
+    share = min(batch_size, images) // world
+    if share < 2:
+        raise ValueError(
+            f"batch size {batch_size}, {images} training images and {world} workers make {share} images a worker; "
+            "batch normalisation needs at least 2"
+        )
+    return share
+
+
+def _class_weights(labels_N: Tensor, classes: int) -> Tensor:
+    """Weights (C,) by inverse frequency, 1 on average over the images; 0 for a class without any."""
+    counts_C = labels_N.bincount(minlength=classes)
+    present_C = counts_C > 0
+    return len(labels_N) / (present_C.sum() * counts_C.clamp(min=1)) * present_C
+
+
+def _place(model: CutResNet, device: torch.device, world: int) -> tuple[CutResNet, nn.Module]:
+    """The model on its device, and what to train: itself, or its data-parallel wrapper."""
+    model = model.to(device).to(memory_format=torch.channels_last)
+    if world == 1:
+        return model, model
+    if device.type == "cuda":  # there is none for CPUs; there each worker normalises by its own share
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    devices = [device] if device.type == "cuda" else None
+    return model, DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def _optimizer(model: CutResNet, configuration: Configuration) -> torch.optim.AdamW:
+    """AdamW with a learning rate each for backbone and head; biases and norms (vectors) do not decay."""
+    groups = []
+    for part, peak_lr in ((model.backbone, configuration.backbone_lr), (model.head, configuration.head_lr)):
+        learning = [p for p in part.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim == 1]
+        groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": configuration.weight_decay})
+        groups.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def _average_running_statistics(model: nn.Module, world: int) -> None:
+    """Make the learning norms' running statistics the workers' mean: all then evaluate and save the same model."""
+    norms = [module for module in model.modules() if module.training]
+    statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
+    joined = torch.cat(statistics)
+    dist.all_reduce(joined)
+    for statistic, mean in zip(statistics, (joined / world).split([len(s) for s in statistics])):
+        statistic.copy_(mean)
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers, unrelated to those of their neighbours (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

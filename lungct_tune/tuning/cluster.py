@@ -1,0 +1,150 @@
+"""The Ray cluster: connecting to it, what it has, and whether what is asked for fits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lungct_tune.experiment import Experiment, StorageError
+from lungct_tune.settings import Settings
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How a search divides a cluster."""
+
+    slots: int
+    workers: int
+    resources_per_worker: dict[str, float]
+    final_workers: int
+
+    def __str__(self) -> str:
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources_per_worker.items())
+        return (
+            f"{self.slots} slots of {self.workers} workers with {each} each; "
+            f"the final retraining on {self.final_workers} workers"
+        )
+
+
+def connect(address: str | None, verbose: bool) -> str:
+    """Joins the cluster at `address`, else the one at hand, else starts one on this machine.
+
+    Returns:
+        The address of Ray's dashboard, or an empty string where there is none.
+
+    Raises:
+        ClusterError: there is no cluster at `address`.
+    """
+    # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter speaks at verbose=0 too
+        # a trial's failure is reported by the search itself, in a line; Ray's traces are in its log files
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+    try:
+        context = ray.init(
+            address=address,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.CRITICAL,
+            ignore_reinit_error=True,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"at {address!r}" if address else "at hand (RAY_ADDRESS, or the last one started here)"
+        raise ClusterError(
+            f"the Ray cluster {where} cannot be joined: {error}\n"
+            "Check that it runs (`ray status`) and that RAY_AUTH_MODE is the same here as there, "
+            "or unset RAY_ADDRESS and leave --address out to start one on this machine."
+        ) from error
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+
+def allot(settings: Settings) -> Allotment:
+    """Slots and workers that the cluster holds, by the settings where they say.
+
+    Raises:
+        ClusterError: not even one slot fits, or fewer than asked.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    each = {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    # a group of workers may span nodes, a worker may not
+    fits = sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items()) for node in nodes)
+    needed = settings.workers * (settings.slots or 1)
+    if fits < needed:
+        asked = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
+        have = "; ".join(
+            ", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes
+        )
+        raise ClusterError(
+            f"{settings.slots or 1} slots of {settings.workers} workers do not fit: a worker needs {asked} on one "
+            f"node, so the cluster holds {fits} workers, and {needed} are needed. It has {len(nodes)} nodes: {have}. "
+            "Lower --slots, --workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
+        )
+    batch = settings.batch_size or 1
+    final = settings.final_workers or max(n for n in range(1, fits + 1) if batch % n == 0)
+    if final > fits or batch % final:
+        raise ClusterError(
+            f"--final-workers {final}: the cluster holds {fits} workers, and the batch of {batch} images "
+            "must divide evenly among them"
+        )
+    slots = min(settings.slots or fits // settings.workers, settings.trials or fits)
+    return Allotment(slots, settings.workers, each, final)
+
+
+def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef | Path:
+    """Some of the images, for all workers: in the object store where they fit it well, else in a file.
+
+    Args:
+        images_NHW: uint8, may be memory-mapped and larger than memory.
+        rows: which of them; the workers see no others.
+        path: where to put the file (.npy), in a folder that every node can open.
+    """
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    if len(rows) * images_NHW[0].nbytes <= 0.5 * min(stores):
+        return ray.put(images_NHW[rows])
+    shape = (len(rows), *images_NHW.shape[1:])
+    shared = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    for start in range(0, len(rows), 1024):
+        shared[start : start + 1024] = images_NHW[rows[start : start + 1024]]
+    shared.flush()
+    return path
+
+
+def check_storage(experiment: Experiment) -> None:
+    """Writes and reads a small object from every node of the cluster.
+
+    Raises:
+        StorageError: a node cannot write there, or what it writes is not what the others see.
+    """
+
+    @ray.remote(num_cpus=0)
+    def leave_mark(mark: str) -> None:
+        experiment.write(mark, mark.encode())
+
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        mark = f".probe-{node['NodeID'][:8]}"
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        try:
+            ray.get(leave_mark.options(scheduling_strategy=there).remote(mark))
+        except ray.exceptions.RayTaskError as error:
+            raise StorageError(f"node {node['NodeManagerAddress']}: {error.cause}") from error
+        if experiment.read(mark) != mark.encode():
+            raise StorageError(
+                f"{experiment.uri}: what node {node['NodeManagerAddress']} writes there is not seen here; with "
+                "several nodes --storage must be a shared file system or an object store (s3://, gs://)"
+            )
+        experiment.delete(mark)

@@ -1,0 +1,111 @@
+"""The final retraining: the best configuration on train and validation together, judged once on test."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import train
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.experiment import Experiment
+from lungct_tune.tuning.material import Material
+from lungct_tune.tuning.slots import scaling
+
+MAX_FAILURES = 3
+"""How many times the retraining may lose a worker and go on from its last epoch."""
+
+
+@dataclass(frozen=True)
+class FinalPlan:
+    """What the retraining is to do. `epochs` is how many were best in the search; the schedule stays the search's."""
+
+    experiment: Experiment
+    material: Material
+    configuration: Configuration
+    seed: int
+    epochs: int
+    train_indices: np.ndarray
+    test_indices: np.ndarray
+    workers: int
+    resources_per_worker: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A retrained model and what it said of the test split."""
+
+    weights: bytes
+    """safetensors."""
+    probabilities_NC: np.ndarray
+    """float32, in the order of the test indices."""
+
+
+def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
+    """Runs the retraining as an ordinary TorchTrainer run; one that was interrupted goes on where it was.
+
+    Args:
+        name: the run's folder under the experiment's `final/`.
+
+    Raises:
+        ray.train.TrainingFailedError: workers failed more than MAX_FAILURES times.
+    """
+    from ray.train.torch import TorchTrainer
+
+    result = TorchTrainer(
+        _run_worker,
+        train_loop_config={"plan": plan},
+        scaling_config=scaling(plan.workers, plan.resources_per_worker),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=f"{plan.experiment.uri}/final",
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+            failure_config=train.FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    ).fit()
+    with result.checkpoint.as_directory() as folder:
+        return Judged(
+            weights=Path(folder, "model.safetensors").read_bytes(),
+            probabilities_NC=np.load(Path(folder, "test_probabilities.npy")),
+        )
+
+
+def _run_worker(config: dict[str, Any]) -> None:
+    import safetensors.torch
+    import torch
+
+    plan: FinalPlan = config["plan"]
+    torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
+    training = plan.material.training(plan.configuration, plan.train_indices, plan.seed)
+    if (checkpoint := train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            training.load_state_dict(
+                torch.load(Path(folder, "last.pt"), weights_only=True, map_location="cpu")
+            )
+    while training.epoch < plan.epochs:
+        loss = training.train_epoch()
+        stream = io.BytesIO()
+        torch.save(training.state_dict(), stream)
+        _report({"epoch": training.epoch, "train_loss": loss}, {"last.pt": stream.getvalue()})
+    # the one place in the program that looks at the test split
+    probabilities_NC = training.probabilities(plan.test_indices)
+    judged = io.BytesIO()
+    np.save(judged, probabilities_NC)
+    files = {"test_probabilities.npy": judged.getvalue()}
+    files["model.safetensors"] = safetensors.torch.save(training.model_state())
+    _report({"epoch": training.epoch}, files)
+
+
+def _report(metrics: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Reports to Ray Train from all workers, with the files as a checkpoint from the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if train.get_context().get_world_rank() == 0:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            checkpoint = train.Checkpoint.from_directory(folder)
+        train.report(metrics, checkpoint=checkpoint)

@@ -1,0 +1,77 @@
+"""What the workers train on, and how it reaches them: once a node, by shared memory or memory mapping."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from lungct_tune.configuration import Configuration
+
+if TYPE_CHECKING:
+    import torch
+
+    from lungct_tune.training import Training
+
+
+@dataclass(frozen=True)
+class Material:
+    """Images, labels and pretrained weights for a group of workers; it travels as references.
+
+    Whoever makes it decides what it holds: the slots of a search are made one without the test split.
+    """
+
+    images: ray.ObjectRef | Path
+    """uint8 NHW, in the object store or, when larger, a .npy file that every node can open."""
+    labels_N: np.ndarray
+    classes: int
+    backbone: ray.ObjectRef | None
+    normalisation: str
+    batch_size: int
+    epochs: int
+    """The length of the learning-rate schedule."""
+
+    @cached_property
+    def _images_NHW(self) -> torch.Tensor:
+        import torch
+        from ray.train.torch import get_device
+
+        on_disk = isinstance(self.images, Path)
+        array = np.load(self.images, mmap_mode="r") if on_disk else ray.get(self.images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
+            tensor = torch.from_numpy(array)
+        return tensor if on_disk else tensor.to(get_device())
+
+    @cached_property
+    def _backbone(self) -> Any:
+        return None if self.backbone is None else ray.get(self.backbone)
+
+    def training(self, configuration: Configuration, train_indices: np.ndarray, seed: int) -> Training:
+        """A training of one configuration; called in a Ray Train worker, by all of its group together."""
+        import torch
+        from ray.train.torch import get_device
+
+        from lungct_tune.training import Training
+
+        return Training(
+            configuration,
+            images_NHW=self._images_NHW,
+            labels_N=torch.from_numpy(self.labels_N),
+            train_indices=torch.from_numpy(train_indices),
+            classes=self.classes,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=seed,
+            normalisation=self.normalisation,
+            backbone_state=self._backbone,
+            device=get_device(),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}

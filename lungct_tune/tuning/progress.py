@@ -1,0 +1,96 @@
+"""What a person sees while a search runs: one display in a terminal, one line a finished trial elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import optuna
+from ray import tune
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
+
+
+def describe(configuration: Configuration) -> str:
+    """A configuration in one line."""
+    return (
+        f"depth {configuration.truncation_depth}, {configuration.frozen_depth} frozen, "
+        f"dropout {configuration.dropout:.2f}, augmentation {configuration.augmentation:.2f}, "
+        f"rates {configuration.backbone_lr:.1e}/{configuration.head_lr:.1e}, "
+        f"decay {configuration.weight_decay:.1e}"
+    )
+
+
+class Progress(tune.Callback):  # type: ignore[misc]
+    """Shows trials done of all, the best so far, epochs a second and the time left."""
+
+    def __init__(self, study: optuna.Study, trials: int, console: Console) -> None:
+        self._study, self._trials, self._console = study, trials, console
+        self._began, self._epochs = time.monotonic(), 0
+        self._done_before = self._done = len(finished_trials(study))
+        self._best = "none yet"
+        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render)
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        self._epochs += 1
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._update(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._update(trial)
+
+    def _update(self, trial: Any) -> None:
+        finished = finished_trials(self._study)
+        self._done = len(finished)
+        if (best := best_trial(finished)) is not None:
+            figures = best_figures(best) or {}
+            self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {describe(configuration_of(best))})"
+        if self._console.is_terminal:
+            return
+        number = trial.config["number"]
+        this = next(t for t in finished if t.number == number)
+        reached = best_figures(this)
+        figure = f" at {reached[OBJECTIVE]:.3f}" if reached else ""
+        self._console.print(
+            f"trial {number} {this.user_attrs['ended']}{figure}; {self._summary()}; best {self._best}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    def _summary(self) -> str:
+        elapsed = time.monotonic() - self._began
+        done_now = self._done - self._done_before
+        left = (
+            f"{elapsed / done_now * (self._trials - self._done) / 60:.1f} min left"
+            if done_now
+            else "time left unknown"
+        )
+        return f"{self._done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}"
+
+    def _render(self) -> Group:
+        return Group(
+            ProgressBar(total=self._trials, completed=self._done, width=60),
+            Text(self._summary()),
+            Text(f"best balanced accuracy on validation: {self._best}"),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its configuration; a display does not travel

@@ -1,0 +1,235 @@
+"""The Optuna study as the one memory of a search: what Ray Tune asks, reports and stops goes through it.
+
+Ray ships `OptunaSearch`, but it tells trials that a scheduler stopped as complete (with the value of a
+shorter budget) and keeps its state in a pickle that lags behind. Here every epoch is an intermediate value
+in the study's storage the moment it is known, a trial stopped early is PRUNED, and what the storage holds is
+enough to go on with the search after any crash.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.evaluation import OBJECTIVE, rank
+from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.space import SearchSpace
+
+BASELINE = 0
+"""The number of the first trial of every study: the published configuration."""
+
+EPOCH_FIGURES = (
+    "epoch",
+    OBJECTIVE,
+    "accuracy",
+    "log_loss",
+    "train_loss",
+    "train_s",
+    "valid_s",
+)
+"""What a slot reports of an epoch, and the study keeps."""
+
+REDUCTION = 3
+"""ASHA: the best third of the trials at a rung goes on to three times as many epochs."""
+
+BAD_SCORE = 0.0
+"""The objective of a trial whose training diverged: no balanced accuracy is lower."""
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def open_study(storage: str, name: str, space: SearchSpace, epochs: int) -> optuna.Study:
+    """Creates the study, or opens it where it exists, with the fixed trials waiting to be first.
+
+    Stops trials by asynchronous successive halving (Li et al., MLSys 2020), with rungs at a ninth and a
+    third of the epochs. It is Optuna's pruner and not Ray's scheduler because that one forgets its rungs
+    when the driver dies; Optuna's are in the storage.
+    """
+    pruner = optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=max(1, round(epochs / REDUCTION**2)), reduction_factor=REDUCTION
+    )
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    for configuration in space.fixed_trials:
+        values = configuration.as_dict()
+        study.enqueue_trial(
+            {parameter: values[parameter] for parameter in space.distributions},
+            user_attrs={"configuration": values},
+            skip_if_exists=True,
+        )
+    return study
+
+
+@dataclass
+class _Live:
+    """A trial that runs: Optuna's handle on it and what the study has been told."""
+
+    trial: Trial
+    history: list[dict[str, float]] = field(default_factory=list)
+    ended: str | None = None
+
+
+class StudySearch(Searcher):  # type: ignore[misc]
+    """Ray Tune's searcher over an Optuna study.
+
+    A suggestion depends on the seed, the trial's number and the study's finished trials alone, not on how
+    often the search was interrupted on the way there.
+    """
+
+    def __init__(self, study: optuna.Study, space: SearchSpace, experiment: Experiment, seed: int) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
+        self._live: dict[str, _Live] = {}
+        self._wall_before, self._began = study.user_attrs.get("wall_s", 0.0), time.monotonic()
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._interrupted = deque(trial._trial_id for trial in running)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The configuration for Ray's next trial: first those that an interruption left running."""
+        trial = Trial(self._study, self._interrupted.popleft()) if self._interrupted else self._ask()
+        configuration = trial.user_attrs.get("configuration")
+        if configuration is None:
+            configuration = self._space.configuration(trial.params).as_dict()
+            trial.set_user_attr("configuration", configuration)
+        self._live[trial_id] = _Live(trial, list(trial.user_attrs.get("history", [])))
+        return {"number": trial.number, "seed": self._seed, "configuration": configuration}
+
+    def _ask(self) -> Trial:
+        started = len(self._study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
+        seed = int(np.random.SeedSequence([self._seed, started]).generate_state(1)[0])
+        with warnings.catch_warnings():
+            # experimental arguments, and fixed trials that lie outside the ranges, are meant
+            warnings.simplefilter("ignore")
+            self._study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            return self._study.ask(self._space.distributions)
+
+    def record(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Tells the study of an epoch and of those before that an interruption kept from it.
+
+        Returns:
+            Whether the trial should stop now. The published configuration never is: the search is measured
+            against what it reaches with all its epochs.
+        """
+        live = self._live[trial_id]
+        if "diverged" not in result:
+            for figures in [*result.get("earlier", []), {key: result[key] for key in EPOCH_FIGURES}]:
+                if figures["epoch"] > len(live.history):
+                    live.trial.report(figures[OBJECTIVE], int(figures["epoch"]))
+                    live.history.append(figures)
+            live.trial.set_user_attr("history", live.history)
+        self._note_wall()
+        return live.trial.number != BASELINE and live.trial.should_prune()
+
+    def _note_wall(self) -> None:
+        """Keeps the time that the search has taken in the study, up to the last thing that happened in it."""
+        self._study.set_user_attr("wall_s", self._wall_before + time.monotonic() - self._began)
+
+    def stop_early(self, trial_id: str) -> None:
+        live = self._live[trial_id]
+        live.ended = f"stopped early after epoch {len(live.history)}"
+
+    def note_failure(self, trial_id: str, reason: str) -> None:
+        if trial_id in self._live:
+            self._live[trial_id].ended = f"failed: {reason}"
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tells the study how a trial ended, then drops what only a running trial needs."""
+        live = self._live[trial_id]
+        if error or result is None:
+            live.trial.set_user_attr("ended", live.ended or "failed")
+            self._study.tell(live.trial, state=TrialState.FAIL)
+        elif "diverged" in result:
+            live.trial.set_user_attr("ended", f"diverged: {result['diverged']}")
+            self._study.tell(live.trial, BAD_SCORE)
+        elif live.ended:
+            live.trial.set_user_attr("ended", live.ended)
+            self._study.tell(live.trial, state=TrialState.PRUNED)
+        else:
+            self.record(trial_id, result)
+            live.trial.set_user_attr("ended", "completed")
+            self._study.tell(live.trial, max(figures[OBJECTIVE] for figures in live.history))
+        del self._live[trial_id]
+        self._note_wall()
+        self._experiment.delete(f"{trial_folder(live.trial.number)}/last.pt")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing to save: the study's storage is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its configuration for Tuner.restore, which the study makes needless
+
+
+class StudyPruning(FIFOScheduler):  # type: ignore[misc]
+    """Ray Tune's scheduler that does what the study's pruner says."""
+
+    def __init__(self, search: StudySearch) -> None:
+        super().__init__()
+        self._search = search
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        if self._search.record(trial.trial_id, result):
+            self._search.stop_early(trial.trial_id)
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        error = trial.get_error()
+        self._search.note_failure(trial.trial_id, str(error).strip().splitlines()[-1] if error else "unknown")
+
+
+def configuration_of(trial: FrozenTrial) -> Configuration:
+    return Configuration(**trial.user_attrs["configuration"])
+
+
+def best_figures(trial: FrozenTrial) -> dict[str, float] | None:
+    """The figures of a trial's best epoch, the first of several equals; None where no epoch ended."""
+    return max(trial.user_attrs.get("history", []), key=rank, default=None)
+
+
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=FINISHED)
+
+
+def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals."""
+    completed = [
+        trial
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == "completed"
+    ]
+    return max(completed, key=lambda trial: rank(best_figures(trial) or {}), default=None)
+
+
+def trials_table(study: optuna.Study) -> pd.DataFrame:
+    """One row a trial: number, state, why it ended, epochs, configuration, best epoch's figures, seconds."""
+    rows = []
+    for trial in finished_trials(study):
+        history = trial.user_attrs.get("history", [])
+        configuration = configuration_of(trial)
+        best = best_figures(trial) or {}
+        rows.append(
+            {"trial": trial.number, "state": trial.state.name, "ended": trial.user_attrs.get("ended", "")}
+            | configuration.as_dict()
+            | {"frozen_depth": configuration.frozen_depth, "epochs": len(history)}
+            | {f"best_{key}": best.get(key) for key in ("epoch", OBJECTIVE, "accuracy", "log_loss")}
+            | {"training_s": sum(figures["train_s"] + figures["valid_s"] for figures in history)}
+        )
+    return pd.DataFrame(rows)
