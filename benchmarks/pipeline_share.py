@@ -43,7 +43,10 @@ def main() -> None:
             pipeline(cut, 1.0, args.px, args.batch, args.steps, args.repeats + 1, device),
         ]
         bare, whole, frozen = (args.batch * args.steps / s for s in median_seconds(epochs, args.repeats))
-        print(f"{cut:4} {bare:6.1f} {whole:9.1f} {whole / bare:6.2f} {frozen:11.1f} {frozen / whole:9.1f}", flush=True)
+        print(
+            f"{cut:4} {bare:6.1f} {whole:9.1f} {whole / bare:6.2f} {frozen:11.1f} {frozen / whole:9.1f}",
+            flush=True,
+        )
 
 
 def median_seconds(epochs: list[Callable[[], object]], repeats: int) -> list[float]:

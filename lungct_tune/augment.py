@@ -46,6 +46,4 @@ class Augmentation:
         if self.strength == 0:  # sampling at the identity would still round
             return images_N1HW
         grid_NHW2 = F.affine_grid(matrices_N23, list(images_N1HW.shape), align_corners=False)
-        return F.grid_sample(
-            images_N1HW, grid_NHW2, mode="bilinear", padding_mode="zeros", align_corners=False
-        )
+        return F.grid_sample(images_N1HW, grid_NHW2, mode="bilinear", padding_mode="zeros", align_corners=False)

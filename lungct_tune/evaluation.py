@@ -52,7 +52,7 @@ def rank(figures: dict[str, float]) -> tuple[float, float]:
     return figures[OBJECTIVE], -figures["log_loss"]
 
 
-def test_figures(
+def judge(
     labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], majority: int
 ) -> dict[str, Any]:
     """All figures of the held-out test split.

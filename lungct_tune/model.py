@@ -99,9 +99,7 @@ def layers_before(backbone: fx.GraphModule, activation: int) -> list[str]:
     calls = [node for node in backbone.graph.nodes if node.op == "call_module"]
     relus = [node for node in calls if isinstance(backbone.get_submodule(node.target), nn.ReLU)]
     needed = {relus[activation - 1]}
-    for node in reversed(
-        backbone.graph.nodes
-    ):  # a graph lists every node behind its inputs, so once is enough
+    for node in reversed(backbone.graph.nodes):  # a graph lists every node behind its inputs, so once is enough
         if node in needed:
             needed.update(node.all_input_nodes)
     return [node.target for node in calls if node in needed]

@@ -30,7 +30,7 @@ from lungct_tune.data import (
     twins_across,
 )
 from lungct_tune.data.cache import default_cache
-from lungct_tune.evaluation import OBJECTIVE, test_figures
+from lungct_tune.evaluation import OBJECTIVE, judge
 from lungct_tune.experiment import Experiment, StorageError
 from lungct_tune.settings import Settings, SettingsError, is_remote, read_settings, validate
 from lungct_tune.space import SearchSpace, SpaceError, parse_space, read_space
@@ -85,7 +85,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     # ---- images: found, decoded once, grouped, split --------------------------------------------------
     if settings.data is None:
         console.print(PHANTOMS, style="bold yellow")
-    root = settings.data or make_phantoms(default_cache() / f"phantoms-{settings.seed}", settings.seed)
+    root = settings.data or make_phantoms(default_cache(), settings.seed)
     images = read_images(
         root, settings.image_size or 0, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
     )
@@ -219,7 +219,7 @@ def _search_retrain_judge(
         "data": "phantoms: no patients, and nothing learnt about CT"
         if settings.data is None
         else "real images",
-        "test": test_figures(
+        "test": judge(
             labels_N[test],
             judged.probabilities_NC,
             images.classes,

@@ -100,9 +100,7 @@ class Training:
 
         torch.backends.cudnn.deterministic = True  # the same trial gives the same figures in every slot
         torch.manual_seed(seed)
-        model = CutResNet(
-            configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes
-        )
+        model = CutResNet(configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes)
         if backbone_state is not None:
             load_backbone(model, backbone_state)
         self.model, self.network = _place(model, self.device, self.world)
@@ -255,9 +253,7 @@ def schedule(progress: float) -> float:
 def _share(batch_size: int, images: int, world: int) -> int:
     """Images of one step on one worker."""
     if batch_size % world:
-        raise ValueError(
-            f"batch size {batch_size} cannot be shared by {world} workers; take a multiple of {world}"
-        )
+        raise ValueError(f"batch size {batch_size} cannot be shared by {world} workers; take a multiple of {world}")
     share = min(batch_size, images) // world
     if share < 2:
         raise ValueError(

@@ -80,9 +80,7 @@ def load_backbone(model: CutResNet, state: Mapping[str, Tensor]) -> None:
 def _misfits(kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
     """The keys of `kept` that `state` cannot fill, each with the reason."""
     return {
-        key: "missing"
-        if key not in state
-        else f"shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+        key: "missing" if key not in state else f"shape {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
         for key, tensor in kept.items()
         if not key.endswith("num_batches_tracked") and (key not in state or state[key].shape != tensor.shape)
     }

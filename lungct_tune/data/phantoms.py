@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-SLICES = 4
+SLICES = 3
 """Images of one phantom patient."""
 
 _FOLDERS = {
@@ -36,10 +36,11 @@ Nothing measured on it says anything about people, their lungs or their diseases
 files with real ones.
 """
 
-_AIR, _LUNG, _FAT, _TISSUE, _BLOOD, _BONE = -1000, -850, -100, 40, 70, 450  # Hounsfield units
+_AIR, _LUNG, _FAT, _TISSUE, _BLOOD, _BONE = -1000, -850, -100, 0, 40, 350  # Hounsfield units
+_MASS = 200  # brighter than life, so that a small network sees it at 64 px after a few epochs
 
 
-def make_phantoms(root: Path, seed: int, *, patients: int = 60, size: int = 96) -> Path:
+def make_phantoms(root: Path, seed: int, *, patients: int = 80, size: int = 96) -> Path:
     """Draws phantom patients, a quarter of them of each class, and writes them in Kaggle's layout.
 
     Args:
@@ -104,7 +105,7 @@ def _slice(patient_seed: list[int], class_name: str, height: float, size: int) -
         _draw_vessels(thorax, rng, lung, height)
     _draw_mediastinum(thorax, rng, level)
     _draw_mass(thorax, rng, class_name, lungs[rng.integers(2)], height)
-    low, high = rng.uniform(-1250, -1050), rng.uniform(200, 900)
+    low, high = rng.uniform(-1250, -1050), rng.uniform(300, 500)
     noise_HW = np.random.default_rng([*patient_seed, round(1000 * (height + 1))]).normal(size=(size, size))
     hounsfield_HW = gaussian_filter(thorax.hounsfield_HW, 0.5) + rng.uniform(15, 45) * noise_HW
     return np.round(255 * np.clip((hounsfield_HW - low) / (high - low), 0, 1)).astype(np.uint8)
@@ -116,10 +117,10 @@ class _Thorax:
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         axis = np.linspace(-1, 1, size)
         x_HW, y_HW = np.meshgrid(axis, axis)
-        turn = rng.normal(0, 0.1)
-        x_HW, y_HW = x_HW - rng.normal(0, 0.06), y_HW - rng.normal(0, 0.06)
-        self.x_HW = (x_HW * np.cos(turn) + y_HW * np.sin(turn)) / rng.uniform(0.92, 1.15)
-        self.y_HW = (y_HW * np.cos(turn) - x_HW * np.sin(turn)) / rng.uniform(0.92, 1.25)
+        turn = rng.normal(0, 0.06)
+        x_HW, y_HW = x_HW - rng.normal(0, 0.04), y_HW - rng.normal(0, 0.04)
+        self.x_HW = (x_HW * np.cos(turn) + y_HW * np.sin(turn)) / rng.uniform(0.95, 1.12)
+        self.y_HW = (y_HW * np.cos(turn) - x_HW * np.sin(turn)) / rng.uniform(0.95, 1.2)
         self.hounsfield_HW = np.full((size, size), float(_AIR))
         self.pixel = 2 / size
 
@@ -203,8 +204,8 @@ def _draw_lungs(thorax: _Thorax, rng: np.random.Generator, level: float) -> list
 
 def _draw_mediastinum(thorax: _Thorax, rng: np.random.Generator, level: float) -> None:
     """Great vessels and trachea above, the heart, leaning to the image's right, below; spine and aorta."""
-    wide = 0.14 + 0.22 * level + rng.normal(0, 0.02)
-    x = 0.12 * level + rng.normal(0, 0.03)
+    wide = 0.14 + 0.17 * level + rng.normal(0, 0.02)
+    x = 0.09 * level + rng.normal(0, 0.03)
     thorax.blob(x, rng.uniform(-0.2, -0.05), wide, rng.uniform(0.28, 0.4), _BLOOD, turn=-0.5 * level)
     thorax.blob(rng.uniform(0.06, 0.14), 0.3, 0.085, 0.085, _BLOOD)
     if level < 0.5:
@@ -238,15 +239,15 @@ def _draw_mass(
         x, y = centre = lung.at(outward, 0.75)
         for angle in rng.uniform(0, 2 * np.pi, size=rng.integers(7, 12)):
             tip = centre + radius * rng.uniform(1.3, 2.0) * np.array([np.cos(angle), np.sin(angle)])
-            thorax.line(centre, tip, 0.05, _TISSUE - 100)
-        thorax.blob(x, y, radius, radius, _TISSUE, waves=_waves(rng, 0.15, (3, 5)))
+            thorax.line(centre, tip, 0.05, _MASS)
+        thorax.blob(x, y, radius, radius, _MASS, waves=_waves(rng, 0.15, (3, 5)))
     elif class_name == "large.cell.carcinoma":
         radius = shrink * rng.uniform(0.19, 0.27)
         x, y = lung.at(outward, 0.6)
-        thorax.blob(x, y, radius, radius * rng.uniform(0.85, 1.2), _TISSUE, waves=_waves(rng, 0.03, (2,)))
+        thorax.blob(x, y, radius, radius * rng.uniform(0.85, 1.2), _MASS, waves=_waves(rng, 0.03, (2,)))
     elif class_name == "squamous.cell.carcinoma":
         radius = shrink * rng.uniform(0.14, 0.2)
-        x, y = lung.hilum + np.array([0.06 * lung.side, rng.normal(0, 0.05)])
-        thorax.blob(x, y, radius, radius, _TISSUE, waves=_waves(rng, 0.08, (2, 4)))
+        x, y = lung.hilum + np.array([0.16 * lung.side, rng.normal(0, 0.05)])
+        thorax.blob(x, y, radius, radius, _MASS, waves=_waves(rng, 0.08, (2, 4)))
         if rng.random() < 0.6:
             thorax.blob(x + lung.side * 0.02, y, 0.45 * radius, 0.4 * radius, _AIR)

@@ -47,6 +47,8 @@ def connect(address: str | None, verbose: bool) -> str:
     """
     # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # a slot is some seven processes, most of them idle: more than CPUs start at once, and Ray warns of it
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * (os.cpu_count() or 1)))
     if not verbose:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter speaks at verbose=0 too
         # a trial's failure is reported by the search itself, in a line; Ray's traces are in its log files

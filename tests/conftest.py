@@ -1,0 +1,41 @@
+"""One Ray for all tests that need it: starting it takes seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Ray runs its workers at nice 15; beside the test runner on two cores they would starve
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+REPOSITORY = Path(__file__).parents[1]
+CT_IMAGES = REPOSITORY.parent / "shared" / "chest-ctscan"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray of two CPUs, which processes that the tests start find and join too."""
+    import ray
+
+    from lungct_tune.tuning.cluster import connect
+
+    connect(None, verbose=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small phantom data set: 20 patients, 80 images."""
+    from lungct_tune.data import make_phantoms
+
+    return make_phantoms(tmp_path_factory.mktemp("data"), seed=1, patients=20, size=48)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests neither use nor fill the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

@@ -1,0 +1,202 @@
+"""Copies and series stay together, and no split cuts through them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lungct_tune.data import (
+    SPLITS,
+    DataError,
+    ImageSet,
+    near_identical_groups,
+    read_images,
+    split_images,
+    twins_across,
+)
+from lungct_tune.data import groups as groups_module
+from test_data_images import FOUR, REAL, picture, save, two_classes
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def an_image_set(labels: list[int], groups: list[int], folders: list[str] | None = None) -> ImageSet:
+    """An image set of which only the table matters."""
+    n = len(labels)
+    table = pd.DataFrame(
+        {
+            "path": [f"{i}.png" for i in range(n)],
+            "folder": folders or [""] * n,
+            "label": labels,
+            "digest": [str(i) for i in range(n)],
+            "group": groups,
+        }
+    )
+    classes = tuple(f"class {label}" for label in range(max(labels) + 1))
+    return ImageSet(Path("somewhere"), table, np.zeros((n, 1, 1), np.uint8), classes, [], [], "")
+
+
+# Groups
+
+
+def test_copies_recompressed_and_rescaled_images_form_one_group(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    original = save(tmp_path / "normal/original.png", 9)
+    (tmp_path / "normal/copy.png").write_bytes(original.read_bytes())
+    save(tmp_path / "normal/recompressed.jpg", 9, quality=60)
+    picture(9).resize((90, 70), Image.Resampling.BICUBIC).save(tmp_path / "normal/rescaled.png")
+    group_of = read_images(tmp_path, 16).table.set_index("path")["group"]
+    alike = [f"normal/{name}" for name in ("original.png", "copy.png", "recompressed.jpg", "rescaled.png")]
+    assert group_of[alike].nunique() == 1
+    assert group_of.nunique() == 1 + 4
+
+
+def test_groups_do_not_depend_on_the_image_size(tmp_path: Path) -> None:
+    two_classes(tmp_path, images=5)
+    assert read_images(tmp_path, 8).table["group"].equals(read_images(tmp_path, 50).table["group"])
+
+
+def test_groups_are_chains_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups_module, "_BLOCK", 3)
+    rng = np.random.default_rng(0)
+    originals = rng.integers(0, 256, (4, 16, 16))
+    which = np.array([0, 1, 2, 3, 0, 1, 2, 3, 0, 0])
+    images = np.clip(originals[which] + rng.normal(0, 5, (10, 16, 16)), 0, 255).astype(np.uint8)
+    groups = near_identical_groups(images, [str(i) for i in range(10)])
+    np.testing.assert_array_equal(groups, which)
+
+
+def test_an_image_of_one_grey_is_like_its_byte_copies_only() -> None:
+    images = np.stack([np.full((8, 8), grey, np.uint8) for grey in (0, 0, 255, 7)])
+    assert near_identical_groups(images, ["a", "a", "b", "c"]).tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("place", ["", "Data"])
+def test_known_groups_are_joined_to_those_found(tmp_path: Path, place: str) -> None:
+    two_classes(tmp_path / "Data")
+    inside = "" if place else "Data/"
+    (tmp_path / place / "groups.csv").write_text(
+        f"path,group\n{inside}normal/0.png,patient 1\n{inside}adenocarcinoma/1.png,patient 1\n"
+    )
+    group_of = read_images(tmp_path, 16).table.set_index("path")["group"]
+    assert group_of["Data/normal/0.png"] == group_of["Data/adenocarcinoma/1.png"]
+    assert group_of.nunique() == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "file,patient\nnormal/0.png,1\n",
+        "path,group\nnormal/0.png,\n",
+        "path,group\nnormal/none.png,1\n",
+        "path,group\nnormal/0.png,1\nnormal/0.png,2\n",
+    ],
+)
+def test_a_malformed_groups_file_is_refused(tmp_path: Path, content: str) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "groups.csv").write_text(content)
+    with pytest.raises(DataError, match=r"groups\.csv"):
+        read_images(tmp_path, 16)
+
+
+def test_twins_under_different_classes_are_left_out_and_reported(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    original = save(tmp_path / "normal/b.png", 9)
+    (tmp_path / "adenocarcinoma/a.png").write_bytes(original.read_bytes())
+    save(tmp_path / "adenocarcinoma/c.jpg", 9, quality=95)
+    save(tmp_path / "normal/z.png", 10)
+    image_set = read_images(tmp_path, 40)
+    assert image_set.conflicts == [("adenocarcinoma/a.png", "adenocarcinoma/c.jpg", "normal/b.png")]
+    assert len(image_set.images_NHW) == len(image_set.table) == 5
+    np.testing.assert_array_equal(image_set.images_NHW[-1], np.asarray(picture(10)))
+
+
+# Splits
+
+
+@st.composite
+def labelled_groups(draw: st.DrawFn) -> ImageSet:
+    """Any number of groups of any size, mostly of one class, sometimes of several."""
+    n_classes = draw(st.integers(2, 4))
+    label = st.integers(0, n_classes - 1)
+    one_class = st.builds(lambda label, size: [label] * size, label, st.integers(1, 30))
+    mixed = st.lists(label, min_size=1, max_size=6)
+    members = draw(st.lists(one_class | mixed, min_size=1, max_size=60))
+    members += [[label] for label in range(n_classes)]  # every class occurs
+    rows = [(label, group) for group, labels in enumerate(members) for label in labels]
+    rows = draw(st.permutations(rows)) if len(rows) < 50 else rows
+    return an_image_set([label for label, _ in rows], [group for _, group in rows])
+
+
+@settings(max_examples=150, deadline=None)
+@given(image_set=labelled_groups(), seed=st.integers(0, 2**32 - 1))
+def test_a_grouped_split_never_cuts_a_group_whatever_the_data(image_set: ImageSet, seed: int) -> None:
+    try:
+        split = split_images(image_set, "grouped", seed)
+    except DataError as error:
+        assert "no image of 'class" in str(error)
+        return
+    assert split.shape == (len(image_set.table),)
+    assert set(split) == set(SPLITS)
+    assert (image_set.table["group"].groupby(image_set.table["group"]).size() > 0).all()
+    assert pd.Series(split).groupby(image_set.table["group"]).nunique().max() == 1
+    assert pd.crosstab(image_set.table["label"], split).to_numpy().min() >= 1
+    assert not twins_across(image_set, split).any()
+    np.testing.assert_array_equal(split, split_images(image_set, "grouped", seed))
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups_a_class=st.lists(st.integers(3, 40), min_size=2, max_size=4), seed=st.integers(0, 1000))
+def test_three_groups_of_a_class_are_enough(groups_a_class: list[int], seed: int) -> None:
+    labels = np.repeat(np.arange(len(groups_a_class)), groups_a_class)
+    image_set = an_image_set(labels.tolist(), list(range(len(labels))))
+    counts = pd.crosstab(labels, split_images(image_set, "grouped", seed))
+    wanted = np.outer(groups_a_class, [0.7, 0.1, 0.2])
+    assert np.abs(counts[list(SPLITS)].to_numpy() - wanted).max() < 1.5
+
+
+def test_the_seed_decides_who_is_where() -> None:
+    image_set = an_image_set([0, 1] * 50, list(range(100)))
+    first, second = (split_images(image_set, "grouped", seed) for seed in (0, 1))
+    assert (first != second).any()
+
+
+def test_too_few_groups_of_a_class_are_an_error() -> None:
+    image_set = an_image_set([0] * 20 + [1] * 20, [*range(20), *[20] * 10, *[21] * 10])
+    with pytest.raises(DataError, match="'class 1' .* 20 images .* 2 groups"):
+        split_images(image_set, "grouped", 0)
+
+
+def test_the_official_split_is_the_published_folders() -> None:
+    folders = ["train", "test", "valid", "train"]
+    image_set = an_image_set([0, 1, 0, 1], [0, 0, 1, 2], folders)
+    split = split_images(image_set, "official", 0)
+    assert split.tolist() == folders
+    assert twins_across(image_set, split).to_dict() == {1: True}
+
+
+def test_the_official_split_says_which_folder_is_missing() -> None:
+    with pytest.raises(DataError, match=r"missing: test; found: train \(1 .*--split grouped"):
+        split_images(an_image_set([0, 1], [0, 1], ["train", "valid"]), "official", 0)
+    with pytest.raises(DataError, match=r"missing: train, valid, test; found: no split folder \(2 images"):
+        split_images(an_image_set([0, 1], [0, 1]), "official", 0)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real CT images are not at {REAL}")
+def test_the_published_images_split_70_10_20_in_every_class() -> None:
+    image_set = read_images(REAL, 64)
+    assert image_set.classes == FOUR
+    split = split_images(image_set, "grouped", 0)
+    shares = pd.crosstab(image_set.table["label"], split, normalize="index")
+    assert np.abs(shares[list(SPLITS)].to_numpy() - [0.7, 0.1, 0.2]).max() < 0.02
+    assert pd.Series(split).groupby(image_set.table["group"]).nunique().max() == 1

@@ -1,0 +1,78 @@
+"""The experiment's folder and the bundle in it: whole or not at all, and checked when read."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from lungct_tune.bundle import BundleError, as_json, has_bundle, verify, write_bundle
+from lungct_tune.experiment import Experiment, StorageError
+
+FILES = {"model.safetensors": b"weights", "config.json": as_json({"a": 1})}
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_come_back_and_go(tmp_path: Path, scheme: str) -> None:
+    experiment = Experiment.at(f"{scheme}{tmp_path}", "one")
+    assert not experiment.exists() and experiment.read("a/b.txt") is None
+    experiment.write("a/b.txt", b"first")
+    experiment.write("a/b.txt", b"second")
+    travelled = pickle.loads(pickle.dumps(experiment))
+    assert travelled.read("a/b.txt") == b"second"
+    assert (tmp_path / "one" / "a" / "b.txt").read_bytes() == b"second"
+    assert list((tmp_path / "one" / "a").iterdir()) == [tmp_path / "one" / "a" / "b.txt"]
+    experiment.delete("a/b.txt")
+    experiment.delete("a/b.txt")
+    assert not experiment.exists("a/b.txt")
+
+
+def test_a_relative_storage_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Experiment.at("./results", "one").uri == f"{tmp_path}/results/one"
+
+
+def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="cannot write a.txt"):
+        Experiment.at(str(tmp_path / "file"), "one").write("a.txt", b"")
+
+
+def test_an_unknown_kind_of_storage_is_named() -> None:
+    with pytest.raises(StorageError, match="nosuch://x/one: not understood"):
+        Experiment.at("nosuch://x", "one").write("a.txt", b"")
+
+
+def test_a_bundle_is_whole_and_verified(tmp_path: Path) -> None:
+    experiment = Experiment.at(str(tmp_path), "one")
+    assert not has_bundle(experiment)
+    write_bundle(experiment, FILES)
+    assert has_bundle(experiment)
+    folder = tmp_path / "one" / "best"
+    assert {path.name for path in folder.iterdir()} == {*FILES, "checksums.txt"}
+    verify(folder)
+
+
+def test_a_crash_while_writing_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    experiment = Experiment.at(str(tmp_path), "one")
+    with pytest.raises(StorageError):
+        write_bundle(experiment, FILES | {"n" * 300: b"a name that no file system takes"})
+    assert (tmp_path / "one" / "best.part" / "config.json").exists()
+    assert not (tmp_path / "one" / "best").exists()
+    write_bundle(experiment, FILES)  # and the next attempt is not disturbed
+    verify(tmp_path / "one" / "best")
+
+
+def test_an_altered_missing_or_unfinished_bundle_is_refused(tmp_path: Path) -> None:
+    write_bundle(Experiment.at(str(tmp_path), "one"), FILES)
+    folder = tmp_path / "one" / "best"
+    (folder / "config.json").write_bytes(b"{}")
+    with pytest.raises(BundleError, match=r"config\.json: not the file that was written"):
+        verify(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(BundleError, match=r"config\.json: missing"):
+        verify(folder)
+    (folder / "checksums.txt").unlink()
+    with pytest.raises(BundleError, match="no complete bundle"):
+        verify(folder)

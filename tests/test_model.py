@@ -1,0 +1,159 @@
+"""The cut of ResNet50: where it lies, what it keeps, that it computes what the whole network computes there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes, cut, layers_before
+from lungct_tune.weights import load_backbone
+
+DEPTHS = range(1, ACTIVATIONS + 1)
+
+
+def block_features(width: int, blocks: int, size: int, size_before: int) -> list[tuple[int, int]]:
+    """(channels, size) of a stage's ReLUs, as design.md's table has them: the stride is in the 3x3 convolution."""
+    first = [(width, size_before), (width, size), (4 * width, size)]
+    return first + [(width, size), (width, size), (4 * width, size)] * (blocks - 1)
+
+
+TABLE = [
+    (64, 112),
+    *block_features(64, 3, 56, 56),
+    *block_features(128, 4, 28, 56),
+    *block_features(256, 6, 14, 28),
+    *block_features(512, 3, 7, 14),
+]
+
+
+@pytest.fixture(scope="module")
+def whole() -> nn.Module:
+    """torchvision's ResNet50 with statistics as if trained, so that every activation has something to show."""
+    torch.manual_seed(0)
+    network = resnet50().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+def test_names_the_activations_as_the_design_counts_them() -> None:
+    nodes = activation_nodes()
+    assert len(nodes) == ACTIVATIONS == len(TABLE)
+    assert nodes[:4] == ("relu", "layer1.0.relu", "layer1.0.relu_1", "layer1.0.relu_2")
+    assert (nodes[9], nodes[10], nodes[19], nodes[21]) == (
+        "layer1.2.relu_2",
+        "layer2.0.relu",
+        "layer2.3.relu",
+        "layer2.3.relu_2",
+    )
+    assert nodes[22].startswith("layer3.0") and nodes[40].startswith("layer4.0") and nodes[48] == "layer4.2.relu_2"
+
+
+def test_every_cut_has_the_shape_of_the_table_and_no_more_parameters_than_the_next() -> None:
+    parameters = []
+    for depth in DEPTHS:
+        backbone = cut(depth)
+        features = backbone(torch.empty(2, 3, 224, 224, device="meta"))["features"]
+        channels, size = TABLE[depth - 1]
+        assert features.shape == (2, channels, size, size), depth
+        parameters.append(sum(p.numel() for p in backbone.parameters()))
+    assert parameters == sorted(set(parameters))
+    assert parameters[-1] == sum(p.numel() for p in resnet50().parameters()) - 2048 * 1000 - 1000
+
+
+def test_nothing_behind_the_cut_remains() -> None:
+    for depth in DEPTHS:
+        backbone = cut(depth)
+        needed = layers_before(backbone, depth)
+        calls = [node.target for node in backbone.graph.nodes if node.op == "call_module"]
+        assert calls == needed, "arithmetic behind the cut"
+        assert {key.rpartition(".")[0] for key in backbone.state_dict()} <= set(needed), "parameters behind the cut"
+    assert not any(key.startswith(("layer2.3.conv2", "layer3", "fc")) for key in cut(20).state_dict())
+
+
+def test_every_cut_computes_what_the_whole_network_computes_there(whole: nn.Module) -> None:
+    images_NCHW = torch.randn(2, 3, 64, 64)
+    every = create_feature_extractor(whole, list(activation_nodes())).eval()
+    for module in every.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # else a ReLU inside a block could overwrite what is compared
+    with torch.inference_mode():
+        expected = every(images_NCHW)
+        for depth, node in enumerate(activation_nodes(), start=1):
+            model = CutResNet(depth).eval()
+            load_backbone(model, whole.state_dict())
+            torch.testing.assert_close(model.backbone(images_NCHW)["features"], expected[node], msg=node)
+
+
+def test_a_random_backbone_starts_as_torchvisions_does_and_follows_the_global_seed() -> None:
+    torch.manual_seed(1)
+    model = CutResNet(22)
+    torch.manual_seed(1)
+    again = CutResNet(22).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    fresh = resnet50().state_dict()
+    for key, value in model.backbone.state_dict().items():
+        if value.ndim > 1:
+            assert value.std().item() == pytest.approx(fresh[key].std().item(), rel=0.1), key
+        else:
+            assert torch.equal(value, fresh[key]), key
+
+
+def test_the_head_is_pooling_norm_and_three_dense_layers_with_dropout() -> None:
+    model = CutResNet(20, dropout=0.3, classes=5)
+    kinds = [type(layer) for layer in model.head]
+    dense, between = nn.Linear, [nn.ReLU, nn.Dropout]
+    assert kinds == [
+        nn.AdaptiveAvgPool2d,
+        nn.Flatten,
+        nn.BatchNorm1d,
+        dense,
+        *between,
+        dense,
+        *between,
+        dense,
+    ]
+    assert {layer.p for layer in model.head if isinstance(layer, nn.Dropout)} == {0.3}
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("depth", "frozen"), [(0, 0), (50, 0), (20, -1), (20, 21)])
+def test_refuses_depths_that_do_not_exist(depth: int, frozen: int) -> None:
+    with pytest.raises(ValueError, match="depth is"):
+        CutResNet(depth, frozen)
+
+
+def test_freezing_inside_a_block_takes_only_what_the_activation_depends_on() -> None:
+    model = CutResNet(22, frozen_depth=11)  # the first ReLU of layer2.0; its shortcut is not before it
+    learning = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith(("conv1", "bn1", "layer1", "layer2.0.conv1", "layer2.0.bn1")) for name in learning)
+    assert {"layer2.0.conv2.weight", "layer2.0.bn2.bias", "layer2.0.downsample.0.weight"} <= learning
+    norms = {name: norm for name, norm in model.train().named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    assert not norms["backbone.layer2.0.bn1"].training and norms["backbone.layer2.0.downsample.1"].training
+
+
+@pytest.mark.parametrize("frozen", [1, 10, 11, 20])
+def test_autograd_keeps_nothing_of_frozen_layers(frozen: int) -> None:
+    assert saved_for_backward(CutResNet(frozen, frozen_depth=frozen).backbone) == []
+    model = CutResNet(20, frozen_depth=frozen)
+    saved = saved_for_backward(model)
+    frozen_weights = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+    assert frozen_weights.isdisjoint(tensor.data_ptr() for tensor in saved)
+    assert len(saved) < len(saved_for_backward(CutResNet(20, frozen_depth=frozen - 1)))
+
+
+def saved_for_backward(network: nn.Module) -> list[Tensor]:
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.randn(2, 3, 64, 64))
+    return saved

@@ -1,0 +1,84 @@
+"""Phantoms are made from their seed alone, go the way of real files, and cannot be taken for patients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lungct_tune.data import ImageSet, make_phantoms, read_images, split_images
+from lungct_tune.data.phantoms import SLICES
+from test_data_images import FOUR
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_phantoms(tmp_path_factory.mktemp("phantoms"), 1, patients=24, size=48)
+
+
+@pytest.fixture(scope="module")
+def image_set(folder: Path) -> ImageSet:
+    return read_images(folder, 48, cache=folder.parent / "cache")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*g")}
+
+
+def patients_of(folder: Path, image_set: ImageSet) -> pd.Series:
+    return pd.read_csv(folder / "groups.csv").set_index("path")["group"][image_set.table["path"]]
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(folder: Path, tmp_path: Path) -> None:
+    again = make_phantoms(tmp_path, 1, patients=24, size=48)
+    other = make_phantoms(tmp_path, 2, patients=24, size=48)
+    assert files(again) == files(folder)
+    assert not set(files(other).values()) & set(files(folder).values())
+
+
+def test_a_finished_folder_is_reused(folder: Path) -> None:
+    before = (folder / "groups.csv").stat().st_mtime_ns
+    assert make_phantoms(folder.parent, 1, patients=24, size=48) == folder
+    assert (folder / "groups.csv").stat().st_mtime_ns == before
+
+
+def test_they_say_that_they_are_not_patients(folder: Path) -> None:
+    assert "NOT PATIENTS" in (folder / "PHANTOMS.txt").read_text()
+
+
+def test_they_are_read_like_real_images(image_set: ImageSet) -> None:
+    assert image_set.classes == FOUR
+    assert image_set.table["label"].value_counts().tolist() == [6 * SLICES] * 4
+    assert image_set.conflicts == image_set.unreadable == []
+
+
+def test_different_patients_do_not_look_alike(image_set: ImageSet) -> None:
+    assert image_set.table["group"].nunique() >= 22
+
+
+@pytest.mark.parametrize("how", ["grouped", "official"])
+def test_no_split_cuts_a_patient(folder: Path, image_set: ImageSet, how: str) -> None:
+    split = split_images(image_set, how, 0)
+    by_patient = pd.Series(split).groupby(patients_of(folder, image_set).to_numpy())
+    assert by_patient.nunique().max() == 1
+    assert (by_patient.size() == SLICES).all()
+    assert pd.crosstab(image_set.table["label"], split).to_numpy().min() >= SLICES
+
+
+def test_file_facts_do_not_give_the_class_away(folder: Path, image_set: ImageSet) -> None:
+    forms = set()
+    for path in image_set.table["path"]:
+        with Image.open(folder / path) as image:
+            forms.add((image.format, image.mode, image.size))
+    assert forms == {("PNG", "L", (48, 48))}
+
+
+def test_twelve_patients_are_enough_for_every_split_and_fewer_are_refused(tmp_path: Path) -> None:
+    smallest = read_images(make_phantoms(tmp_path, 0, patients=12, size=32), 32, cache=tmp_path / "cache")
+    assert (
+        pd.crosstab(smallest.table["label"], split_images(smallest, "official", 0)).to_numpy().min() == SLICES
+    )
+    with pytest.raises(ValueError, match="patients=8"):
+        make_phantoms(tmp_path, 0, patients=8)

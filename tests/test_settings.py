@@ -1,0 +1,88 @@
+"""Settings: the command line and a YAML file are two doors to one validated model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lungct_tune.settings import Settings, SettingsError, read_settings, validate
+
+
+def test_every_field_is_a_flag_and_help_fits_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--help"])
+    text = capsys.readouterr().out
+    for field in Settings.model_fields:
+        assert f"--{field.replace('_', '-')}" in text
+    assert len(text.splitlines()) <= 45
+    assert text.rstrip().splitlines()[-4].startswith("examples")
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("trials: 7\nimage-size: 96\nclass_map: {benign: benign, malignant: cancer}\n")
+    settings, given = read_settings(["--settings", str(file), "--trials", "9"])
+    assert (settings.trials, settings.image_size) == (9, 96)
+    assert settings.class_map == {"benign": "benign", "malignant": "cancer"}
+    assert given == {"trials", "image_size", "class_map"}
+
+
+def test_class_map_from_the_command_line() -> None:
+    settings, _ = read_settings(["--class-map", "Benign cases=benign, tumour=cancer"])
+    assert settings.class_map == {"Benign cases": "benign", "tumour": "cancer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--trials", "0"], ["trials", "'0'", "greater than or equal to 1"]),
+        (["--image-size", "big"], ["image_size", "'big'", "integer"]),
+        (["--split", "random"], ["split", "'random'", "'grouped' or 'official'"]),
+        (["--gpus-per-worker", "1.5"], ["gpus_per_worker", "1.5", "whole"]),
+        (["--batch-size", "9", "--workers", "2"], ["batch_size 9", "workers 2"]),
+        (["--class-map", "benign"], ["class_map", "'benign'", "FOLDER=CLASS"]),
+        (["--data", "no/such/folder"], ["no/such/folder", "not a folder"]),
+        (["--name", "a/b"], ["name", "'a/b'"]),
+        (["--settings", "no.yaml"], ["no.yaml", "cannot be read"]),
+    ],
+)
+def test_a_wrong_value_is_refused_by_field_value_and_rule(arguments: list[str], says: list[str]) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        read_settings(arguments)
+    for words in says:
+        assert words in str(refusal.value)
+
+
+def test_an_unknown_key_of_the_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("trails: 7\n")
+    with pytest.raises(SettingsError, match=r"trails: no such setting; there are .*trials"):
+        read_settings(["--settings", str(file)])
+
+
+def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--trails", "3"])
+    assert "--trails" in capsys.readouterr().err
+
+
+def test_phantoms_get_small_defaults_and_a_choice_stays(tmp_path: Path) -> None:
+    phantoms, real = validate({"trials": 3}).for_data(), validate({"data": tmp_path, "trials": 3}).for_data()
+    assert (phantoms.weights, real.weights) == ("none", "imagenet")
+    assert (real.image_size, real.batch_size) == (224, 32)
+    assert phantoms.image_size is not None and phantoms.image_size < 224
+    assert phantoms.trials == real.trials == 3
+
+
+def test_the_default_batch_divides_among_any_number_of_workers() -> None:
+    assert (validate({"workers": 3}).for_data().batch_size or 1) % 3 == 0
+
+
+def test_the_kept_settings_give_the_same_settings_and_no_secret() -> None:
+    import yaml
+
+    settings = validate({"trials": 3, "study": "postgresql://me:secret@db/optuna"}).for_data()
+    kept = settings.as_yaml()
+    assert "secret" not in kept
+    assert validate(yaml.safe_load(kept)) == settings.model_copy(update={"study": None})

@@ -1,0 +1,122 @@
+"""Slots: real Ray Train workers that take one trial after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.evaluation import OBJECTIVE
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+EPOCHS = 2
+SHALLOW = Configuration(truncation_depth=4, backbone_lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
+    import ray
+
+    from lungct_tune.data import read_images, split_images
+    from lungct_tune.experiment import Experiment
+    from lungct_tune.tuning.material import Material
+    from lungct_tune.tuning.slots import Slot, SlotPlan
+
+    images = read_images(phantoms, 32, progress=False)
+    split = split_images(images, "grouped", seed=0)
+    plan = SlotPlan(
+        experiment=Experiment.at(str(tmp_path_factory.mktemp("slots")), "one"),
+        material=Material(
+            images=ray.put(np.ascontiguousarray(images.images_NHW)),
+            labels_N=images.table["label"].to_numpy(),
+            classes=len(images.classes),
+            backbone=None,
+            normalisation="unit",
+            batch_size=8,
+            epochs=EPOCHS,
+        ),
+        train_indices=np.flatnonzero(split == "train"),
+        valid_indices=np.flatnonzero(split == "valid"),
+        workers=1,
+        resources_per_worker={"CPU": 1},
+    )
+
+    class WithPlan(Slot):
+        def setup(self, config: dict[str, Any]) -> None:
+            super().setup(config, plan)
+
+    made = WithPlan(order(0, SHALLOW))
+    yield made
+    made.stop()
+
+
+def order(number: int, configuration: Configuration) -> dict[str, Any]:
+    return {"number": number, "seed": 3, "configuration": configuration.as_dict()}
+
+
+def run(slot: Any, number: int, configuration: Configuration) -> list[dict[str, Any]]:
+    assert slot.reset(order(number, configuration))
+    results = [slot.train()]
+    while not results[-1]["done"]:
+        results.append(slot.train())
+    return results
+
+
+def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: Any) -> None:
+    figures = ("epoch", OBJECTIVE, "accuracy", "log_loss", "train_loss")
+    first = run(slot, 0, SHALLOW)
+    others = [Configuration(truncation_depth=k, dropout=0.1) for k in (7, 1)]
+    for number, configuration in enumerate(others, start=1):
+        assert [result["epoch"] for result in run(slot, number, configuration)] == [1, 2]
+    *_, diverged = run(slot, 3, Configuration(truncation_depth=4, backbone_lr=1e18, head_lr=1e18))
+    assert "epoch" in diverged["diverged"] and diverged[OBJECTIVE] == 0
+    fifth = run(slot, 4, SHALLOW)
+    assert [[r[f] for f in figures] for r in fifth] == [[r[f] for f in figures] for r in first]
+
+
+def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from lungct_tune.evaluation import rank
+
+    results = run(slot, 5, SHALLOW)
+    best = max(results, key=rank)
+    (kept,) = tmp_path.parent.parent.glob("**/one/trials/0005/best.safetensors")
+    with safe_open(kept, "pt") as file:
+        assert int(file.metadata()["epoch"]) == best["epoch"]
+        assert float(file.metadata()[OBJECTIVE]) == best[OBJECTIVE]
+
+
+def test_a_trial_goes_on_from_its_last_epoch(slot: Any) -> None:
+    whole = run(slot, 6, SHALLOW)
+    slot.reset(order(7, SHALLOW))
+    assert slot.train()["epoch"] == 1
+    run(slot, 8, Configuration(truncation_depth=1))  # something else takes the slot
+    slot.reset(order(7, SHALLOW))
+    result = slot.train()
+    assert (result["epoch"], result["done"]) == (2, True)
+    assert [earlier["epoch"] for earlier in result["earlier"]] == [1]
+    assert result["log_loss"] == whole[-1]["log_loss"]
+
+
+def test_a_killed_worker_raises_promptly(slot: Any) -> None:
+    import os
+    import signal
+    import time
+
+    from ray.util.state import list_actors
+
+    from lungct_tune.tuning.slots import SlotLost
+
+    (worker,) = [a for a in list_actors(detail=True) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+    slot.reset(order(9, SHALLOW))
+    os.kill(worker.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(SlotLost, match="the workers ended"):
+        slot.train()
+    assert time.monotonic() - began < 30

@@ -1,0 +1,255 @@
+"""A training learns, freezes, stops and goes on, and does the same however many workers share it."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.model import CutResNet
+from lungct_tune.training import NotFiniteLoss, Training, as_grey, forward, schedule
+
+PX = 32
+SMALL = Configuration(truncation_depth=5, backbone_lr=1e-3, head_lr=1e-2)
+NO_CHANCE = replace(SMALL, frozen_share=1.0, dropout=0.0)
+"""Frozen and without dropout: what is left does not depend on how a batch is shared."""
+
+
+def toy_data(n: int = 48) -> tuple[Tensor, Tensor]:
+    """Four classes of noise that differ in brightness, the first twice as common as the others."""
+    generator = torch.Generator().manual_seed(7)
+    labels_N = (torch.arange(n) % 5 - 1).clamp(min=0)
+    noise_NHW = torch.randint(60, (n, PX, PX), generator=generator)
+    return (noise_NHW + 60 * labels_N[:, None, None]).to(torch.uint8), labels_N
+
+
+def training(configuration: Configuration = SMALL, **changes: Any) -> Training:
+    images_NHW, labels_N = toy_data()
+    arguments: dict[str, Any] = {
+        "images_NHW": images_NHW,
+        "labels_N": labels_N,
+        "train_indices": range(40),
+        "classes": 4,
+        "epochs": 4,
+        "batch_size": 12,
+        "seed": 3,
+        "normalisation": "imagenet",
+        "backbone_state": None,
+        "device": "cpu",
+    }
+    return Training(configuration, **arguments | changes)
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different
+
+
+def test_learns() -> None:
+    easy = training(replace(SMALL, augmentation=0.1), epochs=12)
+    losses = [easy.train_epoch() for _ in range(12)]
+    assert losses[-1] < 0.7 * losses[0]
+    images_N = np.arange(40, 48)
+    probabilities_NC = easy.probabilities(images_N)
+    assert probabilities_NC.shape == (8, 4) and probabilities_NC.dtype == np.float32
+    np.testing.assert_allclose(probabilities_NC.sum(axis=1), 1, rtol=1e-5)
+    assert (probabilities_NC.argmax(axis=1) == toy_data()[1][images_N].numpy()).mean() >= 0.75
+
+
+def test_stops_where_its_schedule_ends() -> None:
+    short = training(epochs=1)
+    short.train_epoch()
+    with pytest.raises(RuntimeError, match="all 1 epochs"):
+        short.train_epoch()
+
+
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been() -> None:
+    through = training()
+    losses = [through.train_epoch() for _ in range(4)]
+
+    interrupted = training()
+    interrupted.train_epoch()
+    interrupted.train_epoch()
+    file = io.BytesIO()
+    torch.save(interrupted.state_dict(), file)
+    torch.manual_seed(99)  # whatever else runs in the process
+    file.seek(0)
+    resumed = training()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.epoch == 2
+    assert [resumed.train_epoch() for _ in range(2)] == losses[2:]
+    assert_same(resumed.model_state(), through.model_state())
+    np.testing.assert_array_equal(resumed.probabilities(range(48)), through.probabilities(range(48)))
+
+
+def test_the_fifth_training_in_a_process_gives_what_it_gives_as_the_first() -> None:
+    first = training()
+    loss = first.train_epoch()
+    for depth, frozen_share, seed in ((1, 0.0, 0), (11, 0.5, 1), (8, 1.0, 2)):
+        training(Configuration(truncation_depth=depth, frozen_share=frozen_share), seed=seed).train_epoch()
+    fifth = training()
+    assert fifth.train_epoch() == loss
+    assert_same(fifth.model_state(), first.model_state())
+    assert training(seed=4).train_epoch() != loss
+
+
+def test_frozen_layers_stay_as_they_were_and_all_others_learn() -> None:
+    half = training(Configuration(truncation_depth=8, frozen_share=0.5))  # one block and the stem
+    before = half.model_state()
+    half.train_epoch()
+    after = half.model_state()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    frozen = {key for key in before if key.rpartition(".")[0] in half.model.frozen}
+    assert {"backbone.bn1.running_mean", "backbone.layer1.0.downsample.1.num_batches_tracked"} <= frozen
+    assert changed == before.keys() - frozen
+
+
+def test_starts_from_the_weights_it_is_given() -> None:
+    torch.manual_seed(8)
+    state = CutResNet(5).backbone.state_dict()
+    assert_same(training(backbone_state=state).model.backbone.state_dict(), state)
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
+    broken = training(replace(SMALL, head_lr=1e38))
+    with pytest.raises(NotFiniteLoss, match=r"in epoch 1, step \d of 3"):
+        broken.train_epoch()
+    assert broken.epoch == 0
+
+
+def test_images_may_stay_in_a_file(tmp_path: Path) -> None:
+    images_NHW, _ = toy_data()
+    images_NHW.numpy().tofile(tmp_path / "images")
+    mapped = np.memmap(tmp_path / "images", dtype=np.uint8, mode="r+", shape=tuple(images_NHW.shape))
+    assert training(images_NHW=torch.from_numpy(mapped)).train_epoch() == training().train_epoch()
+
+
+def test_classes_weigh_by_inverse_frequency_and_images_1_on_average() -> None:
+    labels_N = torch.tensor([0, 0, 0, 1, 2, 2])
+    weights_C = training(labels_N=labels_N, images_NHW=toy_data()[0][:6], train_indices=range(6)).class_weights_C
+    assert weights_C[labels_N].mean().item() == pytest.approx(1)
+    assert weights_C.tolist() == pytest.approx([2 / 3, 2, 1, 0])
+
+
+def test_backbone_and_head_have_their_rates_and_only_matrices_decay() -> None:
+    whole = training(Configuration(backbone_lr=1e-5, head_lr=1e-4, weight_decay=0.3))
+    rate = {
+        p: (group["peak_lr"], group["weight_decay"]) for group in whole.optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in whole.model.named_parameters():
+        peak_lr = 1e-5 if name.startswith("backbone") else 1e-4
+        assert rate[parameter] == (peak_lr, 0.3 if parameter.ndim > 1 else 0.0), name
+
+
+def test_learning_rates_warm_up_and_fall_to_nothing() -> None:
+    rates = [schedule(step / 1000) for step in range(1001)]
+    assert rates[0] == 0 and max(rates) == 1 == rates[50] and rates[-1] == pytest.approx(0)
+    assert rates[:51] == sorted(rates[:51]) and rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_the_model_state_is_a_copy_that_rebuilds_the_model(tmp_path: Path) -> None:
+    trained = training()
+    trained.train_epoch()
+    state = trained.model_state()
+    save_file(state, tmp_path / "model.safetensors")
+    probabilities_NC = trained.probabilities([3, 1])
+    trained.train_epoch()
+    rebuilt = CutResNet(5, classes=4).eval()
+    rebuilt.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert_same(rebuilt.state_dict(), state)
+    images_NHW, _ = toy_data()
+    with torch.inference_mode():
+        again_NC = forward(rebuilt, as_grey(images_NHW[[3, 1]]), "imagenet").softmax(dim=1)
+    np.testing.assert_allclose(again_NC.numpy(), probabilities_NC, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [{"batch_size": 1}, {"train_indices": [5]}])
+def test_refuses_batches_too_small_to_normalise(size: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        training(**size)
+
+
+def no_chance() -> Training:
+    """A training whose head norm, too, uses its running statistics, so that batches may be shared freely."""
+    shared = training(NO_CHANCE)
+    shared.model.frozen.append("head.norm")
+    return shared
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of 2 or 3 real worker processes says of the same trainings."""
+    folder = tmp_path_factory.mktemp("workers")
+    mp.spawn(work, args=(request.param, folder), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def work(rank: int, world: int, folder: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    report: dict[str, Any] = {"validation": {n: training().probabilities(range(n)) for n in (0, 2, 7)}}
+
+    shared = no_chance()
+    report["loss"], report["probabilities"] = shared.train_epoch(), shared.probabilities(range(48))
+
+    usual = training()
+    usual.train_epoch()
+    report["model"], report["state"] = usual.model_state(), usual.state_dict()
+    for name, changes in {
+        "diverged": {"configuration": replace(SMALL, head_lr=1e38)},
+        "odd": {"batch_size": 13},
+    }.items():
+        try:
+            training(**changes).train_epoch()
+        except (NotFiniteLoss, ValueError) as error:
+            report[name] = f"{type(error).__name__}: {error}"
+    torch.save(report, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_validation_is_complete_and_in_order_for_any_number_of_workers(reports: list[dict[str, Any]]) -> None:
+    alone = training()
+    for n in (0, 2, 7):  # fewer images than workers, and more than they can share evenly
+        for report in reports:
+            assert report["validation"][n].shape == (n, 4)
+            np.testing.assert_allclose(report["validation"][n], alone.probabilities(range(n)), rtol=1e-4)
+
+
+def test_workers_that_share_batches_learn_what_one_learns(reports: list[dict[str, Any]]) -> None:
+    alone = no_chance()
+    loss = alone.train_epoch()
+    for report in reports:
+        assert report["loss"] == pytest.approx(loss, rel=1e-5)
+        np.testing.assert_allclose(report["probabilities"], alone.probabilities(range(48)), atol=1e-4)
+
+
+def test_workers_end_an_epoch_with_the_same_model(reports: list[dict[str, Any]]) -> None:
+    for report in reports[1:]:
+        assert_same(report["model"], reports[0]["model"])
+
+
+def test_a_state_of_many_workers_goes_on_with_one(reports: list[dict[str, Any]]) -> None:
+    alone = training()
+    alone.load_state_dict(reports[0]["state"])
+    assert alone.epoch == 1
+    assert_same(alone.model_state(), reports[0]["model"])
+    assert alone.train_epoch() > 0
+
+
+def test_workers_fail_together_and_for_the_same_reason(reports: list[dict[str, Any]]) -> None:
+    assert {report["diverged"] for report in reports} == {reports[0]["diverged"]}
+    assert reports[0]["diverged"].startswith("NotFiniteLoss: loss")
+    assert all(report["odd"].startswith("ValueError: batch size 13 cannot be shared") for report in reports)

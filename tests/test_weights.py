@@ -1,0 +1,138 @@
+"""Pretrained weights: read from whatever people have, or refused with a reason and the ways out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.models import ResNet50_Weights, resnet50
+
+from lungct_tune.model import CutResNet
+from lungct_tune.weights import WeightsError, covered_depth, load_backbone, read_weights
+
+REAL = Path(__file__).parents[2] / "shared" / "weights" / "resnet_ct_k22.pth"
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Tensors of a whole ResNet50, `fc` and all."""
+    torch.manual_seed(0)
+    return resnet50().state_dict()
+
+
+def without_layer3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(("layer3", "layer4", "fc"))}
+
+
+def assert_ways_out(error: pytest.ExceptionInfo[WeightsError]) -> None:
+    message = str(error.value)
+    assert all(way in message for way in ("resnet50-", "checkpoints", "--weights FILE", "--weights none")), message
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "model.", "module.model.backbone."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_reads_a_torch_file_with_the_usual_prefixes_and_wrappers(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, wrapper: str | None
+) -> None:
+    few = {key: state[key] for key in ("conv1.weight", "bn1.bias", "fc.weight", "fc.bias")}
+    content = {prefix + key: value for key, value in few.items()}
+    path = tmp_path / "weights.pth"
+    torch.save({wrapper: content, "epoch": 3} if wrapper else content, path)
+    read = read_weights(str(path))
+    assert read.keys() == {"conv1.weight", "bn1.bias"}
+    assert torch.equal(read["conv1.weight"], few["conv1.weight"])
+
+
+def test_reads_safetensors(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({f"backbone.{key}": value for key, value in without_layer3(state).items()}, path)
+    model = CutResNet(22)
+    load_backbone(model, read_weights(str(path)))
+    assert all(torch.equal(value, state[key]) for key, value in model.backbone.state_dict().items())
+
+
+def test_imagenet_comes_from_torchs_hub_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor]
+) -> None:
+    """The file stands in for torchvision's: the same name, place and keys, other values."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / Path(ResNet50_Weights.IMAGENET1K_V2.url).name
+    cached.parent.mkdir(parents=True)
+    torch.save(state, cached)
+    read = read_weights("imagenet")
+    assert covered_depth(read) == 49
+    assert not any(key.startswith("fc") for key in read)
+    assert torch.equal(read["layer4.2.conv3.weight"], state["layer4.2.conv3.weight"])
+
+
+def test_unreachable_imagenet_says_so_and_names_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port where nobody answers, on any machine
+    with pytest.raises(WeightsError, match="imagenet.*URLError") as error:
+        read_weights("imagenet")
+    assert_ways_out(error)
+    assert str(tmp_path / "hub" / "checkpoints") in str(error.value)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("a weights file ran its code",))
+
+
+def test_refuses_files_that_it_cannot_read_without_running_their_code(tmp_path: Path) -> None:
+    contents = {
+        "code.pth": {"conv1.weight": Malicious()},
+        "tensor.pth": torch.zeros(3),
+        "empty.pth": {"fc.bias": torch.zeros(3)},
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
+    for name in ("noise.pth", "noise.safetensors"):
+        (tmp_path / name).write_bytes(b"\x07 this is not a model")
+    for name in (*contents, "noise.pth", "noise.safetensors", "missing.pth", "."):
+        with pytest.raises(WeightsError, match=name) as error:
+            read_weights(str(tmp_path / name))
+        assert_ways_out(error)
+
+
+def test_a_partial_file_serves_the_cuts_that_it_covers(state: dict[str, Tensor]) -> None:
+    partial = {key: value for key, value in without_layer3(state).items() if "num_batches_tracked" not in key}
+    assert covered_depth(partial) == 22
+    assert covered_depth(state) == 49
+    assert covered_depth({key: value for key, value in state.items() if "layer2.0.downsample" not in key}) == 12
+    assert covered_depth({}) == 0
+    for depth in (10, 22):
+        model = CutResNet(depth)
+        load_backbone(model, partial)
+        kept = {key: value for key, value in model.backbone.state_dict().items() if key in partial}
+        assert kept and all(torch.equal(value, partial[key]) for key, value in kept.items())
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(state: dict[str, Tensor]) -> None:
+    partial = without_layer3(state) | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+    model = CutResNet(26)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_backbone(model, partial)
+    message = str(error.value)
+    assert "conv1.weight (shape (64, 1, 7, 7) instead of (64, 3, 7, 7))" in message
+    assert "layer3.0.conv1.weight (missing)" in message and "more" in message
+    assert "up to 0" in message
+    assert_ways_out(error)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"the real weights are not at {REAL}")
+def test_the_real_weights_fill_a_cut_at_22_with_no_key_left_over() -> None:
+    real = read_weights(str(REAL))
+    assert covered_depth(real) == 22
+    model = CutResNet(22)
+    assert real.keys() == model.backbone.state_dict().keys()
+    load_backbone(model, real)
+    assert all(torch.equal(value, real[key]) for key, value in model.backbone.state_dict().items())
+    with pytest.raises(WeightsError, match="up to 22"):
+        load_backbone(CutResNet(23), real)
