@@ -52,7 +52,7 @@ def main() -> None:
 def median_seconds(epochs: list[Callable[[], object]], repeats: int) -> list[float]:
     """Median seconds of each kind of epoch, taking turns; the first round only warms up."""
     rounds = [[seconds(epoch) for epoch in epochs] for _ in range(repeats + 1)]
-    return [median(times) for times in zip(*rounds[1:])]
+    return [median(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def seconds(epoch: Callable[[], object]) -> float:

@@ -61,7 +61,8 @@ class CutResNet(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Logits (N, classes) of normalised float images (N, 3, H, W)."""
-        return self.head(self.backbone(images_NCHW)["features"])
+        logits_NC: Tensor = self.head(self.backbone(images_NCHW)["features"])
+        return logits_NC
 
     def train(self, mode: bool = True) -> CutResNet:
         """As `nn.Module.train`, but frozen layers stay in eval mode."""
@@ -83,7 +84,9 @@ def cut(truncation_depth: int) -> fx.GraphModule:
         raise ValueError(f"truncation depth is {truncation_depth}; ResNet50 can be cut at 1 to {ACTIVATIONS}")
     with torch.device("meta"):
         network = resnet50()
-    return create_feature_extractor(network, {activation_nodes()[truncation_depth - 1]: "features"})
+    node = activation_nodes()[truncation_depth - 1]
+    backbone: fx.GraphModule = create_feature_extractor(network, {node: "features"})
+    return backbone
 
 
 @cache

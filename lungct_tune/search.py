@@ -17,6 +17,7 @@ import pandas as pd
 import yaml
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy.engine import make_url
 
 from lungct_tune import __version__
 from lungct_tune.bundle import FOLDER, as_json, has_bundle, write_bundle
@@ -32,7 +33,7 @@ from lungct_tune.data import (
 from lungct_tune.data.cache import default_cache
 from lungct_tune.evaluation import OBJECTIVE, judge
 from lungct_tune.experiment import Experiment, StorageError
-from lungct_tune.settings import Settings, SettingsError, is_remote, read_settings, validate
+from lungct_tune.settings import Settings, SettingsError, read_settings, validate
 from lungct_tune.space import SearchSpace, SpaceError, parse_space, read_space
 
 PHANTOMS = (
@@ -180,8 +181,8 @@ def _search_retrain_judge(
         workers=allotment.workers,
         resources_per_worker=allotment.resources_per_worker,
     )
-    storage = _study_storage(settings, experiment)
-    study = studies.open_study(storage, experiment.name, space, settings.epochs)
+    _study_folder(experiment).mkdir(parents=True, exist_ok=True)
+    study = studies.open_study(_study_storage(settings, experiment), experiment.name, space, settings.epochs)
     console.print(f"\nsearching, {allotment.slots} trials at a time", style="bold")
     run_search(
         study, space, plan, trials=settings.trials, slots=allotment.slots, seed=settings.seed, console=console
@@ -297,12 +298,12 @@ def _keep_plan(experiment: Experiment, settings: Settings, images: ImageSet, spl
 def _study_storage(settings: Settings, experiment: Experiment, hide_password: bool = False) -> str:
     """The Optuna storage: the user's, else SQLite in the experiment's folder, else on this machine."""
     if settings.study:
-        from sqlalchemy.engine import make_url
-
         return make_url(settings.study).render_as_string(hide_password=hide_password)
-    folder = Path(experiment.uri) if not is_remote(experiment.uri) else Path("results", experiment.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder.resolve() / 'study.db'}"
+    return f"sqlite:///{_study_folder(experiment) / 'study.db'}"
+
+
+def _study_folder(experiment: Experiment) -> Path:
+    return Path(experiment.uri) if experiment.is_local else Path("results", experiment.name).resolve()
 
 
 def _backbone(settings: Settings, space: SearchSpace) -> Any:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -198,8 +197,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {values!r}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def is_remote(uri: str) -> bool:
-    """Whether a storage URI names something else than a path of this machine."""
-    return urlsplit(uri).scheme not in ("", "file")

@@ -203,7 +203,7 @@ class Training:
             logits_NC, labels_N, self.class_weights_C, label_smoothing=LABEL_SMOOTHING, reduction="sum"
         ) / len(labels_N)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = clip_grad_norm_(learning, GRADIENT_NORM)
         self.optimizer.step()
@@ -235,12 +235,14 @@ def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor
     Repeats the image in three channels-last channels, normalised by the named `NORMALISATIONS`, and computes in
     bfloat16 on GPUs that have it.
     """
-    channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(*NORMALISATIONS[normalisation])]
+    means, deviations = NORMALISATIONS[normalisation]
+    channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(means, deviations, strict=True)]
     images_NCHW = torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
     on_gpu = grey_N1HW.device.type == "cuda"
     bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     with torch.autocast(grey_N1HW.device.type, torch.bfloat16, enabled=bfloat16):
-        return network(images_NCHW).float()
+        logits_NC: Tensor = network(images_NCHW)
+    return logits_NC.float()
 
 
 def schedule(progress: float) -> float:
@@ -276,7 +278,7 @@ def _place(model: CutResNet, device: torch.device, world: int) -> tuple[CutResNe
     if world == 1:
         return model, model
     if device.type == "cuda":  # there is none for CPUs; there each worker normalises by its own share
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     devices = [device] if device.type == "cuda" else None
     return model, DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
@@ -296,9 +298,12 @@ def _average_running_statistics(model: nn.Module, world: int) -> None:
     """Make the learning norms' running statistics the workers' mean: all then evaluate and save the same model."""
     norms = [module for module in model.modules() if module.training]
     statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
+    if not statistics:
+        return
     joined = torch.cat(statistics)
     dist.all_reduce(joined)
-    for statistic, mean in zip(statistics, (joined / world).split([len(s) for s in statistics])):
+    means = torch.split(joined / world, [len(statistic) for statistic in statistics])
+    for statistic, mean in zip(statistics, means, strict=True):
         statistic.copy_(mean)
 
 

@@ -87,7 +87,7 @@ def _misfits(kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[st
 
 
 def _download() -> dict[str, Any]:
-    return _IMAGENET.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    return dict(_IMAGENET.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
     content = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in ("state_dict", "model"):
         content = content.get(wrapper, content)
-    return content
+    return dict(content)
 
 
 def _complaint(what: str) -> str:

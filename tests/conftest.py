@@ -23,6 +23,7 @@ def cluster() -> Iterator[None]:
     from lungct_tune.tuning.cluster import connect
 
     connect(None, verbose=False)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     ray.shutdown()
 

@@ -252,7 +252,7 @@ def test_many_unreadable_files_are_counted(root: Path) -> None:
     two_classes(root)
     for i in range(25):
         (root / "normal" / f"broken {i}.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="25 files [\\s\\S]* and 5 more"):
+    with pytest.raises(DataError, match=r"25 files [\s\S]* and 5 more"):
         read_images(root, 16)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
+from test_data_images import FOUR
 
 from lungct_tune.data import ImageSet, make_phantoms, read_images, split_images
 from lungct_tune.data.phantoms import SLICES
-from test_data_images import FOUR
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ PX = 32
 SMALL = Configuration(truncation_depth=5, backbone_lr=1e-3, head_lr=1e-2)
 NO_CHANCE = replace(SMALL, frozen_share=1.0, dropout=0.0)
 """Frozen and without dropout: what is left does not depend on how a batch is shared."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny layers gain nothing from threads, and on a busy machine wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def toy_data(n: int = 48) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def test_unreachable_imagenet_says_so_and_names_the_ways_out(tmp_path: Path, mon
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port where nobody answers, on any machine
-    with pytest.raises(WeightsError, match="imagenet.*URLError") as error:
+    with pytest.raises(WeightsError, match=r"imagenet.*URLError") as error:
         read_weights("imagenet")
     assert_ways_out(error)
     assert str(tmp_path / "hub" / "checkpoints") in str(error.value)

@@ -26,10 +26,11 @@ _SPLIT_FOLDERS = {
 }
 
 # What people and systems leave beside images. Any other file should be an image, and is reported if not.
-_NOT_IMAGES = frozenset(
-    ".csv .db .docx .htm .html .ini .ipynb .json .lnk .log .md .npy .npz .pdf .py .rst .tsv .txt .xls .xlsx "
-    ".xml .yaml .yml .zip license licence readme".split()
-)
+_NOT_IMAGES = {
+    *(".csv", ".tsv", ".txt", ".md", ".rst", ".pdf", ".htm", ".html", ".json", ".xml", ".yaml", ".yml"),
+    *(".docx", ".xls", ".xlsx", ".py", ".ipynb", ".npy", ".npz", ".zip", ".log", ".db", ".ini", ".lnk"),
+    *("readme", "license", "licence"),
+}
 
 
 class DataError(ValueError):

@@ -84,9 +84,8 @@ def label_conflicts(
 
 def _members_of_mixed(groups_N: np.ndarray, labels_N: np.ndarray) -> list[np.ndarray]:
     """The image indices of each group that has more than one label."""
-    by_group = pd.Series(labels_N).groupby(groups_N)
-    mixed = by_group.nunique() > 1
-    return [by_group.indices[group] for group in mixed.index[mixed]]
+    n_labels = pd.Series(labels_N).groupby(groups_N).nunique()
+    return [np.flatnonzero(groups_N == group) for group in n_labels.index[n_labels > 1]]
 
 
 def _unit_norm(images_NHW: np.ndarray) -> np.ndarray:
@@ -94,11 +93,12 @@ def _unit_norm(images_NHW: np.ndarray) -> np.ndarray:
     vectors_ND = images_NHW.reshape(len(images_NHW), -1).astype(np.float32)
     vectors_ND -= vectors_ND.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    return np.divide(vectors_ND, lengths, out=np.zeros_like(vectors_ND), where=lengths > 0)
+    return np.asarray(vectors_ND / np.where(lengths > 0, lengths, 1))
 
 
 def _merge(groups_N: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Group of each image after joining the groups of images `left[i]` and `right[i]` for each i."""
     n = groups_N.max(initial=-1) + 1
     graph = coo_array((np.ones(len(left), dtype=bool), (groups_N[left], groups_N[right])), shape=(n, n))
-    return pd.factorize(connected_components(graph, directed=False)[1][groups_N])[0]
+    component_of_group = connected_components(graph, directed=False)[1]
+    return np.asarray(pd.factorize(component_of_group[groups_N])[0])

@@ -36,8 +36,8 @@ Nothing measured on it says anything about people, their lungs or their diseases
 files with real ones.
 """
 
-_AIR, _LUNG, _FAT, _TISSUE, _BLOOD, _BONE = -1000, -850, -100, 0, 40, 350  # Hounsfield units
-_MASS = 200  # brighter than life, so that a small network sees it at 64 px after a few epochs
+_AIR, _LUNG, _FAT, _TISSUE, _BLOOD, _BONE = -1000, -850, -100, 0, 40, 250  # Hounsfield units
+_MASS = 300  # brighter than life, so that a small network sees it at 64 px after a few epochs
 
 
 def make_phantoms(root: Path, seed: int, *, patients: int = 80, size: int = 96) -> Path:
@@ -105,10 +105,14 @@ def _slice(patient_seed: list[int], class_name: str, height: float, size: int) -
         _draw_vessels(thorax, rng, lung, height)
     _draw_mediastinum(thorax, rng, level)
     _draw_mass(thorax, rng, class_name, lungs[rng.integers(2)], height)
-    low, high = rng.uniform(-1250, -1050), rng.uniform(300, 500)
+    low, high = rng.uniform(-1250, -1050), rng.uniform(450, 550)
     noise_HW = np.random.default_rng([*patient_seed, round(1000 * (height + 1))]).normal(size=(size, size))
-    hounsfield_HW = gaussian_filter(thorax.hounsfield_HW, 0.5) + rng.uniform(15, 45) * noise_HW
-    return np.round(255 * np.clip((hounsfield_HW - low) / (high - low), 0, 1)).astype(np.uint8)
+    hounsfield_HW = gaussian_filter(thorax.hounsfield_HW, 0.5) + rng.uniform(15, 35) * noise_HW
+    grey_HW: np.ndarray = np.round(255 * np.clip((hounsfield_HW - low) / (high - low), 0, 1))
+    return grey_HW.astype(np.uint8)
+
+
+_Point = np.ndarray | tuple[float, float]  # (x, y)
 
 
 class _Thorax:
@@ -131,31 +135,29 @@ class _Thorax:
 
     def blob(
         self,
-        x: float,
-        y: float,
-        rx: float,
-        ry: float,
+        centre: _Point,
+        radii: _Point,
         hounsfield: float,
         *,
         turn: float = 0,
         waves: tuple[tuple[int, float, float], ...] = (),
     ) -> None:
         """An ellipse whose radius varies around it by `waves`: (how many, how much, phase)."""
-        dx_HW, dy_HW = self.x_HW - x, self.y_HW - y
-        across_HW = (dx_HW * np.cos(turn) + dy_HW * np.sin(turn)) / rx
-        along_HW = (dy_HW * np.cos(turn) - dx_HW * np.sin(turn)) / ry
-        angle_HW = np.arctan2(along_HW, across_HW)
-        edge_HW = 1 + sum(depth * np.cos(count * angle_HW + phase) for count, depth, phase in waves)
-        self.fill((np.hypot(across_HW, along_HW) - edge_HW) * min(rx, ry), hounsfield)
+        dx_HW, dy_HW = self.x_HW - centre[0], self.y_HW - centre[1]
+        across_HW = (dx_HW * np.cos(turn) + dy_HW * np.sin(turn)) / radii[0]
+        along_HW = (dy_HW * np.cos(turn) - dx_HW * np.sin(turn)) / radii[1]
+        distance_HW = np.hypot(across_HW, along_HW) - 1
+        if waves:
+            angle_HW = np.arctan2(along_HW, across_HW)
+            distance_HW -= sum(depth * np.cos(count * angle_HW + phase) for count, depth, phase in waves)
+        self.fill(distance_HW * min(radii[0], radii[1]), hounsfield)
 
-    def line(self, start: np.ndarray, end: np.ndarray, width: float, hounsfield: float) -> None:
+    def line(self, start: _Point, end: _Point, width: float, hounsfield: float) -> None:
         """A line from `start` (x, y), where it is `width` wide, to `end`, where it is half as wide."""
-        step = end - start
-        along_HW = ((self.x_HW - start[0]) * step[0] + (self.y_HW - start[1]) * step[1]) / (step @ step)
-        along_HW = np.clip(along_HW, 0, 1)
-        away_HW = np.hypot(
-            self.x_HW - start[0] - along_HW * step[0], self.y_HW - start[1] - along_HW * step[1]
-        )
+        dx, dy = end[0] - start[0], end[1] - start[1]
+        x_HW, y_HW = self.x_HW - start[0], self.y_HW - start[1]
+        along_HW = np.clip((x_HW * dx + y_HW * dy) / (dx**2 + dy**2), 0, 1)
+        away_HW = np.hypot(x_HW - along_HW * dx, y_HW - along_HW * dy)
         self.fill(away_HW - width / 2 * (1 - along_HW / 2), hounsfield)
 
 
@@ -170,7 +172,8 @@ class _Lung:
 
     def at(self, angle: float, depth: float) -> np.ndarray:
         """The point (x, y) at `angle` (0: away from the heart), `depth` (0 to 1) of the way to the pleura."""
-        return self.centre + depth * self.radii * [self.side * np.cos(angle), np.sin(angle)]
+        direction = np.array([self.side * np.cos(angle), np.sin(angle)])
+        return np.asarray(self.centre + depth * self.radii * direction)
 
 
 def _waves(
@@ -182,23 +185,23 @@ def _waves(
 def _draw_body(thorax: _Thorax, rng: np.random.Generator) -> None:
     wide, deep, fat = rng.uniform(0.84, 0.96), rng.uniform(0.66, 0.82), rng.uniform(0.02, 0.12)
     shape = _waves(rng, 0.02, (2, 3, 4))
-    thorax.blob(0, 0.04, wide, deep, _FAT, waves=shape)
-    thorax.blob(0, 0.04, wide - fat, deep - fat, _TISSUE, waves=shape)
-    thorax.line(np.array([-0.9, deep + 0.16]), np.array([0.9, deep + 0.16]), 0.03, _FAT)  # the table
+    thorax.blob((0, 0.04), (wide, deep), _FAT, waves=shape)
+    thorax.blob((0, 0.04), (wide - fat, deep - fat), _TISSUE, waves=shape)
+    thorax.line((-0.9, deep + 0.16), (0.9, deep + 0.16), 0.03, _FAT)  # the table
     for angle in np.arange(0, 2 * np.pi, 2 * np.pi / rng.integers(9, 14)) + rng.uniform(0, 1):
         x, y = 0.88 * (wide - fat) * np.cos(angle), 0.04 + 0.88 * (deep - fat) * np.sin(angle)
-        thorax.blob(x, y, 0.08, 0.025, _BONE, turn=np.arctan2(y * wide**2, x * deep**2) + np.pi / 2)
+        thorax.blob((x, y), (0.08, 0.025), _BONE, turn=np.arctan2(y * wide**2, x * deep**2) + np.pi / 2)
     back = deep - fat - rng.uniform(0.22, 0.30)
-    thorax.blob(0, back, 0.13, 0.11, _BONE - 200, waves=_waves(rng, 0.05, (3,)))
-    thorax.line(np.array([0, back + 0.1]), np.array([0, back + 0.26]), 0.06, _BONE)
-    thorax.blob(0, back + 0.14, 0.05, 0.04, _TISSUE)
+    thorax.blob((0, back), (0.13, 0.11), _BONE - 200, waves=_waves(rng, 0.05, (3,)))
+    thorax.line((0, back + 0.1), (0, back + 0.26), 0.06, _BONE)
+    thorax.blob((0, back + 0.14), (0.05, 0.04), _TISSUE)
 
 
 def _draw_lungs(thorax: _Thorax, rng: np.random.Generator, level: float) -> list[_Lung]:
     lungs = [_Lung(rng, side, level) for side in (-1, 1)]
     for lung in lungs:
         lean = lung.side * rng.normal(0.08, 0.06)
-        thorax.blob(*lung.centre, *lung.radii, _LUNG, turn=lean, waves=_waves(rng, 0.03, (2, 3, 5)))
+        thorax.blob(lung.centre, lung.radii, _LUNG, turn=lean, waves=_waves(rng, 0.03, (2, 3, 5)))
     return lungs
 
 
@@ -206,15 +209,16 @@ def _draw_mediastinum(thorax: _Thorax, rng: np.random.Generator, level: float) -
     """Great vessels and trachea above, the heart, leaning to the image's right, below; spine and aorta."""
     wide = 0.14 + 0.17 * level + rng.normal(0, 0.02)
     x = 0.09 * level + rng.normal(0, 0.03)
-    thorax.blob(x, rng.uniform(-0.2, -0.05), wide, rng.uniform(0.28, 0.4), _BLOOD, turn=-0.5 * level)
-    thorax.blob(rng.uniform(0.06, 0.14), 0.3, 0.085, 0.085, _BLOOD)
+    thorax.blob((x, rng.uniform(-0.2, -0.05)), (wide, rng.uniform(0.28, 0.4)), _BLOOD, turn=-0.5 * level)
+    thorax.blob((rng.uniform(0.06, 0.14), 0.3), (0.085, 0.085), _BLOOD)
+    trachea = (rng.normal(0, 0.02), rng.uniform(0, 0.1))
     if level < 0.5:
-        thorax.blob(rng.normal(0, 0.02), rng.uniform(0, 0.1), 0.055, 0.06, _AIR)
+        thorax.blob(trachea, (0.055, 0.06), _AIR)
 
 
 def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height: float) -> None:
     """Branches from the hilum, and dots where a vessel crosses the slice; they drift with height."""
-    thorax.blob(*lung.hilum, 0.07, 0.09, _BLOOD)
+    thorax.blob(lung.hilum, (0.07, 0.09), _BLOOD)
     for _ in range(rng.integers(4, 7)):
         angle, depth = rng.uniform(-1.6, 1.6) + 0.1 * height, rng.uniform(0.1, 0.4)
         fork = lung.at(angle, depth)
@@ -222,8 +226,8 @@ def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height
         for turn in rng.uniform(-0.6, 0.6, size=2):
             thorax.line(fork, lung.at(angle + turn, depth + 0.35), 0.02, _TISSUE - 300)
     for _ in range(rng.integers(8, 20)):
-        x, y = lung.at(rng.uniform(0, 2 * np.pi) + 0.1 * height, rng.uniform(0.2, 0.85))
-        thorax.blob(x, y, 0.015, 0.015, _TISSUE - 100)
+        dot = lung.at(rng.uniform(0, 2 * np.pi) + 0.1 * height, rng.uniform(0.2, 0.85))
+        thorax.blob(dot, (0.015, 0.015), _TISSUE - 100)
 
 
 def _draw_mass(
@@ -235,19 +239,19 @@ def _draw_mass(
     shrink = np.sqrt(1 - height**2)
     outward = rng.uniform(-1.1, 1.1)
     if class_name == "adenocarcinoma":
-        radius = shrink * rng.uniform(0.085, 0.13)
-        x, y = centre = lung.at(outward, 0.75)
+        radius = shrink * rng.uniform(0.09, 0.13)
+        centre = lung.at(outward, 0.75)
         for angle in rng.uniform(0, 2 * np.pi, size=rng.integers(7, 12)):
             tip = centre + radius * rng.uniform(1.3, 2.0) * np.array([np.cos(angle), np.sin(angle)])
             thorax.line(centre, tip, 0.05, _MASS)
-        thorax.blob(x, y, radius, radius, _MASS, waves=_waves(rng, 0.15, (3, 5)))
+        thorax.blob(centre, (radius, radius), _MASS, waves=_waves(rng, 0.15, (3, 5)))
     elif class_name == "large.cell.carcinoma":
-        radius = shrink * rng.uniform(0.19, 0.27)
-        x, y = lung.at(outward, 0.6)
-        thorax.blob(x, y, radius, radius * rng.uniform(0.85, 1.2), _MASS, waves=_waves(rng, 0.03, (2,)))
+        radius = shrink * rng.uniform(0.22, 0.29)
+        radii = (radius, radius * rng.uniform(0.85, 1.2))
+        thorax.blob(lung.at(outward, 0.6), radii, _MASS, waves=_waves(rng, 0.03, (2,)))
     elif class_name == "squamous.cell.carcinoma":
-        radius = shrink * rng.uniform(0.14, 0.2)
-        x, y = lung.hilum + np.array([0.16 * lung.side, rng.normal(0, 0.05)])
-        thorax.blob(x, y, radius, radius, _MASS, waves=_waves(rng, 0.08, (2, 4)))
-        if rng.random() < 0.6:
-            thorax.blob(x + lung.side * 0.02, y, 0.45 * radius, 0.4 * radius, _AIR)
+        radius = shrink * rng.uniform(0.15, 0.19)
+        centre = lung.hilum + np.array([0.16 * lung.side, rng.normal(0, 0.05)])
+        thorax.blob(centre, (radius, radius), _MASS, waves=_waves(rng, 0.05, (2, 3)))
+        if rng.random() < 0.8:
+            thorax.blob(centre, (0.45 * radius, 0.4 * radius), _AIR)

@@ -39,13 +39,13 @@ def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed:
     return split
 
 
-def twins_across(image_set: ImageSet, split: np.ndarray) -> pd.Series:
-    """For each test image whether an image of its group is in train or valid: (n_test,) bool by row number.
+def twins_across(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
+    """Whether an image of its group is in train or valid, for each test image: (n_test,) bool in row order.
 
     None in a grouped split, by construction; in the official one these are the answers seen before.
     """
-    seen_before = image_set.table["group"][split != "test"]
-    return image_set.table["group"][split == "test"].isin(seen_before)
+    groups_N = image_set.table["group"].to_numpy()
+    return np.isin(groups_N[split == "test"], groups_N[split != "test"])
 
 
 def _grouped(table: pd.DataFrame, seed: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,11 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
 
     Raises:
         ray.train.TrainingFailedError: workers failed more than MAX_FAILURES times.
+        KeyboardInterrupt: the user pressed Ctrl-C; the run's last checkpoint is kept.
     """
     from ray.train.torch import TorchTrainer
 
-    result = TorchTrainer(
+    trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"plan": plan},
         scaling_config=scaling(plan.workers, plan.resources_per_worker),
@@ -66,7 +68,15 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             failure_config=train.FailureConfig(max_failures=MAX_FAILURES),
         ),
-    ).fit()
+    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        result = trainer.fit()
+    except SystemExit:  # with status 0, which is how Train's handler of SIGINT ends an aborted run
+        raise KeyboardInterrupt from None
+    finally:
+        # that handler stays otherwise, and holds the run's controller, an actor that then never ends
+        signal.signal(signal.SIGINT, before)
     with result.checkpoint.as_directory() as folder:
         return Judged(
             weights=Path(folder, "model.safetensors").read_bytes(),

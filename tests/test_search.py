@@ -1,0 +1,334 @@
+"""The main job, as a user runs it: real Ray, real workers, phantoms from the disk."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.search import main
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+SPACE = """
+truncation_depth: {low: 1, high: 8}
+dropout: {low: 0.0, high: 0.5}
+backbone_lr: {low: 1e-4, high: 1e-2, log: true}
+fixed_trials: [{truncation_depth: 4}]
+"""
+SMALL = ["--weights", "none", "--image-size", "32", "--batch-size", "8"]
+SLOW = ["--image-size", "96", "--epochs", "8"]  # seconds a trial, so that it can be caught in the middle
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("space") / "small.yaml"
+    file.write_text(SPACE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, phantoms: Path, space: Path) -> Path:
+    """The folder of a search of 6 trials in 2 slots, as it is when the command has ended."""
+    storage = tmp_path_factory.mktemp("storage")
+    arguments = ["--data", str(phantoms), "--space", str(space), "--storage", str(storage), "--name", "one"]
+    assert main([*arguments, *SMALL, "--trials", "6", "--epochs", "4", "--slots", "2"]) == 0
+    assert nothing_held()
+    return storage / "one"
+
+
+def study_of(experiment: Path) -> optuna.Study:
+    return optuna.load_study(study_name=experiment.name, storage=f"sqlite:///{experiment}/study.db")
+
+
+def nothing_held(within_s: float = 30) -> bool:
+    """No actor, no placement group, all CPUs free; what is going away gets a little time to be gone."""
+    import ray
+    from ray.util.state import list_actors, list_placement_groups
+
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        alive = [a for a in list_actors() if a.state in ("ALIVE", "PENDING_CREATION", "RESTARTING")]
+        # one for the whole cluster, started by Ray Train, with no resources
+        actors = [a for a in alive if a.name != "AutoscalingCoordinator"]
+        groups = [g for g in list_placement_groups() if g.state != "REMOVED"]
+        if not actors and not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return True
+        time.sleep(0.5)
+    print([(a.class_name, a.state) for a in actors], groups, ray.available_resources())
+    return False
+
+
+def test_the_study_knows_every_epoch_and_what_was_stopped_early(finished: Path) -> None:
+    trials = study_of(finished).trials
+    ended = [trial for trial in trials if trial.state.is_finished()]
+    assert len(ended) == 6
+    for trial in ended:
+        history = trial.user_attrs["history"]
+        assert trial.intermediate_values == {int(f["epoch"]): f[OBJECTIVE] for f in history}
+        assert sorted(trial.intermediate_values) == list(range(1, len(history) + 1))
+        if trial.state == TrialState.PRUNED:
+            assert len(history) < 4 and trial.user_attrs["ended"].startswith("stopped early")
+        else:
+            assert trial.state == TrialState.COMPLETE and len(history) == 4
+            assert trial.value == max(trial.intermediate_values.values())
+
+
+def test_the_published_configuration_is_first_and_never_stopped(finished: Path) -> None:
+    first, second = study_of(finished).trials[:2]
+    assert first.user_attrs["configuration"]["truncation_depth"] == 20
+    assert first.user_attrs["configuration"]["dropout"] == 0.5
+    assert first.state == TrialState.COMPLETE
+    assert second.params["truncation_depth"] == 4
+
+
+def test_the_kept_weights_belong_to_the_reported_best_epoch(finished: Path) -> None:
+    from safetensors import safe_open
+
+    from lungct_tune.tuning.study import best_figures, finished_trials
+
+    for trial in finished_trials(study_of(finished)):
+        best = best_figures(trial)
+        assert best is not None
+        with safe_open(finished / "trials" / f"{trial.number:04d}" / "best.safetensors", "pt") as file:
+            assert int(file.metadata()["epoch"]) == best["epoch"]
+    assert not list(finished.glob("trials/*/last.pt"))
+
+
+def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
+    bundle = finished / "best"
+    for line in (bundle / "checksums.txt").read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+    metrics = json.loads((bundle / "metrics.json").read_text())
+    test, effort = metrics["test"], metrics["search"]
+    assert test["n"] == np.sum(test["confusion_matrix"])
+    assert test["accuracy_ci95"][0] <= test["accuracy"] <= test["accuracy_ci95"][1]
+    assert set(test) >= {"balanced_accuracy", "macro_f1"}
+    for figures in test["per_class"].values():
+        assert set(figures) == {"sensitivity", "specificity", "precision", "f1", "auroc", "n"}
+    assert metrics["baseline_trial"]["trial"] == 0
+    assert metrics["best_trial"][f"best_{OBJECTIVE}"] >= metrics["baseline_trial"][f"best_{OBJECTIVE}"]
+    assert effort["trials"] == 6 and effort["slots"] == 2
+    assert effort["overhead_ratio"] == pytest.approx(2 * effort["wall_s"] / effort["training_s"])
+    assert effort["overhead_ratio"] > 1
+    with (bundle / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["trial"]) for row in rows] == list(range(6))
+    assert all(row["ended"] for row in rows)
+    assert sum(int(row["epochs"]) for row in rows) == effort["epochs"]
+
+
+def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path, phantoms: Path) -> None:
+    import pandas as pd
+    import torch
+
+    from lungct_tune.bundle import load_model
+    from lungct_tune.data import read_images
+
+    model, config = load_model(finished / "best")
+    images = read_images(phantoms, config["preprocessing"]["image_size"], progress=False)
+    predictions = pd.read_csv(finished / "best" / "predictions.csv")
+    rows = images.table.set_index("path").index.get_indexer(predictions["path"])
+    grey_NHW = torch.from_numpy(images.images_NHW[rows]).float() / 255
+    mean, deviation = (torch.tensor(config["preprocessing"][key]) for key in ("mean", "deviation"))
+    images_NCHW = (grey_NHW[:, None] - mean[:, None, None]) / deviation[:, None, None]
+    with torch.no_grad():
+        probabilities_NC = model(images_NCHW).softmax(dim=1).numpy()
+    columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
+    np.testing.assert_allclose(predictions[columns], probabilities_NC, atol=2e-3)
+    assert list(predictions["class"]) == [config["classes"][label] for label in images.table["label"].iloc[rows]]
+
+
+def test_no_test_image_was_in_the_search(finished: Path) -> None:
+    import pandas as pd
+
+    split = pd.read_csv(finished / "split.csv")
+    predictions = pd.read_csv(finished / "best" / "predictions.csv")
+    assert set(predictions["path"]) == set(split[split["split"] == "test"]["path"])
+    assert set(split.groupby("group")["split"].nunique()) == {1}
+
+
+def test_a_finished_search_is_neither_begun_again_nor_extended(
+    finished: Path, phantoms: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = ["--storage", str(finished.parent), "--data", str(phantoms), *SMALL]
+    assert main([*again, "--name", "one"]) == 2
+    assert "--resume one" in capsys.readouterr().err
+    assert main(["--storage", str(finished.parent), "--resume", "one", "--trials", "9"]) == 2
+    assert "Its test split has been judged" in capsys.readouterr().err
+
+
+def test_a_resumed_search_cannot_become_another(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--storage", str(finished.parent), "--resume", "one", "--seed", "5"]) == 2
+    assert "cannot change seed; it began with seed = 0" in capsys.readouterr().err
+    assert main(["--storage", str(finished.parent), "--resume", "two"]) == 2
+    assert "no search 'two'" in capsys.readouterr().err
+
+
+def test_the_plan_is_printed_and_nothing_is_left(
+    tmp_path: Path, phantoms: Path, space: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--plan", "--data", str(phantoms), "--space", str(space), "--storage", str(tmp_path), *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "2 slots of 1 workers" in printed and "truncation_depth" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workers", "3", "--batch-size", "9"], "do not fit: a worker needs 1 CPU"),
+        (["--slots", "3"], "the cluster holds 2 workers, and 3 are needed"),
+        (["--gpus-per-worker", "1"], "a worker needs 1 CPU and 1 GPU on one node"),
+        (["--cpus-per-worker", "64"], "64 CPU"),
+        (["--final-workers", "3"], "--final-workers 3"),
+        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--split", "official", "--data", "TRAIN_ONLY"], "--split grouped"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    phantoms: Path,
+    space: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "TRAIN_ONLY" in arguments:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train").symlink_to(phantoms / "train")
+        arguments = [*arguments[:-1], str(tmp_path / "data")]
+    begun = ["--data", str(phantoms), "--space", str(space), "--storage", str(tmp_path / "s"), *SMALL]
+    assert main([*begun, *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: Path, space: Path) -> None:
+    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "3", *SLOW) as run:
+        experiment = tmp_path / "killed"
+        wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
+        victim = train_workers()[-1]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: train_workers() and victim not in train_workers(), run)
+        assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
+        output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    trials = [trial for trial in study_of(experiment).trials if trial.state.is_finished()]
+    assert [trial.state for trial in trials].count(TrialState.FAIL) == 0
+    for trial in trials:
+        epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
+        assert epochs == list(range(1, len(epochs) + 1))  # every epoch once
+        assert len(epochs) == 8 or trial.state == TrialState.PRUNED
+    assert len(trials) == 3 and nothing_held()
+
+
+def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space: Path) -> None:
+    """Ctrl-C, then SIGKILL, then left alone: as many trials as asked, none of them twice."""
+    experiment = tmp_path / "killed"
+    with command(tmp_path, phantoms, space, "--slots", "2", "--trials", "6", *SLOW) as run:
+        wait_for(lambda: ended_trials(experiment) >= 1, run)
+        run.send_signal(signal.SIGINT)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert f"--resume killed --storage {tmp_path}" in output
+    assert nothing_held()
+    after_stop = {trial.number: trial for trial in study_of(experiment).trials}
+    assert 1 <= ended_trials(experiment) < 6
+
+    with command(tmp_path, None, None) as run:
+        wait_for(lambda: ended_trials(experiment) >= 1 + len(finished_numbers(after_stop)), run)
+        run.kill()
+    assert nothing_held(60)
+    after_kill = {trial.number: trial for trial in study_of(experiment).trials}
+    running = [n for n, t in after_kill.items() if t.state == TrialState.RUNNING and t.user_attrs.get("history")]
+
+    with command(tmp_path, None, None) as run:
+        output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    at_end = {trial.number: trial for trial in study_of(experiment).trials}
+    assert len(finished_numbers(at_end)) == 6
+    for before in (after_stop, after_kill):
+        for number in finished_numbers(before):
+            assert at_end[number].datetime_complete == before[number].datetime_complete
+    for number in running:  # they went on: what they had stands at the beginning of what they have
+        had, has = after_kill[number].user_attrs["history"], at_end[number].user_attrs["history"]
+        assert has[: len(had)] == had
+    for number in finished_numbers(at_end):
+        epochs = [figures["epoch"] for figures in at_end[number].user_attrs["history"]]
+        assert epochs == list(range(1, len(epochs) + 1))
+    assert (experiment / "best" / "checksums.txt").exists() and nothing_held()
+    metrics = json.loads((experiment / "best" / "metrics.json").read_text())
+    assert metrics["search"]["trials"] == 6
+
+
+# ---- a search in a process of its own -----------------------------------------------------------------
+
+
+class command:
+    """The search's command line in a process of its own; without data it resumes."""
+
+    def __init__(self, storage: Path, data: Path | None, space: Path | None, *arguments: str) -> None:
+        which = ["--resume", "killed"]
+        if data is not None:
+            which = ["--name", "killed", "--data", str(data), "--space", str(space), *SMALL, *arguments]
+        self._arguments = [sys.executable, "-m", "lungct_tune.search", "--storage", str(storage), *which]
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        self._process = subprocess.Popen(
+            self._arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def wait_for(condition: Any, run: subprocess.Popen[str], within_s: float = 240) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert run.poll() is None, f"the search ended early:\n{run.stdout and run.stdout.read()}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def train_workers() -> list[int]:
+    from ray.util.state import list_actors
+
+    alive = [a for a in list_actors(detail=True) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+    return [worker.pid for worker in alive]
+
+
+def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
+    return [number for number, trial in trials.items() if trial.state.is_finished()]
+
+
+def ended_trials(experiment: Path) -> int:
+    try:
+        return sum(trial.state.is_finished() for trial in study_of(experiment).trials)
+    except Exception as error:  # the study is not there yet, or not complete
+        assert re.search("no such table|Record does not exist|unable to open|locked", str(error) or repr(error))
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _quiet_sqlite() -> Iterator[None]:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
