@@ -28,9 +28,7 @@ def write_bundle(experiment: Experiment, files: Mapping[str, bytes]) -> None:
     On a file system the folder gets its name when it is complete; on an object store, which cannot rename a
     folder, `checksums.txt` comes last and a folder without it is no bundle.
     """
-    sums = "".join(
-        f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items())
-    )
+    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
     complete = dict(files) | {CHECKSUMS: sums.encode()}
     folder = f"{FOLDER}.part" if experiment.is_local else FOLDER
     if experiment.is_local:
@@ -65,9 +63,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise BundleError(f"{path}: missing; fetch the bundle again")
         if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise BundleError(
-                f"{path}: not the file that was written (its sha256 differs); fetch the bundle again"
-            )
+            raise BundleError(f"{path}: not the file that was written (its sha256 differs); fetch the bundle again")
 
 
 def load_model(folder: Path) -> tuple[CutResNet, dict[str, Any]]:

@@ -5,6 +5,7 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -36,9 +37,7 @@ from lungct_tune.experiment import Experiment, StorageError
 from lungct_tune.settings import Settings, SettingsError, read_settings, validate
 from lungct_tune.space import SearchSpace, SpaceError, parse_space, read_space
 
-PHANTOMS = (
-    "These are PHANTOMS, drawn by a program. They are not patients; no figure below says anything about CT."
-)
+PHANTOMS = "These are PHANTOMS, drawn by a program. They are not patients; no figure below says anything about CT."
 
 CHANGEABLE = {"trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"}
 CHANGEABLE |= {"resume", "address", "plan", "verbose", "settings"}
@@ -79,9 +78,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on.
     """
     # ---- what is asked for ----------------------------------------------------------------------------
-    settings, experiment, space, fingerprint = (
-        _resumed(settings, given) if settings.resume else _new(settings)
-    )
+    settings, experiment, space, fingerprint = _resumed(settings, given) if settings.resume else _new(settings)
 
     # ---- images: found, decoded once, grouped, split --------------------------------------------------
     if settings.data is None:
@@ -110,15 +107,11 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     dashboard = connect(settings.address, settings.verbose)
     try:
         allotment = allot(settings)
-        console.print(
-            f"\n[bold]{experiment.name}[/]: {settings.trials} trials of at most {settings.epochs} epochs"
-        )
+        console.print(f"\n[bold]{experiment.name}[/]: {settings.trials} trials of at most {settings.epochs} epochs")
         console.print(f"  cluster    {allotment}")
         console.print(f"  dashboard  {dashboard or 'none'} (its token: ray get-auth-token)")
         console.print(f"  experiment {experiment.uri}", soft_wrap=True)
-        console.print(
-            f"  study      {_study_storage(settings, experiment, hide_password=True)}", soft_wrap=True
-        )
+        console.print(f"  study      {_study_storage(settings, experiment, hide_password=True)}", soft_wrap=True)
         if settings.plan:
             _print_space(space, console)
             return
@@ -128,9 +121,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         _search_retrain_judge(settings, experiment, space, images, split, backbone, allotment, console)
     except KeyboardInterrupt:
         where = "" if settings.storage == "./results" else f" --storage {settings.storage}"
-        raise KeyboardInterrupt(
-            f"To go on: python -m lungct_tune.search --resume {experiment.name}{where}"
-        ) from None
+        raise KeyboardInterrupt(f"To go on: python -m lungct_tune.search --resume {experiment.name}{where}") from None
     finally:
         if started_here:
             ray.shutdown()
@@ -184,9 +175,7 @@ def _search_retrain_judge(
     _study_folder(experiment).mkdir(parents=True, exist_ok=True)
     study = studies.open_study(_study_storage(settings, experiment), experiment.name, space, settings.epochs)
     console.print(f"\nsearching, {allotment.slots} trials at a time", style="bold")
-    run_search(
-        study, space, plan, trials=settings.trials, slots=allotment.slots, seed=settings.seed, console=console
-    )
+    run_search(study, space, plan, trials=settings.trials, slots=allotment.slots, seed=settings.seed, console=console)
     trials = studies.finished_trials(study)
     best = studies.best_trial(trials)
     if best is None:
@@ -217,9 +206,7 @@ def _search_retrain_judge(
     # ---- the bundle -----------------------------------------------------------------------------------
     table = studies.trials_table(study)
     metrics = {
-        "data": "phantoms: no patients, and nothing learnt about CT"
-        if settings.data is None
-        else "real images",
+        "data": "phantoms: no patients, and nothing learnt about CT" if settings.data is None else "real images",
         "test": judge(
             labels_N[test],
             judged.probabilities_NC,
@@ -371,9 +358,7 @@ def _predictions(images: ImageSet, test: np.ndarray, probabilities_NC: np.ndarra
 def _trial_figures(table: pd.DataFrame, number: int) -> dict[str, Any] | None:
     """One trial's row for metrics.json; None for a trial that did not come to an epoch's end."""
     rows = table[table["trial"] == number].dropna(subset=[f"best_{OBJECTIVE}"])
-    return (
-        None if rows.empty else {key: getattr(v, "item", lambda v=v: v)() for key, v in rows.iloc[0].items()}
-    )
+    return None if rows.empty else json.loads(rows.iloc[0].to_json())
 
 
 def _effort(table: pd.DataFrame, wall_s: float, slots: int) -> dict[str, Any]:
@@ -394,9 +379,7 @@ def _effort(table: pd.DataFrame, wall_s: float, slots: int) -> dict[str, Any]:
 
 
 def _print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
-    table = Table(
-        title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left"
-    )
+    table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
     table.add_column("class")
     for name in SPLITS:
         table.add_column(name, justify="right")
@@ -431,18 +414,14 @@ def _print_space(space: SearchSpace, console: Console) -> None:
         console.print(f"  {name}: {value} in every other trial")
 
 
-def _print_outcome(
-    experiment: Experiment, metrics: dict[str, Any], settings: Settings, console: Console
-) -> None:
+def _print_outcome(experiment: Experiment, metrics: dict[str, Any], settings: Settings, console: Console) -> None:
     table = Table(title="on validation, best epoch", title_justify="left")
     names = ("trial", "truncation_depth", "frozen_depth", "dropout", "augmentation", "epochs")
     for name in ("", *names, "balanced accuracy"):
         table.add_column(name.replace("_", " "), justify="right" if name else "left")
     for title, trial in (("published", metrics["baseline_trial"]), ("best found", metrics["best_trial"])):
         if trial is not None:
-            values = [
-                f"{trial[name]:.2f}" if isinstance(trial[name], float) else str(trial[name]) for name in names
-            ]
+            values = [f"{trial[name]:.2f}" if isinstance(trial[name], float) else str(trial[name]) for name in names]
             table.add_row(title, *values, f"{trial[f'best_{OBJECTIVE}']:.3f}")
     console.print(table)
     test, effort = metrics["test"], metrics["search"]

@@ -61,11 +61,9 @@ class Settings(BaseModel):
         json_schema_extra={"metavar": "FILE"},
     )
     trials: Positive | None = _flag("trials to run (40; phantoms 8)")
-    epochs: Positive | None = _flag("epochs a trial may have at most (30; phantoms 9)")
+    epochs: Positive | None = _flag("epochs a trial may have at most (30; phantoms 18)")
     image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("square, in pixels (224; phantoms 64)")
-    batch_size: Annotated[int, Field(ge=2)] | None = _flag(
-        "images a step, over all workers (32; phantoms 16)"
-    )
+    batch_size: Annotated[int, Field(ge=2)] | None = _flag("images a step, over all workers (32; phantoms 16)")
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 without cutting a group, or the published folders"
     )
@@ -107,17 +105,13 @@ class Settings(BaseModel):
                 "every worker takes an equal share of a step's images"
             )
         if self.gpus_per_worker and self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
-            raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved"
-            )
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved")
         return self
 
     @model_validator(mode="after")
     def _found(self) -> Self:
         if self.data is not None and not self.data.is_dir():
-            raise ValueError(
-                f"data {str(self.data)!r} is not a folder; it must hold the images' class folders"
-            )
+            raise ValueError(f"data {str(self.data)!r} is not a folder; it must hold the images' class folders")
         return self
 
     def for_data(self) -> Settings:
@@ -125,7 +119,7 @@ class Settings(BaseModel):
         phantoms = self.data is None
         decided = {
             "trials": 8 if phantoms else 40,
-            "epochs": 9 if phantoms else 30,
+            "epochs": 18 if phantoms else 30,
             "image_size": 64 if phantoms else 224,
             "batch_size": math.lcm(16 if phantoms else 32, self.workers),
             "weights": "none" if phantoms else "imagenet",
@@ -149,9 +143,7 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
         usage="%(prog)s [--data DIR] [--space FILE] [--trials N] [--epochs N] ...",
         description="Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
         epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=27, width=110
-        ),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,7 @@ def read_space(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpaceError(
-            f"{path}: cannot be read ({error}); search_spaces/ holds spaces to begin with"
-        ) from error
+        raise SpaceError(f"{path}: cannot be read ({error}); search_spaces/ holds spaces to begin with") from error
 
 
 def parse_space(text: str, path: str) -> SearchSpace:
@@ -123,9 +121,7 @@ def _choice(path: str, key: str, value: list[Any], trials: list[Configuration]) 
 
 def _range(path: str, key: str, value: dict[str, Any]) -> BaseDistribution:
     if unknown := set(value) - {"low", "high", "log"}:
-        raise SpaceError(
-            f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log"
-        )
+        raise SpaceError(f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log")
     if missing := {"low", "high"} - set(value):
         raise SpaceError(f"{path}: {key}: a range needs {' and '.join(sorted(missing))}")
     low, high, log = (
@@ -154,9 +150,7 @@ def _number(path: str, key: str, value: Any) -> int | float:
         number = float("nan")
     if not low <= number <= high or (integer and number != int(number)):
         kind = "a whole number" if integer else "a number"
-        raise SpaceError(
-            f"{path}: {key}: {value!r} is not allowed; it must be {kind} from {low:g} to {high:g}"
-        )
+        raise SpaceError(f"{path}: {key}: {value!r} is not allowed; it must be {kind} from {low:g} to {high:g}")
     return int(number) if integer else number
 
 
@@ -165,7 +159,8 @@ def _fixed_trial(path: str, where: str, trial: Any) -> Configuration:
         raise SpaceError(f"{path}: {where}: expected parameters and values, found {trial!r}")
     for key in trial:
         _known(path, key, f"{where}: ")
-    return replace(PUBLISHED, **{key: _number(path, key, value) for key, value in trial.items()})
+    values = {key: _number(path, key, value) for key, value in trial.items()}
+    return Configuration(**(PUBLISHED.as_dict() | values))
 
 
 def _known(path: str, key: Any, where: str = "") -> None:

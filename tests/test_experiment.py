@@ -35,7 +35,7 @@ def test_a_relative_storage_becomes_absolute(tmp_path: Path, monkeypatch: pytest
 
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="cannot write a.txt"):
+    with pytest.raises(StorageError, match=r"cannot write a\.txt"):
         Experiment.at(str(tmp_path / "file"), "one").write("a.txt", b"")
 
 

@@ -77,8 +77,6 @@ def test_file_facts_do_not_give_the_class_away(folder: Path, image_set: ImageSet
 
 def test_twelve_patients_are_enough_for_every_split_and_fewer_are_refused(tmp_path: Path) -> None:
     smallest = read_images(make_phantoms(tmp_path, 0, patients=12, size=32), 32, cache=tmp_path / "cache")
-    assert (
-        pd.crosstab(smallest.table["label"], split_images(smallest, "official", 0)).to_numpy().min() == SLICES
-    )
+    assert pd.crosstab(smallest.table["label"], split_images(smallest, "official", 0)).to_numpy().min() == SLICES
     with pytest.raises(ValueError, match="patients=8"):
         make_phantoms(tmp_path, 0, patients=8)

@@ -153,9 +153,7 @@ def _decode_into(
         for start in range(0, len(kept), _COPY_BLOCK):
             block = slice(start, start + _COPY_BLOCK)
             kept_NHW[block] = images_NHW[kept[block]]
-    return Findings(
-        kept.tolist(), groups_N[is_kept].tolist(), [twins.tolist() for twins in conflicts], unreadable
-    )
+    return Findings(kept.tolist(), groups_N[is_kept].tolist(), [twins.tolist() for twins in conflicts], unreadable)
 
 
 def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:

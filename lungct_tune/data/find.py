@@ -115,9 +115,7 @@ def known_groups(root: Path, paths: Iterable[str]) -> list[str | None]:
         wrong = sorted(set(listed) - set(paths)) or rows["path"][rows["path"].duplicated()].tolist()
         if wrong or (rows["group"] == "").any():
             reason = f"bad paths, such as {wrong[0]!r}" if wrong else "empty groups"
-            raise DataError(
-                f"{file} has {reason}; each line must name one image, relative to {folder}, and its group"
-            )
+            raise DataError(f"{file} has {reason}; each line must name one image, relative to {folder}, and its group")
         group_of |= dict(zip(listed, rows["group"], strict=True))
     return [group_of.get(path) for path in paths]
 

@@ -75,9 +75,7 @@ def label_conflicts(
     labels_N, digests_N = np.asarray(labels), np.asarray(digests)
     conflicts = []
     for members in _members_of_mixed(groups_N, labels_N):
-        twins = near_identical_groups(
-            thumbnails_NHW[members], digests_N[members].tolist(), threshold=TWIN_CORRELATION
-        )
+        twins = near_identical_groups(thumbnails_NHW[members], digests_N[members].tolist(), threshold=TWIN_CORRELATION)
         conflicts += [members[indices] for indices in _members_of_mixed(twins, labels_N[members])]
     return conflicts
 

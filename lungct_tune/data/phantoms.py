@@ -176,9 +176,7 @@ class _Lung:
         return np.asarray(self.centre + depth * self.radii * direction)
 
 
-def _waves(
-    rng: np.random.Generator, depth: float, counts: tuple[int, ...]
-) -> tuple[tuple[int, float, float], ...]:
+def _waves(rng: np.random.Generator, depth: float, counts: tuple[int, ...]) -> tuple[tuple[int, float, float], ...]:
     return tuple((count, rng.normal(0, depth), rng.uniform(0, 2 * np.pi)) for count in counts)
 
 
@@ -230,9 +228,7 @@ def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height
         thorax.blob(dot, (0.015, 0.015), _TISSUE - 100)
 
 
-def _draw_mass(
-    thorax: _Thorax, rng: np.random.Generator, class_name: str, lung: _Lung, height: float
-) -> None:
+def _draw_mass(thorax: _Thorax, rng: np.random.Generator, class_name: str, lung: _Lung, height: float) -> None:
     """Adenocarcinoma: small, at the pleura, spiculated. Large cell: large, in the outer lung, smooth.
     Squamous: at the hilum, often with a cavity. All slices cut it near its middle, so that all show it.
     """

@@ -86,9 +86,7 @@ def allot(settings: Settings) -> Allotment:
     needed = settings.workers * (settings.slots or 1)
     if fits < needed:
         asked = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
-        have = "; ".join(
-            ", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes
-        )
+        have = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes)
         raise ClusterError(
             f"{settings.slots or 1} slots of {settings.workers} workers do not fit: a worker needs {asked} on one "
             f"node, so the cluster holds {fits} workers, and {needed} are needed. It has {len(nodes)} nodes: {have}. "
@@ -105,7 +103,7 @@ def allot(settings: Settings) -> Allotment:
     return Allotment(slots, settings.workers, each, final)
 
 
-def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef | Path:
+def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef[np.ndarray] | Path:
     """Some of the images, for all workers: in the object store where they fit it well, else in a file.
 
     Args:

@@ -77,6 +77,7 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
     finally:
         # that handler stays otherwise, and holds the run's controller, an actor that then never ends
         signal.signal(signal.SIGINT, before)
+    assert result.checkpoint is not None  # the run ends with one
     with result.checkpoint.as_directory() as folder:
         return Judged(
             weights=Path(folder, "model.safetensors").read_bytes(),
@@ -93,9 +94,7 @@ def _run_worker(config: dict[str, Any]) -> None:
     training = plan.material.training(plan.configuration, plan.train_indices, plan.seed)
     if (checkpoint := train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
-            training.load_state_dict(
-                torch.load(Path(folder, "last.pt"), weights_only=True, map_location="cpu")
-            )
+            training.load_state_dict(torch.load(Path(folder, "last.pt"), weights_only=True, map_location="cpu"))
     while training.epoch < plan.epochs:
         loss = training.train_epoch()
         stream = io.BytesIO()

@@ -26,11 +26,11 @@ class Material:
     Whoever makes it decides what it holds: the slots of a search are made one without the test split.
     """
 
-    images: ray.ObjectRef | Path
+    images: ray.ObjectRef[np.ndarray] | Path
     """uint8 NHW, in the object store or, when larger, a .npy file that every node can open."""
     labels_N: np.ndarray
     classes: int
-    backbone: ray.ObjectRef | None
+    backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
     normalisation: str
     batch_size: int
     epochs: int
@@ -41,12 +41,13 @@ class Material:
         import torch
         from ray.train.torch import get_device
 
-        on_disk = isinstance(self.images, Path)
-        array = np.load(self.images, mmap_mode="r") if on_disk else ray.get(self.images)
+        if isinstance(self.images, Path):
+            array, place = np.load(self.images, mmap_mode="r"), torch.device("cpu")
+        else:
+            array, place = ray.get(self.images), get_device()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
-            tensor = torch.from_numpy(array)
-        return tensor if on_disk else tensor.to(get_device())
+            return torch.from_numpy(array).to(place)
 
     @cached_property
     def _backbone(self) -> Any:

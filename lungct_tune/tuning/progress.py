@@ -46,9 +46,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         if self._console.is_terminal:
             self._live.stop()
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._epochs += 1
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -79,9 +77,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         elapsed = time.monotonic() - self._began
         done_now = self._done - self._done_before
         left = (
-            f"{elapsed / done_now * (self._trials - self._done) / 60:.1f} min left"
-            if done_now
-            else "time left unknown"
+            f"{elapsed / done_now * (self._trials - self._done) / 60:.1f} min left" if done_now else "time left unknown"
         )
         return f"{self._done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}"
 

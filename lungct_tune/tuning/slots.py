@@ -64,10 +64,11 @@ class Slot(tune.Trainable):  # type: ignore[misc]
     on where it was, whoever runs it: this slot, the one that replaces it, or one of a resumed search.
     """
 
-    def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:
+    def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
         # Returns before the workers are up: Tune starts the next slot only when this one is set up
-        self._order, self._turn, self._error = config, 0, None
-        self._mailbox = ray.remote(num_cpus=0, max_concurrency=1000)(Mailbox).remote()
+        self._order, self._turn = config, 0
+        self._error: Exception | None = None
+        self._mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
         self._run = threading.Thread(target=self._fit, args=(plan,), daemon=True)
         self._run.start()
 
@@ -108,7 +109,7 @@ class Slot(tune.Trainable):  # type: ignore[misc]
                 name=uuid.uuid4().hex[:8],
                 storage_path=f"{plan.experiment.uri}/slots",
                 # one owner of recovery: a slot that loses a worker ends, and Tune builds the next one
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
             ),
         )
         try:

@@ -148,9 +148,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if trial_id in self._live:
             self._live[trial_id].ended = f"failed: {reason}"
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the study how a trial ended, then drops what only a running trial needs."""
         live = self._live[trial_id]
         if error or result is None:
@@ -211,9 +209,7 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals."""
     completed = [
-        trial
-        for trial in trials
-        if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == "completed"
+        trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == "completed"
     ]
     return max(completed, key=lambda trial: rank(best_figures(trial) or {}), default=None)
 

@@ -1,0 +1,142 @@
+"""What one further trial costs: warm slots beside Ray's documented way of running Tune with Train.
+
+    python benchmarks/further_trial.py
+
+The same toy trial both ways, one at a time on one CPU: two epochs of a ResNet50 cut at 1 on 32-pixel phantoms,
+validated and checkpointed each epoch. "documented" is a Tune function trainable that starts a TorchTrainer and
+reports through TuneReportCallback (https://docs.ray.io, "Hyperparameter Tuning with Ray Tune"). Each way is run
+with a few and with more trials; the difference is what the further ones cost, and what is not spent inside an
+epoch is their overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import train, tune
+from rich.console import Console
+from rich.table import Table
+
+from lungct_tune.data import make_phantoms, read_images, split_images
+from lungct_tune.evaluation import validation_figures
+from lungct_tune.experiment import Experiment
+from lungct_tune.space import SearchSpace, parse_space
+from lungct_tune.tuning.cluster import connect
+from lungct_tune.tuning.material import Material
+from lungct_tune.tuning.run import run_search
+from lungct_tune.tuning.slots import SlotPlan, scaling
+from lungct_tune.tuning.study import open_study, trials_table
+
+EPOCHS = 2
+SPACE = "truncation_depth: 1\naugmentation: 0\ndropout: {low: 0.0, high: 0.5}"
+
+
+def plan_in(folder: Path) -> SlotPlan:
+    images = read_images(make_phantoms(folder, seed=0, patients=20, size=48), 32, cache=folder, progress=False)
+    split = split_images(images, "grouped", seed=0)
+    return SlotPlan(
+        experiment=Experiment.at(str(folder), "warm"),
+        material=Material(
+            images=ray.put(np.ascontiguousarray(images.images_NHW)),
+            labels_N=images.table["label"].to_numpy(),
+            classes=len(images.classes),
+            backbone=None,
+            normalisation="unit",
+            batch_size=8,
+            epochs=EPOCHS,
+        ),
+        train_indices=np.flatnonzero(split == "train"),
+        valid_indices=np.flatnonzero(split == "valid"),
+        workers=1,
+        resources_per_worker={"CPU": 1},
+    )
+
+
+def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
+    """Wall and epoch seconds of a search in one slot."""
+    name = f"warm-{trials}"
+    study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS)
+    own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
+    began = time.perf_counter()
+    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
+    return time.perf_counter() - began, float(trials_table(study)["training_s"].sum())
+
+
+def documented(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
+    """Wall and epoch seconds of as many trials that each start a Train run of their own."""
+
+    def run_trial(config: dict[str, Any]) -> None:
+        from ray.train.torch import TorchTrainer
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        TorchTrainer(
+            train_loop,
+            train_loop_config={"plan": plan, "configuration": space.configuration(config)},
+            scaling_config=scaling(plan.workers, plan.resources_per_worker),
+            run_config=train.RunConfig(
+                name=tune.get_context().get_trial_id(),
+                storage_path=str(folder / "documented-train"),
+                callbacks=[TuneReportCallback()],
+            ),
+        ).fit()
+
+    began = time.perf_counter()
+    results = tune.Tuner(
+        tune.with_resources(run_trial, {"memory": 1}),
+        param_space={"dropout": tune.uniform(0, 0.5)},
+        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1),
+        run_config=tune.RunConfig(name=f"documented-{trials}", storage_path=str(folder), verbose=0),
+    ).fit()
+    wall = time.perf_counter() - began
+    assert not results.errors
+    return wall, sum(float(result.metrics_dataframe["seconds"].sum()) for result in results)
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    import torch
+
+    plan: SlotPlan = config["plan"]
+    training = plan.material.training(config["configuration"], plan.train_indices, seed=0)
+    for _ in range(EPOCHS):
+        began = time.perf_counter()
+        training.train_epoch()
+        labels_N = plan.material.labels_N[plan.valid_indices]
+        figures = validation_figures(labels_N, training.probabilities(plan.valid_indices))
+        seconds = time.perf_counter() - began
+        stream = io.BytesIO()
+        torch.save(training.state_dict(), stream)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "last.pt").write_bytes(stream.getvalue())
+            train.report(figures | {"seconds": seconds}, checkpoint=train.Checkpoint.from_directory(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documented", type=int, nargs=2, default=(2, 6), metavar="N", help="few and more trials")
+    parser.add_argument("--warm", type=int, nargs=2, default=(2, 42), metavar="N", help="few and more trials")
+    chosen = parser.parse_args()
+    connect(None, verbose=False)
+    space = parse_space(SPACE, "benchmark")
+    table = Table("way", "trials", "wall s", "a further trial, s", "of it in epochs", "overhead a trial, s")
+    overheads = []
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = plan_in(Path(scratch))
+        for way, (few, more) in ((documented, chosen.documented), (warm, chosen.warm)):
+            (wall_few, epochs_few), (wall_more, epochs_more) = (way(plan, space, n, Path(scratch)) for n in (few, more))
+            further, inside = ((b - a) / (more - few) for a, b in ((wall_few, wall_more), (epochs_few, epochs_more)))
+            overheads.append(further - inside)
+            cells = [f"{wall_few:.1f}, {wall_more:.1f}", f"{further:.2f}", f"{inside:.2f}", f"{further - inside:.2f}"]
+            table.add_row(way.__name__, f"{few}, {more}", *cells)
+    Console().print(table, f"documented / warm: {overheads[0] / overheads[1]:.0f} times")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

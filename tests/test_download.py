@@ -1,0 +1,27 @@
+"""The download from Kaggle where it cannot work: what the user is told."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lungct_tune.download import main
+
+
+def test_no_network_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # a real connection, refused
+    assert main([str(tmp_path / "ct")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be downloaded" in said and "in a browser" in said and "--data" in said
+
+
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    assert main([str(tmp_path)]) == 2
+    assert "lungct-tune[kaggle]" in capsys.readouterr().err
