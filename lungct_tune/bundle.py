@@ -6,10 +6,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+import yaml
+
+from lungct_tune import __version__
+from lungct_tune.configuration import Configuration
+from lungct_tune.data import ImageSet
 from lungct_tune.experiment import Experiment
+from lungct_tune.settings import Settings
 
 if TYPE_CHECKING:
     from lungct_tune.model import CutResNet
@@ -45,6 +54,50 @@ def has_bundle(experiment: Experiment) -> bool:
 
 def as_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def describe_model(settings: Settings, images: ImageSet, configuration: Configuration, epochs: int) -> dict[str, Any]:
+    """config.json: all that rebuilds the model and its preprocessing, and what made it."""
+    from lungct_tune.model import HEAD_WIDTHS
+    from lungct_tune.training import NORMALISATIONS
+
+    mean, deviation = NORMALISATIONS[settings.normalisation]
+    packages = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "pillow")
+    return {
+        "model": {
+            "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
+            "truncation_depth": configuration.truncation_depth,
+            "dropout": configuration.dropout,
+            "head_widths": list(HEAD_WIDTHS),
+        },
+        "classes": list(images.classes),
+        "preprocessing": {
+            "image_size": settings.image_size,
+            "mode": "8-bit grey, as three equal channels scaled to 0..1",
+            "mean": list(mean),
+            "deviation": list(deviation),
+        },
+        "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
+        "settings": yaml.safe_load(settings.as_yaml()),
+        "data_fingerprint": images.fingerprint,
+        "versions": {"lungct_tune": __version__} | {package: version(package) for package in packages},
+    }
+
+
+def list_predictions(images: ImageSet, test: np.ndarray, probabilities_NC: np.ndarray) -> bytes:
+    """predictions.csv: a row a test image, with path, class, predicted class, probabilities, group."""
+    rows = images.table.iloc[test]
+    table = pd.DataFrame(
+        {
+            "path": rows["path"].to_numpy(),
+            "class": [images.classes[label] for label in rows["label"]],
+            "predicted": [images.classes[label] for label in probabilities_NC.argmax(axis=1)],
+        }
+    )
+    for c, name in enumerate(images.classes):
+        table[f"p_{name.replace(' ', '_')}"] = probabilities_NC[:, c]
+    table["group"] = rows["group"].to_numpy()
+    return table.to_csv(index=False).encode()
 
 
 def verify(folder: Path) -> None:

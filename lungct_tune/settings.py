@@ -81,7 +81,7 @@ class Settings(BaseModel):
         "GPUs a worker reserves, fractions share one (1 where there are GPUs)", "F"
     )
     slots: Positive | None = _flag("trials at once (as many as the cluster holds)")
-    final_workers: Positive | None = _flag("workers of the final retraining (all that fit)")
+    final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 8 images each or more)")
     storage: str = Field(
         "./results", description="where experiments go (./results)", json_schema_extra={"metavar": "URI"}
     )
@@ -103,6 +103,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of workers {self.workers}: "
                 "every worker takes an equal share of a step's images"
+            )
+        if self.batch_size is not None and self.batch_size < 2 * self.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} leaves a single image to each of {self.workers} workers: "
+                "batch normalisation needs at least two"
             )
         if self.gpus_per_worker and self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved")

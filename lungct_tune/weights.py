@@ -46,6 +46,22 @@ def read_weights(source: str) -> dict[str, Tensor]:
     return state
 
 
+def read_covering(source: str, depth: int) -> dict[str, Tensor]:
+    """`read_weights`, refused unless they reach to truncation depth `depth`: known before any worker starts.
+
+    Raises:
+        WeightsError: they cannot be had, or cover less.
+    """
+    state = read_weights(source)
+    if (covered := covered_depth(state)) < depth:
+        raise WeightsError(
+            f"weights {source!r} cover truncation depths up to {covered}, and the search space goes to {depth}. "
+            "Narrow truncation_depth in it (search_spaces/shallow.yaml ends at 22; mind its fixed_trials), give "
+            "weights of the whole network, or start from random ones with --weights none"
+        )
+    return state
+
+
 def covered_depth(state: Mapping[str, Tensor]) -> int:
     """The deepest truncation depth for which `state` has every tensor in its right shape; 0 if there is none."""
     backbone = cut(ACTIVATIONS)
@@ -103,7 +119,7 @@ def _complaint(what: str) -> str:
     """`what` went wrong, and the three ways out."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(_IMAGENET.url).name)
     return (
-        f"{what}\nWays out: (1) save {_IMAGENET.url} as {cached} on every node; "
+        f"{what}\nWays out: (1) save {_IMAGENET.url} as {cached} ; "
         "(2) --weights FILE, a .pth or .safetensors with torchvision's key names for at least the layers that the "
         "cut keeps; (3) --weights none starts from random weights."
     )

@@ -41,6 +41,7 @@ def test_class_map_from_the_command_line() -> None:
         (["--split", "random"], ["split", "'random'", "'grouped' or 'official'"]),
         (["--gpus-per-worker", "1.5"], ["gpus_per_worker", "1.5", "whole"]),
         (["--batch-size", "9", "--workers", "2"], ["batch_size 9", "workers 2"]),
+        (["--batch-size", "2", "--workers", "2"], ["batch_size 2", "at least two"]),
         (["--class-map", "benign"], ["class_map", "'benign'", "FOLDER=CLASS"]),
         (["--data", "no/such/folder"], ["no/such/folder", "not a folder"]),
         (["--name", "a/b"], ["name", "'a/b'"]),

@@ -51,6 +51,7 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
             super().setup(config, plan)
 
     made = WithPlan(order(0, SHALLOW))
+    made.folder = Path(plan.experiment.uri)
     yield made
     made.stop()
 
@@ -79,15 +80,14 @@ def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alo
     assert [[r[f] for f in figures] for r in fifth] == [[r[f] for f in figures] for r in first]
 
 
-def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any, tmp_path: Path) -> None:
+def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any) -> None:
     from safetensors import safe_open
 
     from lungct_tune.evaluation import rank
 
     results = run(slot, 5, SHALLOW)
     best = max(results, key=rank)
-    (kept,) = tmp_path.parent.parent.glob("**/one/trials/0005/best.safetensors")
-    with safe_open(kept, "pt") as file:
+    with safe_open(slot.folder / "trials" / "0005" / "best.safetensors", "pt") as file:
         assert int(file.metadata()["epoch"]) == best["epoch"]
         assert float(file.metadata()[OBJECTIVE]) == best[OBJECTIVE]
 

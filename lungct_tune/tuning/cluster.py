@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -17,6 +15,10 @@ from lungct_tune.settings import Settings
 
 class ClusterError(RuntimeError):
     """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
+
+
+FINAL_SHARE = 8
+"""Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
 
 
 @dataclass(frozen=True)
@@ -92,34 +94,22 @@ def allot(settings: Settings) -> Allotment:
             f"node, so the cluster holds {fits} workers, and {needed} are needed. It has {len(nodes)} nodes: {have}. "
             "Lower --slots, --workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
         )
-    batch = settings.batch_size or 1
-    final = settings.final_workers or max(n for n in range(1, fits + 1) if batch % n == 0)
-    if final > fits or batch % final:
-        raise ClusterError(
-            f"--final-workers {final}: the cluster holds {fits} workers, and the batch of {batch} images "
-            "must divide evenly among them"
-        )
     slots = min(settings.slots or fits // settings.workers, settings.trials or fits)
-    return Allotment(slots, settings.workers, each, final)
+    return Allotment(slots, settings.workers, each, _final_workers(settings, fits))
 
 
-def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef[np.ndarray] | Path:
-    """Some of the images, for all workers: in the object store where they fit it well, else in a file.
-
-    Args:
-        images_NHW: uint8, may be memory-mapped and larger than memory.
-        rows: which of them; the workers see no others.
-        path: where to put the file (.npy), in a folder that every node can open.
-    """
-    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-    if len(rows) * images_NHW[0].nbytes <= 0.5 * min(stores):
-        return ray.put(images_NHW[rows])
-    shape = (len(rows), *images_NHW.shape[1:])
-    shared = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    for start in range(0, len(rows), 1024):
-        shared[start : start + 1024] = images_NHW[rows[start : start + 1024]]
-    shared.flush()
-    return path
+def _final_workers(settings: Settings, fits: int) -> int:
+    """Workers of the final retraining: as asked, else all that share a batch evenly, with enough for their norms."""
+    batch = settings.batch_size or 1
+    shares = [n for n in range(1, fits + 1) if batch % n == 0]
+    if settings.final_workers is None:
+        return max(n for n in shares if n == 1 or batch // n >= FINAL_SHARE)
+    if settings.final_workers not in shares or batch // settings.final_workers < 2:
+        raise ClusterError(
+            f"--final-workers {settings.final_workers} cannot be: the cluster holds {fits} workers, and the batch of "
+            f"{batch} images must divide evenly among them, two or more for each"
+        )
+    return settings.final_workers
 
 
 def check_storage(experiment: Experiment) -> None:

@@ -76,3 +76,22 @@ class Material:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+
+def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef[np.ndarray] | Path:
+    """Some of the images, for all workers: in the object store where they fit it well, else in a file.
+
+    Args:
+        images_NHW: uint8, may be memory-mapped and larger than memory.
+        rows: which of them; the workers see no others.
+        path: where to put the file (.npy), in a folder that every node can open.
+    """
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    if len(rows) * images_NHW[0].nbytes <= 0.5 * min(stores):
+        return ray.put(images_NHW[rows])
+    shape = (len(rows), *images_NHW.shape[1:])
+    shared = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    for start in range(0, len(rows), 1024):
+        shared[start : start + 1024] = images_NHW[rows[start : start + 1024]]
+    shared.flush()
+    return path

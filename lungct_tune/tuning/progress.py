@@ -12,19 +12,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.report import describe
 from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
-
-
-def describe(configuration: Configuration) -> str:
-    """A configuration in one line."""
-    return (
-        f"depth {configuration.truncation_depth}, {configuration.frozen_depth} frozen, "
-        f"dropout {configuration.dropout:.2f}, augmentation {configuration.augmentation:.2f}, "
-        f"rates {configuration.backbone_lr:.1e}/{configuration.head_lr:.1e}, "
-        f"decay {configuration.weight_decay:.1e}"
-    )
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
@@ -59,7 +49,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         finished = finished_trials(self._study)
         self._done = len(finished)
         if (best := best_trial(finished)) is not None:
-            figures = best_figures(best) or {}
+            figures = best_figures(best)
             self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {describe(configuration_of(best))})"
         if self._console.is_terminal:
             return

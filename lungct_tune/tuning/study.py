@@ -8,6 +8,7 @@ enough to go on with the search after any crash.
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections import deque
@@ -82,7 +83,9 @@ class _Live:
 
     trial: Trial
     history: list[dict[str, float]] = field(default_factory=list)
-    ended: str | None = None
+    pruned: bool = False
+    failure: str = "unknown"
+    """The last thing that went wrong; a trial may have recovered from it."""
 
 
 class StudySearch(Searcher):  # type: ignore[misc]
@@ -134,31 +137,28 @@ class StudySearch(Searcher):  # type: ignore[misc]
                     live.history.append(figures)
             live.trial.set_user_attr("history", live.history)
         self._note_wall()
-        return live.trial.number != BASELINE and live.trial.should_prune()
+        live.pruned = live.trial.number != BASELINE and live.trial.should_prune()
+        return live.pruned
 
     def _note_wall(self) -> None:
         """Keeps the time that the search has taken in the study, up to the last thing that happened in it."""
         self._study.set_user_attr("wall_s", self._wall_before + time.monotonic() - self._began)
 
-    def stop_early(self, trial_id: str) -> None:
-        live = self._live[trial_id]
-        live.ended = f"stopped early after epoch {len(live.history)}"
-
     def note_failure(self, trial_id: str, reason: str) -> None:
-        if trial_id in self._live:
-            self._live[trial_id].ended = f"failed: {reason}"
+        """Keeps why a trial lost its slot, for the case that it cannot go on in another."""
+        self._live[trial_id].failure = reason
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the study how a trial ended, then drops what only a running trial needs."""
         live = self._live[trial_id]
         if error or result is None:
-            live.trial.set_user_attr("ended", live.ended or "failed")
+            live.trial.set_user_attr("ended", f"failed: {live.failure}")
             self._study.tell(live.trial, state=TrialState.FAIL)
         elif "diverged" in result:
             live.trial.set_user_attr("ended", f"diverged: {result['diverged']}")
             self._study.tell(live.trial, BAD_SCORE)
-        elif live.ended:
-            live.trial.set_user_attr("ended", live.ended)
+        elif live.pruned:
+            live.trial.set_user_attr("ended", f"stopped early after epoch {len(live.history)}")
             self._study.tell(live.trial, state=TrialState.PRUNED)
         else:
             self.record(trial_id, result)
@@ -183,10 +183,8 @@ class StudyPruning(FIFOScheduler):  # type: ignore[misc]
         self._search = search
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        if self._search.record(trial.trial_id, result):
-            self._search.stop_early(trial.trial_id)
-            return str(TrialScheduler.STOP)
-        return str(TrialScheduler.CONTINUE)
+        stop = self._search.record(trial.trial_id, result)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         error = trial.get_error()
@@ -197,9 +195,9 @@ def configuration_of(trial: FrozenTrial) -> Configuration:
     return Configuration(**trial.user_attrs["configuration"])
 
 
-def best_figures(trial: FrozenTrial) -> dict[str, float] | None:
-    """The figures of a trial's best epoch, the first of several equals; None where no epoch ended."""
-    return max(trial.user_attrs.get("history", []), key=rank, default=None)
+def best_figures(trial: FrozenTrial) -> dict[str, float]:
+    """The figures of a trial's best epoch, the first of several equals; none where no epoch ended."""
+    return max(trial.user_attrs.get("history", []), key=rank, default={})
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -211,7 +209,7 @@ def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     completed = [
         trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == "completed"
     ]
-    return max(completed, key=lambda trial: rank(best_figures(trial) or {}), default=None)
+    return max(completed, key=lambda trial: rank(best_figures(trial)), default=None)
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:
@@ -220,7 +218,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
     for trial in finished_trials(study):
         history = trial.user_attrs.get("history", [])
         configuration = configuration_of(trial)
-        best = best_figures(trial) or {}
+        best = best_figures(trial)
         rows.append(
             {"trial": trial.number, "state": trial.state.name, "ended": trial.user_attrs.get("ended", "")}
             | configuration.as_dict()
@@ -229,3 +227,27 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
             | {"training_s": sum(figures["train_s"] + figures["valid_s"] for figures in history)}
         )
     return pd.DataFrame(rows)
+
+
+def row_of(table: pd.DataFrame, number: int) -> dict[str, Any] | None:
+    """One trial's row of the table, as plain values; None for a trial that did not come to an epoch's end."""
+    rows = table[table["trial"] == number].dropna(subset=[f"best_{OBJECTIVE}"])
+    return None if rows.empty else dict(json.loads(rows.iloc[0].to_json()))
+
+
+def effort(study: optuna.Study, table: pd.DataFrame, slots: int) -> dict[str, Any]:
+    """What a search cost, in trials, epochs and seconds.
+
+    `overhead_ratio` is slots x wall time over the seconds in which slots were inside an epoch of training or
+    validation: 1 where they did nothing else, None where they never were.
+    """
+    wall_s, training_s = float(study.user_attrs.get("wall_s", 0)), float(table["training_s"].sum())
+    return {
+        "trials": len(table),
+        "epochs": int(table["epochs"].sum()),
+        "wall_s": wall_s,
+        "training_s": training_s,
+        "slots": slots,
+        "overhead_ratio": slots * wall_s / training_s if training_s else None,
+        "ended": table["ended"].str.split(r" after|:", regex=True).str[0].value_counts().to_dict(),
+    }

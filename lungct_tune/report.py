@@ -1,0 +1,117 @@
+"""What a person sees in the terminal: the data and their split, the plan, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lungct_tune.bundle import FOLDER
+from lungct_tune.configuration import Configuration
+from lungct_tune.data import SPLITS, ImageSet, twins_across
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.plan import Plan
+from lungct_tune.space import SearchSpace
+
+PHANTOMS = "These are PHANTOMS, drawn by a program, not patients: no figure here says anything about CT."
+
+
+def describe(configuration: Configuration) -> str:
+    """A configuration in one line."""
+    return (
+        f"depth {configuration.truncation_depth}, {configuration.frozen_depth} frozen, "
+        f"dropout {configuration.dropout:.2f}, augmentation {configuration.augmentation:.2f}, "
+        f"rates {configuration.backbone_lr:.1e}/{configuration.head_lr:.1e}, decay {configuration.weight_decay:.1e}"
+    )
+
+
+def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
+    """The split by class, what was left out and why, and a warning where test has near copies elsewhere."""
+    table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
+    table.add_column("class")
+    for name in SPLITS:
+        table.add_column(name, justify="right")
+    for label, name in enumerate(images.classes):
+        of_class = images.table["label"].to_numpy() == label
+        table.add_row(name, *(str(int((of_class & (split == part)).sum())) for part in SPLITS))
+    console.print(table)
+    if images.unreadable:
+        console.print(f"left out, unreadable: {len(images.unreadable)} files", style="yellow")
+        for path, reason in images.unreadable:
+            console.print(f"  {path}: {reason}", soft_wrap=True, markup=False)
+    if images.conflicts:
+        console.print("left out, the same image under several classes:", style="yellow")
+        for paths in images.conflicts:
+            console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
+    if seen := int(twins_across(images, split).sum()):
+        console.print(
+            f"{seen} of {(split == 'test').sum()} test images have a near copy in train or valid: "
+            "the test accuracy will be too high",
+            style="bold yellow",
+        )
+
+
+def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
+    """What is about to happen, and where to watch it."""
+    settings = plan.settings
+    console.print(
+        f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
+    )
+    lines = {
+        "cluster": cluster,
+        "dashboard": f"{dashboard} (its token: ray get-auth-token)" if dashboard else "none",
+        "experiment": plan.experiment.uri,
+        "study": plan.study_storage(hide_password=True),
+    }
+    for name, value in lines.items():
+        console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
+
+
+def print_space(space: SearchSpace, console: Console) -> None:
+    """The fixed trials, and what Optuna may vary."""
+    console.print("\nfixed trials, before Optuna chooses any:")
+    for configuration in space.fixed_trials:
+        console.print(f"  {describe(configuration)}", soft_wrap=True)
+    console.print("varied:")
+    for name, distribution in space.distributions.items():
+        console.print(f"  {name}: {distribution}", soft_wrap=True)
+    for name, value in space.constants.items():
+        console.print(f"  {name}: {value} in every other trial")
+
+
+def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> None:
+    """The published configuration against the best found, the test accuracy, and where the bundle is."""
+    columns = {
+        "trial": "trial",
+        "depth": "truncation_depth",
+        "frozen": "frozen_depth",
+        "dropout": "dropout",
+        "augment": "augmentation",
+        "epochs": "epochs",
+        "balanced accuracy": f"best_{OBJECTIVE}",
+    }
+    table = Table("", *columns, title="best epoch on validation", title_justify="left")
+    for title, trial in (("published", metrics["baseline_trial"]), ("best found", metrics["best_trial"])):
+        if trial is not None:
+            values = (trial[key] for key in columns.values())
+            table.add_row(title, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
+    console.print(table)
+    test, effort = metrics["test"], metrics["search"]
+    low, high = test["accuracy_ci95"]
+    ended = ", ".join(f"{count} {how}" for how, count in effort["ended"].items())
+    ratio = f", overhead ratio {effort['overhead_ratio']:.2f}" if effort["overhead_ratio"] else ""
+    console.print(
+        f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"[bold]test accuracy {test['accuracy']:.3f}[/] (95 % interval {low:.3f} to {high:.3f}, {test['n']} images; "
+        f"always naming the largest class: {test['majority_rule_accuracy']:.3f})",
+        soft_wrap=True,
+    )
+    if plan.settings.data is None:
+        console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
+    console.print(f"bundle: {plan.experiment.uri}/{FOLDER}", soft_wrap=True, markup=False)

@@ -1,0 +1,151 @@
+"""The study as the memory of a search: real Optuna on SQLite, driven as Ray Tune drives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from lungct_tune.configuration import PUBLISHED
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.experiment import Experiment
+from lungct_tune.space import SearchSpace, parse_space
+from lungct_tune.tuning.study import StudySearch, best_trial, effort, finished_trials, open_study, row_of, trials_table
+
+EPOCHS = 9
+SPACE = "truncation_depth: {low: 30, high: 49}\ndropout: {low: 0.0, high: 0.7}\nweight_decay: 0.5"
+
+
+class Tune:
+    """What Ray Tune does with a searcher, with an objective that is computed instead of trained."""
+
+    def __init__(self, folder: Path, text: str = SPACE, seed: int = 1) -> None:
+        self.space: SearchSpace = parse_space(text, "test")
+        self.study = open_study(f"sqlite:///{folder}/study.db", "test", self.space, EPOCHS)
+        self.search = StudySearch(self.study, self.space, Experiment.at(str(folder), "test"), seed)
+        self._ids = iter(range(10**6))
+
+    def run(self, epochs: int = EPOCHS) -> dict[str, Any]:
+        """One trial, as far as the study lets it or `epochs`; then it is left as a crash leaves it."""
+        name = f"ray-{next(self._ids)}"
+        suggested = self.search.suggest(name)
+        for epoch in range(1, epochs + 1):
+            result = epoch_result(suggested["configuration"], epoch)
+            if epoch == EPOCHS:
+                self.search.on_trial_complete(name, result)
+            elif self.search.record(name, result):
+                self.search.on_trial_complete(name, result)
+                break
+        return suggested
+
+
+def epoch_result(configuration: dict[str, Any], epoch: int, **more: Any) -> dict[str, Any]:
+    quality = 1 - abs(configuration["truncation_depth"] - 40) / 49 - configuration["dropout"] / 9
+    figures = {"epoch": epoch, OBJECTIVE: quality * epoch / EPOCHS, "accuracy": quality, "log_loss": 1 / epoch}
+    return figures | {"train_loss": 1.0, "train_s": 2.0, "valid_s": 0.5} | more
+
+
+def test_the_published_configuration_runs_first_even_outside_the_space(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    first = tune.run()
+    assert first["configuration"] == PUBLISHED.as_dict() and first["number"] == 0
+    with np.errstate(all="raise"):
+        others = [tune.run() for _ in range(15)]  # more than TPE's random start
+    depths = {other["configuration"]["truncation_depth"] for other in others}
+    assert min(depths) >= 30 and len(depths) > 3
+    assert {other["configuration"]["weight_decay"] for other in others} == {0.5}
+    assert tune.study.trials[0].state == TrialState.COMPLETE
+
+
+def test_stopped_trials_are_pruned_with_all_their_epochs(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    for _ in range(10):
+        tune.run()
+    pruned = [trial for trial in tune.study.trials if trial.state == TrialState.PRUNED]
+    assert pruned and all(len(trial.intermediate_values) in (1, 3) for trial in pruned)
+    for trial in pruned:
+        assert trial.user_attrs["ended"] == f"stopped early after epoch {len(trial.intermediate_values)}"
+    complete = [trial for trial in tune.study.trials if trial.state == TrialState.COMPLETE]
+    assert all(len(trial.intermediate_values) == EPOCHS for trial in complete)
+
+
+def test_interrupted_or_not_the_suggestions_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole = Tune(tmp_path / "whole")
+    expected = [whole.run() for _ in range(14)]
+    got: list[dict[str, Any]] = []
+    while len(got) < 14:
+        tune = Tune(tmp_path / "broken")
+        got += [tune.run() for _ in range(min(4, 14 - len(got)))]
+    assert [s["configuration"] for s in got] == [s["configuration"] for s in expected]
+
+
+def test_a_trial_that_was_running_goes_on_and_earlier_epochs_are_filled_in(tmp_path: Path) -> None:
+    first = Tune(tmp_path).run(epochs=2)
+    tune = Tune(tmp_path)
+    again = tune.search.suggest("ray-new")
+    assert again == first
+    # the workers kept epoch 3, and the driver died before it told the study
+    earlier = [epoch_result(first["configuration"], epoch) for epoch in (1, 2, 3)]
+    tune.search.record("ray-new", epoch_result(first["configuration"], 4, earlier=earlier))
+    assert sorted(tune.study.trials[0].intermediate_values) == [1, 2, 3, 4]
+    assert [figures["epoch"] for figures in tune.study.trials[0].user_attrs["history"]] == [1, 2, 3, 4]
+
+
+def test_fixed_trials_are_queued_once_however_often_the_study_is_opened(tmp_path: Path) -> None:
+    text = f"{SPACE}\nfixed_trials: [{{truncation_depth: 49}}]"
+    for _ in range(3):
+        tune = Tune(tmp_path, text)
+    assert len(tune.study.trials) == 2
+    tune.run()
+    assert Tune(tmp_path, text).run()["configuration"]["truncation_depth"] == 49
+
+
+def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    tune.run()
+    for name in ("a", "b"):
+        tune.search.suggest(name)
+    tune.search.record("a", epoch_result(PUBLISHED.as_dict(), 1))
+    tune.search.on_trial_complete("a", {OBJECTIVE: 0.0, "diverged": "loss nan in epoch 2", "done": True})
+    tune.search.note_failure("b", "out of memory")
+    tune.search.on_trial_complete("b", error=True)
+    _, diverged, failed = finished_trials(tune.study)
+    assert (diverged.state, diverged.value) == (TrialState.COMPLETE, 0.0)
+    assert diverged.user_attrs["ended"] == "diverged: loss nan in epoch 2"
+    assert (failed.state, failed.user_attrs["ended"]) == (TrialState.FAIL, "failed: out of memory")
+    best = best_trial(finished_trials(tune.study))
+    assert best is not None and best.number == 0
+    table = trials_table(tune.study)
+    assert list(table["epochs"]) == [EPOCHS, 1, 0]
+    assert row_of(table, 2) is None
+    assert effort(tune.study, table, slots=2)["training_s"] == pytest.approx(2.5 * 10)
+    assert effort(tune.study, table, slots=2)["ended"] == {"completed": 1, "diverged": 1, "failed": 1}
+
+
+def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    suggested = tune.search.suggest("a")
+    tune.search.note_failure("a", "the workers ended")
+    tune.search.on_trial_complete("a", epoch_result(suggested["configuration"], 1))
+    assert tune.study.trials[0].state == TrialState.COMPLETE
+    assert tune.study.trials[0].user_attrs["ended"] == "completed"
+
+
+def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -> None:
+    experiment = Experiment.at(str(tmp_path), "test")
+    for name in ("last.pt", "best.safetensors"):
+        experiment.write(f"trials/0000/{name}", b"")
+    Tune(tmp_path).run()
+    assert not experiment.exists("trials/0000/last.pt") and experiment.exists("trials/0000/best.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings_about_ranges(recwarn: pytest.WarningsRecorder) -> Any:
+    yield
+    assert not [w for w in recwarn if issubclass(w.category, optuna.exceptions.ExperimentalWarning)]
