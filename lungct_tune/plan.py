@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +40,7 @@ class Plan:
     space: SearchSpace
     space_text: str
     fingerprint: str | None
-    """Of the data that a resumed search began with."""
+    """Of the data that a resumed search began with; None for a new search."""
 
     @property
     def study_folder(self) -> Path:
@@ -46,14 +50,37 @@ class Plan:
 
     def study_storage(self, hide_password: bool = False) -> str:
         """The Optuna storage's URL."""
-        if self.settings.study:
-            return make_url(self.settings.study).render_as_string(hide_password=hide_password)
-        return f"sqlite:///{self.study_folder / 'study.db'}"
+        url = self.settings.study or f"sqlite:///{self.study_folder / 'study.db'}"
+        return make_url(url).render_as_string(hide_password=hide_password)
 
     @property
     def resume_command(self) -> str:
-        storage = "" if self.settings.storage == "./results" else f" --storage {self.settings.storage}"
-        return f"python -m lungct_tune.search --resume {self.experiment.name}{storage}"
+        """What the user types to go on; a password in the study's URL is left for the user to fill in."""
+        words = ["python", "-m", "lungct_tune.search", "--resume", self.experiment.name]
+        if self.settings.storage != "./results":
+            words += ["--storage", self.settings.storage]
+        if self.settings.study:
+            words += ["--study", self.study_storage(hide_password=True)]
+        if self.settings.address:
+            words += ["--address", self.settings.address]
+        return shlex.join(words)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds the experiment for this process; the system lets go of it however the process ends.
+
+        Raises:
+            PlanError: another process runs this search.
+        """
+        self.study_folder.mkdir(parents=True, exist_ok=True)
+        with (self.study_folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise PlanError(
+                    f"another process is running {self.experiment.name}; wait for it, or stop it first"
+                ) from error
+            yield
 
     def check_data(self, images: ImageSet) -> None:
         """Refuses to go on with other images than the search began with.
@@ -92,17 +119,16 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
 
 
 def _new(asked: Settings) -> Plan:
-    settings = asked.for_data()
-    kind = "phantoms" if settings.data is None else settings.data.resolve().name
-    name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{kind}"
+    settings = asked.for_data().with_absolute_paths()
+    name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{settings.data.name if settings.data else 'phantoms'}"
     experiment = Experiment.at(settings.storage, name)
     if experiment.exists("settings.yaml"):
         raise PlanError(
             f"{experiment.uri} holds a search already; choose another --name, or go on with it: --resume {name}"
         )
-    settings = settings.model_copy(update={"name": name, "data": settings.data and settings.data.resolve()})
     text = read_space(settings.space)
-    return Plan(settings, experiment, parse_space(text, str(settings.space)), text, fingerprint=None)
+    space = parse_space(text, str(settings.space))
+    return Plan(settings.model_copy(update={"name": name}), experiment, space, text, fingerprint=None)
 
 
 def _resumed(asked: Settings, given: set[str]) -> Plan:
@@ -116,7 +142,7 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
         )
     content = yaml.safe_load(kept)
     fingerprint = content.pop("fingerprint")
-    begun = validate(content)
+    begun, asked = validate(content), asked.with_absolute_paths()
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
@@ -125,7 +151,8 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
             f"{asked.resume} is finished, its model is in {experiment.uri}/{FOLDER}. Its test split has been "
             "judged, so more trials would be chosen knowing the answer: begin a new search for them"
         )
-    text = (experiment.read("space.yaml") or b"").decode()
-    space = parse_space(text, f"{experiment.uri}/space.yaml")
     settings = begun.model_copy(update={field: getattr(asked, field) for field in given & CHANGEABLE})
-    return Plan(settings, experiment, space, text, fingerprint)
+    if settings.study and make_url(settings.study).password == "***":
+        raise PlanError(f"the study's password is not kept; give the URL again: --study {settings.study}")
+    text = (experiment.read("space.yaml") or b"").decode()
+    return Plan(settings, experiment, parse_space(text, f"{experiment.uri}/space.yaml"), text, fingerprint)

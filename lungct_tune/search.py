@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 from rich.console import Console
@@ -31,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lungct_tune.plan import PlanError
     from lungct_tune.space import SpaceError
     from lungct_tune.tuning.cluster import ClusterError
+    from lungct_tune.tuning.final import RetrainingFailed
+    from lungct_tune.tuning.study import StudyError
     from lungct_tune.weights import WeightsError
 
-    known = (SettingsError, SpaceError, PlanError, DataError, WeightsError, StorageError, ClusterError)
+    refused = (SettingsError, SpaceError, PlanError, DataError, WeightsError, StorageError, StudyError, ClusterError)
     try:
         search(settings, given, Console(highlight=False))
-    except (*known, NothingToRetrain) as error:
+    except (*refused, NothingToRetrain, RetrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -67,7 +70,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.tuning import study as studies
     from lungct_tune.tuning.cluster import allot, check_storage, connect
     from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
-    from lungct_tune.tuning.material import Material, share
+    from lungct_tune.tuning.material import Material, object_store_room, share
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.slots import SlotPlan
     from lungct_tune.weights import read_covering
@@ -93,7 +96,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
 
     # ---- the cluster, and what of it the search takes -------------------------------------------------
-    started_here = not ray.is_initialized()
+    started_here, kept_alone = not ray.is_initialized(), ExitStack()
     dashboard = connect(settings.address, settings.verbose)
     try:
         allotment = allot(settings)
@@ -102,12 +105,16 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             report.print_space(plan.space, console)
             return
         check_storage(experiment)
+        kept_alone.enter_context(plan.alone())
+        study = studies.open_study(
+            plan.study_storage(), experiment.name, plan.space, settings.epochs, new=not settings.resume
+        )
         plan.keep(images, split)
         backbone = None if weights is None else ray.put(weights)
 
         def material(rows: np.ndarray, file: str) -> Material:
             return Material(
-                images=share(images.images_NHW, rows, plan.study_folder / file),
+                images=share(images.images_NHW, rows, plan.study_folder / file, object_store_room()),
                 labels_N=labels_N[rows],
                 classes=len(images.classes),
                 backbone=backbone,
@@ -118,8 +125,6 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
         searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
-        plan.study_folder.mkdir(parents=True, exist_ok=True)
-        study = studies.open_study(plan.study_storage(), experiment.name, plan.space, settings.epochs)
         console.print(f"\nsearching, {allotment.slots} trials at a time", style="bold")
         run_search(
             study,
@@ -156,7 +161,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 train_indices=searched,
                 test_indices=test,
                 workers=allotment.final_workers,
-                resources_per_worker=allotment.resources_per_worker,
+                resources_per_worker=allotment.final_resources_per_worker,
             ),
             name=f"trial_{best.number:04d}_{epochs:03d}_epochs",
         )
@@ -183,8 +188,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         )
         report.print_outcome(plan, metrics, console)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"To go on: {plan.resume_command}") from None
+        begun = experiment.exists("settings.yaml")
+        raise KeyboardInterrupt(f"To go on: {plan.resume_command}" if begun else "") from None
     finally:
+        kept_alone.close()
         if started_here:
             ray.shutdown()
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -81,7 +83,7 @@ class Settings(BaseModel):
         "GPUs a worker reserves, fractions share one (1 where there are GPUs)", "F"
     )
     slots: Positive | None = _flag("trials at once (as many as the cluster holds)")
-    final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 8 images each or more)")
+    final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 16 images each or more)")
     storage: str = Field(
         "./results", description="where experiments go (./results)", json_schema_extra={"metavar": "URI"}
     )
@@ -109,9 +111,23 @@ class Settings(BaseModel):
                 f"batch_size {self.batch_size} leaves a single image to each of {self.workers} workers: "
                 "batch normalisation needs at least two"
             )
+        if self.gpus_per_worker and self.gpus_per_worker < 1 and self.workers > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker} with workers {self.workers}: NCCL refuses two workers of one "
+                "group on one GPU; share a GPU among slots of one worker, or give every worker a whole one"
+            )
         if self.gpus_per_worker and self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved")
         return self
+
+    @field_validator("study")
+    @classmethod
+    def _a_database(cls, url: str | None) -> str | None:
+        try:
+            make_url(url or "sqlite://")
+        except ArgumentError:
+            raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
+        return url
 
     @model_validator(mode="after")
     def _found(self) -> Self:
@@ -126,14 +142,23 @@ class Settings(BaseModel):
             "trials": 8 if phantoms else 40,
             "epochs": 18 if phantoms else 30,
             "image_size": 64 if phantoms else 224,
-            "batch_size": math.lcm(16 if phantoms else 32, self.workers),
+            "batch_size": self.workers * max(2, math.ceil((16 if phantoms else 32) / self.workers)),
             "weights": "none" if phantoms else "imagenet",
         }
         return self.model_copy(update={k: v for k, v in decided.items() if getattr(self, k) is None})
 
+    def with_absolute_paths(self) -> Settings:
+        """These settings as they are meant from any other folder too."""
+        paths: dict[str, Any] = {"space": self.space.resolve(), "data": self.data and self.data.resolve()}
+        if self.weights not in (None, "imagenet", "none"):
+            paths["weights"] = str(Path(self.weights).expanduser().resolve())
+        return self.model_copy(update=paths)
+
     def as_yaml(self) -> str:
-        """The settings that make the experiment what it is, without the study's URL: it may hold a password."""
-        kept = self.model_dump(mode="json", exclude={"study", "resume", "plan", "address", "verbose"})
+        """The settings that make the experiment what it is, without a password in the study's URL."""
+        kept = self.model_dump(mode="json", exclude={"resume", "plan", "address", "verbose"})
+        if self.study:
+            kept["study"] = make_url(self.study).render_as_string(hide_password=True)
         return yaml.safe_dump(kept, sort_keys=False)
 
 

@@ -98,7 +98,7 @@ def parse_space(text: str, path: str) -> SearchSpace:
     for key, value in content.items():
         _known(path, key)
         if isinstance(value, dict):
-            distributions[key] = _range(path, key, value)
+            distributions[key] = _range(path, key, value, trials)
         elif isinstance(value, list):
             distributions[key] = _choice(path, key, value, trials)
         else:
@@ -119,7 +119,7 @@ def _choice(path: str, key: str, value: list[Any], trials: list[Configuration]) 
     return CategoricalDistribution(choices)
 
 
-def _range(path: str, key: str, value: dict[str, Any]) -> BaseDistribution:
+def _range(path: str, key: str, value: dict[str, Any], trials: list[Configuration]) -> BaseDistribution:
     if unknown := set(value) - {"low", "high", "log"}:
         raise SpaceError(f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log")
     if missing := {"low", "high"} - set(value):
@@ -135,6 +135,11 @@ def _range(path: str, key: str, value: dict[str, Any]) -> BaseDistribution:
         raise SpaceError(f"{path}: {key}: low {low} is above high {high}")
     if log and low <= 0:
         raise SpaceError(f"{path}: {key}: a logarithmic range must begin above 0, not at {low}")
+    if log and any(getattr(trial, key) <= 0 for trial in trials):
+        raise SpaceError(
+            f"{path}: {key}: a logarithmic range has no place for 0, which the published configuration or a fixed "
+            "trial has; leave out `log`, or change the fixed trial"
+        )
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(low, high, log=log)

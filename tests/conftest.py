@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 REPOSITORY = Path(__file__).parents[1]
 CT_IMAGES = REPOSITORY.parent / "shared" / "chest-ctscan"
+CT_WEIGHTS = REPOSITORY.parent / "shared" / "weights" / "resnet_ct_k22.pth"
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small phantom data set: 20 patients, 80 images."""
+    """A small phantom data set: 20 patients, 60 images."""
     from lungct_tune.data import make_phantoms
 
     return make_phantoms(tmp_path_factory.mktemp("data"), seed=1, patients=20, size=48)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from conftest import CT_IMAGES, CT_WEIGHTS
 from optuna.trial import TrialState
 
 from lungct_tune.evaluation import OBJECTIVE
@@ -97,15 +98,30 @@ def test_the_published_configuration_is_first_and_never_stopped(finished: Path) 
     assert second.params["truncation_depth"] == 4
 
 
-def test_the_kept_weights_belong_to_the_reported_best_epoch(finished: Path) -> None:
-    from safetensors import safe_open
+def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(finished: Path, phantoms: Path) -> None:
+    import pandas as pd
+    import torch
+    from safetensors.torch import load_file
 
-    from lungct_tune.tuning.study import best_figures, finished_trials
+    from lungct_tune.data import read_images
+    from lungct_tune.evaluation import validation_figures
+    from lungct_tune.model import CutResNet
+    from lungct_tune.training import as_grey, forward
+    from lungct_tune.tuning.study import best_figures, configuration_of, finished_trials
 
+    images = read_images(phantoms, 32, progress=False)
+    split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()
+    valid = np.flatnonzero(split == "valid")
+    grey_N1HW = as_grey(torch.from_numpy(images.images_NHW[valid]))
     for trial in finished_trials(study_of(finished)):
-        best = best_figures(trial)
-        with safe_open(finished / "trials" / f"{trial.number:04d}" / "best.safetensors", "pt") as file:
-            assert int(file.metadata()["epoch"]) == best["epoch"]
+        model = CutResNet(configuration_of(trial).truncation_depth, classes=4)
+        model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "best.safetensors"))
+        with torch.no_grad():
+            probabilities_NC = forward(model.eval(), grey_N1HW, "imagenet").softmax(dim=1).numpy()
+        figures = validation_figures(images.table["label"].to_numpy()[valid], probabilities_NC)
+        reported = best_figures(trial)
+        assert figures["log_loss"] == pytest.approx(reported["log_loss"], rel=1e-3)
+        assert figures[OBJECTIVE] == pytest.approx(reported[OBJECTIVE], abs=1e-6)
     assert not list(finished.glob("trials/*/last.pt"))
 
 
@@ -185,14 +201,14 @@ def test_the_plan_is_printed_and_nothing_is_left(
 ) -> None:
     assert main(["--plan", "--data", str(phantoms), "--space", str(space), "--storage", str(tmp_path), *SMALL]) == 0
     printed = capsys.readouterr().out
-    assert "2 slots of 1 workers" in printed and "truncation_depth" in printed
+    assert "2 slots of 1 worker with 1 CPU" in printed and "truncation_depth" in printed
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--workers", "3", "--batch-size", "9"], "do not fit: a worker needs 1 CPU"),
+        (["--workers", "3", "--batch-size", "9"], "1 slot of 3 workers do not fit: a worker needs 1 CPU"),
         (["--slots", "3"], "the cluster holds 2 workers, and 3 are needed"),
         (["--gpus-per-worker", "1"], "a worker needs 1 CPU and 1 GPU on one node"),
         (["--cpus-per-worker", "64"], "64 CPU"),
@@ -219,8 +235,65 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_crash_between_judging_and_the_bundle_is_mended_by_resuming(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished.parent, tmp_path / "storage")
+    experiment = tmp_path / "storage" / "one"
+    judged = (experiment / "best" / "metrics.json").read_bytes()
+    shutil.rmtree(experiment / "best")
+    assert main(["--storage", str(experiment.parent), "--resume", "one", "--slots", "1"]) == 0
+    assert json.loads((experiment / "best" / "metrics.json").read_bytes())["test"] == json.loads(judged)["test"]
+
+
+def test_a_search_is_run_by_one_process_at_a_time(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+    import shutil
+
+    shutil.copytree(finished.parent, tmp_path / "storage")
+    shutil.rmtree(tmp_path / "storage" / "one" / "best")
+    with (tmp_path / "storage" / "one" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["--storage", str(tmp_path / "storage"), "--resume", "one"]) == 2
+    assert "another process is running one" in capsys.readouterr().err
+
+
+def test_a_study_in_a_database_of_the_users(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resuming asks for the password that it did not keep, and for the study that it began."""
+    import shutil
+
+    shutil.copytree(finished.parent, tmp_path / "storage")
+    experiment = tmp_path / "storage" / "one"
+    shutil.rmtree(experiment / "best")
+    settings = (experiment / "settings.yaml").read_text()
+    (experiment / "settings.yaml").write_text(settings.replace("study: null", "study: postgresql://me:***@db/x"))
+    resume = ["--storage", str(experiment.parent), "--resume", "one"]
+    assert main(resume) == 2
+    assert "give the URL again: --study postgresql://me:***@db/x" in capsys.readouterr().err
+    assert main([*resume, "--study", f"sqlite:///{tmp_path}/other.db"]) == 2
+    assert "there is no study 'one'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not CT_IMAGES.is_dir() or not CT_WEIGHTS.is_file(), reason="no ../shared with CT images and weights"
+)
+def test_real_images_and_real_weights(tmp_path: Path) -> None:
+    space = "search_spaces/shallow.yaml"
+    arguments = ["--data", str(CT_IMAGES), "--weights", str(CT_WEIGHTS), "--normalisation", "unit", "--space", space]
+    tiny = ["--image-size", "32", "--trials", "2", "--epochs", "2", "--name", "ct", "--storage", str(tmp_path)]
+    assert main([*arguments, *tiny]) == 0
+    metrics = json.loads((tmp_path / "ct" / "best" / "metrics.json").read_text())
+    assert 130 <= metrics["test"]["n"] <= 145
+    assert metrics["test"]["accuracy_ci95"][0] > metrics["test"]["majority_rule_accuracy"]
+    split = (tmp_path / "ct" / "split.csv").read_text()
+    assert "/l4.png" not in split and "/sq2.png" not in split
+
+
 def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: Path, space: Path) -> None:
-    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "3", *SLOW) as run:
+    url = f"sqlite:///{tmp_path}/elsewhere.db"
+    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "3", *SLOW, "--study", url) as run:
         experiment = tmp_path / "killed"
         wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
         victim = train_workers()[-1]
@@ -229,7 +302,8 @@ def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: 
         assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
         output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
-    trials = [trial for trial in study_of(experiment).trials if trial.state.is_finished()]
+    study = optuna.load_study(study_name="killed", storage=url)
+    trials = [trial for trial in study.trials if trial.state.is_finished()]
     assert [trial.state for trial in trials].count(TrialState.FAIL) == 0
     for trial in trials:
         epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
@@ -239,7 +313,7 @@ def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: 
 
 
 def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space: Path) -> None:
-    """Ctrl-C, then SIGKILL, then left alone: as many trials as asked, none of them twice."""
+    """Ctrl-C, SIGKILL in the search, SIGKILL in the retraining, then left alone: as many trials as asked."""
     experiment = tmp_path / "killed"
     with command(tmp_path, phantoms, space, "--slots", "2", "--trials", "6", *SLOW) as run:
         wait_for(lambda: ended_trials(experiment) >= 1, run)
@@ -252,11 +326,18 @@ def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space
     assert 1 <= ended_trials(experiment) < 6
 
     with command(tmp_path, None, None) as run:
-        wait_for(lambda: ended_trials(experiment) >= 1 + len(finished_numbers(after_stop)), run)
+        enough = 1 + len(finished_numbers(after_stop))
+        wait_for(lambda: ended_trials(experiment) >= enough and list(experiment.glob("trials/*/last.pt")), run)
         run.kill()
     assert nothing_held(60)
     after_kill = {trial.number: trial for trial in study_of(experiment).trials}
     running = [n for n, t in after_kill.items() if t.state == TrialState.RUNNING and t.user_attrs.get("history")]
+    assert running
+
+    with command(tmp_path, None, None) as run:
+        wait_for(lambda: list(experiment.glob("final/*/checkpoint*")), run)
+        run.kill()
+    assert nothing_held(60) and not (experiment / "best").exists()
 
     with command(tmp_path, None, None) as run:
         output, _ = run.communicate(timeout=300)

@@ -42,6 +42,8 @@ def test_class_map_from_the_command_line() -> None:
         (["--gpus-per-worker", "1.5"], ["gpus_per_worker", "1.5", "whole"]),
         (["--batch-size", "9", "--workers", "2"], ["batch_size 9", "workers 2"]),
         (["--batch-size", "2", "--workers", "2"], ["batch_size 2", "at least two"]),
+        (["--gpus-per-worker", "0.5", "--workers", "2"], ["gpus_per_worker 0.5", "whole one"]),
+        (["--study", "nonsense"], ["study", "'nonsense'", "database URL"]),
         (["--class-map", "benign"], ["class_map", "'benign'", "FOLDER=CLASS"]),
         (["--data", "no/such/folder"], ["no/such/folder", "not a folder"]),
         (["--name", "a/b"], ["name", "'a/b'"]),
@@ -76,8 +78,9 @@ def test_phantoms_get_small_defaults_and_a_choice_stays(tmp_path: Path) -> None:
     assert phantoms.trials == real.trials == 3
 
 
-def test_the_default_batch_divides_among_any_number_of_workers() -> None:
-    assert (validate({"workers": 3}).for_data().batch_size or 1) % 3 == 0
+@pytest.mark.parametrize(("workers", "batch"), [(1, 16), (3, 18), (16, 32), (7, 21)])
+def test_the_default_batch_is_shared_evenly_by_any_number_of_workers(workers: int, batch: int) -> None:
+    assert validate({"workers": workers}).for_data().batch_size == batch
 
 
 def test_the_kept_settings_give_the_same_settings_and_no_secret() -> None:
@@ -86,4 +89,5 @@ def test_the_kept_settings_give_the_same_settings_and_no_secret() -> None:
     settings = validate({"trials": 3, "study": "postgresql://me:secret@db/optuna"}).for_data()
     kept = settings.as_yaml()
     assert "secret" not in kept
-    assert validate(yaml.safe_load(kept)) == settings.model_copy(update={"study": None})
+    again = validate(yaml.safe_load(kept))
+    assert again == settings.model_copy(update={"study": "postgresql://me:***@db/optuna"})

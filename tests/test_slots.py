@@ -20,19 +20,21 @@ SHALLOW = Configuration(truncation_depth=4, backbone_lr=1e-3)
 
 @pytest.fixture(scope="module")
 def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
-    import ray
-
     from lungct_tune.data import read_images, split_images
     from lungct_tune.experiment import Experiment
-    from lungct_tune.tuning.material import Material
+    from lungct_tune.tuning.material import Material, share
     from lungct_tune.tuning.slots import Slot, SlotPlan
 
+    folder = tmp_path_factory.mktemp("slots")
     images = read_images(phantoms, 32, progress=False)
     split = split_images(images, "grouped", seed=0)
+    # as if they did not fit the object store: the workers map the file (test_search.py has them in the store)
+    mapped = share(images.images_NHW, np.arange(len(split)), folder / "images.npy", room=0)
+    assert np.array_equal(np.load(mapped), images.images_NHW)
     plan = SlotPlan(
-        experiment=Experiment.at(str(tmp_path_factory.mktemp("slots")), "one"),
+        experiment=Experiment.at(str(folder), "one"),
         material=Material(
-            images=ray.put(np.ascontiguousarray(images.images_NHW)),
+            images=mapped,
             labels_N=images.table["label"].to_numpy(),
             classes=len(images.classes),
             backbone=None,
@@ -102,6 +104,14 @@ def test_a_trial_goes_on_from_its_last_epoch(slot: Any) -> None:
     assert (result["epoch"], result["done"]) == (2, True)
     assert [earlier["epoch"] for earlier in result["earlier"]] == [1]
     assert result["log_loss"] == whole[-1]["log_loss"]
+
+
+def test_a_state_of_another_study_is_not_taken_for_the_trials_own(slot: Any) -> None:
+    slot.reset(order(10, SHALLOW))
+    assert slot.train()["epoch"] == 1
+    run(slot, 11, SHALLOW)
+    slot.reset(order(10, Configuration(truncation_depth=4, backbone_lr=2e-3)))
+    assert slot.train()["epoch"] == 1
 
 
 def test_a_killed_worker_raises_promptly(slot: Any) -> None:

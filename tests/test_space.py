@@ -67,6 +67,7 @@ def test_ranges_choices_and_constants() -> None:
         ("dropout: {low: 0, high: 1}", "dropout: 1 is not allowed; it must be a number from 0 to 0.95"),
         ("dropout: {low: 0, high: x}", "dropout: 'x' is not allowed"),
         ("weight_decay: {low: 0, high: 1, log: true}", "weight_decay: a logarithmic range must begin above 0"),
+        ("frozen_share: {low: 0.1, high: 1, log: true}", "frozen_share: a logarithmic range has no place for 0"),
         ("weight_decay: {low: 0.1, high: 1, log: 3}", "weight_decay: log is 3"),
         ("truncation_depth: {low: 1, high: 50}", "truncation_depth: 50 is not allowed; it must be a whole number"),
         ("truncation_depth: {low: 1.5, high: 9}", "truncation_depth: 1.5 is not allowed"),

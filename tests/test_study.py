@@ -14,10 +14,30 @@ from lungct_tune.configuration import PUBLISHED
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.experiment import Experiment
 from lungct_tune.space import SearchSpace, parse_space
-from lungct_tune.tuning.study import StudySearch, best_trial, effort, finished_trials, open_study, row_of, trials_table
+from lungct_tune.tuning.study import (
+    StudyError,
+    StudyPruning,
+    StudySearch,
+    best_trial,
+    effort,
+    finished_trials,
+    open_study,
+    row_of,
+    trials_table,
+)
 
 EPOCHS = 9
 SPACE = "truncation_depth: {low: 30, high: 49}\ndropout: {low: 0.0, high: 0.7}\nweight_decay: 0.5"
+
+
+class RayTrial:
+    """As much of Ray's trial as a scheduler is told of one that lost its actor."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+    def get_error(self) -> Exception:
+        return RuntimeError("Traceback ...\nSlotLost: the workers ended")
 
 
 class Tune:
@@ -25,8 +45,10 @@ class Tune:
 
     def __init__(self, folder: Path, text: str = SPACE, seed: int = 1) -> None:
         self.space: SearchSpace = parse_space(text, "test")
-        self.study = open_study(f"sqlite:///{folder}/study.db", "test", self.space, EPOCHS)
-        self.search = StudySearch(self.study, self.space, Experiment.at(str(folder), "test"), seed)
+        new = not (folder / "study.db").exists()
+        self.study = open_study(f"sqlite:///{folder}/study.db", "test", self.space, EPOCHS, new=new)
+        experiment = Experiment.at(str(folder), "test")
+        self.search = StudySearch(self.study, self.space, experiment, seed=seed, startup=4, slots=2)
         self._ids = iter(range(10**6))
 
     def run(self, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -106,6 +128,41 @@ def test_fixed_trials_are_queued_once_however_often_the_study_is_opened(tmp_path
     assert Tune(tmp_path, text).run()["configuration"]["truncation_depth"] == 49
 
 
+def test_a_fixed_trial_that_differs_only_in_what_is_not_varied_is_run_too(tmp_path: Path) -> None:
+    tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{head_lr: 1e-5}}]")
+    assert [tune.run()["configuration"]["head_lr"] for _ in range(2)] == [PUBLISHED.head_lr, 1e-5]
+
+
+def test_the_published_trial_is_never_stopped_but_others_are_measured_against_it(tmp_path: Path) -> None:
+    tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
+    tune.run()
+    tune.run()
+    baseline, worse = tune.study.trials
+    assert baseline.state == TrialState.COMPLETE and worse.state == TrialState.PRUNED
+
+
+def test_a_trial_whose_asking_was_cut_short_gets_all_its_parameters(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    tune.run()
+    tune.study.ask({"dropout": tune.space.distributions["dropout"]})  # killed before the second parameter
+    resumed = Tune(tmp_path)
+    suggested = resumed.search.suggest("ray-new")
+    assert set(resumed.study.trials[1].params) == set(resumed.space.distributions)
+    assert suggested["configuration"]["truncation_depth"] >= 30
+
+
+def test_a_study_is_neither_taken_over_nor_begun_twice(tmp_path: Path) -> None:
+    space = parse_space(SPACE, "test")
+    url = f"sqlite:///{tmp_path}/study.db"
+    with pytest.raises(StudyError, match="there is no study 'one' in sqlite"):
+        open_study(url, "one", space, EPOCHS, new=False)
+    open_study(url, "one", space, EPOCHS, new=True)
+    with pytest.raises(StudyError, match="already; choose another --name"):
+        open_study(url, "one", space, EPOCHS, new=True)
+    with pytest.raises(StudyError, match="cannot be opened"):
+        open_study("postgresql://me:secret@127.0.0.1:9/optuna", "one", space, EPOCHS, new=True)
+
+
 def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
     tune.run()
@@ -131,7 +188,7 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
 def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
     suggested = tune.search.suggest("a")
-    tune.search.note_failure("a", "the workers ended")
+    StudyPruning(tune.search).on_trial_error(None, RayTrial("a"))
     tune.search.on_trial_complete("a", epoch_result(suggested["configuration"], 1))
     assert tune.study.trials[0].state == TrialState.COMPLETE
     assert tune.study.trials[0].user_attrs["ended"] == "completed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -17,7 +18,7 @@ class ClusterError(RuntimeError):
     """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
 
 
-FINAL_SHARE = 8
+FINAL_SHARE = 16
 """Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
 
 
@@ -29,13 +30,22 @@ class Allotment:
     workers: int
     resources_per_worker: dict[str, float]
     final_workers: int
+    final_resources_per_worker: dict[str, float]
 
     def __str__(self) -> str:
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources_per_worker.items())
         return (
-            f"{self.slots} slots of {self.workers} workers with {each} each; "
-            f"the final retraining on {self.final_workers} workers"
+            f"{_count(self.slots, 'slot')} of {_count(self.workers, 'worker')} with "
+            f"{_amounts(self.resources_per_worker)} each; the final retraining on "
+            f"{_count(self.final_workers, 'worker')} with {_amounts(self.final_resources_per_worker)} each"
         )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 
 def connect(address: str | None, verbose: bool) -> str:
@@ -73,29 +83,49 @@ def connect(address: str | None, verbose: bool) -> str:
 
 
 def allot(settings: Settings) -> Allotment:
-    """Slots and workers that the cluster holds, by the settings where they say.
+    """Slots and workers that the cluster at hand holds, by the settings where they say.
 
     Raises:
         ClusterError: not even one slot fits, or fewer than asked.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return divide(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def divide(settings: Settings, nodes: Sequence[Mapping[str, float]]) -> Allotment:
+    """`allot` for a cluster of these nodes' resources.
+
+    Raises:
+        ClusterError: not even one slot fits, or fewer than asked.
+    """
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
     each = {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    # a group of workers may span nodes, a worker may not
-    fits = sum(min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in each.items()) for node in nodes)
-    needed = settings.workers * (settings.slots or 1)
-    if fits < needed:
-        asked = " and ".join(f"{amount:g} {kind}" for kind, amount in each.items())
-        have = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes)
+    fits = _workers_that_fit(nodes, each)
+    slots = settings.slots or max(1, fits // settings.workers)
+    if fits < slots * settings.workers:
+        have = "; ".join(_amounts({kind: node.get(kind, 0) for kind in ("CPU", "GPU")}) for node in nodes)
         raise ClusterError(
-            f"{settings.slots or 1} slots of {settings.workers} workers do not fit: a worker needs {asked} on one "
-            f"node, so the cluster holds {fits} workers, and {needed} are needed. It has {len(nodes)} nodes: {have}. "
-            "Lower --slots, --workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
+            f"{_count(slots, 'slot')} of {_count(settings.workers, 'worker')} do not fit: a worker needs "
+            f"{_amounts(each)} on one node, so the cluster holds {fits} workers, and {slots * settings.workers} are "
+            f"needed. It has {_count(len(nodes), 'node')}: {have}. Lower --slots, --workers, --cpus-per-worker or "
+            "--gpus-per-worker, or give the cluster more nodes."
         )
-    slots = min(settings.slots or fits // settings.workers, settings.trials or fits)
-    return Allotment(slots, settings.workers, each, _final_workers(settings, fits))
+    # the retraining's workers are one group, and NCCL takes no two of a group on one GPU
+    final_each = each | ({"GPU": max(1.0, gpus)} if gpus else {})
+    final = _final_workers(settings, _workers_that_fit(nodes, final_each))
+    return Allotment(min(slots, settings.trials or slots), settings.workers, each, final, final_each)
+
+
+def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """A group of workers may span nodes; a worker may not, nor may a fraction of a GPU span GPUs."""
+
+    def on(node: Mapping[str, float], kind: str, amount: float) -> int:
+        if kind == "GPU" and amount < 1:
+            return int(node.get(kind, 0)) * int(1 / amount + 1e-9)
+        return int(node.get(kind, 0) / amount + 1e-9)
+
+    return sum(min(on(node, kind, amount) for kind, amount in each.items()) for node in nodes)
 
 
 def _final_workers(settings: Settings, fits: int) -> int:
@@ -103,7 +133,7 @@ def _final_workers(settings: Settings, fits: int) -> int:
     batch = settings.batch_size or 1
     shares = [n for n in range(1, fits + 1) if batch % n == 0]
     if settings.final_workers is None:
-        return max(n for n in shares if n == 1 or batch // n >= FINAL_SHARE)
+        return max((n for n in shares if batch // n >= FINAL_SHARE), default=1)
     if settings.final_workers not in shares or batch // settings.final_workers < 2:
         raise ClusterError(
             f"--final-workers {settings.final_workers} cannot be: the cluster holds {fits} workers, and the batch of "

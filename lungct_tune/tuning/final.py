@@ -15,10 +15,14 @@ from ray import train
 from lungct_tune.configuration import Configuration
 from lungct_tune.experiment import Experiment
 from lungct_tune.tuning.material import Material
-from lungct_tune.tuning.slots import scaling
+from lungct_tune.tuning.slots import START_ATTEMPTS, scaling
 
 MAX_FAILURES = 3
 """How many times the retraining may lose a worker and go on from its last epoch."""
+
+
+class RetrainingFailed(RuntimeError):
+    """The final retraining failed for good: the message says why and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
         name: the run's folder under the experiment's `final/`.
 
     Raises:
-        ray.train.TrainingFailedError: workers failed more than MAX_FAILURES times.
+        RetrainingFailed: workers failed more than MAX_FAILURES times, or could not be started.
         KeyboardInterrupt: the user pressed Ctrl-C; the run's last checkpoint is kept.
     """
     from ray.train.torch import TorchTrainer
@@ -66,12 +70,20 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
             name=name,
             storage_path=f"{plan.experiment.uri}/final",
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
-            failure_config=train.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=MAX_FAILURES, controller_failure_limit=START_ATTEMPTS
+            ),
         ),
     )
     before = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
+    except train.TrainingFailedError as error:
+        raise RetrainingFailed(
+            f"the final retraining failed {MAX_FAILURES + 1} times: {str(error).strip().splitlines()[-1]}\n"
+            "Mend the cause (Ray's log files have the whole of it, or go on with --verbose), or lower "
+            "--final-workers; the search is kept, and --resume goes on with the retraining"
+        ) from error
     except SystemExit:  # with status 0, which is how Train's handler of SIGINT ends an aborted run
         raise KeyboardInterrupt from None
     finally:
@@ -95,17 +107,24 @@ def _run_worker(config: dict[str, Any]) -> None:
     if (checkpoint := train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             training.load_state_dict(torch.load(Path(folder, "last.pt"), weights_only=True, map_location="cpu"))
-    while training.epoch < plan.epochs:
-        loss = training.train_epoch()
+
+    def state() -> bytes:
         stream = io.BytesIO()
         torch.save(training.state_dict(), stream)
-        _report({"epoch": training.epoch, "train_loss": loss}, {"last.pt": stream.getvalue()})
+        return stream.getvalue()
+
+    while training.epoch < plan.epochs:
+        loss = training.train_epoch()
+        _report({"epoch": training.epoch, "train_loss": loss}, {"last.pt": state()})
     # the one place in the program that looks at the test split
     probabilities_NC = training.probabilities(plan.test_indices)
     judged = io.BytesIO()
     np.save(judged, probabilities_NC)
-    files = {"test_probabilities.npy": judged.getvalue()}
-    files["model.safetensors"] = safetensors.torch.save(training.model_state())
+    files = {
+        "test_probabilities.npy": judged.getvalue(),
+        "model.safetensors": safetensors.torch.save(training.model_state()),
+        "last.pt": state(),  # a run that is asked again goes on from its newest checkpoint: this one
+    }
     _report({"epoch": training.epoch}, files)
 
 

@@ -45,6 +45,8 @@ class Material:
             array, place = np.load(self.images, mmap_mode="r"), torch.device("cpu")
         else:
             array, place = ray.get(self.images), get_device()
+            if place.type == "cuda" and array.nbytes > torch.cuda.mem_get_info(place)[0] / 4:
+                place = torch.device("cpu")  # each batch is moved when its turn comes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
             return torch.from_numpy(array).to(place)
@@ -78,16 +80,16 @@ class Material:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
 
-def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef[np.ndarray] | Path:
-    """Some of the images, for all workers: in the object store where they fit it well, else in a file.
+def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path, room: int) -> ray.ObjectRef[np.ndarray] | Path:
+    """Some of the images, for all workers: in the object store where they fit, else in a file that they map.
 
     Args:
         images_NHW: uint8, may be memory-mapped and larger than memory.
         rows: which of them; the workers see no others.
         path: where to put the file (.npy), in a folder that every node can open.
+        room: how many bytes of the object store they may take.
     """
-    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-    if len(rows) * images_NHW[0].nbytes <= 0.5 * min(stores):
+    if len(rows) * images_NHW[0].nbytes <= room:
         return ray.put(images_NHW[rows])
     shape = (len(rows), *images_NHW.shape[1:])
     shared = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
@@ -95,3 +97,9 @@ def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path) -> ray.ObjectRef
         shared[start : start + 1024] = images_NHW[rows[start : start + 1024]]
     shared.flush()
     return path
+
+
+def object_store_room() -> int:
+    """Half of the smallest node's object store, in bytes; the other half is for everything else in it."""
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    return int(min(stores) / 2)

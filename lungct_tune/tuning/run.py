@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import optuna
@@ -12,6 +13,9 @@ from lungct_tune.space import SearchSpace
 from lungct_tune.tuning.progress import Progress
 from lungct_tune.tuning.slots import Slot, SlotPlan
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
+
+MOST_AT_RANDOM = 10
+"""How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""
 
 MAX_FAILURES = 2
 """How many lost slots a trial may cost before it counts as failed."""
@@ -35,7 +39,9 @@ def run_search(
     remaining = trials - len(finished_trials(study))
     if remaining <= 0:
         return
-    search = StudySearch(study, space, plan.experiment, seed)
+    search = StudySearch(
+        study, space, plan.experiment, seed=seed, startup=max(3, min(MOST_AT_RANDOM, trials // 3)), slots=slots
+    )
     with Progress(study, trials, console) as progress:
         tuner = tune.Tuner(
             # Tune refuses a trial without resources; the CPUs and GPUs are its workers' and reserved by them
@@ -59,8 +65,14 @@ def run_search(
                 verbose=0,
             ),
         )
-        tuner.fit()
-    if len(finished_trials(study)) < trials:
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            tuner.fit()
+        finally:
+            # Tune's own handler gives way to this one when it has heard a Ctrl-C, and else stays in its place
+            stopped = signal.getsignal(signal.SIGINT) is before
+            signal.signal(signal.SIGINT, before)
+    if stopped or len(finished_trials(study)) < trials:
         raise KeyboardInterrupt
 
 

@@ -26,6 +26,9 @@ from lungct_tune.evaluation import OBJECTIVE, rank, validation_figures
 from lungct_tune.experiment import Experiment, trial_folder
 from lungct_tune.tuning.material import Material
 
+START_ATTEMPTS = 20
+"""How often Ray Train tries to start a group of workers, 30 s each, before a cluster without room is an error."""
+
 
 class SlotLost(RuntimeError):
     """The workers of a slot are gone; Tune's failure policy builds another slot for the trial."""
@@ -109,7 +112,9 @@ class Slot(tune.Trainable):  # type: ignore[misc]
                 name=uuid.uuid4().hex[:8],
                 storage_path=f"{plan.experiment.uri}/slots",
                 # one owner of recovery: a slot that loses a worker ends, and Tune builds the next one
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
+                ),
             ),
         )
         try:
@@ -152,7 +157,7 @@ class _Trial:
     def __init__(self, plan: SlotPlan, order: dict[str, Any], writes: bool) -> None:
         import torch
 
-        self.number = order["number"]
+        self.number, self._order = order["number"], order
         self._plan, self._writes = plan, writes
         self._training = plan.material.training(
             Configuration(**order["configuration"]), plan.train_indices, order["seed"]
@@ -161,8 +166,9 @@ class _Trial:
         self._told = 0
         if (kept := plan.experiment.read(f"{trial_folder(self.number)}/last.pt")) is not None:
             state = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu")
-            self._training.load_state_dict(state["training"])
-            self._history = state["history"]
+            if state["order"] == order:  # else it belongs to a trial of that number in another study
+                self._training.load_state_dict(state["training"])
+                self._history = state["history"]
 
     def run_epoch(self) -> dict[str, Any]:
         """Trains and validates an epoch, keeps the trial's state, and says what the study should know."""
@@ -197,16 +203,15 @@ class _Trial:
         import safetensors.torch
         import torch
 
-        state = self._training.state_dict()  # all workers together
-        weights = self._training.model_state()
         if not self._writes:
             return
         folder, last = trial_folder(self.number), self._history[-1]
         if max(self._history, key=rank) is last:
             metadata = {"epoch": str(last["epoch"]), OBJECTIVE: str(last[OBJECTIVE])}
             self._plan.experiment.write(
-                f"{folder}/best.safetensors", safetensors.torch.save(weights, metadata=metadata)
+                f"{folder}/best.safetensors", safetensors.torch.save(self._training.model_state(), metadata)
             )
         stream = io.BytesIO()
-        torch.save({"training": state, "history": self._history}, stream)
-        self._plan.experiment.write(f"{folder}/last.pt", stream.getvalue())
+        state = {"order": self._order, "training": self._training.state_dict(), "history": self._history}
+        torch.save(state, stream)
+        self._plan.experiment.write(f"{folder}/last.pt", stream.getbuffer())

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,18 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE, rank
-from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.experiment import Experiment, StorageError, trial_folder
 from lungct_tune.space import SearchSpace
+
+
+class StudyError(RuntimeError):
+    """The Optuna study cannot be used: the message names study and storage and says what to do."""
+
 
 BASELINE = 0
 """The number of the first trial of every study: the published configuration."""
@@ -54,25 +62,35 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_study(storage: str, name: str, space: SearchSpace, epochs: int) -> optuna.Study:
-    """Creates the study, or opens it where it exists, with the fixed trials waiting to be first.
+def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
+    """Creates a study with the fixed trials waiting to be first, or opens the one that a resumed search began.
 
     Stops trials by asynchronous successive halving (Li et al., MLSys 2020), with rungs at a ninth and a
     third of the epochs. It is Optuna's pruner and not Ray's scheduler because that one forgets its rungs
     when the driver dies; Optuna's are in the storage.
+
+    Raises:
+        StudyError: the storage cannot be used, has no such study, or has one that this search did not begin.
     """
     pruner = optuna.pruners.SuccessiveHalvingPruner(
         min_resource=max(1, round(epochs / REDUCTION**2)), reduction_factor=REDUCTION
     )
-    study = optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
-    )
+    where = f"{name!r} in {make_url(storage).render_as_string(hide_password=True)}"
+    try:
+        if not new:
+            return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise StudyError(f"there is a study {where} already; choose another --name") from error
+    except KeyError as error:
+        raise StudyError(f"there is no study {where}; give the --study that the search was begun with") from error
+    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+        raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
     for configuration in space.fixed_trials:
         values = configuration.as_dict()
         study.enqueue_trial(
             {parameter: values[parameter] for parameter in space.distributions},
             user_attrs={"configuration": values},
-            skip_if_exists=True,
         )
     return study
 
@@ -91,15 +109,24 @@ class _Live:
 class StudySearch(Searcher):  # type: ignore[misc]
     """Ray Tune's searcher over an Optuna study.
 
-    A suggestion depends on the seed, the trial's number and the study's finished trials alone, not on how
+    A suggestion depends on the seed, the trial's number and what the study's trials have shown, not on how
     often the search was interrupted on the way there.
+
+    Args:
+        startup: how many trials Optuna draws at random before TPE has enough to learn from.
+        slots: how many trials run at once, for the account of what the search took.
     """
 
-    def __init__(self, study: optuna.Study, space: SearchSpace, experiment: Experiment, seed: int) -> None:
+    def __init__(
+        self, study: optuna.Study, space: SearchSpace, experiment: Experiment, *, seed: int, startup: int, slots: int
+    ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
+        self._startup, self._slots = startup, slots
         self._live: dict[str, _Live] = {}
-        self._wall_before, self._began = study.user_attrs.get("wall_s", 0.0), time.monotonic()
+        self._began = time.monotonic()
+        self._wall_before = study.user_attrs.get("wall_s", 0.0)
+        self._slot_before = study.user_attrs.get("slot_s", 0.0)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._interrupted = deque(trial._trial_id for trial in running)
 
@@ -108,6 +135,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         trial = Trial(self._study, self._interrupted.popleft()) if self._interrupted else self._ask()
         configuration = trial.user_attrs.get("configuration")
         if configuration is None:
+            for name, distribution in self._space.distributions.items():
+                trial._suggest(name, distribution)  # those that a crash in the middle of asking left open
             configuration = self._space.configuration(trial.params).as_dict()
             trial.set_user_attr("configuration", configuration)
         self._live[trial_id] = _Live(trial, list(trial.user_attrs.get("history", [])))
@@ -119,7 +148,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
         with warnings.catch_warnings():
             # experimental arguments, and fixed trials that lie outside the ranges, are meant
             warnings.simplefilter("ignore")
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            self._study.sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=self._startup, multivariate=True, constant_liar=True
+            )
             return self._study.ask(self._space.distributions)
 
     def record(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -137,12 +168,16 @@ class StudySearch(Searcher):  # type: ignore[misc]
                     live.history.append(figures)
             live.trial.set_user_attr("history", live.history)
         self._note_wall()
-        live.pruned = live.trial.number != BASELINE and live.trial.should_prune()
+        # asked of the published configuration too: its rungs are what the others are measured against
+        stop = live.trial.should_prune()
+        live.pruned = stop and live.trial.number != BASELINE
         return live.pruned
 
     def _note_wall(self) -> None:
         """Keeps the time that the search has taken in the study, up to the last thing that happened in it."""
-        self._study.set_user_attr("wall_s", self._wall_before + time.monotonic() - self._began)
+        wall_s = time.monotonic() - self._began
+        self._study.set_user_attr("wall_s", self._wall_before + wall_s)
+        self._study.set_user_attr("slot_s", self._slot_before + wall_s * self._slots)
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keeps why a trial lost its slot, for the case that it cannot go on in another."""
@@ -166,7 +201,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
             self._study.tell(live.trial, max(figures[OBJECTIVE] for figures in live.history))
         del self._live[trial_id]
         self._note_wall()
-        self._experiment.delete(f"{trial_folder(live.trial.number)}/last.pt")
+        with suppress(StorageError):  # what stays there is never read again
+            self._experiment.delete(f"{trial_folder(live.trial.number)}/last.pt")
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save: the study's storage is the state."""
@@ -238,16 +274,18 @@ def row_of(table: pd.DataFrame, number: int) -> dict[str, Any] | None:
 def effort(study: optuna.Study, table: pd.DataFrame, slots: int) -> dict[str, Any]:
     """What a search cost, in trials, epochs and seconds.
 
-    `overhead_ratio` is slots x wall time over the seconds in which slots were inside an epoch of training or
-    validation: 1 where they did nothing else, None where they never were.
+    `overhead_ratio` is slots x wall time (added up, if a resumed search had another number of slots) over the
+    seconds in which slots were inside an epoch of training or validation: 1 where they did nothing else, None
+    where they never were.
     """
-    wall_s, training_s = float(study.user_attrs.get("wall_s", 0)), float(table["training_s"].sum())
+    wall_s, slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
+    training_s = float(table["training_s"].sum())
     return {
         "trials": len(table),
         "epochs": int(table["epochs"].sum()),
         "wall_s": wall_s,
         "training_s": training_s,
         "slots": slots,
-        "overhead_ratio": slots * wall_s / training_s if training_s else None,
+        "overhead_ratio": slot_s / training_s if training_s else None,
         "ended": table["ended"].str.split(r" after|:", regex=True).str[0].value_counts().to_dict(),
     }
