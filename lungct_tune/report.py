@@ -85,19 +85,18 @@ def print_space(space: SearchSpace, console: Console) -> None:
 def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> None:
     """The published configuration against the best found, the test accuracy, and where the bundle is."""
     columns = {
-        "trial": "trial",
-        "depth": "truncation_depth",
-        "frozen": "frozen_depth",
-        "dropout": "dropout",
-        "augment": "augmentation",
-        "epochs": "epochs",
-        "balanced accuracy": f"best_{OBJECTIVE}",
+        "trial": ("trial", "d"),
+        "depth": ("truncation_depth", "d"),
+        "frozen": ("frozen_depth", "d"),
+        "dropout": ("dropout", ".2f"),
+        "augment": ("augmentation", ".2f"),
+        "epochs": ("epochs", "d"),
+        "balanced accuracy": (f"best_{OBJECTIVE}", ".3f"),
     }
     table = Table("", *columns, title="best epoch on validation", title_justify="left")
     for title, trial in (("published", metrics["baseline_trial"]), ("best found", metrics["best_trial"])):
         if trial is not None:
-            values = (trial[key] for key in columns.values())
-            table.add_row(title, *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
+            table.add_row(title, *(format(trial[key], style) for key, style in columns.values()))
     console.print(table)
     test, effort = metrics["test"], metrics["search"]
     low, high = test["accuracy_ci95"]

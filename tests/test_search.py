@@ -44,13 +44,22 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, phantoms: Path, space: Path) -> Path:
-    """The folder of a search of 6 trials in 2 slots, as it is when the command has ended."""
+def finished(tmp_path_factory: pytest.TempPathFactory, space: Path) -> Path:
+    """The folder of a search of 6 trials in 2 slots on phantoms of its own, when the command has ended."""
     storage = tmp_path_factory.mktemp("storage")
-    arguments = ["--data", str(phantoms), "--space", str(space), "--storage", str(storage), "--name", "one"]
+    arguments = ["--space", str(space), "--storage", str(storage), "--name", "one"]
     assert main([*arguments, *SMALL, "--trials", "6", "--epochs", "4", "--slots", "2", "--final-workers", "2"]) == 0
     assert nothing_held()
     return storage / "one"
+
+
+@pytest.fixture(scope="module")
+def images(finished: Path) -> Any:
+    """What `finished` was searched on."""
+    from lungct_tune.data import make_phantoms, read_images
+    from lungct_tune.data.cache import default_cache
+
+    return read_images(make_phantoms(default_cache(), seed=0), 32, progress=False)
 
 
 def study_of(experiment: Path) -> optuna.Study:
@@ -98,18 +107,16 @@ def test_the_published_configuration_is_first_and_never_stopped(finished: Path) 
     assert second.params["truncation_depth"] == 4
 
 
-def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(finished: Path, phantoms: Path) -> None:
+def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(finished: Path, images: Any) -> None:
     import pandas as pd
     import torch
     from safetensors.torch import load_file
 
-    from lungct_tune.data import read_images
     from lungct_tune.evaluation import validation_figures
     from lungct_tune.model import CutResNet
     from lungct_tune.training import as_grey, forward
     from lungct_tune.tuning.study import best_figures, configuration_of, finished_trials
 
-    images = read_images(phantoms, 32, progress=False)
     split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()
     valid = np.flatnonzero(split == "valid")
     grey_N1HW = as_grey(torch.from_numpy(images.images_NHW[valid]))
@@ -132,6 +139,7 @@ def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
         assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
     metrics = json.loads((bundle / "metrics.json").read_text())
     test, effort = metrics["test"], metrics["search"]
+    assert "not patients" in metrics["data"]
     assert test["n"] == np.sum(test["confusion_matrix"])
     assert test["accuracy_ci95"][0] <= test["accuracy"] <= test["accuracy_ci95"][1]
     assert set(test) >= {"balanced_accuracy", "macro_f1"}
@@ -149,15 +157,14 @@ def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
     assert sum(int(row["epochs"]) for row in rows) == effort["epochs"]
 
 
-def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path, phantoms: Path) -> None:
+def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path, images: Any) -> None:
     import pandas as pd
     import torch
 
     from lungct_tune.bundle import load_model
-    from lungct_tune.data import read_images
 
     model, config = load_model(finished / "best")
-    images = read_images(phantoms, config["preprocessing"]["image_size"], progress=False)
+    assert config["preprocessing"]["image_size"] == images.images_NHW.shape[1]
     predictions = pd.read_csv(finished / "best" / "predictions.csv")
     rows = images.table.set_index("path").index.get_indexer(predictions["path"])
     grey_NHW = torch.from_numpy(images.images_NHW[rows]).float() / 255

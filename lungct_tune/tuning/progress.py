@@ -74,7 +74,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def _render(self) -> Group:
         return Group(
             ProgressBar(total=self._trials, completed=self._done, width=60),
-            Text(self._summary()),
+            Text(f" {self._summary()}"),
             Text(f"best balanced accuracy on validation: {self._best}"),
         )
 
