@@ -228,6 +228,7 @@ class StudyPruning(FIFOScheduler):  # type: ignore[misc]
 
 
 def configuration_of(trial: FrozenTrial) -> Configuration:
+    """What a trial trains or trained."""
     return Configuration(**trial.user_attrs["configuration"])
 
 
@@ -237,6 +238,7 @@ def best_figures(trial: FrozenTrial) -> dict[str, float]:
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that ended, however they did, in the order of their numbers."""
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 
