@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from rich.console import Console
 from rich.table import Table
 
@@ -77,9 +78,18 @@ def print_space(space: SearchSpace, console: Console) -> None:
         console.print(f"  {describe(configuration)}", soft_wrap=True)
     console.print("varied:")
     for name, distribution in space.distributions.items():
-        console.print(f"  {name}: {distribution}", soft_wrap=True)
+        console.print(f"  {name}: {_range(distribution)}", soft_wrap=True)
     for name, value in space.constants.items():
         console.print(f"  {name}: {value} in every other trial")
+
+
+def _range(distribution: BaseDistribution) -> str:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return f"one of {', '.join(map(str, choices))}"
+        case IntDistribution(low=low, high=high, log=log) | FloatDistribution(low=low, high=high, log=log):
+            return f"{low:g} to {high:g}{', logarithmic' if log else ''}"
+    return str(distribution)
 
 
 def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> None:

@@ -66,7 +66,7 @@ def study_of(experiment: Path) -> optuna.Study:
     return optuna.load_study(study_name=experiment.name, storage=f"sqlite:///{experiment}/study.db")
 
 
-def nothing_held(within_s: float = 30) -> bool:
+def nothing_held(within_s: float = 90) -> bool:
     """No actor, no placement group, all CPUs free; what is going away gets a little time to be gone."""
     import ray
     from ray.util.state import list_actors, list_placement_groups
@@ -208,7 +208,8 @@ def test_the_plan_is_printed_and_nothing_is_left(
 ) -> None:
     assert main(["--plan", "--data", str(phantoms), "--space", str(space), "--storage", str(tmp_path), *SMALL]) == 0
     printed = capsys.readouterr().out
-    assert "2 slots of 1 worker with 1 CPU" in printed and "truncation_depth" in printed
+    assert "2 slots of 1 worker with 1 CPU" in printed
+    assert "truncation_depth: 1 to 8" in printed and "backbone_lr: 0.0001 to 0.01, logarithmic" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -293,7 +294,7 @@ def test_real_images_and_real_weights(tmp_path: Path) -> None:
     assert main([*arguments, *tiny]) == 0
     metrics = json.loads((tmp_path / "ct" / "best" / "metrics.json").read_text())
     assert 130 <= metrics["test"]["n"] <= 145
-    assert metrics["test"]["accuracy_ci95"][0] > metrics["test"]["majority_rule_accuracy"]
+    assert metrics["test"]["accuracy"] > metrics["test"]["majority_rule_accuracy"]
     split = (tmp_path / "ct" / "split.csv").read_text()
     assert "/l4.png" not in split and "/sq2.png" not in split
 
@@ -334,9 +335,9 @@ def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space
 
     with command(tmp_path, None, None) as run:
         enough = 1 + len(finished_numbers(after_stop))
-        wait_for(lambda: ended_trials(experiment) >= enough and list(experiment.glob("trials/*/last.pt")), run)
+        wait_for(lambda: ended_trials(experiment) >= enough and epochs_of_running_trials(experiment), run)
         run.kill()
-    assert nothing_held(60)
+    assert nothing_held()
     after_kill = {trial.number: trial for trial in study_of(experiment).trials}
     running = [n for n, t in after_kill.items() if t.state == TrialState.RUNNING and t.user_attrs.get("history")]
     assert running
@@ -344,7 +345,7 @@ def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space
     with command(tmp_path, None, None) as run:
         wait_for(lambda: list(experiment.glob("final/*/checkpoint*")), run)
         run.kill()
-    assert nothing_held(60) and not (experiment / "best").exists()
+    assert nothing_held() and not (experiment / "best").exists()
 
     with command(tmp_path, None, None) as run:
         output, _ = run.communicate(timeout=300)
@@ -408,11 +409,18 @@ def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
 
 
 def ended_trials(experiment: Path) -> int:
+    return count(experiment, "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')")
+
+
+def epochs_of_running_trials(experiment: Path) -> int:
+    values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
+    return count(experiment, f"{values} WHERE state = 'RUNNING'")
+
+
+def count(experiment: Path, query: str) -> int:
     """Read without Optuna, which would create the tables that the search is about to create."""
     try:
-        study = sqlite3.connect(f"file:{experiment}/study.db?mode=ro", uri=True)
-        with contextlib.closing(study):
-            query = "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')"
+        with contextlib.closing(sqlite3.connect(f"file:{experiment}/study.db?mode=ro", uri=True)) as study:
             return int(study.execute(query).fetchone()[0])
     except sqlite3.OperationalError:  # not there yet, or being written
         return 0
