@@ -24,7 +24,7 @@ def download(folder: Path) -> Path:
     try:
         import kagglehub
     except ImportError as error:
-        raise DownloadError("kagglehub is not installed: pip install 'lungct-tune[kaggle]'") from error
+        raise DownloadError("kagglehub is not installed (the extra `kaggle`): pip install kagglehub") from error
     try:
         return Path(kagglehub.dataset_download(DATASET, output_dir=str(folder)))
     except Exception as error:  # kagglehub lets every error of requests, sockets and zip files through

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import shlex
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,7 +57,10 @@ class Plan:
     @property
     def resume_command(self) -> str:
         """What the user types to go on; a password in the study's URL is left for the user to fill in."""
-        words = ["python", "-m", "lungct_tune.search", "--resume", self.experiment.name]
+        python = Path(sys.executable)  # not resolved: a virtual environment's is a link to the system's
+        with suppress(ValueError):
+            python = python.relative_to(Path.cwd())
+        words = [str(python), "-m", "lungct_tune.search", "--resume", self.experiment.name]
         if self.settings.storage != "./results":
             words += ["--storage", self.settings.storage]
         if self.settings.study:
@@ -67,19 +71,27 @@ class Plan:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds the experiment for this process; the system lets go of it however the process ends.
+        """Keeps other processes that use the same study folder from running this search too.
+
+        The system lets go of the lock however the process ends. Where a file system has no locks, there is none.
 
         Raises:
-            PlanError: another process runs this search.
+            PlanError: another process runs this search, or the study folder cannot be made.
         """
-        self.study_folder.mkdir(parents=True, exist_ok=True)
-        with (self.study_folder / ".lock").open("w") as lock:
+        try:
+            self.study_folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.study_folder / ".lock").open("w")
+        except OSError as error:
+            raise PlanError(f"the study's folder {self.study_folder} cannot be used: {error}") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise PlanError(
                     f"another process is running {self.experiment.name}; wait for it, or stop it first"
                 ) from error
+            except OSError:
+                pass
             yield
 
     def check_data(self, images: ImageSet) -> None:
@@ -151,7 +163,7 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
             f"{asked.resume} is finished, its model is in {experiment.uri}/{FOLDER}. Its test split has been "
             "judged, so more trials would be chosen knowing the answer: begin a new search for them"
         )
-    settings = begun.model_copy(update={field: getattr(asked, field) for field in given & CHANGEABLE})
+    settings = validate(begun.model_dump() | {field: getattr(asked, field) for field in given & CHANGEABLE})
     if settings.study and make_url(settings.study).password == "***":
         raise PlanError(f"the study's password is not kept; give the URL again: --study {settings.study}")
     text = (experiment.read("space.yaml") or b"").decode()

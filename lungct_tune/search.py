@@ -22,6 +22,14 @@ class NothingToRetrain(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     try:
+        return _run(argv)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped. {stop}", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
         settings, given = read_settings(argv)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,9 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (*refused, NothingToRetrain, RetrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -79,26 +84,25 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     plan = plan_search(settings, given)
     settings, experiment = plan.settings, plan.experiment
     assert settings.image_size and settings.batch_size and settings.trials and settings.epochs  # decided by the plan
-
-    # ---- images: found, decoded once, grouped, split --------------------------------------------------
-    if settings.data is None:
-        console.print(report.PHANTOMS, style="bold yellow", soft_wrap=True)
-    root = settings.data or make_phantoms(default_cache(), settings.seed)
-    images = read_images(
-        root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
-    )
-    plan.check_data(images)
-    split = split_images(images, settings.split, settings.seed)
-    labels_N = images.table["label"].to_numpy()
-    report.print_data(images, split, console)
-
-    # ---- pretrained weights that reach as deep as the space, before any worker starts -----------------
-    weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
-
-    # ---- the cluster, and what of it the search takes -------------------------------------------------
     started_here, kept_alone = not ray.is_initialized(), ExitStack()
-    dashboard = connect(settings.address, settings.verbose)
     try:
+        # ---- images: found, decoded once, grouped, split ----------------------------------------------
+        if settings.data is None:
+            console.print(report.PHANTOMS, style="bold yellow", soft_wrap=True)
+        root = settings.data or make_phantoms(default_cache(), settings.seed)
+        images = read_images(
+            root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
+        )
+        plan.check_data(images)
+        split = split_images(images, settings.split, settings.seed)
+        labels_N = images.table["label"].to_numpy()
+        report.print_data(images, split, console)
+
+        # ---- pretrained weights that reach as deep as the space, before any worker starts -------------
+        weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
+
+        # ---- the cluster, and what of it the search takes ---------------------------------------------
+        dashboard = connect(settings.address, settings.verbose)
         allotment = allot(settings)
         report.print_plan(plan, str(allotment), dashboard, console)
         if settings.plan:
@@ -111,10 +115,12 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         )
         plan.keep(images, split)
         backbone = None if weights is None else ray.put(weights)
+        common = experiment.is_local or len(ray.nodes()) == 1  # every node can open the study's folder
 
         def material(rows: np.ndarray, file: str) -> Material:
+            path = plan.study_folder / file if common else None
             return Material(
-                images=share(images.images_NHW, rows, plan.study_folder / file, object_store_room()),
+                images=share(images.images_NHW, rows, path, object_store_room()),
                 labels_N=labels_N[rows],
                 classes=len(images.classes),
                 backbone=backbone,

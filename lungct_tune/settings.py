@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
 
@@ -87,11 +88,9 @@ class Settings(BaseModel):
     storage: str = Field(
         "./results", description="where experiments go (./results)", json_schema_extra={"metavar": "URI"}
     )
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = _flag(
-        "the experiment's name (time and data)", "NAME"
-    )
-    study: str | None = _flag("any Optuna storage (SQLite in the experiment's folder)", "URL")
-    resume: str | None = _flag("go on with an interrupted search", "NAME")
+    name: Name | None = _flag("the experiment's name (time and data)", "NAME")
+    study: str | None = _flag("a database for Optuna (SQLite in the experiment's folder)", "URL")
+    resume: Name | None = _flag("go on with an interrupted search", "NAME")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="everything random comes from it (0)", json_schema_extra={"metavar": "N"}
     )
@@ -214,7 +213,7 @@ def _explain(problem: Any) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"settings file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {values!r}")

@@ -24,4 +24,4 @@ def test_a_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     assert main([str(tmp_path)]) == 2
-    assert "lungct-tune[kaggle]" in capsys.readouterr().err
+    assert "pip install kagglehub" in capsys.readouterr().err

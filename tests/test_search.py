@@ -213,6 +213,16 @@ def test_the_plan_is_printed_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_published_folders_are_taken_as_they_are(
+    tmp_path: Path, phantoms: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = ["--split", "official", "--data", str(phantoms), "--storage", str(tmp_path), *SMALL]
+    assert main(["--plan", *official]) == 0
+    rows = [line.split("│")[2:5] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    in_folders = [len(list((phantoms / part).glob("*/*.png"))) for part in ("train", "valid", "test")]
+    assert [sum(int(row[i]) for row in rows) for i in range(3)] == in_folders
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

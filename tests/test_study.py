@@ -59,7 +59,9 @@ class Tune:
             result = epoch_result(suggested["configuration"], epoch)
             if epoch == EPOCHS:
                 self.search.on_trial_complete(name, result)
-            elif self.search.record(name, result):
+                break
+            self.search.record(name, result)
+            if self.search.should_stop(name):
                 self.search.on_trial_complete(name, result)
                 break
         return suggested
@@ -151,6 +153,17 @@ def test_a_trial_whose_asking_was_cut_short_gets_all_its_parameters(tmp_path: Pa
     assert suggested["configuration"]["truncation_depth"] >= 30
 
 
+def test_a_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(tmp_path: Path) -> None:
+    tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
+    tune.run()
+    suggested = tune.search.suggest("a")
+    tune.search.record("a", epoch_result(suggested["configuration"], 1))
+    assert tune.search.should_stop("a")
+    resumed = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
+    assert resumed.study.trials[1].state == TrialState.PRUNED
+    assert resumed.run()["number"] == 2
+
+
 def test_a_study_is_neither_taken_over_nor_begun_twice(tmp_path: Path) -> None:
     space = parse_space(SPACE, "test")
     url = f"sqlite:///{tmp_path}/study.db"
@@ -159,6 +172,8 @@ def test_a_study_is_neither_taken_over_nor_begun_twice(tmp_path: Path) -> None:
     open_study(url, "one", space, EPOCHS, new=True)
     with pytest.raises(StudyError, match="already; choose another --name"):
         open_study(url, "one", space, EPOCHS, new=True)
+    with pytest.raises(StudyError, match="cannot be opened"):
+        open_study("redis://127.0.0.1:9", "one", space, EPOCHS, new=True)
     with pytest.raises(StudyError, match="cannot be opened"):
         open_study("postgresql://me:secret@127.0.0.1:9/optuna", "one", space, EPOCHS, new=True)
 

@@ -55,8 +55,14 @@ def connect(address: str | None, verbose: bool) -> str:
         The address of Ray's dashboard, or an empty string where there is none.
 
     Raises:
-        ClusterError: there is no cluster at `address`.
+        ClusterError: there is no cluster at `address`, or not one that Tune can use from here.
     """
+    if address and address.startswith("ray://"):
+        raise ClusterError(
+            f"--address {address}: Ray Tune does not run through Ray's client; give the head's HOST:PORT (6379) on a "
+            "node of the cluster, or send the command there with `ray job submit`"
+        )
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # run_search listens to that handler for Ctrl-C
     # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # a slot is some seven processes, most of them idle: more than CPUs start at once, and Ray warns of it

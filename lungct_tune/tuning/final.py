@@ -80,7 +80,7 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
         result = trainer.fit()
     except train.TrainingFailedError as error:
         raise RetrainingFailed(
-            f"the final retraining failed {MAX_FAILURES + 1} times: {str(error).strip().splitlines()[-1]}\n"
+            f"the final retraining failed for good: {str(error).strip().splitlines()[-1]}\n"
             "Mend the cause (Ray's log files have the whole of it, or go on with --verbose), or lower "
             "--final-workers; the search is kept, and --resume goes on with the retraining"
         ) from error

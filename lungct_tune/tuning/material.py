@@ -12,6 +12,7 @@ import numpy as np
 import ray
 
 from lungct_tune.configuration import Configuration
+from lungct_tune.experiment import StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -80,17 +81,27 @@ class Material:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
 
-def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path, room: int) -> ray.ObjectRef[np.ndarray] | Path:
+def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path | None, room: int) -> ray.ObjectRef[np.ndarray] | Path:
     """Some of the images, for all workers: in the object store where they fit, else in a file that they map.
 
     Args:
         images_NHW: uint8, may be memory-mapped and larger than memory.
         rows: which of them; the workers see no others.
-        path: where to put the file (.npy), in a folder that every node can open.
+        path: where to put the file (.npy), in a folder that every node can open; None where there is no such folder.
         room: how many bytes of the object store they may take.
+
+    Raises:
+        StorageError: they do not fit, and there is no folder to put them in.
     """
     if len(rows) * images_NHW[0].nbytes <= room:
         return ray.put(images_NHW[rows])
+    if path is None:
+        raise StorageError(
+            f"{len(rows)} images need {len(rows) * images_NHW[0].nbytes / 2**30:.1f} GiB, more than the "
+            f"{room / 2**30:.1f} GiB that they may take of the smallest node's object store, and the nodes have no "
+            "folder in common to map them from; give --storage on a shared file system, nodes more memory, or a "
+            "smaller --image-size"
+        )
     shape = (len(rows), *images_NHW.shape[1:])
     shared = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     for start in range(0, len(rows), 1024):

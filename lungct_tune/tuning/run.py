@@ -36,12 +36,12 @@ def run_search(
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are as they were.
     """
-    remaining = trials - len(finished_trials(study))
-    if remaining <= 0:
-        return
     search = StudySearch(
         study, space, plan.experiment, seed=seed, startup=max(3, min(MOST_AT_RANDOM, trials // 3)), slots=slots
     )
+    remaining = trials - len(finished_trials(study))
+    if remaining <= 0:
+        return
     with Progress(study, trials, console) as progress:
         tuner = tune.Tuner(
             # Tune refuses a trial without resources; the CPUs and GPUs are its workers' and reserved by them

@@ -54,6 +54,9 @@ EPOCH_FIGURES = (
 REDUCTION = 3
 """ASHA: the best third of the trials at a rung goes on to three times as many epochs."""
 
+COMPLETED, STOPPED, DIVERGED, FAILED = "completed", "stopped early", "diverged", "failed"
+"""How a trial ends, as its user attribute "ended" begins; after the last three follows when or why."""
+
 BAD_SCORE = 0.0
 """The objective of a trial whose training diverged: no balanced accuracy is lower."""
 
@@ -84,7 +87,7 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
         raise StudyError(f"there is a study {where} already; choose another --name") from error
     except KeyError as error:
         raise StudyError(f"there is no study {where}; give the --study that the search was begun with") from error
-    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+    except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
     for configuration in space.fixed_trials:
         values = configuration.as_dict()
@@ -101,7 +104,6 @@ class _Live:
 
     trial: Trial
     history: list[dict[str, float]] = field(default_factory=list)
-    pruned: bool = False
     failure: str = "unknown"
     """The last thing that went wrong; a trial may have recovered from it."""
 
@@ -127,39 +129,40 @@ class StudySearch(Searcher):  # type: ignore[misc]
         self._began = time.monotonic()
         self._wall_before = study.user_attrs.get("wall_s", 0.0)
         self._slot_before = study.user_attrs.get("slot_s", 0.0)
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        self._interrupted = deque(trial._trial_id for trial in running)
+        self._interrupted: deque[Trial] = deque()
+        study.sampler = self._sampler()
+        for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            trial = Trial(study, running._trial_id)
+            if (ended := trial.user_attrs.get("ended")) is None:
+                self._interrupted.append(trial)
+            else:  # it had ended, and the driver died before it told the study
+                self._tell(trial, ended)
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The configuration for Ray's next trial: first those that an interruption left running."""
-        trial = Trial(self._study, self._interrupted.popleft()) if self._interrupted else self._ask()
+        with warnings.catch_warnings():
+            # experimental arguments, and fixed trials that lie outside the ranges, are meant
+            warnings.simplefilter("ignore")
+            self._study.sampler = self._sampler()
+            trial = self._interrupted.popleft() if self._interrupted else self._study.ask()
+            for name, distribution in self._space.distributions.items():
+                trial._suggest(name, distribution)  # also those that a crash in the middle of this left open
         configuration = trial.user_attrs.get("configuration")
         if configuration is None:
-            for name, distribution in self._space.distributions.items():
-                trial._suggest(name, distribution)  # those that a crash in the middle of asking left open
             configuration = self._space.configuration(trial.params).as_dict()
             trial.set_user_attr("configuration", configuration)
         self._live[trial_id] = _Live(trial, list(trial.user_attrs.get("history", [])))
         return {"number": trial.number, "seed": self._seed, "configuration": configuration}
 
-    def _ask(self) -> Trial:
+    def _sampler(self) -> optuna.samplers.BaseSampler:
         started = len(self._study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
         seed = int(np.random.SeedSequence([self._seed, started]).generate_state(1)[0])
-        with warnings.catch_warnings():
-            # experimental arguments, and fixed trials that lie outside the ranges, are meant
-            warnings.simplefilter("ignore")
-            self._study.sampler = optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=self._startup, multivariate=True, constant_liar=True
-            )
-            return self._study.ask(self._space.distributions)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=self._startup, multivariate=True, constant_liar=True
+        )
 
-    def record(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Tells the study of an epoch and of those before that an interruption kept from it.
-
-        Returns:
-            Whether the trial should stop now. The published configuration never is: the search is measured
-            against what it reaches with all its epochs.
-        """
+    def record(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Tells the study of an epoch and of those before that an interruption kept from it."""
         live = self._live[trial_id]
         if "diverged" not in result:
             for figures in [*result.get("earlier", []), {key: result[key] for key in EPOCH_FIGURES}]:
@@ -168,10 +171,19 @@ class StudySearch(Searcher):  # type: ignore[misc]
                     live.history.append(figures)
             live.trial.set_user_attr("history", live.history)
         self._note_wall()
-        # asked of the published configuration too: its rungs are what the others are measured against
+
+    def should_stop(self, trial_id: str) -> bool:
+        """Whether the trial should stop after the epoch that was recorded last.
+
+        The published configuration never should: the search is measured against what it reaches with all its
+        epochs. The pruner is asked of it all the same, since its rungs are what the others are measured against.
+        """
+        live = self._live[trial_id]
         stop = live.trial.should_prune()
-        live.pruned = stop and live.trial.number != BASELINE
-        return live.pruned
+        if stop and live.trial.number != BASELINE:
+            live.trial.set_user_attr("ended", f"{STOPPED} after epoch {len(live.history)}")
+            return True
+        return False
 
     def _note_wall(self) -> None:
         """Keeps the time that the search has taken in the study, up to the last thing that happened in it."""
@@ -187,22 +199,30 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """Tells the study how a trial ended, then drops what only a running trial needs."""
         live = self._live[trial_id]
         if error or result is None:
-            live.trial.set_user_attr("ended", f"failed: {live.failure}")
-            self._study.tell(live.trial, state=TrialState.FAIL)
+            ended = f"{FAILED}: {live.failure}"
         elif "diverged" in result:
-            live.trial.set_user_attr("ended", f"diverged: {result['diverged']}")
-            self._study.tell(live.trial, BAD_SCORE)
-        elif live.pruned:
-            live.trial.set_user_attr("ended", f"stopped early after epoch {len(live.history)}")
-            self._study.tell(live.trial, state=TrialState.PRUNED)
+            ended = f"{DIVERGED}: {result['diverged']}"
+        elif (stopped := live.trial.user_attrs.get("ended")) is not None:
+            ended = stopped
         else:
-            self.record(trial_id, result)
-            live.trial.set_user_attr("ended", "completed")
-            self._study.tell(live.trial, max(figures[OBJECTIVE] for figures in live.history))
+            self.record(trial_id, result)  # a trial's last epoch comes here only
+            ended = COMPLETED
+        live.trial.set_user_attr("ended", ended)
+        self._tell(live.trial, ended)
         del self._live[trial_id]
         self._note_wall()
         with suppress(StorageError):  # what stays there is never read again
             self._experiment.delete(f"{trial_folder(live.trial.number)}/last.pt")
+
+    def _tell(self, trial: Trial, ended: str) -> None:
+        if ended.startswith(FAILED):
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif ended.startswith(STOPPED):
+            self._study.tell(trial, state=TrialState.PRUNED)
+        elif ended.startswith(DIVERGED):
+            self._study.tell(trial, BAD_SCORE)
+        else:
+            self._study.tell(trial, max(figures[OBJECTIVE] for figures in trial.user_attrs["history"]))
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save: the study's storage is the state."""
@@ -219,7 +239,8 @@ class StudyPruning(FIFOScheduler):  # type: ignore[misc]
         self._search = search
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        stop = self._search.record(trial.trial_id, result)
+        self._search.record(trial.trial_id, result)
+        stop = self._search.should_stop(trial.trial_id)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
@@ -245,7 +266,7 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals."""
     completed = [
-        trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == "completed"
+        trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == COMPLETED
     ]
     return max(completed, key=lambda trial: rank(best_figures(trial)), default=None)
 
@@ -270,7 +291,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
 def row_of(table: pd.DataFrame, number: int) -> dict[str, Any] | None:
     """One trial's row of the table, as plain values; None for a trial that did not come to an epoch's end."""
     rows = table[table["trial"] == number].dropna(subset=[f"best_{OBJECTIVE}"])
-    return None if rows.empty else dict(json.loads(rows.iloc[0].to_json()))
+    return None if rows.empty else dict(json.loads(rows.iloc[0].to_json(double_precision=15)))
 
 
 def effort(study: optuna.Study, table: pd.DataFrame, slots: int) -> dict[str, Any]:
