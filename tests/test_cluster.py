@@ -9,10 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungct_tune.settings import validate
-from lungct_tune.tuning.cluster import ClusterError, divide
+from lungct_tune.tuning.cluster import ClusterError, connect, divide
 
 LAPTOP = [{"CPU": 2.0}]
 GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("127.0.0.1:9", "at 127.0.0.1:9 cannot be joined"), ("ray://head:10001", "does not run through Ray's client")],
+)
+def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str) -> None:
+    with pytest.raises(ClusterError, match=says):
+        connect(address, verbose=False)
 
 
 def settings(**values: Any) -> Any:

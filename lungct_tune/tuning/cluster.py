@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,15 +72,19 @@ def connect(address: str | None, verbose: bool) -> str:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter speaks at verbose=0 too
         # a trial's failure is reported by the search itself, in a line; Ray's traces are in its log files
         logging.getLogger("ray").setLevel(logging.CRITICAL)
+    at = address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = at.rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself tries for minutes before it says so
+            socket.create_connection((host, int(port)), timeout=10).close()
         context = ray.init(
             address=address,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.CRITICAL,
             ignore_reinit_error=True,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"at {address!r}" if address else "at hand (RAY_ADDRESS, or the last one started here)"
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"at {at}" if at else "at hand (the last one started here)"
         raise ClusterError(
             f"the Ray cluster {where} cannot be joined: {error}\n"
             "Check that it runs (`ray status`) and that RAY_AUTH_MODE is the same here as there, "

@@ -264,7 +264,11 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
-    """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals."""
+    """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals.
+
+    One that was stopped early may have shown a better epoch, but in the middle of its schedule, at a high learning
+    rate, where neighbouring epochs differ by luck.
+    """
     completed = [
         trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == COMPLETED
     ]
