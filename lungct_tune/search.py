@@ -117,7 +117,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         backbone = None if weights is None else ray.put(weights)
         common = experiment.is_local or len(ray.nodes()) == 1  # every node can open the study's folder
 
-        def material(rows: np.ndarray, file: str) -> Material:
+        def material(rows: np.ndarray, epochs: int, file: str) -> Material:
             path = plan.study_folder / file if common else None
             return Material(
                 images=share(images.images_NHW, rows, path, object_store_room()),
@@ -126,7 +126,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 backbone=backbone,
                 normalisation=settings.normalisation,
                 batch_size=settings.batch_size or 0,
-                epochs=settings.epochs or 0,
+                epochs=epochs,
             )
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
@@ -137,7 +137,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             plan.space,
             SlotPlan(
                 experiment=experiment,
-                material=material(searched, "search-images.npy"),
+                material=material(searched, settings.epochs, "search-images.npy"),
                 train_indices=np.flatnonzero(split[searched] == "train"),
                 valid_indices=np.flatnonzero(split[searched] == "valid"),
                 workers=allotment.workers,
@@ -160,10 +160,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         judged = retrain_and_judge(
             FinalPlan(
                 experiment=experiment,
-                material=material(np.arange(len(split)), "all-images.npy"),
+                material=material(np.arange(len(split)), epochs, "all-images.npy"),
                 configuration=configuration,
                 seed=settings.seed,
-                epochs=epochs,
                 train_indices=searched,
                 test_indices=test,
                 workers=allotment.final_workers,

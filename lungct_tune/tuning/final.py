@@ -27,13 +27,16 @@ class RetrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class FinalPlan:
-    """What the retraining is to do. `epochs` is how many were best in the search; the schedule stays the search's."""
+    """What the retraining is to do, for all the epochs of the material.
+
+    These are as many as were best in the search, and the learning rate falls to zero within them: a run that
+    stopped where the search's schedule was then, in its middle, would leave the last epoch's luck in the model.
+    """
 
     experiment: Experiment
     material: Material
     configuration: Configuration
     seed: int
-    epochs: int
     train_indices: np.ndarray
     test_indices: np.ndarray
     workers: int
@@ -113,7 +116,7 @@ def _run_worker(config: dict[str, Any]) -> None:
         torch.save(training.state_dict(), stream)
         return stream.getvalue()
 
-    while training.epoch < plan.epochs:
+    while training.epoch < plan.material.epochs:
         loss = training.train_epoch()
         _report({"epoch": training.epoch, "train_loss": loss}, {"last.pt": state()})
     # the one place in the program that looks at the test split
