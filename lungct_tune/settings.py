@@ -20,9 +20,9 @@ SPACES = Path(__file__).parent.parent / "search_spaces"
 
 EXAMPLES = """\
 examples:
-  python -m lungct_tune.search                                  phantoms, a handful of trials, minutes
-  python -m lungct_tune.search --data chest-ctscan --trials 60  real images, on the cluster at hand
-  python -m lungct_tune.search --resume 2026-11-23-054807-phantoms go on with an interrupted search
+  python -m lungct_tune.search                                      phantoms, a handful of trials, minutes
+  python -m lungct_tune.search --data chest-ctscan --trials 60      real images, on the cluster at hand
+  python -m lungct_tune.search --resume 2026-11-23-054807-phantoms  go on with an interrupted search
 """
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -220,4 +219,4 @@ def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -
 @pytest.fixture(autouse=True)
 def _no_warnings_about_ranges(recwarn: pytest.WarningsRecorder) -> Any:
     yield
-    assert not [w for w in recwarn if issubclass(w.category, optuna.exceptions.ExperimentalWarning)]
+    assert not [w for w in recwarn if "out of range" in str(w.message) or "xperimental" in str(w.message)]
