@@ -65,7 +65,7 @@ def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple
     study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS)
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
     began = time.perf_counter()
-    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
+    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True), callbacks=[])
     return time.perf_counter() - began, float(trials_table(study)["training_s"].sum())
 
 

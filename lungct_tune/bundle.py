@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,32 +25,54 @@ if TYPE_CHECKING:
     from lungct_tune.model import CutResNet
 
 FOLDER = "best"
-CHECKSUMS = "checksums.txt"
+SO_FAR = "so_far"
+MODEL, CONFIG, METRICS, CHECKSUMS = "model.safetensors", "config.json", "metrics.json", "checksums.txt"
 
 
 class BundleError(ValueError):
     """A bundle that cannot be trusted: the message names the file and what is wrong with it."""
 
 
-def write_bundle(experiment: Experiment, files: Mapping[str, bytes]) -> None:
-    """Writes `best/` whole or not at all, with the checksums of its files.
+def write_bundle(experiment: Experiment, files: Mapping[str, bytes], folder: str = FOLDER) -> None:
+    """Writes the bundle's folder whole or not at all, with the checksums of its files.
 
     On a file system the folder gets its name when it is complete; on an object store, which cannot rename a
     folder, `checksums.txt` comes last and a folder without it is no bundle.
     """
     sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
     complete = dict(files) | {CHECKSUMS: sums.encode()}
-    folder = f"{FOLDER}.part" if experiment.is_local else FOLDER
+    written = f"{folder}.part" if experiment.is_local else folder
     if experiment.is_local:
-        shutil.rmtree(Path(experiment.uri, folder), ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(Path(experiment.uri, written), ignore_errors=True)  # of a run that was killed here
     for name, content in complete.items():
-        experiment.write(f"{folder}/{name}", content)
+        experiment.write(f"{written}/{name}", content)
     if experiment.is_local:
-        Path(experiment.uri, folder).rename(Path(experiment.uri, FOLDER))
+        Path(experiment.uri, written).rename(Path(experiment.uri, folder))
+
+
+def write_so_far(experiment: Experiment, files: Mapping[str, bytes], trials: int) -> None:
+    """Writes the bundle of the best of so many trials, and drops those before it but one, for who is reading that.
+
+    Each has a folder of its own, never written to again: it is read as it was written, or not found.
+    """
+    write_bundle(experiment, files, f"{SO_FAR}/{trials:06d}")
+    for folder in _complete_so_far(experiment)[:-2]:
+        experiment.delete_folder(folder)
 
 
 def has_bundle(experiment: Experiment) -> bool:
     return experiment.exists(f"{FOLDER}/{CHECKSUMS}")
+
+
+def find_bundle(experiment: Experiment) -> str | None:
+    """The folder of the bundle: `best`, before the search has ended the newest in `so_far/`, else None."""
+    so_far = _complete_so_far(experiment)  # looked for first: it goes when `best/` is there
+    return FOLDER if has_bundle(experiment) else max(so_far, default=None)
+
+
+def _complete_so_far(experiment: Experiment) -> list[str]:
+    found = (re.fullmatch(rf"({SO_FAR}/\d+)/{CHECKSUMS}", path) for path in experiment.files(SO_FAR))
+    return sorted(match[1] for match in found if match)
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
@@ -100,26 +123,44 @@ def list_predictions(images: ImageSet, test: np.ndarray, probabilities_NC: np.nd
     return table.to_csv(index=False).encode()
 
 
+def faults(folder: Path) -> Iterator[tuple[str, str]]:
+    """The files of a bundle that are not as they were written, each with what is wrong.
+
+    Hidden files are passed over: file managers leave them everywhere.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        yield CHECKSUMS, "missing, so this is no complete bundle"
+        return
+    sums = {}
+    for line in (folder / CHECKSUMS).read_text(errors="replace").splitlines():
+        # a bundle is one flat folder: a name that leads out of it (../x, /x) was not written by write_bundle
+        if not (parts := re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)", line)):
+            yield CHECKSUMS, f"{line!r} is not the checksum of a file beside it"
+            return
+        sums[parts[2]] = parts[1]
+    for name in (MODEL, CONFIG, *sums):
+        if name not in sums or not (folder / name).is_file():
+            yield name, "missing"
+            continue
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sums[name]:
+                yield name, "not the file that was written (its sha256 differs)"
+    for path in folder.iterdir():
+        if path.name not in (*sums, CHECKSUMS) and not path.name.startswith("."):
+            yield path.name, f"not named in {CHECKSUMS}, so it is no part of the bundle"
+
+
 def verify(folder: Path) -> None:
-    """Checks every file of a bundle against its checksum.
+    """Checks that a bundle has the files of its checksums.txt as they were written, and no others.
 
     Raises:
-        BundleError: a file is missing or not what was written.
+        BundleError: naming the first file that is missing, altered or added.
     """
-    try:
-        lines = (folder / CHECKSUMS).read_text().splitlines()
-    except OSError as error:
-        raise BundleError(f"{folder}: no {CHECKSUMS}, so this is no complete bundle") from error
-    for line in lines:
-        expected, _, name = line.partition("  ")
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(f"{path}: missing; fetch the bundle again")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise BundleError(f"{path}: not the file that was written (its sha256 differs); fetch the bundle again")
+    for name, fault in faults(folder):
+        raise BundleError(f"{folder / name}: {fault}; fetch the bundle again")
 
 
-def load_model(folder: Path) -> tuple[CutResNet, dict[str, Any]]:
+def load_model(folder: Path | str) -> tuple[CutResNet, dict[str, Any]]:
     """Rebuilds a bundle's model, on the CPU and ready to predict, with its config.json.
 
     Raises:
@@ -129,12 +170,13 @@ def load_model(folder: Path) -> tuple[CutResNet, dict[str, Any]]:
 
     from lungct_tune.model import CutResNet
 
+    folder = Path(folder)
     verify(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / CONFIG).read_text())
     model = CutResNet(
         config["model"]["truncation_depth"],
         dropout=config["model"]["dropout"],
         classes=len(config["classes"]),
     )
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(load_file(folder / MODEL))
     return model.eval(), config

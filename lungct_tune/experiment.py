@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow
 import pyarrow.fs
 
+from lungct_tune.storage import StorageError, open_place, refusal
 
-class StorageError(RuntimeError):
-    """The storage cannot be used: the message names the URI, what failed and what to do."""
+CHUNK = 4 * 2**20
+"""Bytes that are read at once: so many that an object store's latency hardly counts."""
+
+WRITTEN_IN_PLACE = ("s3", "gcs", "abfs", "hdfs")
+"""File systems, by pyarrow's names, that need no folder made; an object there is seen when it is whole."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,17 @@ class Experiment:
 
     settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml, the search space
     split.csv       every image: path, class, group, split
-    study.db        the Optuna study (with remote storage: on the machine that runs the search)
+    study.db        the Optuna study (with remote storage: a copy, see study_copy.py)
     tune/           Ray Tune's own folder: results and TensorBoard events of each trial
     trials/0007/    last.pt: all that trial 7 needs to go on; best.safetensors: its best epoch's weights
     slots/          Ray Train's runs of the slots (empty folders)
     final/          Ray Train's run of the final retraining
     *-images.npy    images too large for the object store, as the workers map them
-    best/           the bundle
+    best/           the bundle; until it is there, so_far/000012/: one of the best trial after 12
     """
 
     uri: str
-    """Absolute: a path, or a URI that pyarrow understands (file, s3, gs, hdfs)."""
+    """Absolute: a path, or a URI for `open_place`."""
 
     @classmethod
     def at(cls, storage: str, name: str) -> Experiment:
@@ -51,27 +56,27 @@ class Experiment:
         return "://" not in self.uri
 
     @cached_property
-    def _filesystem(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        try:
-            if self.is_local:
-                return pyarrow.fs.LocalFileSystem(), self.uri
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(self.uri)
-        except Exception as error:  # pyarrow raises many kinds, by store
-            raise StorageError(f"--storage {self.uri}: not understood ({error})") from error
-        return filesystem, path
+    def _place(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        return (pyarrow.fs.LocalFileSystem(), self.uri) if self.is_local else open_place(self.uri)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri}  # a file system does not travel; every process opens its own
+    @property
+    def filesystem(self) -> pyarrow.fs.FileSystem:
+        """Travels with the experiment, and so do endpoint and region; every node needs credentials of its own."""
+        return self._place[0]
+
+    @property
+    def root(self) -> str:
+        """The experiment's path in its file system."""
+        return self._place[1]
 
     @contextmanager
     def _refusals(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            raise StorageError(
-                f"{self.uri}: cannot {what} ({error}); check that the folder or bucket exists, that this machine "
-                "has the right to, and that there is room"
-            ) from error
+        except StorageError:
+            raise
+        except Exception as error:  # fsspec's file systems raise any kind
+            raise StorageError(refusal(self.uri, what, error)) from error
 
     def write(self, path: str, content: bytes | memoryview) -> None:
         """Writes a file whole or not at all: what a reader finds under `path` is never half a file.
@@ -79,39 +84,77 @@ class Experiment:
         Raises:
             StorageError: the storage refuses.
         """
-        filesystem, root = self._filesystem
-        target = f"{root}/{path}"
+        target = f"{self.root}/{path}"
         with self._refusals(f"write {path}"):
-            filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            # an object store shows an object when it is complete; a file system needs the rename
-            written = f"{target}.{uuid4().hex[:8]}.part" if self.is_local else target
-            with filesystem.open_output_stream(written) as stream:
-                stream.write(content)
-            if written != target:
-                filesystem.move(written, target)
+            if self.filesystem.type_name in WRITTEN_IN_PLACE:
+                self._write(target, content)
+                return
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            part = f"{target}.{uuid4().hex[:8]}.part"
+            self._write(part, content)
+            self.filesystem.move(part, target)
+
+    def _write(self, target: str, content: bytes | memoryview) -> None:
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(content)
 
     def read(self, path: str) -> bytes | None:
         """A file's content, or None where there is none."""
-        filesystem, root = self._filesystem
         with (
             self._refusals(f"read {path}"),
             suppress(FileNotFoundError),
-            filesystem.open_input_file(f"{root}/{path}") as stream,
+            self.filesystem.open_input_file(f"{self.root}/{path}") as stream,
         ):
             return bytes(stream.read())
         return None
 
+    def chunks(self, path: str, start: int = 0) -> Iterator[bytes]:
+        """A file's content from a position on, a few MiB at a time.
+
+        Raises:
+            StorageError: there is no such file, or the storage refuses, also in the middle.
+        """
+        with self._refusals(f"read {path}"), self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
+            stream.seek(start)
+            while chunk := stream.read(CHUNK):
+                yield chunk
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """The files in a folder and those below it, as paths in the experiment, with their sizes in bytes."""
+        selector = pyarrow.fs.FileSelector(f"{self.root}/{folder}".rstrip("/"), allow_not_found=True, recursive=True)
+        with self._refusals(f"list {folder or 'it'}"):
+            found: Any = self.filesystem.get_file_info(selector)
+        return {info.path.removeprefix(f"{self.root}/"): info.size for info in found if info.is_file}
+
     def delete(self, path: str) -> None:
         """Deletes a file if it is there."""
-        filesystem, root = self._filesystem
         with self._refusals(f"delete {path}"), suppress(FileNotFoundError):
-            filesystem.delete_file(f"{root}/{path}")
+            self.filesystem.delete_file(f"{self.root}/{path}")
+
+    def delete_folder(self, path: str) -> None:
+        """Deletes a folder with all that is in it, if it is there."""
+        with self._refusals(f"delete {path}"), suppress(FileNotFoundError):
+            self.filesystem.delete_dir(f"{self.root}/{path}")
+
+    def info(self, path: str = "") -> pyarrow.fs.FileInfo:
+        """What lies under `path` (file, folder or nothing), its size and when it was written."""
+        with self._refusals(f"look for {path or 'it'}"):
+            found: Any = self.filesystem.get_file_info(f"{self.root}/{path}".rstrip("/"))
+        return found
 
     def exists(self, path: str = "") -> bool:
-        filesystem, root = self._filesystem
-        with self._refusals(f"look for {path or 'it'}"):
-            info: Any = filesystem.get_file_info(f"{root}/{path}".rstrip("/"))
-        return bool(info.type != pyarrow.fs.FileType.NotFound)
+        return bool(self.info(path).type != pyarrow.fs.FileType.NotFound)
+
+    def siblings(self) -> list[str]:
+        """The names of the experiments on the same storage.
+
+        Raises:
+            StorageError: the storage refuses, or has no such folder or bucket.
+        """
+        with self._refusals("look around"):
+            beside: Any = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.root.rpartition("/")[0]))
+            begun: Any = self.filesystem.get_file_info([f"{folder.path}/settings.yaml" for folder in beside])
+        return sorted(info.path.split("/")[-2] for info in begun if info.is_file)
 
 
 def trial_folder(number: int) -> str:

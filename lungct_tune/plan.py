@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import yaml
-from sqlalchemy.engine import make_url
 
 from lungct_tune.bundle import FOLDER, has_bundle
 from lungct_tune.data import ImageSet
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings, SettingsError, validate
 from lungct_tune.space import SearchSpace, parse_space, read_space
+from lungct_tune.study_copy import StudyCopy
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
-    *("resume", "address", "plan", "verbose"),
+    *("resume", "address", "track", "plan", "verbose"),
 }
 """What a resumed search may be told anew; all else would make it another search."""
 
@@ -49,14 +50,18 @@ class Plan:
         local = self.experiment.is_local
         return Path(self.experiment.uri) if local else Path("results", self.experiment.name).resolve()
 
-    def study_storage(self, hide_password: bool = False) -> str:
+    @property
+    def study_url(self) -> str:
         """The Optuna storage's URL."""
-        url = self.settings.study or f"sqlite:///{self.study_folder / 'study.db'}"
-        return make_url(url).render_as_string(hide_password=hide_password)
+        return self.settings.study or f"sqlite:///{self._study_file}"
+
+    @property
+    def _study_file(self) -> Path:
+        return self.study_folder / "study.db"
 
     @property
     def resume_command(self) -> str:
-        """What the user types to go on; a password in the study's URL is left for the user to fill in."""
+        """What the user types to go on."""
         python = Path(sys.executable)  # not resolved: a virtual environment's is a link to the system's
         with suppress(ValueError):
             python = python.relative_to(Path.cwd())
@@ -64,9 +69,11 @@ class Plan:
         if self.settings.storage != "./results":
             words += ["--storage", self.settings.storage]
         if self.settings.study:
-            words += ["--study", self.study_storage(hide_password=True)]
+            words += ["--study", self.settings.study]
         if self.settings.address:
             words += ["--address", self.settings.address]
+        if self.settings.track:
+            words += ["--track", self.settings.track]
         return shlex.join(words)
 
     @contextmanager
@@ -93,6 +100,15 @@ class Plan:
             except OSError:
                 pass
             yield
+
+    def study_copied(self) -> AbstractContextManager[object]:
+        """Keeps a copy of a study that the experiment's storage does not hold there, and takes a newer one from it.
+
+        Raises:
+            StorageError: from entering, if the storage cannot be read.
+        """
+        held = self.settings.study or self.experiment.is_local
+        return nullcontext() if held else StudyCopy(self.experiment, self._study_file)
 
     def check_data(self, images: ImageSet) -> None:
         """Refuses to go on with other images than the search began with.
@@ -132,7 +148,8 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
 
 def _new(asked: Settings) -> Plan:
     settings = asked.for_data().with_absolute_paths()
-    name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{settings.data.name if settings.data else 'phantoms'}"
+    of = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(settings.data or "phantoms").name)
+    name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{of}"
     experiment = Experiment.at(settings.storage, name)
     if experiment.exists("settings.yaml"):
         raise PlanError(
@@ -164,7 +181,5 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
             "judged, so more trials would be chosen knowing the answer: begin a new search for them"
         )
     settings = validate(begun.model_dump() | {field: getattr(asked, field) for field in given & CHANGEABLE})
-    if settings.study and make_url(settings.study).password == "***":
-        raise PlanError(f"the study's password is not kept; give the URL again: --study {settings.study}")
     text = (experiment.read("space.yaml") or b"").decode()
     return Plan(settings, experiment, parse_space(text, f"{experiment.uri}/space.yaml"), text, fingerprint)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from lungct_tune.bundle import FOLDER
+from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.configuration import Configuration
 from lungct_tune.data import SPLITS, ImageSet, twins_across
 from lungct_tune.evaluation import OBJECTIVE
@@ -65,8 +68,10 @@ def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> No
         "cluster": cluster,
         "dashboard": f"{dashboard} (its token: ray get-auth-token)" if dashboard else "none",
         "experiment": plan.experiment.uri,
-        "study": plan.study_storage(hide_password=True),
+        "study": plan.study_url,
     }
+    if settings.track:
+        lines["tracking"] = settings.track
     for name, value in lines.items():
         console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
 
@@ -108,19 +113,50 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
         if trial is not None:
             table.add_row(title, *(format(trial[key], style) for key, style in columns.values()))
     console.print(table)
-    test, effort = metrics["test"], metrics["search"]
-    low, high = test["accuracy_ci95"]
+    effort = metrics["search"]
     ended = ", ".join(f"{count} {how}" for how, count in effort["ended"].items())
     ratio = f", overhead ratio {effort['overhead_ratio']:.2f}" if effort["overhead_ratio"] else ""
     console.print(
         f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}",
         soft_wrap=True,
     )
-    console.print(
-        f"[bold]test accuracy {test['accuracy']:.3f}[/] (95 % interval {low:.3f} to {high:.3f}, {test['n']} images; "
-        f"always naming the largest class: {test['majority_rule_accuracy']:.3f})",
-        soft_wrap=True,
-    )
-    if plan.settings.data is None:
-        console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
+    _print_worth(metrics, console)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER}", soft_wrap=True, markup=False)
+
+
+def transfer_bar(console: Console) -> Progress:
+    """A progress bar for bytes, for as long as its context lasts; none where nobody looks."""
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def print_bundle(folder: Path, console: Console) -> None:
+    """What a bundle holds, what it is worth, and how to use it."""
+    config, metrics = (json.loads((folder / name).read_text()) for name in (CONFIG, METRICS))
+    best = metrics["best_trial"]
+    configuration = Configuration(**config["training"]["configuration"])
+    console.print(f"trial {best['trial']}: {describe(configuration)}", soft_wrap=True)
+    if metrics["test"] is None:
+        console.print(
+            f"[bold yellow]The search has not ended[/]: this is the best of {metrics['search']['trials']} trials of "
+            f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} on "
+            "validation. It has not been judged on the test split; pull again when the search has ended.",
+            soft_wrap=True,
+        )
+    _print_worth(metrics, console)
+    console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
+    console.print("use it:   from lungct_tune.bundle import load_model", markup=False)
+    console.print(f"          model, config = load_model({str(folder)!r})", soft_wrap=True, markup=False)
+
+
+def _print_worth(metrics: Mapping[str, Any], console: Console) -> None:
+    if (test := metrics["test"]) is not None:
+        low, high = test["accuracy_ci95"]
+        console.print(
+            f"[bold]test accuracy {test['accuracy']:.3f}[/] (95 % interval {low:.3f} to {high:.3f}, {test['n']} "
+            f"images; always naming the largest class: {test['majority_rule_accuracy']:.3f})",
+            soft_wrap=True,
+        )
+    if metrics["data"] == PHANTOMS:
+        console.print(PHANTOMS, style="bold yellow", soft_wrap=True)

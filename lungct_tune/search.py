@@ -5,14 +5,19 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 
 from lungct_tune.settings import Settings, SettingsError, read_settings
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 
 class NothingToRetrain(RuntimeError):
@@ -36,9 +41,10 @@ def _run(argv: Sequence[str] | None) -> int:
         return 2
     # torch and Ray are imported when the settings are known to be right: --help and slips answer at once
     from lungct_tune.data import DataError
-    from lungct_tune.experiment import StorageError
     from lungct_tune.plan import PlanError
     from lungct_tune.space import SpaceError
+    from lungct_tune.storage import StorageError
+    from lungct_tune.track import TrackingError
     from lungct_tune.tuning.cluster import ClusterError
     from lungct_tune.tuning.final import RetrainingFailed
     from lungct_tune.tuning.study import StudyError
@@ -47,7 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
     refused = (SettingsError, SpaceError, PlanError, DataError, WeightsError, StorageError, StudyError, ClusterError)
     try:
         search(settings, given, Console(highlight=False))
-    except (*refused, NothingToRetrain, RetrainingFailed) as error:
+    except (*refused, TrackingError, NothingToRetrain, RetrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -68,16 +74,19 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     import ray
 
     from lungct_tune import bundle, report
-    from lungct_tune.data import make_phantoms, read_images, split_images
+    from lungct_tune.data import fetch_images, make_phantoms, read_images, split_images
     from lungct_tune.data.cache import default_cache
     from lungct_tune.evaluation import judge
     from lungct_tune.plan import plan_search
+    from lungct_tune.storage import StorageError
+    from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
-    from lungct_tune.tuning.cluster import allot, check_storage, connect
+    from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, nodes_to_come
     from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
     from lungct_tune.tuning.material import Material, object_store_room, share
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.slots import SlotPlan
+    from lungct_tune.tuning.so_far import BestSoFar
     from lungct_tune.weights import read_covering
 
     # ---- what is asked for ----------------------------------------------------------------------------
@@ -90,6 +99,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         if settings.data is None:
             console.print(report.PHANTOMS, style="bold yellow", soft_wrap=True)
         root = settings.data or make_phantoms(default_cache(), settings.seed)
+        if isinstance(root, str):
+            root = fetch_images(root)
         images = read_images(
             root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
         )
@@ -102,20 +113,25 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
 
         # ---- the cluster, and what of it the search takes ---------------------------------------------
-        dashboard = connect(settings.address, settings.verbose)
+        dashboard = connect(settings.address, settings.verbose, experiment.name)
         allotment = allot(settings)
-        report.print_plan(plan, str(allotment), dashboard, console)
+        report.print_plan(plan, f"{allotment}; the final retraining on {allot_final(settings)}", dashboard, console)
         if settings.plan:
             report.print_space(plan.space, console)
             return
         check_storage(experiment)
+        mlflow = MLflowCopy(settings.track, experiment.name, new=not settings.resume) if settings.track else None
         kept_alone.enter_context(plan.alone())
+        kept_alone.enter_context(plan.study_copied())
         study = studies.open_study(
-            plan.study_storage(), experiment.name, plan.space, settings.epochs, new=not settings.resume
+            plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume
         )
         plan.keep(images, split)
+        if mlflow:
+            kept_alone.enter_context(mlflow.kept_up(study, console))
         backbone = None if weights is None else ray.put(weights)
-        common = experiment.is_local or len(ray.nodes()) == 1  # every node can open the study's folder
+        # whether every node can open the study's folder, those to come too
+        common = experiment.is_local or (len(ray.nodes()) == 1 and nodes_to_come() == [])
 
         def material(rows: np.ndarray, epochs: int, file: str) -> Material:
             path = plan.study_folder / file if common else None
@@ -128,6 +144,24 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 batch_size=settings.batch_size or 0,
                 epochs=epochs,
             )
+
+        def contents(best: FrozenTrial, weights: bytes, test: dict[str, Any] | None = None) -> dict[str, bytes]:
+            """A bundle's files; without figures of the test split, one of the best trial so far."""
+            configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
+            table = studies.trials_table(study)
+            metrics = {
+                "data": report.PHANTOMS if settings.data is None else str(settings.data),
+                "test": test,
+                "baseline_trial": studies.row_of(table, studies.BASELINE),
+                "best_trial": studies.row_of(table, best.number),
+                "search": studies.effort(study, table, allotment.slots),
+            }
+            return {
+                bundle.MODEL: weights,
+                bundle.CONFIG: bundle.as_json(bundle.describe_model(settings, images, configuration, epochs)),
+                bundle.METRICS: bundle.as_json(metrics),
+                "trials.csv": table.to_csv(index=False).encode(),
+            }
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
         searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
@@ -147,6 +181,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             slots=allotment.slots,
             seed=settings.seed,
             console=console,
+            callbacks=[BestSoFar(study, experiment, contents)],
         )
         trials = studies.finished_trials(study)
         best = studies.best_trial(trials)
@@ -155,6 +190,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
 
         # ---- retrained on train and validation, judged once on test -----------------------------------
+        final = allot_final(settings)  # nodes have come and gone
         configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
         console.print(f"\nretraining trial {best.number} on train and validation, {epochs} epochs", style="bold")
         judged = retrain_and_judge(
@@ -165,33 +201,23 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 seed=settings.seed,
                 train_indices=searched,
                 test_indices=test,
-                workers=allotment.final_workers,
-                resources_per_worker=allotment.final_resources_per_worker,
+                workers=final.workers,
+                resources_per_worker=final.resources_per_worker,
             ),
             name=f"trial_{best.number:04d}_{epochs:03d}_epochs",
         )
         majority = int(np.bincount(labels_N[searched]).argmax())
 
         # ---- the bundle -------------------------------------------------------------------------------
-        table = studies.trials_table(study)
-        metrics = {
-            "data": report.PHANTOMS if settings.data is None else str(settings.data),
-            "test": judge(labels_N[test], judged.probabilities_NC, images.classes, majority),
-            "baseline_trial": studies.row_of(table, studies.BASELINE),
-            "best_trial": studies.row_of(table, best.number),
-            "search": studies.effort(study, table, allotment.slots),
-        }
-        bundle.write_bundle(
-            experiment,
-            {
-                "model.safetensors": judged.weights,
-                "config.json": bundle.as_json(bundle.describe_model(settings, images, configuration, epochs)),
-                "metrics.json": bundle.as_json(metrics),
-                "predictions.csv": bundle.list_predictions(images, test, judged.probabilities_NC),
-                "trials.csv": table.to_csv(index=False).encode(),
-            },
-        )
-        report.print_outcome(plan, metrics, console)
+        figures = judge(labels_N[test], judged.probabilities_NC, images.classes, majority)
+        predictions = {"predictions.csv": bundle.list_predictions(images, test, judged.probabilities_NC)}
+        written = contents(best, judged.weights, figures) | predictions
+        bundle.write_bundle(experiment, written)
+        with suppress(StorageError):  # what stays there is never read again
+            experiment.delete_folder(bundle.SO_FAR)
+        if mlflow:
+            mlflow.add_final(best.number, configuration, epochs, figures)
+        report.print_outcome(plan, json.loads(written[bundle.METRICS]), console)
     except KeyboardInterrupt:
         begun = experiment.exists("settings.yaml")
         raise KeyboardInterrupt(f"To go on: {plan.resume_command}" if begun else "") from None

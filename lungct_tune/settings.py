@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -40,6 +42,19 @@ def _pairs(value: Any) -> Any:
     return {folder.strip(): name.strip() for folder, _, name in pairs}
 
 
+def _place(value: Any) -> Any:
+    """A folder as a path, however it is written; any other URI as it is."""
+    if not isinstance(value, str):
+        return value
+    place = value.removeprefix("file://")
+    return place if "://" in place else Path(place)
+
+
+def _without_secrets(text: str) -> str:
+    """What may be repeated of a text from a user: without what URLs have as NAME:PASSWORD@ and ?OPTIONS."""
+    return re.sub(r"[^/'\n]*:.*@|(?<=\?).*", "***", text)
+
+
 def _flag(help: str, metavar: str = "N") -> Any:
     return Field(None, description=help, json_schema_extra={"metavar": metavar})
 
@@ -53,7 +68,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: Path | None = _flag("images: DIR or DIR/Data with train/ valid/ test/ of class folders", "DIR")
+    data: Annotated[str | Path | None, BeforeValidator(_place)] = _flag(
+        "images: DIR or DIR/Data with train/ valid/ test/ of class folders; or a URI", "DIR"
+    )
     class_map: Annotated[dict[str, str] | None, BeforeValidator(_pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
@@ -86,10 +103,13 @@ class Settings(BaseModel):
     slots: Positive | None = _flag("trials at once (as many as the cluster holds)")
     final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 16 images each or more)")
     storage: str = Field(
-        "./results", description="where experiments go (./results)", json_schema_extra={"metavar": "URI"}
+        "./results",
+        description="where experiments go: a folder, s3://, gs://... (./results)",
+        json_schema_extra={"metavar": "URI"},
     )
     name: Name | None = _flag("the experiment's name (time and data)", "NAME")
     study: str | None = _flag("a database for Optuna (SQLite in the experiment's folder)", "URL")
+    track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("go on with an interrupted search", "NAME")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="everything random comes from it (0)", json_schema_extra={"metavar": "N"}
@@ -123,14 +143,34 @@ class Settings(BaseModel):
     @classmethod
     def _a_database(cls, url: str | None) -> str | None:
         try:
-            make_url(url or "sqlite://")
-        except ArgumentError:
+            database = make_url(url or "sqlite://")
+        except (ArgumentError, ValueError):
             raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
+        if database.password is not None or database.query.keys() & {"password", "passwd"}:
+            raise ValueError(
+                "a password in a command is seen by others, in Ray's dashboard for one; leave it to what the "
+                "database's driver reads (PostgreSQL: PGPASSWORD or ~/.pgpass)"
+            )
         return url
+
+    @field_validator("track")
+    @classmethod
+    def _a_server(cls, track: str | None) -> str | None:
+        if track is None:
+            return None
+        uri = urlsplit(track.removeprefix("mlflow:"))
+        if "@" in uri.netloc:
+            raise ValueError(
+                "no name or password in it, which would be kept and shown; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD instead"
+            )
+        if not track.startswith("mlflow:") or uri.scheme not in ("http", "https") or not uri.hostname:
+            raise ValueError("expected mlflow:http://HOST:PORT, or https")
+        return track
 
     @model_validator(mode="after")
     def _found(self) -> Self:
-        if self.data is not None and not self.data.is_dir():
+        if isinstance(self.data, Path) and not self.data.is_dir():
             raise ValueError(f"data {str(self.data)!r} is not a folder; it must hold the images' class folders")
         return self
 
@@ -148,16 +188,16 @@ class Settings(BaseModel):
 
     def with_absolute_paths(self) -> Settings:
         """These settings as they are meant from any other folder too."""
-        paths: dict[str, Any] = {"space": self.space.resolve(), "data": self.data and self.data.resolve()}
+        paths: dict[str, Any] = {"space": self.space.resolve()}
+        if isinstance(self.data, Path):
+            paths["data"] = self.data.resolve()
         if self.weights not in (None, "imagenet", "none"):
             paths["weights"] = str(Path(self.weights).expanduser().resolve())
         return self.model_copy(update=paths)
 
     def as_yaml(self) -> str:
-        """The settings that make the experiment what it is, without a password in the study's URL."""
-        kept = self.model_dump(mode="json", exclude={"resume", "plan", "address", "verbose"})
-        if self.study:
-            kept["study"] = make_url(self.study).render_as_string(hide_password=True)
+        """The settings that make the experiment what it is."""
+        kept = self.model_dump(mode="json", exclude={"resume", "plan", "address", "track", "verbose"})
         return yaml.safe_dump(kept, sort_keys=False)
 
 
@@ -207,14 +247,15 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{field}: no such setting; there are {', '.join(Settings.model_fields)}"
     said = problem["msg"].removeprefix("Value error, ")
-    return f"{field} = {problem['input']!r}: {said}" if field else said
+    return f"{field} = {_without_secrets(repr(problem['input']))}: {said}" if field else said
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"settings file {path} cannot be read: {error}") from error
+        raise SettingsError(f"settings file {path} cannot be read: {_without_secrets(str(error))}") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {values!r}")
+        found = _without_secrets(repr(values))
+        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {found}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -13,6 +13,13 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 REPOSITORY = Path(__file__).parents[1]
 CT_IMAGES = REPOSITORY.parent / "shared" / "chest-ctscan"
+SPACE = """
+truncation_depth: {low: 1, high: 8}
+dropout: {low: 0.0, high: 0.5}
+backbone_lr: {low: 1e-4, high: 1e-2, log: true}
+fixed_trials: [{truncation_depth: 4}]
+"""
+SMALL = ["--weights", "none", "--image-size", "32", "--batch-size", "8"]
 CT_WEIGHTS = REPOSITORY.parent / "shared" / "weights" / "resnet_ct_k22.pth"
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungct_tune.settings import validate
-from lungct_tune.tuning.cluster import ClusterError, connect, divide
+from lungct_tune.tuning.cluster import ClusterError, connect, divide, divide_final, workers_of
 
 LAPTOP = [{"CPU": 2.0}]
 GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
@@ -28,35 +28,78 @@ def settings(**values: Any) -> Any:
     return validate(values | {"batch_size": values.get("batch_size", 32), "trials": values.get("trials", 99)})
 
 
+FIXED: list[dict[str, float]] = []
+"""What comes to a cluster without an autoscaler."""
+
+
 def test_a_laptop_without_gpus() -> None:
-    allotment = divide(settings(), LAPTOP)
-    assert (allotment.slots, allotment.final_workers) == (2, 2)
-    assert allotment.resources_per_worker == {"CPU": 1}
-    assert str(allotment) == ("2 slots of 1 worker with 1 CPU each; the final retraining on 2 workers with 1 CPU each")
+    allotment = divide(settings(), LAPTOP, FIXED)
+    assert (allotment.slots, allotment.resources_per_worker) == (2, {"CPU": 1})
+    assert str(allotment) == "2 slots of 1 worker with 1 CPU each"
+    final = divide_final(settings(), LAPTOP, FIXED)
+    assert str(final) == "2 workers with 1 CPU each"
 
 
 def test_gpus_are_used_where_there_are_some_and_not_counted_where_there_are_none() -> None:
-    allotment = divide(settings(workers=2), GPU_NODES)
+    allotment = divide(settings(workers=2), GPU_NODES, FIXED)
     assert (allotment.slots, allotment.workers, allotment.resources_per_worker) == (4, 2, {"CPU": 1, "GPU": 1})
 
 
 def test_a_fraction_of_a_gpu_lies_on_one_gpu() -> None:
     node = [{"CPU": 16.0, "GPU": 2.0}]
-    assert divide(settings(gpus_per_worker=0.4), node).slots == 4  # not 5: the fifth would lie across both
-    assert divide(settings(gpus_per_worker=0.6), node).slots == 2
-    assert divide(settings(gpus_per_worker=0.1), node).slots == 16  # then the CPUs are what is scarce
+    assert divide(settings(gpus_per_worker=0.4), node, FIXED).slots == 4  # not 5: the fifth would lie across both
+    assert divide(settings(gpus_per_worker=0.6), node, FIXED).slots == 2
+    assert divide(settings(gpus_per_worker=0.1), node, FIXED).slots == 16  # then the CPUs are what is scarce
 
 
 def test_the_retraining_gives_every_worker_a_whole_gpu() -> None:
-    allotment = divide(settings(gpus_per_worker=0.25), [{"CPU": 16.0, "GPU": 2.0}])
-    assert allotment.slots == 8
-    assert (allotment.final_workers, allotment.final_resources_per_worker["GPU"]) == (2, 1)
+    node = [{"CPU": 16.0, "GPU": 2.0}]
+    assert divide(settings(gpus_per_worker=0.25), node, FIXED).slots == 8
+    final = divide_final(settings(gpus_per_worker=0.25), node, FIXED)
+    assert (final.workers, final.resources_per_worker["GPU"]) == (2, 1)
 
 
 def test_no_more_slots_than_trials_and_enough_images_for_each_final_worker() -> None:
-    allotment = divide(settings(trials=3, batch_size=64), [{"CPU": 64.0}])
-    assert allotment.slots == 3
-    assert allotment.final_workers == 4  # 16 images each
+    assert divide(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).slots == 3
+    assert divide_final(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).workers == 4  # 16 images each
+
+
+HEAD = {"CPU": 0.0, "node:__internal_head__": 1.0}
+AUTOSCALED = {
+    "head_node_type": "head",
+    "max_workers": 3,
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}},
+        "small": {"resources": {"CPU": 8}, "max_workers": 9},
+        "large": {"resources": {"CPU": 16, "GPU": 4}, "max_workers": 2},
+    },
+}
+
+
+def test_an_empty_cluster_is_divided_as_it_can_grow() -> None:
+    to_come = workers_of(AUTOSCALED)
+    assert to_come == [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}, {"CPU": 8}]
+    allotment = divide(settings(), [HEAD], to_come)
+    assert (allotment.slots, allotment.room, allotment.resources_per_worker["GPU"]) == (8, 0, 1)
+    assert "8 slots of 1 worker with 1 CPU and 1 GPU each (room for 0 now" in str(allotment)
+    assert divide(settings(), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).room == 4
+
+
+def test_the_retraining_takes_the_nodes_that_are_there_and_waits_only_where_there_are_none() -> None:
+    to_come, batch = workers_of(AUTOSCALED), {"batch_size": 128}
+    assert divide_final(settings(**batch), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers == 4
+    assert divide_final(settings(**batch), [HEAD], to_come).workers == 8
+    assert divide_final(settings(**batch, final_workers=8), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers == 8
+
+
+def test_more_slots_than_fit_are_allowed_where_more_nodes_may_come() -> None:
+    silent = {"node": {"resources": {}, "max_workers": 2}}
+    assert workers_of({"available_node_types": silent}) is None
+    assert workers_of({"available_node_types": silent, "head_node_type": "node"}) is None  # as on own machines
+    assert divide(settings(slots=5), LAPTOP, None).slots == 5  # nobody can say how many may come
+    assert divide(settings(slots=8), [HEAD], workers_of(AUTOSCALED)).slots == 8
+    with pytest.raises(ClusterError, match="holds 0 workers, and 8 with all the nodes that its autoscaler may bring"):
+        divide(settings(slots=9), [HEAD], workers_of(AUTOSCALED))
 
 
 @pytest.mark.parametrize(
@@ -66,12 +109,16 @@ def test_no_more_slots_than_trials_and_enough_images_for_each_final_worker() -> 
         ({"workers": 4}, LAPTOP, "1 slot of 4 workers do not fit"),
         ({"cpus_per_worker": 3}, [{"CPU": 2.0}, {"CPU": 2.0}], "It has 2 nodes: 2 CPU and 0 GPU; 2 CPU and 0 GPU"),
         ({"gpus_per_worker": 1}, LAPTOP, "a worker needs 1 CPU and 1 GPU on one node"),
-        ({"final_workers": 3}, LAPTOP, "--final-workers 3 cannot be"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_there_is(values: Any, nodes: Any, says: str) -> None:
     with pytest.raises(ClusterError, match=says):
-        divide(settings(**values), nodes)
+        divide(settings(**values), nodes, FIXED)
+
+
+def test_more_final_workers_than_fit_are_refused() -> None:
+    with pytest.raises(ClusterError, match="--final-workers 4 cannot be: the cluster holds 2 workers"):
+        divide_final(settings(final_workers=4), LAPTOP, FIXED)
 
 
 @given(
@@ -81,7 +128,7 @@ def test_what_does_not_fit_is_refused_with_what_there_is(values: Any, nodes: Any
 def test_what_is_allotted_can_be_placed(nodes: list[tuple[int, int]], gpus: float) -> None:
     resources = [{"CPU": float(cpus), "GPU": float(g)} for cpus, g in nodes]
     try:
-        allotment = divide(settings(gpus_per_worker=gpus), resources)
+        allotment = divide(settings(gpus_per_worker=gpus), resources, FIXED)
     except ClusterError:
         return
     placed = 0

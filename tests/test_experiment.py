@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from lungct_tune.bundle import BundleError, as_json, has_bundle, verify, write_bundle
-from lungct_tune.experiment import Experiment, StorageError
+from lungct_tune.experiment import Experiment
+from lungct_tune.storage import StorageError
 
 FILES = {"model.safetensors": b"weights", "config.json": as_json({"a": 1})}
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("scheme", ["", "file://", "fsspec+file://"])
 def test_files_come_back_and_go(tmp_path: Path, scheme: str) -> None:
     experiment = Experiment.at(f"{scheme}{tmp_path}", "one")
     assert not experiment.exists() and experiment.read("a/b.txt") is None
@@ -23,8 +24,14 @@ def test_files_come_back_and_go(tmp_path: Path, scheme: str) -> None:
     assert travelled.read("a/b.txt") == b"second"
     assert (tmp_path / "one" / "a" / "b.txt").read_bytes() == b"second"
     assert list((tmp_path / "one" / "a").iterdir()) == [tmp_path / "one" / "a" / "b.txt"]
+    assert experiment.files() == {"a/b.txt": 6} == experiment.files("a")
+    assert experiment.info("a/b.txt").size == 6
+    assert b"".join(experiment.chunks("a/b.txt", start=3)) == b"ond"
     experiment.delete("a/b.txt")
     experiment.delete("a/b.txt")
+    assert experiment.files("a") == {} == experiment.files("nowhere")
+    experiment.delete_folder("a")
+    experiment.delete_folder("a")
     assert not experiment.exists("a/b.txt")
 
 
@@ -76,3 +83,29 @@ def test_an_altered_missing_or_unfinished_bundle_is_refused(tmp_path: Path) -> N
     (folder / "checksums.txt").unlink()
     with pytest.raises(BundleError, match="no complete bundle"):
         verify(folder)
+
+
+def test_a_file_that_was_added_to_a_bundle_is_refused_unless_a_file_manager_left_it(tmp_path: Path) -> None:
+    write_bundle(Experiment.at(str(tmp_path), "one"), FILES)
+    folder = tmp_path / "one" / "best"
+    (folder / ".DS_Store").write_bytes(b"")
+    verify(folder)
+    (folder / "model.pickle").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"model\.pickle: not named in checksums\.txt"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "..", "a/b"])
+def test_a_bundle_vouches_only_for_files_of_its_own_folder(tmp_path: Path, name: str) -> None:
+    write_bundle(Experiment.at(str(tmp_path), "one"), FILES)
+    sums = tmp_path / "one" / "best" / "checksums.txt"
+    sums.write_text(f"{'0' * 64}  {name}\n" + sums.read_text())
+    with pytest.raises(BundleError, match="not the checksum of a file beside it"):
+        verify(sums.parent)
+
+
+@pytest.mark.parametrize("kept", ["config.json", "model.safetensors", "nothing"])
+def test_a_bundle_without_a_model_or_how_to_build_it_is_refused(tmp_path: Path, kept: str) -> None:
+    write_bundle(Experiment.at(str(tmp_path), "one"), {name: FILES[name] for name in FILES if name == kept})
+    with pytest.raises(BundleError, match="missing"):
+        verify(tmp_path / "one" / "best")

@@ -44,6 +44,9 @@ def test_class_map_from_the_command_line() -> None:
         (["--batch-size", "2", "--workers", "2"], ["batch_size 2", "at least two"]),
         (["--gpus-per-worker", "0.5", "--workers", "2"], ["gpus_per_worker 0.5", "whole one"]),
         (["--study", "nonsense"], ["study", "'nonsense'", "database URL"]),
+        (["--study", "postgresql://me@db/x?password=hush"], ["study", "PGPASSWORD"]),
+        (["--track", "http://host:5000"], ["track", "'http://host:5000'", "mlflow:http://HOST:PORT"]),
+        (["--track", "mlflow:databricks"], ["track", "'mlflow:databricks'", "mlflow:http://HOST:PORT"]),
         (["--class-map", "benign"], ["class_map", "'benign'", "FOLDER=CLASS"]),
         (["--data", "no/such/folder"], ["no/such/folder", "not a folder"]),
         (["--name", "a/b"], ["name", "'a/b'"]),
@@ -55,6 +58,12 @@ def test_a_wrong_value_is_refused_by_field_value_and_rule(arguments: list[str], 
         read_settings(arguments)
     for words in says:
         assert words in str(refusal.value)
+
+
+def test_a_password_for_mlflow_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SettingsError, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+        read_settings(["--track", "mlflow:http://me:secret@host:5000"])
+    assert "host:5000" in str(refusal.value) and "secret" not in str(refusal.value)
 
 
 def test_an_unknown_key_of_the_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
@@ -83,11 +92,33 @@ def test_the_default_batch_is_shared_evenly_by_any_number_of_workers(workers: in
     assert validate({"workers": workers}).for_data().batch_size == batch
 
 
-def test_the_kept_settings_give_the_same_settings_and_no_secret() -> None:
+def test_the_kept_settings_give_the_same_settings() -> None:
     import yaml
 
-    settings = validate({"trials": 3, "study": "postgresql://me:secret@db/optuna"}).for_data()
-    kept = settings.as_yaml()
-    assert "secret" not in kept
-    again = validate(yaml.safe_load(kept))
-    assert again == settings.model_copy(update={"study": "postgresql://me:***@db/optuna"})
+    settings = validate({"trials": 3, "study": "postgresql://me@db/optuna", "data": "s3://bucket/ct"}).for_data()
+    assert validate(yaml.safe_load(settings.as_yaml())) == settings
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hush@db/x",
+        "postgresql://me:hu@sh@db/x",
+        "postgresql://me@db/x?password=hush",
+        "postgresql//me:hush@db/x",
+        "postgresql://me:hush@db:port/x",
+    ],
+)
+def test_a_password_in_the_studys_url_is_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    for text in (f"study: {url}", f"study: ['{url}", f"- {url}"):
+        file.write_text(text)
+        for arguments in (["--study", url], ["--settings", str(file)]):
+            with pytest.raises(SettingsError) as refusal:
+                read_settings(arguments)
+            assert "hu" not in str(refusal.value) and "sh" not in str(refusal.value).replace("dashboard", "")
+
+
+def test_images_may_be_a_uri_and_a_folder_may_be_written_as_one(tmp_path: Path) -> None:
+    assert validate({"data": "s3://bucket/ct"}).with_absolute_paths().data == "s3://bucket/ct"
+    assert validate({"data": f"file://{tmp_path}"}).data == validate({"data": str(tmp_path)}).data == tmp_path

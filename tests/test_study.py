@@ -36,7 +36,7 @@ class RayTrial:
         self.trial_id = trial_id
 
     def get_error(self) -> Exception:
-        return RuntimeError("Traceback ...\nSlotLost: the workers ended")
+        return RuntimeError("Traceback ...\nActorDiedError: the slot died")
 
 
 class Tune:
@@ -47,7 +47,7 @@ class Tune:
         new = not (folder / "study.db").exists()
         self.study = open_study(f"sqlite:///{folder}/study.db", "test", self.space, EPOCHS, new=new)
         experiment = Experiment.at(str(folder), "test")
-        self.search = StudySearch(self.study, self.space, experiment, seed=seed, startup=4, slots=2)
+        self.search = StudySearch(self.study, self.space, experiment, seed=seed, startup=4)
         self._ids = iter(range(10**6))
 
     def run(self, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -180,23 +180,25 @@ def test_a_study_is_neither_taken_over_nor_begun_twice(tmp_path: Path) -> None:
 def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
     tune.run()
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         tune.search.suggest(name)
     tune.search.record("a", epoch_result(PUBLISHED.as_dict(), 1))
     tune.search.on_trial_complete("a", {OBJECTIVE: 0.0, "diverged": "loss nan in epoch 2", "done": True})
     tune.search.note_failure("b", "out of memory")
     tune.search.on_trial_complete("b", error=True)
-    _, diverged, failed = finished_trials(tune.study)
+    tune.search.on_trial_complete("c", {OBJECTIVE: 0.0, "failed": "the workers ended", "done": True})
+    _, diverged, failed, lost = finished_trials(tune.study)
     assert (diverged.state, diverged.value) == (TrialState.COMPLETE, 0.0)
     assert diverged.user_attrs["ended"] == "diverged: loss nan in epoch 2"
     assert (failed.state, failed.user_attrs["ended"]) == (TrialState.FAIL, "failed: out of memory")
+    assert (lost.state, lost.user_attrs["ended"]) == (TrialState.FAIL, "failed: the workers ended")
     best = best_trial(finished_trials(tune.study))
     assert best is not None and best.number == 0
     table = trials_table(tune.study)
-    assert list(table["epochs"]) == [EPOCHS, 1, 0]
+    assert list(table["epochs"]) == [EPOCHS, 1, 0, 0]
     assert row_of(table, 2) is None
     assert effort(tune.study, table, slots=2)["training_s"] == pytest.approx(2.5 * 10)
-    assert effort(tune.study, table, slots=2)["ended"] == {"completed": 1, "diverged": 1, "failed": 1}
+    assert effort(tune.study, table, slots=2)["ended"] == {"completed": 1, "diverged": 1, "failed": 2}
 
 
 def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:

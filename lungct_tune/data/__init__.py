@@ -4,6 +4,7 @@ from lungct_tune.data.find import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, TWIN_CORRELATION, near_identical_groups
 from lungct_tune.data.images import ImageSet, read_images
 from lungct_tune.data.phantoms import make_phantoms
+from lungct_tune.data.remote import fetch_images
 from lungct_tune.data.split import SPLITS, split_images, twins_across
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "TWIN_CORRELATION",
     "DataError",
     "ImageSet",
+    "fetch_images",
     "make_phantoms",
     "near_identical_groups",
     "read_images",

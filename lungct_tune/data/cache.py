@@ -85,7 +85,7 @@ def decode_all(
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     pixels, findings = cache / f"{key}.npy", cache / f"{key}.json"
     if not _is_intact(pixels, findings):
-        _require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2))
+        require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2))
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             found = _decode_into(Path(scratch), paths, digests, labels, size, progress)
             new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
@@ -104,7 +104,12 @@ def _is_intact(pixels: Path, findings: Path) -> bool:
         return False
 
 
-def _require_space(cache: Path, needed: int) -> None:
+def require_space(cache: Path, needed: int) -> None:
+    """Makes the folder, where it is missing.
+
+    Raises:
+        DataError: it cannot be made or written, or its disk has less than `needed` bytes free.
+    """
     try:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free

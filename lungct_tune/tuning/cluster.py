@@ -6,13 +6,19 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import psutil
 import ray
+import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lungct_tune.experiment import Experiment, StorageError
+from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings
+from lungct_tune.storage import StorageError
 
 
 class ClusterError(RuntimeError):
@@ -22,23 +28,37 @@ class ClusterError(RuntimeError):
 FINAL_SHARE = 16
 """Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
 
+PROBE = ".probe"
+"""What is written and read where the search is to keep its files, before it begins."""
+
 
 @dataclass(frozen=True)
 class Allotment:
-    """How a search divides a cluster."""
+    """How a search divides a cluster into slots."""
 
     slots: int
     workers: int
     resources_per_worker: dict[str, float]
-    final_workers: int
-    final_resources_per_worker: dict[str, float]
+    room: int
+    """How many slots the nodes that are there now hold; the others wait for nodes."""
 
     def __str__(self) -> str:
+        waiting = f" (room for {min(self.room, self.slots)} now; the others start as nodes come)"
         return (
             f"{_count(self.slots, 'slot')} of {_count(self.workers, 'worker')} with "
-            f"{_amounts(self.resources_per_worker)} each; the final retraining on "
-            f"{_count(self.final_workers, 'worker')} with {_amounts(self.final_resources_per_worker)} each"
+            f"{_amounts(self.resources_per_worker)} each{waiting if self.room < self.slots else ''}"
         )
+
+
+@dataclass(frozen=True)
+class FinalAllotment:
+    """What of a cluster the final retraining takes."""
+
+    workers: int
+    resources_per_worker: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{_count(self.workers, 'worker')} with {_amounts(self.resources_per_worker)} each"
 
 
 def _count(n: int, what: str) -> str:
@@ -49,8 +69,11 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 
-def connect(address: str | None, verbose: bool) -> str:
+def connect(address: str | None, verbose: bool, name: str = "") -> str:
     """Joins the cluster at `address`, else the one at hand, else starts one on this machine.
+
+    Args:
+        name: what Ray's dashboard calls this job.
 
     Returns:
         The address of Ray's dashboard, or an empty string where there is none.
@@ -81,6 +104,7 @@ def connect(address: str | None, verbose: bool) -> str:
             address=address,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.CRITICAL,
+            job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
             ignore_reinit_error=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -94,38 +118,125 @@ def connect(address: str | None, verbose: bool) -> str:
 
 
 def allot(settings: Settings) -> Allotment:
-    """Slots and workers that the cluster at hand holds, by the settings where they say.
+    """Slots that the cluster at hand holds or can grow to hold, by the settings where they say.
 
     Raises:
-        ClusterError: not even one slot fits, or fewer than asked.
+        ClusterError: not even one slot will ever fit, or fewer than asked.
     """
-    return divide(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return divide(settings, _nodes(), nodes_to_come())
 
 
-def divide(settings: Settings, nodes: Sequence[Mapping[str, float]]) -> Allotment:
-    """`allot` for a cluster of these nodes' resources.
+def allot_final(settings: Settings) -> FinalAllotment:
+    """Workers of the final retraining: as many as useful of the nodes that are there, else of those to come.
 
     Raises:
-        ClusterError: not even one slot fits, or fewer than asked.
+        ClusterError: there will never be as many as asked.
     """
-    gpus = settings.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
-    each = {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    fits = _workers_that_fit(nodes, each)
-    slots = settings.slots or max(1, fits // settings.workers)
-    if fits < slots * settings.workers:
+    return divide_final(settings, _nodes(), nodes_to_come())
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def nodes_to_come() -> Sequence[Mapping[str, float]] | None:
+    """The resources of every worker node that the cluster's autoscaler would bring if all were needed.
+
+    Empty where there is no autoscaler, or all that it may bring are there; None where that cannot be told from this
+    machine (it is not the head, or the head's autoscaler runs elsewhere, as in Kubernetes), or the autoscaler does not
+    say what its nodes have.
+    """
+    gcs = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if gcs in words and any(word.endswith("monitor.py") for word in words):
+            file = next((word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")), "")
+            config = yaml.safe_load(Path(file).expanduser().read_text()) if file else {"max_workers": 0}
+            all_there = len(_nodes()) > config["max_workers"]  # the head is one more
+            return [] if all_there else workers_of(config)
+    return None
+
+
+def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | None:
+    """The worker nodes that an autoscaler's configuration allows, those with most GPUs first; None if it is silent.
+
+    Source: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configuration.html
+    """
+    nodes: list[Mapping[str, float]] = []
+    for kind in config["available_node_types"].values():
+        if most := kind.get("max_workers", 0):  # of the head's type too, where there may be workers of it
+            if "CPU" not in kind.get("resources", {}):
+                return None
+            nodes += [kind["resources"]] * most
+    nodes.sort(key=lambda node: (node.get("GPU", 0), node["CPU"]), reverse=True)
+    return nodes[: config.get("max_workers", len(nodes))]
+
+
+def divide(
+    settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
+) -> Allotment:
+    """`allot` for a cluster of nodes with these resources, and with these that may come (see `nodes_to_come`).
+
+    Raises:
+        ClusterError: not even one slot will ever fit, or fewer than asked.
+    """
+    each = _each(settings, nodes, to_come)
+    now, most = _workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
+    slots = settings.slots or max(1, most // settings.workers)
+    if to_come is not None and most < slots * settings.workers:
         have = "; ".join(_amounts({kind: node.get(kind, 0) for kind in ("CPU", "GPU")}) for node in nodes)
+        grown = f", and {most} with all the nodes that its autoscaler may bring" if to_come else ""
         raise ClusterError(
             f"{_count(slots, 'slot')} of {_count(settings.workers, 'worker')} do not fit: a worker needs "
-            f"{_amounts(each)} on one node, so the cluster holds {fits} workers, and {slots * settings.workers} are "
-            f"needed. It has {_count(len(nodes), 'node')}: {have}. Lower --slots, --workers, --cpus-per-worker or "
-            "--gpus-per-worker, or give the cluster more nodes."
+            f"{_amounts(each)} on one node, so the cluster holds {now} workers{grown}, and "
+            f"{slots * settings.workers} are needed. It has {_count(len(nodes), 'node')}: {have}. Lower --slots, "
+            "--workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
         )
-    # the retraining's workers are one group, and NCCL takes no two of a group on one GPU
-    final_each = each | ({"GPU": max(1.0, gpus)} if gpus else {})
-    final = _final_workers(settings, _workers_that_fit(nodes, final_each))
-    return Allotment(min(slots, settings.trials or slots), settings.workers, each, final, final_each)
+    return Allotment(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)
+
+
+def divide_final(
+    settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
+) -> FinalAllotment:
+    """`allot_final` for a cluster of nodes with these resources, and with these that may come.
+
+    Raises:
+        ClusterError: there will never be as many as asked.
+    """
+    each = _each(settings, nodes, to_come)
+    if "GPU" in each:  # its workers are one group, and NCCL takes no two of a group on one GPU
+        each["GPU"] = max(1.0, each["GPU"])
+    most = _most_workers(nodes, to_come, each)
+    batch = settings.batch_size or 1
+    if settings.final_workers is None:
+        fits = _workers_that_fit(nodes, each) or most
+        shares = [n for n in range(1, fits + 1) if batch % n == 0 and batch // n >= FINAL_SHARE]
+        return FinalAllotment(max(shares, default=1), each)
+    too_many = to_come is not None and settings.final_workers > most
+    if too_many or batch % settings.final_workers or batch // settings.final_workers < 2:
+        raise ClusterError(
+            f"--final-workers {settings.final_workers} cannot be: the cluster holds {most} workers, and the batch of "
+            f"{batch} images must divide evenly among them, two or more for each"
+        )
+    return FinalAllotment(settings.final_workers, each)
+
+
+def _each(
+    settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
+) -> dict[str, float]:
+    """What a worker reserves."""
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in [*nodes, *(to_come or ())]) else 0.0
+    return {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def _most_workers(
+    nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None, each: Mapping[str, float]
+) -> int:
+    """How many workers will ever fit: the nodes to come are there in part already, but the head is not among them."""
+    head = [node for node in nodes if "node:__internal_head__" in node]
+    return max(_workers_that_fit(nodes, each), _workers_that_fit([*head, *(to_come or ())], each))
 
 
 def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
@@ -139,43 +250,39 @@ def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, f
     return sum(min(on(node, kind, amount) for kind, amount in each.items()) for node in nodes)
 
 
-def _final_workers(settings: Settings, fits: int) -> int:
-    """Workers of the final retraining: as asked, else all that share a batch evenly, with enough for their norms."""
-    batch = settings.batch_size or 1
-    shares = [n for n in range(1, fits + 1) if batch % n == 0]
-    if settings.final_workers is None:
-        return max((n for n in shares if batch // n >= FINAL_SHARE), default=1)
-    if settings.final_workers not in shares or batch // settings.final_workers < 2:
-        raise ClusterError(
-            f"--final-workers {settings.final_workers} cannot be: the cluster holds {fits} workers, and the batch of "
-            f"{batch} images must divide evenly among them, two or more for each"
-        )
-    return settings.final_workers
-
-
 def check_storage(experiment: Experiment) -> None:
-    """Writes and reads a small object from every node of the cluster.
+    """Reads and writes a small object from every node of the cluster, all of them at once.
 
     Raises:
-        StorageError: a node cannot write there, or what it writes is not what the others see.
+        StorageError: a node cannot, or they do not see the same storage.
     """
 
     @ray.remote(num_cpus=0)
-    def leave_mark(mark: str) -> None:
-        experiment.write(mark, mark.encode())
+    def probe(own: str) -> bool:
+        seen = experiment.read(PROBE) == PROBE.encode()
+        experiment.write(own, own.encode())
+        return seen
 
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        mark = f".probe-{node['NodeID'][:8]}"
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        try:
-            ray.get(leave_mark.options(scheduling_strategy=there).remote(mark))
-        except ray.exceptions.RayTaskError as error:
-            raise StorageError(f"node {node['NodeManagerAddress']}: {error.cause}") from error
-        if experiment.read(mark) != mark.encode():
-            raise StorageError(
-                f"{experiment.uri}: what node {node['NodeManagerAddress']} writes there is not seen here; with "
-                "several nodes --storage must be a shared file system or an object store (s3://, gs://)"
-            )
-        experiment.delete(mark)
+    experiment.write(PROBE, PROBE.encode())
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    probes = {
+        f"{PROBE}-{node}": probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            f"{PROBE}-{node}"
+        )
+        for node in nodes
+    }
+    try:
+        for address, (own, seen) in zip(nodes.values(), probes.items(), strict=True):
+            try:
+                shared = ray.get(seen) and experiment.read(own) == own.encode()
+            except ray.exceptions.RayTaskError as error:
+                raise StorageError(f"node {address}: {error.cause}") from error
+            if not shared:
+                raise StorageError(
+                    f"{experiment.uri}: node {address} and this one do not see what the other writes there; with "
+                    "several nodes --storage must be a shared file system or an object store (s3://, gs://)"
+                )
+    finally:
+        for path in (PROBE, *probes):
+            with suppress(StorageError):
+                experiment.delete(path)

@@ -65,13 +65,17 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
     """
     from ray.train.torch import TorchTrainer
 
+    from lungct_tune.tuning.process_group import ProcessGroup
+
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"plan": plan},
+        torch_config=ProcessGroup(),
         scaling_config=scaling(plan.workers, plan.resources_per_worker),
         run_config=train.RunConfig(
             name=name,
-            storage_path=f"{plan.experiment.uri}/final",
+            storage_path=f"{plan.experiment.root}/final",
+            storage_filesystem=plan.experiment.filesystem,
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             failure_config=train.FailureConfig(  # type: ignore[call-arg]
                 max_failures=MAX_FAILURES, controller_failure_limit=START_ATTEMPTS

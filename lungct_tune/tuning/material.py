@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.experiment import StorageError
+from lungct_tune.storage import StorageError
 
 if TYPE_CHECKING:
     import torch

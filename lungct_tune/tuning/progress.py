@@ -14,14 +14,53 @@ from rich.text import Text
 
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.report import describe
+from lungct_tune.tuning.slots import SlotPlan, waiting_for_room
 from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
+
+COUNT_EVERY_S = 1.0
+
+SAY_WAITING_AFTER_S = 30.0
+
+
+class Clock(tune.Callback):  # type: ignore[misc]
+    """Keeps in the study how long the search takes, and the time of its slots: of those that have room."""
+
+    def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
+        self._study, self._plan, self._slots = study, plan, slots
+        self._wall_s, self.slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
+        self._counted = time.monotonic()
+        self.waiting = 0
+        """How many slots wait for room on the cluster."""
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._count()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if time.monotonic() - self._counted >= COUNT_EVERY_S:
+            self._count()
+
+    def _count(self) -> None:
+        self.waiting = min(waiting_for_room(self._plan), self._slots)
+        now = time.monotonic()
+        self._wall_s += now - self._counted
+        self.slot_s += (now - self._counted) * (self._slots - self.waiting)
+        self._counted = now
+        self._study.set_user_attr("wall_s", self._wall_s)
+        self._study.set_user_attr("slot_s", self.slot_s)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its configuration; a clock does not travel
 
 
 class Progress(tune.Callback):  # type: ignore[misc]
     """Shows trials done of all, the best so far, epochs a second and the time left."""
 
-    def __init__(self, study: optuna.Study, trials: int, console: Console) -> None:
-        self._study, self._trials, self._console = study, trials, console
+    def __init__(self, study: optuna.Study, trials: int, clock: Clock, console: Console) -> None:
+        self._study, self._trials, self._clock, self._console = study, trials, clock, console
+        self._said_waiting = False
         self._began, self._epochs = time.monotonic(), 0
         self._done_before = self._done = len(finished_trials(study))
         self._best = "none yet"
@@ -35,6 +74,14 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def __exit__(self, *_: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if self._clock.waiting and not self._said_waiting and time.monotonic() - self._began > SAY_WAITING_AFTER_S:
+            self._said_waiting = True
+            self._console.print(
+                f"{self._clock.waiting} slots wait for room on the cluster; `ray status` says what it is waiting for",
+                style="yellow",
+            )
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._epochs += 1
@@ -69,7 +116,8 @@ class Progress(tune.Callback):  # type: ignore[misc]
         left = (
             f"{elapsed / done_now * (self._trials - self._done) / 60:.1f} min left" if done_now else "time left unknown"
         )
-        return f"{self._done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}"
+        waiting = f", {self._clock.waiting} slots without room" if self._clock.waiting else ""
+        return f"{self._done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}{waiting}"
 
     def _render(self) -> Group:
         return Group(

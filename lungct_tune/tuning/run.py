@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from rich.console import Console
 
 from lungct_tune.space import SearchSpace
-from lungct_tune.tuning.progress import Progress
-from lungct_tune.tuning.slots import Slot, SlotPlan
+from lungct_tune.tuning.metrics import Metrics
+from lungct_tune.tuning.progress import Clock, Progress
+from lungct_tune.tuning.slots import ON_HEAD, Slot, SlotPlan
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
 
 MOST_AT_RANDOM = 10
 """How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""
 
 MAX_FAILURES = 2
-"""How many lost slots a trial may cost before it counts as failed."""
+"""How often the actor of a slot, on the head, may die over a trial before the trial counts as failed."""
+
+# Tune sends AWS credentials from here to its actors, and so into Ray's logs and dashboard; nodes have their own
+ENV_VARS_TO_PROPAGATE.difference_update({name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")})
 
 
 def run_search(
@@ -30,22 +36,22 @@ def run_search(
     slots: int,
     seed: int,
     console: Console,
+    callbacks: Sequence[tune.Callback],
 ) -> None:
     """Runs trials until the study holds as many finished ones as asked; interrupted ones go on first.
 
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are as they were.
     """
-    search = StudySearch(
-        study, space, plan.experiment, seed=seed, startup=max(3, min(MOST_AT_RANDOM, trials // 3)), slots=slots
-    )
+    search = StudySearch(study, space, plan.experiment, seed=seed, startup=max(3, min(MOST_AT_RANDOM, trials // 3)))
     remaining = trials - len(finished_trials(study))
     if remaining <= 0:
         return
-    with Progress(study, trials, console) as progress:
+    clock = Clock(study, plan, slots)
+    with Progress(study, trials, clock, console) as progress, clock:
         tuner = tune.Tuner(
-            # Tune refuses a trial without resources; the CPUs and GPUs are its workers' and reserved by them
-            tune.with_resources(tune.with_parameters(Slot, plan=plan), {"memory": 1}),
+            # the CPUs and GPUs are its workers' and reserved by them
+            tune.with_resources(tune.with_parameters(Slot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 scheduler=StudyPruning(search),
@@ -57,11 +63,12 @@ def run_search(
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=plan.experiment.uri,
+                storage_path=plan.experiment.root,
+                storage_filesystem=plan.experiment.filesystem,
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 # the workers keep a trial's state themselves, each epoch, straight from where it is
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[progress],
+                callbacks=[clock, progress, Metrics(study, plan.experiment.name, trials, clock), *callbacks],
                 verbose=0,
             ),
         )

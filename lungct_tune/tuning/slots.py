@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import threading
 import time
 import uuid
@@ -20,18 +21,31 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
+from ray.exceptions import ActorAlreadyExistsError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE, rank, validation_figures
 from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.report import describe
 from lungct_tune.tuning.material import Material
 
 START_ATTEMPTS = 20
-"""How often Ray Train tries to start a group of workers, 30 s each, before a cluster without room is an error."""
+"""How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
+
+PATIENCE_S = 7 * 24 * 3600
+"""How long a slot waits for room for its workers. What waits is what the autoscaler sees, and brings nodes for."""
+
+MAX_LOSSES = 3
+"""How many groups of workers may be lost over one epoch of a trial before the trial counts as failed."""
+
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""The head has this resource alone. A slot's actor takes it, and all that coordinates its workers is on its node, so
+that the other nodes may come and go."""
 
 
-class SlotLost(RuntimeError):
-    """The workers of a slot are gone; Tune's failure policy builds another slot for the trial."""
+class WorkersLost(RuntimeError):
+    """A group of workers ended that should not have: the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Mailbox:
 
     async def put(self, kind: str, turn: int, letter: Any) -> None:
         self._letters[kind, turn].set_result(letter)
+        self._letters.pop((kind, turn - 2), None)  # everybody has read it, or nobody would have come this far
 
     async def get(self, kind: str, turn: int) -> Any:
         return await asyncio.shield(self._letters[kind, turn])
@@ -64,36 +79,67 @@ class Slot(tune.Trainable):  # type: ignore[misc]
 
     A trial is `{"number": int, "seed": int, "configuration": {...}}`; a step is one epoch of it. The workers
     keep a trial's state on the experiment's storage after every epoch and look there first, so a trial goes
-    on where it was, whoever runs it: this slot, the one that replaces it, or one of a resumed search.
+    on where it was, whoever runs it: these workers, those that replace them, or a resumed search's.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
         # Returns before the workers are up: Tune starts the next slot only when this one is set up
-        self._order, self._turn = config, 0
-        self._error: Exception | None = None
-        self._mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
-        self._run = threading.Thread(target=self._fit, args=(plan,), daemon=True)
-        self._run.start()
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
+        self._order, self._plan = config, plan
+        self._group = Group(plan)
+
+    def __repr__(self) -> str:
+        return self._group.name  # Ray asks once, when the actor is made, and shows it in its dashboard
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._order = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        """Has the workers run the trial's next epoch.
+        """Has the workers run the trial's next epoch; others take their place when they are lost.
 
-        Raises:
-            SlotLost: the workers ended instead; promptly, whatever ended them.
+        They wait for room as long as it takes: for a node that comes, or for another slot's end.
         """
-        self._turn += 1
-        self._mailbox.put.remote("order", self._turn, self._order)
-        answer = self._mailbox.get.remote("answer", self._turn)
-        while not ray.wait([answer], timeout=1)[0]:
-            if not self._run.is_alive():
-                raise SlotLost(f"the workers ended: {self._error or 'without an error'}") from self._error
-        return dict(ray.get(answer))
+        for _ in range(MAX_LOSSES):
+            try:
+                return self._group.run_epoch(self._order) | {"slot": self._group.number}
+            except WorkersLost as loss:
+                reason = str(loss)
+                self._group.release()
+                self._group = Group(self._plan)
+        return {OBJECTIVE: 0.0, "failed": reason, "done": True}
 
     def cleanup(self) -> None:
+        self._group.release()
+
+
+class Group:
+    """One Ray Train run whose workers take orders until there are no more."""
+
+    def __init__(self, plan: SlotPlan) -> None:
+        self._turn = 0
+        self._error: Exception | None = None
+        self.number, self._mailbox = _numbered_mailbox(plan.experiment.name)
+        self.name = slot_name(plan.experiment.name, self.number)
+        self._run = threading.Thread(target=self._fit, args=(plan,), daemon=True)
+        self._run.start()
+
+    def run_epoch(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The workers' answer to an order.
+
+        Raises:
+            WorkersLost: they ended instead; promptly, whatever ended them.
+        """
+        self._turn += 1
+        self._mailbox.put.remote("order", self._turn, order)
+        what = f"trial {order['number']}: {describe(Configuration(**order['configuration']))}"
+        answer = self._mailbox.get.options(name=what).remote("answer", self._turn)
+        while not ray.wait([answer], timeout=1)[0]:
+            if not self._run.is_alive():
+                raise WorkersLost(f"the workers ended: {self._error or 'without an error'}") from self._error
+        return dict(ray.get(answer))
+
+    def release(self) -> None:
         """Lets the workers go. Those that do not leave in time lose their mailbox, and with it their run."""
         self._mailbox.put.remote("order", self._turn + 1, None)
         self._run.join(timeout=10)
@@ -104,14 +150,18 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         from ray.train import FailureConfig, RunConfig
         from ray.train.torch import TorchTrainer
 
+        from lungct_tune.tuning.process_group import ProcessGroup
+
         trainer = TorchTrainer(
             run_worker,
             train_loop_config={"plan": plan, "mailbox": self._mailbox},
+            torch_config=ProcessGroup(),
             scaling_config=scaling(plan.workers, plan.resources_per_worker),
             run_config=RunConfig(
-                name=uuid.uuid4().hex[:8],
-                storage_path=f"{plan.experiment.uri}/slots",
-                # one owner of recovery: a slot that loses a worker ends, and Tune builds the next one
+                name=f"{self.name.replace(' ', '-')}-{uuid.uuid4().hex[:8]}",
+                storage_path=f"{plan.experiment.root}/slots",
+                storage_filesystem=plan.experiment.filesystem,
+                # one owner of recovery: a group that loses a worker ends, and the slot makes the next one
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
                 ),
@@ -119,8 +169,28 @@ class Slot(tune.Trainable):  # type: ignore[misc]
         )
         try:
             trainer.fit()
-        except Exception as error:  # kept for step(), which raises it where Tune sees it
+        except Exception as error:  # kept for run_epoch(), which raises it where the slot sees it
             self._error = error
+
+
+def slot_name(search: str, number: int) -> str:
+    """What a person finds a slot by in Ray's dashboard."""
+    return f"{search} slot {number}"
+
+
+def _numbered_mailbox(search: str) -> tuple[int, Any]:
+    """The lowest number that no other slot of the search has now, and the mailbox that keeps it from the others.
+
+    No two living actors of a search have the same name: Ray sees to that.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    number = 1
+    while True:
+        try:
+            return number, ray.remote(Mailbox).options(name=slot_name(search, number), **options).remote()
+        except ActorAlreadyExistsError:
+            number += 1
 
 
 def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
@@ -129,6 +199,13 @@ def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
 
     gpu = resources_per_worker.get("GPU", 0) > 0
     return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources_per_worker)
+
+
+def waiting_for_room(plan: SlotPlan) -> int:
+    """How many groups of workers of this shape the cluster has no room for at present."""
+    shape = [plan.resources_per_worker] * plan.workers
+    groups = ray.util.placement_group_table().values()
+    return sum(group["state"] == "PENDING" and list(group["bundles"].values()) == shape for group in groups)
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -174,15 +251,19 @@ class _Trial:
         """Trains and validates an epoch, keeps the trial's state, and says what the study should know."""
         from lungct_tune.training import NotFiniteLoss
 
+        cost: dict[str, float] = {}
         try:
             if self._training.epoch < self._plan.material.epochs:
                 self._history.append(self._train_and_validate())
-                self._keep()
+                images = self._training.steps * self._training.share * self._training.world
+                cost = {"images": images} | self._keep()
         except NotFiniteLoss as error:
             return {OBJECTIVE: 0.0, "diverged": str(error), "done": True}
         *earlier, last = self._history[self._told :]
         self._told = len(self._history)
-        return last | {"earlier": earlier, "done": self._training.epoch >= self._plan.material.epochs}
+        done = self._training.epoch >= self._plan.material.epochs
+        # Tune's loggers count by its iteration, which would begin anew where an interrupted trial goes on
+        return last | cost | {"training_iteration": last["epoch"], "earlier": earlier, "done": done}
 
     def _train_and_validate(self) -> dict[str, float]:
         from lungct_tune.training import NotFiniteLoss
@@ -198,20 +279,27 @@ class _Trial:
         seconds = {"train_s": trained - began, "valid_s": validated - trained}
         return {"epoch": self._training.epoch, "train_loss": loss} | figures | seconds
 
-    def _keep(self) -> None:
-        """Best weights first, then the state that counts them: a crash between the two repeats the epoch."""
+    def _keep(self) -> dict[str, float]:
+        """Best weights first, then the state that counts them: a crash between the two repeats the epoch.
+
+        Returns:
+            What that took, in bytes and seconds; nothing on workers that do not write.
+        """
         import safetensors.torch
         import torch
 
         if not self._writes:
-            return
+            return {}
+        began, written = time.perf_counter(), 0
         folder, last = trial_folder(self.number), self._history[-1]
         if max(self._history, key=rank) is last:
             metadata = {"epoch": str(last["epoch"]), OBJECTIVE: str(last[OBJECTIVE])}
-            self._plan.experiment.write(
-                f"{folder}/best.safetensors", safetensors.torch.save(self._training.model_state(), metadata)
-            )
+            best = safetensors.torch.save(self._training.model_state(), metadata)
+            self._plan.experiment.write(f"{folder}/best.safetensors", best)
+            written += len(best)
         stream = io.BytesIO()
         state = {"order": self._order, "training": self._training.state_dict(), "history": self._history}
         torch.save(state, stream)
         self._plan.experiment.write(f"{folder}/last.pt", stream.getbuffer())
+        written += stream.getbuffer().nbytes
+        return {"checkpoint_bytes": written, "checkpoint_s": time.perf_counter() - began}

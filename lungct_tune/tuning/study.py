@@ -9,7 +9,6 @@ enough to go on with the search after any crash.
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -29,8 +28,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE, rank
-from lungct_tune.experiment import Experiment, StorageError, trial_folder
+from lungct_tune.experiment import Experiment, trial_folder
 from lungct_tune.space import SearchSpace
+from lungct_tune.storage import StorageError
 
 
 class StudyError(RuntimeError):
@@ -116,19 +116,15 @@ class StudySearch(Searcher):  # type: ignore[misc]
 
     Args:
         startup: how many trials Optuna draws at random before TPE has enough to learn from.
-        slots: how many trials run at once, for the account of what the search took.
     """
 
     def __init__(
-        self, study: optuna.Study, space: SearchSpace, experiment: Experiment, *, seed: int, startup: int, slots: int
+        self, study: optuna.Study, space: SearchSpace, experiment: Experiment, *, seed: int, startup: int
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup, self._slots = startup, slots
+        self._startup = startup
         self._live: dict[str, _Live] = {}
-        self._began = time.monotonic()
-        self._wall_before = study.user_attrs.get("wall_s", 0.0)
-        self._slot_before = study.user_attrs.get("slot_s", 0.0)
         self._interrupted: deque[Trial] = deque()
         study.sampler = self._sampler()
         for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -170,7 +166,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
                     live.trial.report(figures[OBJECTIVE], int(figures["epoch"]))
                     live.history.append(figures)
             live.trial.set_user_attr("history", live.history)
-        self._note_wall()
 
     def should_stop(self, trial_id: str) -> bool:
         """Whether the trial should stop after the epoch that was recorded last.
@@ -185,12 +180,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
             return True
         return False
 
-    def _note_wall(self) -> None:
-        """Keeps the time that the search has taken in the study, up to the last thing that happened in it."""
-        wall_s = time.monotonic() - self._began
-        self._study.set_user_attr("wall_s", self._wall_before + wall_s)
-        self._study.set_user_attr("slot_s", self._slot_before + wall_s * self._slots)
-
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keeps why a trial lost its slot, for the case that it cannot go on in another."""
         self._live[trial_id].failure = reason
@@ -200,6 +189,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         live = self._live[trial_id]
         if error or result is None:
             ended = f"{FAILED}: {live.failure}"
+        elif "failed" in result:
+            ended = f"{FAILED}: {result['failed']}"
         elif "diverged" in result:
             ended = f"{DIVERGED}: {result['diverged']}"
         elif (stopped := live.trial.user_attrs.get("ended")) is not None:
@@ -210,7 +201,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
         live.trial.set_user_attr("ended", ended)
         self._tell(live.trial, ended)
         del self._live[trial_id]
-        self._note_wall()
         with suppress(StorageError):  # what stays there is never read again
             self._experiment.delete(f"{trial_folder(live.trial.number)}/last.pt")
 
@@ -301,9 +291,9 @@ def row_of(table: pd.DataFrame, number: int) -> dict[str, Any] | None:
 def effort(study: optuna.Study, table: pd.DataFrame, slots: int) -> dict[str, Any]:
     """What a search cost, in trials, epochs and seconds.
 
-    `overhead_ratio` is slots x wall time (added up, if a resumed search had another number of slots) over the
-    seconds in which slots were inside an epoch of training or validation: 1 where they did nothing else, None
-    where they never were.
+    `overhead_ratio` is slots x wall time (less the time in which slots waited for room on the cluster, and added
+    up, if a resumed search had another number of slots) over the seconds in which slots were inside an epoch of
+    training or validation: 1 where they did nothing else, None where they never were.
     """
     wall_s, slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
     training_s = float(table["training_s"].sum())

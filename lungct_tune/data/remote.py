@@ -1,0 +1,88 @@
+"""Images that lie on an object store or another machine: a copy in the cache, kept equal to what is there."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow.fs
+from rich.console import Console
+from rich.progress import track
+
+from lungct_tune.data.cache import default_cache, require_space
+from lungct_tune.data.find import DataError
+from lungct_tune.storage import StorageError, open_place, refusal
+
+DOWNLOADS = 16
+"""Files fetched at once."""
+
+
+def fetch_images(uri: str, cache: Path | None = None, *, progress: bool = True) -> Path:
+    """The folder with a copy of all files below `uri`: new and changed ones are fetched, those gone there go here.
+
+    A file is the same if its size and its time are. Of an interrupted run, the files that had come stay.
+
+    Raises:
+        DataError: the place cannot be read, holds no files, or the cache cannot take them.
+    """
+    try:
+        filesystem, root = open_place(uri)
+        found: Any = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    except StorageError as error:
+        raise DataError(f"--data {error}") from error
+    except Exception as error:  # fsspec's file systems raise any kind
+        raise DataError(f"--data {refusal(uri, 'list it', error)}") from error
+    there = {info.path.removeprefix(root).lstrip("/"): info for info in found if info.is_file}
+    if not there:
+        raise DataError(f"--data {uri}: there are no files; it must hold the images' class folders")
+    name = f"{root.rpartition('/')[2]}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
+    copy = (cache or default_cache()) / "data" / name
+    if outside := [path for path in there if not (copy / path).resolve().is_relative_to(copy.resolve())]:
+        raise DataError(f"--data {uri}: {outside[0]!r} cannot be a file's name here; rename it there")
+
+    def fetch(path: str) -> None:
+        part = copy / f"{path}.{uuid4().hex[:8]}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.fs.copy_files(there[path].path, str(part), source_filesystem=filesystem, use_threads=False)
+        os.utime(part, ns=(there[path].mtime_ns or 0,) * 2)
+        part.replace(copy / path)
+
+    missing = [path for path, info in there.items() if not _is_same(copy / path, info)]
+    require_space(copy, sum(there[path].size for path in missing))
+    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # searches that begin together share the copy
+        for path in sorted(copy.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif not path.is_dir() and path.relative_to(copy).as_posix() not in there:
+                path.unlink()
+        pool = ThreadPoolExecutor(DOWNLOADS)
+        try:
+            fetched = track(
+                pool.map(fetch, missing),
+                description=f"Fetching {len(missing)} of {len(there)} files",
+                total=len(missing),
+                console=Console(stderr=True),
+                transient=True,
+                disable=not (progress and missing and sys.stderr.isatty()),
+            )
+            deque(fetched, maxlen=0)
+        except Exception as error:
+            raise DataError(f"--data {refusal(uri, 'fetch it', error)}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return copy
+
+
+def _is_same(copy: Path, info: pyarrow.fs.FileInfo) -> bool:
+    if not copy.is_file():
+        return False
+    stat = copy.stat()
+    return bool(stat.st_size == info.size and stat.st_mtime_ns == (info.mtime_ns or 0))

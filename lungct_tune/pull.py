@@ -1,0 +1,110 @@
+"""The best model of a search, from wherever it lies to a folder here: fetched, verified, and what it is worth.
+
+python -m lungct_tune.pull --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from lungct_tune.experiment import Experiment
+
+EXAMPLES = """\
+examples:
+  python -m lungct_tune.pull 2026-11-23-054807-phantoms               from ./results, to ./2026-11-23-054807-phantoms
+  python -m lungct_tune.pull s3://bucket/lungct_tune/NAME model       from an object store, to ./model
+  python -m lungct_tune.pull NAME --cluster clusters/onprem.yaml      from the disk of that cluster's head
+  python -m lungct_tune.pull s3://bucket/lungct_tune/NAME --all       the trials and the study too
+
+While the search runs, this pulls its best trial so far. A pull that was cut off goes on when it is run again.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lungct_tune.pull",
+        description="Fetch the best model of a search, verify it, and say what it is worth.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="an experiment's NAME, path or URI")
+    parser.add_argument("dest", metavar="DEST", nargs="?", type=Path, help="a folder to make (./NAME)")
+    parser.add_argument("--all", action="store_true", help="the whole experiment: trials and study too")
+    parser.add_argument("--storage", metavar="URI", help="where NAME lies (./results)")
+    parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME lies on the head of this `ray up` cluster")
+    try:
+        return _run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+def _run(asked: argparse.Namespace) -> int:
+    # imported when the command line is known to be right, so that --help answers at once
+    from lungct_tune.bundle import BundleError
+    from lungct_tune.fetch import FetchError
+    from lungct_tune.storage import StorageError
+
+    console = Console(highlight=False)
+    try:
+        if asked.cluster:
+            from lungct_tune.tuning.head import on_head
+
+            with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
+                pull(experiment, asked.dest, console, everything=asked.all)
+        else:
+            pull(locate(asked.source, asked.storage or "./results"), asked.dest, console, everything=asked.all)
+    except (FetchError, BundleError, StorageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def locate(source: str, storage: str) -> Experiment:
+    """The experiment that a path, a URI (its own or its bundle's) or a name on the storage means."""
+    from lungct_tune.bundle import FOLDER
+    from lungct_tune.experiment import Experiment
+
+    source = source.rstrip("/").removesuffix(f"/{FOLDER}")
+    if "://" not in source:
+        if Path(source).name == source:
+            return Experiment.at(storage, source)
+        source = str(Path(source).expanduser().resolve())
+    storage, _, name = source.rpartition("/")
+    return Experiment.at(storage, name)
+
+
+def pull(experiment: Experiment, dest: Path | None, console: Console, *, everything: bool) -> None:
+    """Fetches the bundle or everything, and says what it is, what it is worth and how to use it.
+
+    Raises:
+        FetchError, BundleError, StorageError: see `fetch`.
+    """
+    from lungct_tune import report
+    from lungct_tune.bundle import FOLDER
+    from lungct_tune.fetch import fetch
+
+    dest = dest or Path(experiment.name)
+    there = os.path.lexists(dest)
+    found = fetch(experiment, dest, console, everything=everything)
+    done = f"{dest} holds this bundle already" if there else f"pulled {experiment.name} to {dest}"
+    console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}", soft_wrap=True, markup=False)
+    if found:
+        report.print_bundle(dest / found if everything else dest, console)
+    if everything and found != FOLDER and dest.name == experiment.name:
+        resume = f"python -m lungct_tune.search --resume {dest.name} --storage {dest.absolute().parent}"
+        console.print(f"to go on with it here: {resume}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""MLflow, for those who keep their experiments there: a copy of the study that the search never waits for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.tuning.study import COMPLETED, FAILED, STOPPED, best_figures, configuration_of
+
+PERIOD_S = 5
+"""How often the copy is brought up to date."""
+
+LAST_CHANCE_S = 30
+"""How long a search that ends waits for it."""
+
+TAG = "lungct_tune"
+"""The tag that tells which trial a run is, whatever people rename it to."""
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be used: the message says where, why and what to do."""
+
+
+@dataclass
+class _Run:
+    """What MLflow has of a trial."""
+
+    id: str
+    described: bool
+    epochs: int
+    ended: bool
+
+
+class MLflowCopy:
+    """A copy of a study in MLflow: an experiment of its name, a run for each trial, and one for the final model.
+
+    What keeps it up looks what MLflow lacks, and adds it. So a trial that goes on after an interruption goes on in its
+    run, and a server that was away hears what it has missed.
+
+    Args:
+        track: `mlflow:` and where the server is, http or https.
+        name: the study's, and the experiment's.
+        new: whether the study begins, and the experiment with it.
+
+    Raises:
+        TrackingError: MLflow is not installed, its server does not answer, or a new study's name is taken there.
+    """
+
+    def __init__(self, track: str, name: str, *, new: bool) -> None:
+        # it comes again anyway, and MLflow's own seven retries would hold up a search that ends for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        try:
+            from mlflow import MlflowClient, MlflowException
+        except ImportError as error:
+            raise TrackingError(f"--track needs MLflow ({error}): uv pip install mlflow") from error
+        uri = track.removeprefix("mlflow:")
+        self._uri, self._name, self._client = uri, name, MlflowClient(uri)
+        try:
+            there = self._client.get_experiment_by_name(name)
+        except MlflowException as error:
+            raise TrackingError(
+                f"MLflow at {uri} cannot be used: {_first_line(error)}\nCheck --track, that its server runs, and, if "
+                "it asks for them, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from error
+        if there and new:
+            raise TrackingError(f"MLflow at {uri} has an experiment {name!r} already; choose another --name")
+        self._experiment = ""
+        self._runs: dict[str, _Run] | None = None
+        self._final: tuple[dict[str, Any], dict[str, float]] | None = None
+
+    @contextmanager
+    def kept_up(self, study: optuna.Study, console: Console) -> Iterator[None]:
+        """Keeps the copy up to date by a thread; nothing that MLflow does stops what runs meanwhile."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._keep_up, args=(study, console, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(timeout=LAST_CHANCE_S)
+            if self._runs is None or thread.is_alive():
+                console.print(f"MLflow at {self._uri} lacks the end of this search", style="yellow", soft_wrap=True)
+
+    def add_final(self, trial: int, configuration: Configuration, epochs: int, test: Mapping[str, Any]) -> None:
+        """Has the final model, of this trial's configuration, and its figures on test (see `judge`) copied too."""
+        low, high = test["accuracy_ci95"]
+        figures = {name: test[name] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
+        figures |= {"accuracy_ci95_low": low, "accuracy_ci95_high": high}
+        self._final = (
+            {"trial": trial, "epochs": epochs} | configuration.as_dict(),
+            {f"test_{name}": value for name, value in figures.items()},
+        )
+
+    def _keep_up(self, study: optuna.Study, console: Console, over: threading.Event) -> None:
+        complained = last = False
+        while not last:
+            last = over.wait(PERIOD_S)
+            try:
+                self._copy(study)
+            except Exception as error:  # whatever it is, the search goes on
+                self._runs = None  # what has arrived is not known
+                if not complained:
+                    console.print(
+                        f"MLflow at {self._uri} does not take what it is told ({_first_line(error)}); the search goes "
+                        "on, and tells it again until it does",
+                        style="yellow",
+                        soft_wrap=True,
+                    )
+                complained = True
+
+    def _copy(self, study: optuna.Study) -> None:
+        from mlflow.entities import Metric
+
+        if self._runs is None:
+            found = self._client.get_experiment_by_name(self._name)
+            self._experiment = found.experiment_id if found else self._client.create_experiment(self._name)
+            self._runs = self._read_runs()
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state == TrialState.WAITING or "configuration" not in trial.user_attrs:
+                continue
+            run = self._run(f"trial_{trial.number:04d}", trial.datetime_start, configuration_of(trial).as_dict())
+            if run.ended:
+                continue
+            for figures in trial.user_attrs.get("history", [])[run.epochs :]:
+                now = _milliseconds(None)
+                metrics = [Metric(name, value, now, run.epochs + 1) for name, value in figures.items()]
+                self._client.log_batch(run.id, metrics)
+                run.epochs += 1
+            if trial.state.is_finished():
+                best = {f"best_{OBJECTIVE}": figures[OBJECTIVE] for figures in [best_figures(trial)] if figures}
+                self._end(run, best, trial.user_attrs.get("ended", FAILED), trial.datetime_complete)
+        if self._final:
+            configuration, figures = self._final
+            self._end(self._run("final", None, configuration), figures, COMPLETED, None)
+
+    def _read_runs(self) -> dict[str, _Run]:
+        runs, token = {}, None
+        while True:
+            page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
+            for run in page:
+                epochs, ended = int(run.data.metrics.get("epoch", 0)), run.info.status != "RUNNING"
+                runs[run.data.tags.get(TAG, "")] = _Run(run.info.run_id, bool(run.data.params), epochs, ended)
+            if not (token := page.token):
+                return runs
+
+    def _run(self, name: str, began: datetime | None, parameters: Mapping[str, Any]) -> _Run:
+        """The run of that name, with its parameters: what MLflow lacks of it is made."""
+        from mlflow.entities import Param
+
+        assert self._runs is not None
+        if name not in self._runs:
+            run = self._client.create_run(self._experiment, _milliseconds(began), {TAG: name}, run_name=name)
+            self._runs[name] = _Run(run.info.run_id, described=False, epochs=0, ended=False)
+        if not self._runs[name].described:
+            params = [Param(key, str(value)) for key, value in parameters.items()]
+            self._client.log_batch(self._runs[name].id, params=params)
+            self._runs[name].described = True
+        return self._runs[name]
+
+    def _end(self, run: _Run, figures: Mapping[str, float], ended: str, when: datetime | None) -> None:
+        if run.ended:
+            return
+        for name, value in figures.items():
+            self._client.log_metric(run.id, name, value)
+        self._client.set_tag(run.id, "ended", ended)
+        status = "FINISHED" if ended.startswith((COMPLETED, STOPPED)) else "FAILED"
+        self._client.set_terminated(run.id, status, _milliseconds(when))
+        run.ended = True
+
+
+def _milliseconds(when: datetime | None) -> int:
+    """As MLflow counts time; now, where Optuna has noted none."""
+    return int((when or datetime.now()).timestamp() * 1000)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

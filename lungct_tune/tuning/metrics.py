@@ -1,0 +1,93 @@
+"""A search's own metrics, where Ray exports its metrics: Prometheus sees them with Ray's prefix, `ray_lungct_…`.
+
+All are the driver's. Ray forgets a gauge that has not been set for some twenty seconds, and an epoch may take longer:
+a worker in the middle of one could not keep its own alive.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.util.metrics import Counter, Gauge, Metric
+
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.tuning.progress import Clock
+from lungct_tune.tuning.study import COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, best_trial, finished_trials
+
+REFRESH_S = 5
+"""How often gauges are set; Ray exports them every ten seconds."""
+
+
+class Metrics(tune.Callback):  # type: ignore[misc]
+    """Trials by state, the best figure, and of every slot how fast it trains and what its checkpoints take.
+
+    The share of training time is the inverse of the bundle's `overhead_ratio`, as far as the search has come.
+    """
+
+    def __init__(self, study: optuna.Study, search: str, trials: int, clock: Clock) -> None:
+        def metric(kind: type[Metric], name: str, description: str, *tags: str) -> Any:
+            return kind(name, description, ("search", *tags)).set_default_tags({"search": search})
+
+        self._study, self._asked, self._clock = study, trials, clock
+        self._trials = metric(Gauge, "lungct_trials", "Trials by state", "state")
+        self._best = metric(Gauge, "lungct_best_balanced_accuracy_ratio", "Best of the trials that ran to their end")
+        self._share = metric(Gauge, "lungct_training_time_ratio", "Share of the slots' time that was inside epochs")
+        self._epoch = metric(Gauge, "lungct_epoch_seconds", "Training and validation in a slot's last epoch", "slot")
+        self._speed = metric(Gauge, "lungct_images_per_second", "Training in a slot's last epoch", "slot")
+        self._bytes = metric(Counter, "lungct_checkpoint_bytes_total", "Written by a slot's checkpoints", "slot")
+        self._seconds = metric(Counter, "lungct_checkpoint_seconds_total", "A slot's time on checkpoints", "slot")
+
+        self._values: dict[tuple[Gauge, str], float] = {}
+        self._refreshed = 0.0
+        epochs = [epoch for trial in study.get_trials(deepcopy=False) for epoch in trial.user_attrs.get("history", [])]
+        self._training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in epochs)
+        self._count_finished()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Sets all gauges anew now and then; Tune calls this some ten times a second."""
+        if time.monotonic() >= self._refreshed + REFRESH_S:
+            self.on_experiment_end(trials)
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        self._refreshed = time.monotonic()
+        states = Tally(self._finished)
+        states["running"] = sum(trial.status == "RUNNING" for trial in trials)
+        states["waiting"] = max(0, self._asked - states.total())
+        for state, count in states.items():
+            self._trials.set(count, {"state": state})
+        for (gauge, slot), value in self._values.items():
+            gauge.set(value, {"slot": slot} if slot else {})
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "images" not in result:  # no epoch was run: the training diverged, or had been at its end
+            return
+        slot, epoch_s = str(result["slot"]), result["train_s"] + result["valid_s"]
+        self._bytes.inc(result["checkpoint_bytes"], {"slot": slot})
+        self._seconds.inc(result["checkpoint_s"], {"slot": slot})
+        self._training_s += epoch_s
+        self._values[self._epoch, slot] = epoch_s
+        self._values[self._speed, slot] = result["images"] / result["train_s"]
+        if self._clock.slot_s:
+            self._values[self._share, ""] = self._training_s / self._clock.slot_s
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._count_finished()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._count_finished()
+
+    def _count_finished(self) -> None:
+        trials = finished_trials(self._study)
+        ended = [trial.user_attrs.get("ended", FAILED) for trial in trials]
+        self._finished = {
+            how: sum(end.startswith(how) for end in ended) for how in (COMPLETED, STOPPED, DIVERGED, FAILED)
+        }
+        if (best := best_trial(trials)) is not None:
+            self._values[self._best, ""] = best_figures(best)[OBJECTIVE]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its configuration; what is bound to this process does not travel

@@ -1,0 +1,47 @@
+"""The best trial so far as a bundle, for those who pull before the search has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+from ray import tune
+
+from lungct_tune.bundle import write_so_far
+from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.storage import StorageError
+from lungct_tune.tuning.study import best_trial, finished_trials
+
+
+class BestSoFar(tune.Callback):  # type: ignore[misc]
+    """Keeps `so_far/` on the storage whenever a trial that completed is the best.
+
+    Args:
+        files: the bundle's files for a trial and its weights (safetensors).
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        experiment: Experiment,
+        files: Callable[[FrozenTrial, bytes], Mapping[str, bytes]],
+    ) -> None:
+        self._study, self._experiment, self._files = study, experiment, files
+        self._kept: int | None = None
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        finished = finished_trials(self._study)
+        best = best_trial(finished)
+        if best is None or best.number == self._kept:
+            return
+        with suppress(StorageError, OSError):  # no reason to end a search: the next trial's end tries again
+            weights = self._experiment.read(f"{trial_folder(best.number)}/best.safetensors")
+            if weights is not None:
+                write_so_far(self._experiment, self._files(best, weights), len(finished))
+                self._kept = best.number
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its configuration, which nothing reads

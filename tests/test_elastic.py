@@ -1,0 +1,139 @@
+"""Nodes that come when slots wait for them, and go when nobody needs them: Ray's own autoscaler, real raylets."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from conftest import SMALL, SPACE
+
+NODES = 2
+WORKER = {"resources": {"CPU": 1, "object_store_memory": 10**8}, "node_config": {}, "min_workers": 0}
+SILENT: dict[str, object] = {
+    "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    "cluster_synced_files": [],
+    "rsync_exclude": [],
+    "rsync_filter": [],
+    "initialization_commands": [],
+    "setup_commands": [],
+    "head_setup_commands": [],
+    "worker_setup_commands": [],
+    "head_start_ray_commands": [],
+    "worker_start_ray_commands": [],
+}
+
+
+@pytest.fixture
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster that is a head without CPUs, with an autoscaler that may add two nodes of one CPU each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    config = tmp_path_factory.mktemp("autoscaler") / "cluster.yaml"
+    provider = {
+        "type": "fake_multinode",
+        "gcs_address": address,
+        "launch_multiple": True,
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    }
+    config.write_text(
+        json.dumps(
+            {
+                "cluster_name": "elastic",
+                "max_workers": NODES,
+                "upscaling_speed": 10,
+                "idle_timeout_minutes": 0.1,
+                "provider": provider,
+                "head_node_type": "ray.head.default",
+                "available_node_types": {
+                    "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+                    "worker": WORKER | {"max_workers": NODES},
+                },
+                **SILENT,
+            }
+        )
+    )
+    environment = os.environ | {
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "0",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    ray = Path(sys.executable).parent / "ray"
+    start = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=0", f"--autoscaling-config={config}"]
+    # a folder of its own, where it notes that it is the cluster at hand; short, for the sockets in it
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        start += ["--include-dashboard=false", f"--temp-dir={folder}"]
+        head = subprocess.Popen([*start, "--node-ip-address=127.0.0.1"], env=environment)
+        yield address
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            process.kill()
+        head.wait()
+
+
+def wait_for(condition: Callable[[], bool], within_s: float = 120) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+def nodes(address: str) -> list[dict[str, float]]:
+    """The resources of the nodes that are up, asked of the head without joining its cluster."""
+    from ray._private.state import GlobalState
+    from ray._raylet import GcsClientOptions
+
+    state = GlobalState()
+    state._initialize_global_state(GcsClientOptions.create(address, None, True, False))
+    return [node["Resources"] for node in state.node_table() if node["Alive"]]
+
+
+def test_slots_wait_for_nodes_that_come_and_go(
+    address: str, tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster begins and ends with its head alone, which has no CPU for a worker."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    arguments = ["--address", address, "--space", str(tmp_path / "space.yaml"), "--storage", str(tmp_path)]
+    search = [sys.executable, "-m", "lungct_tune.search", "--data", str(phantoms), *arguments, *SMALL]
+    wait_for(lambda: len(nodes(address)) == 1)
+
+    refused = subprocess.run([*search, "--slots", str(NODES + 1)], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "holds 0 workers, and 2 with all the nodes that its autoscaler may bring, and 3 are" in refused.stderr
+
+    most, log = 1, tmp_path / "search.log"
+    asked = ["--name", "elastic", "--trials", "6", "--epochs", "4"]
+    with log.open("w") as printed, subprocess.Popen([*search, *asked], stdout=printed, stderr=printed) as run:
+        try:
+            while run.poll() is None:
+                most = max(most, len(nodes(address)))
+                time.sleep(1)
+        finally:
+            run.kill()
+    assert run.returncode == 0, log.read_text()
+    assert "2 slots of 1 worker with 1 CPU each (room for 0 now; the others start as nodes come)" in log.read_text()
+    assert most == 1 + NODES
+    study = optuna.load_study(study_name="elastic", storage=f"sqlite:///{tmp_path}/elastic/study.db")
+    assert [trial.number for trial in study.trials if trial.state.is_finished()] == list(range(6))
+    for trial in study.trials:
+        assert [figures["epoch"] for figures in trial.user_attrs["history"]] == [
+            *range(1, 1 + len(trial.intermediate_values))
+        ]
+    wait_for(lambda: len(nodes(address)) == 1)  # nobody pays for what nobody uses

@@ -1,0 +1,605 @@
+"""Pulling: real folders, a real S3 server, lines that break in the middle, and a search that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungct_tune.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
+from lungct_tune.configuration import PUBLISHED
+from lungct_tune.experiment import Experiment
+from lungct_tune.fetch import BEGUN, beginning
+from lungct_tune.pull import main
+from lungct_tune.report import PHANTOMS
+
+JUDGED = {"n": 137, "accuracy": 0.832, "accuracy_ci95": [0.761, 0.885], "majority_rule_accuracy": 0.321}
+
+
+def files_of_a_bundle(model: bytes = b"weights", test: dict[str, Any] | None = JUDGED) -> dict[str, bytes]:
+    config = {"training": {"configuration": PUBLISHED.as_dict()}, "settings": {"trials": 8}}
+    best = {"trial": 3, "best_balanced_accuracy": 0.875}
+    metrics = {"data": PHANTOMS, "test": test, "best_trial": best, "search": {"trials": 5}}
+    return {
+        "model.safetensors": model,
+        "config.json": as_json(config),
+        "metrics.json": as_json(metrics),
+        "trials.csv": b"trial\n3\n",
+    }
+
+
+def begun(storage: str | Path, name: str = "one") -> Experiment:
+    experiment = Experiment.at(str(storage), name)
+    experiment.write("settings.yaml", b"trials: 8\n")
+    return experiment
+
+
+def finished(storage: str | Path, model: bytes = b"weights") -> Experiment:
+    experiment = begun(storage)
+    write_bundle(experiment, files_of_a_bundle(model))
+    return experiment
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what is pulled, from where, to where --------------------------------------------------------------
+
+
+def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path / "results")
+    dest = tmp_path / "model"
+    assert main([f"{tmp_path}/results/one", str(dest)]) == 0
+    assert contents(dest) == contents(tmp_path / "results" / "one" / "best")
+    assert sorted(os.listdir(tmp_path)) == ["model", "results"]
+    said = capsys.readouterr().out
+    assert "trial 3: depth 20, 0 frozen, dropout 0.50" in said
+    assert "test accuracy 0.832 (95 % interval 0.761 to 0.885, 137 images" in said
+    assert PHANTOMS in said
+    assert f"model, config = load_model({str(dest)!r})" in said
+    check = next(line for line in said.splitlines() if line.startswith("check it: ")).removeprefix("check it: ")
+    assert subprocess.run(check, shell=True, capture_output=True).returncode == 0
+    (dest / "metrics.json").write_text("{}")
+    assert subprocess.run(check, shell=True, capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [["one"], ["one", "--storage", "elsewhere"], ["results/one"], ["results/one/"], ["results/one/best"], ["URI"]],
+)
+def test_an_experiment_is_a_name_a_path_or_a_uri(
+    tmp_path: Path, source: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path / ("elsewhere" if "elsewhere" in source else "results"))
+    assert main([f"file://{tmp_path}/results/one" if word == "URI" else word for word in source]) == 0
+    verify(tmp_path / "one")
+
+
+def test_a_bundle_that_is_there_already_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path)
+    pull = [f"{tmp_path}/one", str(tmp_path / "model")]
+    assert main(pull) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()}
+    assert main(pull) == 0
+    assert "holds this bundle already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()} == before
+
+
+@pytest.mark.parametrize("there", ["model", "model/notes.txt", "model.part/notes.txt", "damaged"])
+def test_what_is_in_the_way_is_never_touched(tmp_path: Path, there: str, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path)
+    pull = [f"{tmp_path}/one", str(tmp_path / "model")]
+    if there == "damaged":
+        assert main(pull) == 0
+        there = "model/config.json"
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("mine")
+    assert main(pull) == 2
+    assert "name another DEST" in capsys.readouterr().err
+    assert (tmp_path / there).read_text() == "mine"
+
+
+def test_what_is_not_there_is_said_with_what_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(tmp_path, "2026-phantoms")
+    (tmp_path / "no-experiment").mkdir()
+    assert main(["two", "--storage", str(tmp_path)]) == 2
+    assert f"no experiment 'two' in {tmp_path}; there are: 2026-phantoms\n" in capsys.readouterr().err
+    assert main(["two", "--storage", f"{tmp_path}/no-experiment"]) == 2
+    assert "there is none at all" in capsys.readouterr().err
+    assert main(["two", "--storage", f"{tmp_path}/nowhere"]) == 2
+    assert f"{tmp_path}/nowhere" in capsys.readouterr().err
+    assert main(["2026-phantoms", str(tmp_path / "model"), "--storage", str(tmp_path)]) == 2
+    assert "no trial has completed yet" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["2026-phantoms", "no-experiment"]
+
+
+def test_one_pull_at_a_time_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    finished(tmp_path)
+    (tmp_path / "model.part").mkdir()
+    with (tmp_path / "model.part" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2
+    assert "another pull is filling" in capsys.readouterr().err
+    assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
+
+
+def test_a_full_disk_is_said_and_the_next_attempt_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path, model=os.urandom(10 * 2**20))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, limits[1]))  # no file may grow beyond
+    try:
+        assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
+    verify(tmp_path / "model")
+
+
+# ---- damage ---------------------------------------------------------------------------------------------
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def alter(file: Path) -> None:
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+
+
+def lose_a_line(file: Path) -> None:
+    (file.parent / "checksums.txt").write_text(
+        "".join(line for line in (file.parent / "checksums.txt").open() if file.name not in line)
+    )
+
+
+DAMAGES = {"cut off": cut_off, "altered": alter, "missing": Path.unlink, "not vouched for": lose_a_line}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "trials.csv"])
+def test_a_damaged_bundle_is_refused_and_leaves_nothing_behind(
+    tmp_path: Path, damage: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, pull = finished(tmp_path), [f"{tmp_path}/one", str(tmp_path / "model")]
+    DAMAGES[damage](tmp_path / "one" / "best" / name)
+    assert main(pull) == 2
+    assert f"{experiment.uri}/best/{name}: " in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    shutil.rmtree(tmp_path / "one" / "best")
+    write_bundle(experiment, files_of_a_bundle())
+    assert main(pull) == 0  # what was refused does not spoil what is right
+    verify(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "..", "sub/evil"])
+def test_checksums_that_lead_out_of_the_folder_are_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished(tmp_path)
+    sums = tmp_path / "one" / "best" / "checksums.txt"
+    sums.write_text(f"{hashlib.sha256(b'').hexdigest()}  {name}\n{sums.read_text()}")
+    assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2
+    assert "is not the checksum of a file beside it" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_links_that_lie_in_wait_are_not_written_through(tmp_path: Path) -> None:
+    finished(tmp_path)
+    (tmp_path / "precious").write_text("mine")
+    part = tmp_path / "model.part"
+    part.mkdir()
+    (part / ".lock").touch()
+    (part / "trials.csv").symlink_to(tmp_path / "precious")
+    (part / "folder").symlink_to(tmp_path)
+    assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
+    verify(tmp_path / "model")
+    assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / "one" / "best").is_dir()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_was_left_and_whatever_is_damaged_dest_is_absent_or_right(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("any")
+    experiment = finished(root, model=data.draw(st.binary(min_size=1, max_size=40)))
+    best, part, dest = root / "one" / "best", root / "model.part", root / "model"
+    right = contents(best)
+    names = [*right, "stranger", "folder/stranger"]
+    for name, left in data.draw(st.dictionaries(st.sampled_from(names), st.binary(max_size=50))).items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        (part / ".lock").touch()
+        (part / name).write_bytes(left)
+        if name in right:  # what looks like it, or like its beginning, and may be so
+            info = experiment.info(f"best/{name}")
+            os.utime(part / name, ns=(info.mtime_ns, info.mtime_ns))
+            (part / BEGUN).mkdir(exist_ok=True)
+            beginning(part / BEGUN, info).write_bytes(data.draw(st.sampled_from([left, right[name][: len(left)]])))
+    if (damage := data.draw(st.sampled_from([None, *DAMAGES.values()]))) is not None:
+        damage(best / data.draw(st.sampled_from(sorted(right))))
+    whole = not any(faults(best))
+    assert main([experiment.uri, str(dest)]) == (0 if whole else 2)
+    assert dest.exists() == whole
+    if whole:
+        assert contents(dest) == contents(best)
+        assert not part.exists()
+
+
+# ---- in the middle of a search --------------------------------------------------------------------------
+
+
+def test_before_the_end_the_best_so_far_is_pulled_and_called_unjudged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = begun(tmp_path)
+    write_so_far(experiment, files_of_a_bundle(b"first", test=None), trials=1)
+    write_so_far(experiment, files_of_a_bundle(b"second", test=None), trials=5)
+    write_so_far(experiment, files_of_a_bundle(b"third", test=None), trials=12)
+    assert sorted(os.listdir(tmp_path / "one" / "so_far")) == ["000005", "000012"]
+    assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"third"
+    said = capsys.readouterr().out
+    assert "best of 5 trials of 8" in said and "balanced accuracy of 0.875 on validation" in said
+    assert "not been judged on the test split" in said and "test accuracy" not in said
+    write_bundle(experiment, files_of_a_bundle(b"judged"))
+    assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2  # the earlier one is not overwritten
+    assert main([f"{tmp_path}/one", str(tmp_path / "judged")]) == 0
+    assert "test accuracy 0.832" in capsys.readouterr().out
+
+
+def test_a_bundle_that_is_replaced_while_it_is_pulled_is_pulled_whole(tmp_path: Path) -> None:
+    experiment, ended = begun(tmp_path), threading.Event()
+
+    def replace() -> None:
+        trials = 0
+        while not ended.is_set():
+            trials += 1
+            write_so_far(experiment, files_of_a_bundle(os.urandom(1) * 2**20, test=None), trials)
+            ended.wait(0.03)
+
+    search = threading.Thread(target=replace)
+    search.start()
+    try:
+        while not any((tmp_path / "one").glob("so_far/*/checksums.txt")):
+            time.sleep(0.01)
+        for i in range(20):
+            assert main([f"{tmp_path}/one", str(tmp_path / f"model{i}")]) == 0
+            verify(tmp_path / f"model{i}")
+    finally:
+        ended.set()
+        search.join()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_search_is_pulled_from_while_it_runs_and_what_was_pulled_goes_on(
+    tmp_path: Path, phantoms: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from test_search import command, nothing_held, wait_for
+
+    from lungct_tune.bundle import load_model
+    from lungct_tune.search import main as search
+
+    (tmp_path / "space.yaml").write_text("truncation_depth: {low: 1, high: 8}\n")
+    results, copy = tmp_path / "results", tmp_path / "copy"
+    asked = ["--trials", "5", "--epochs", "8", "--slots", "1"]
+    with command(results, phantoms, tmp_path / "space.yaml", *asked) as run:
+        wait_for(lambda: list(results.glob("killed/so_far/*/checksums.txt")), run)
+        assert main(["killed", str(tmp_path / "model"), "--storage", str(results)]) == 0
+        assert main([str(results / "killed"), str(copy / "killed"), "--all"]) == 0
+        run.kill()
+    said = capsys.readouterr().out
+    assert "best of 1 trials of 5" in said and "not been judged" in said
+    assert f"--resume killed --storage {copy}" in said
+    model, config = load_model(tmp_path / "model")
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, len(config["classes"]))
+    assert nothing_held()
+    assert search(["--resume", "killed", "--storage", str(copy), "--trials", "1"]) == 0
+    assert main([str(copy / "killed"), str(tmp_path / "judged")]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert not (copy / "killed" / "so_far").exists()
+
+
+def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(tmp_path: Path) -> None:
+    import optuna
+    from optuna.trial import TrialState, create_trial
+
+    from lungct_tune.tuning.so_far import BestSoFar
+
+    experiment, study = begun(tmp_path), optuna.create_study(direction="maximize")
+    kept = BestSoFar(study, experiment, lambda trial, weights: files_of_a_bundle(weights, test=None))
+
+    def end(state: TrialState, ended: str, score: float) -> None:
+        history = [{"epoch": 1, "balanced_accuracy": score, "log_loss": 1.0}]
+        attributes = {"ended": ended, "history": history}
+        study.add_trial(create_trial(state=state, value=score, user_attrs=attributes))
+        experiment.write(f"trials/{len(study.trials) - 1:04d}/best.safetensors", f"weights {score}".encode())
+        kept.on_trial_complete(0, [], None)
+
+    def weights_so_far() -> list[bytes]:
+        found = find_bundle(experiment)
+        return [(tmp_path / "one" / found / "model.safetensors").read_bytes()] if found else []
+
+    end(TrialState.PRUNED, "stopped early after epoch 1", 0.9)
+    assert not weights_so_far()
+    (tmp_path / "one" / "so_far").write_text("in the way of a folder")
+    end(TrialState.COMPLETE, "completed", 0.5)
+    (tmp_path / "one" / "so_far").unlink()
+    end(TrialState.COMPLETE, "completed", 0.4)
+    assert weights_so_far() == [b"weights 0.5"]
+    end(TrialState.COMPLETE, "completed", 0.6)
+    assert weights_so_far() == [b"weights 0.6"]
+
+
+# ---- everything -----------------------------------------------------------------------------------------
+
+
+def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_one_moment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search writes to its study all the time: in every copy, both tables know of the same trials."""
+    experiment, ended = finished(tmp_path / "results"), threading.Event()
+    experiment.write("trials/0003/best.safetensors", b"weights")
+    for transient in ("trials/0003/last.pt.12ab.part", ".lock", "best.part/x", "search-images.npy", "study.db-journal"):
+        experiment.write(transient, b"")
+
+    def write_trials() -> None:
+        with contextlib.closing(sqlite3.connect(f"{experiment.uri}/study.db", timeout=60)) as study:
+            study.executescript("CREATE TABLE trials (filler); CREATE TABLE epochs (filler)")
+            while not ended.wait(0.001):
+                with study:
+                    study.execute("INSERT INTO trials VALUES (zeroblob(3000))")
+                    study.execute("INSERT INTO epochs VALUES (zeroblob(3000))")
+
+    search = threading.Thread(target=write_trials)
+    search.start()
+    try:
+        while not (tmp_path / "results" / "one" / "study.db").exists():
+            time.sleep(0.01)
+        for i in range(5):
+            dest = tmp_path / str(i) / "one"
+            assert main([experiment.uri, str(dest), "--all"]) == 0
+            verify(dest / "best")
+            assert set(contents(dest)) == {
+                *("settings.yaml", "study.db", "trials/0003/best.safetensors"),
+                *(f"best/{name}" for name in [*files_of_a_bundle(), "checksums.txt"]),
+            }
+            with contextlib.closing(sqlite3.connect(dest / "study.db")) as study:
+                counts = "SELECT (SELECT COUNT(*) FROM trials), (SELECT COUNT(*) FROM epochs)"
+                trials, epochs = study.execute(counts).fetchone()
+                assert trials == epochs
+                assert study.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    finally:
+        ended.set()
+        search.join()
+    assert f"load_model('{dest}/best')" in capsys.readouterr().out
+    assert main([experiment.uri, str(dest), "--all"]) == 2
+    assert "there already" in capsys.readouterr().err
+
+
+def test_all_of_a_damaged_experiment_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = finished(tmp_path)
+    cut_off(tmp_path / "one" / "best" / "model.safetensors")
+    assert main([experiment.uri, str(tmp_path / "copy"), "--all"]) == 2
+    assert f"{experiment.uri}/best/model.safetensors: not the file that was written" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
+
+
+# ---- an object store, and the line to it ----------------------------------------------------------------
+
+MIB = 2**20
+
+
+class Line:
+    """A TCP line to a server on this machine, which counts what it carries from there, and can be made worse."""
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.mend()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def mend(self) -> None:
+        self.carried, self.slow_after, self.broken_after = 0, sys.maxsize, sys.maxsize
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._server))
+                threading.Thread(target=self._carry, args=(client, server, False), daemon=True).start()
+                threading.Thread(target=self._carry, args=(server, client, True), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while (data := source.recv(2**16)) and self.carried < self.broken_after:
+                target.sendall(data)
+                if counted:
+                    self.carried += len(data)
+                    if self.carried > self.slow_after:
+                        time.sleep(0.02)  # about 3 MiB/s
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # the other direction's thread wakes up too
+            end.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def arrived(part: Path) -> int:
+    return sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[Line]:
+    """The line to an S3 server with the bucket `lungct`, which pyarrow and the processes started here use."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    line = Line(server.get_host_and_port()[1])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
+        environment.setenv("AWS_ACCESS_KEY_ID", "someone")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        boto3.client("s3").create_bucket(Bucket="lungct")
+        yield line
+    line.close()
+    server.stop()
+
+
+@pytest.fixture
+def bucket(line: Line, request: pytest.FixtureRequest) -> str:
+    """A folder of the test's own in the bucket."""
+    line.mend()
+    return f"s3://lungct/{hashlib.sha256(request.node.name.encode()).hexdigest()[:8]}"
+
+
+def test_a_bundle_comes_from_an_object_store_and_what_is_not_there_is_said(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = begun(bucket)
+    write_so_far(experiment, files_of_a_bundle(test=None), trials=1)
+    assert main([f"{bucket}/one", str(tmp_path / "so_far")]) == 0
+    assert "not been judged" in capsys.readouterr().out
+    write_bundle(experiment, files_of_a_bundle(b"judged"))
+    assert main([f"{bucket}/one/best", str(tmp_path / "model")]) == 0
+    verify(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"judged"
+    assert main([f"{bucket}/one", str(tmp_path / "all"), "--all"]) == 0
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"settings.yaml", "so_far", "best"}
+    assert main([f"{bucket}/two", str(tmp_path / "two")]) == 2
+    assert "there are: one" in capsys.readouterr().err
+    assert main(["s3://no-such-bucket/one", str(tmp_path / "two")]) == 2
+    assert "no-such-bucket" in capsys.readouterr().err
+
+
+def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import boto3
+
+    finished(bucket)
+    folder = bucket.removeprefix("s3://lungct/")
+    boto3.client("s3").put_object(Bucket="lungct", Key=f"{folder}/one/best/../../evil", Body=b"")
+    assert main([f"{bucket}/one", str(tmp_path / "in" / "model"), "--all"]) == 2
+    assert "leads out of the experiment's folder" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_after_a_break_in_the_line_a_pull_goes_on_where_it_was(
+    bucket: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = os.urandom(16 * MIB)
+    finished(bucket, model)
+    line.carried, line.broken_after = 0, 10 * MIB
+    pull = [f"{bucket}/one", str(tmp_path / "model")]
+    assert main(pull) == 2
+    said = capsys.readouterr().err
+    assert "cannot read best/model.safetensors" in said and "the same command goes on from there" in said
+    assert not (tmp_path / "model").exists()
+    kept = arrived(tmp_path / "model.part")
+    assert 4 * MIB <= kept <= 10 * MIB
+    line.mend()
+    assert main(pull) == 0
+    assert line.carried < len(model) - kept + MIB
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+    verify(tmp_path / "model")
+    assert not (tmp_path / "model.part").exists()
+
+
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_pull_that_is_stopped_leaves_no_dest_and_goes_on(
+    bucket: str, line: Line, tmp_path: Path, by: signal.Signals, status: int
+) -> None:
+    model = os.urandom(16 * MIB)
+    finished(bucket, model)
+    line.carried, line.slow_after = 0, 5 * MIB
+    pull = [f"{bucket}/one", str(tmp_path / "model")]
+    with subprocess.Popen([sys.executable, "-m", "lungct_tune.pull", *pull]) as run:
+        deadline = time.monotonic() + 60
+        while arrived(tmp_path / "model.part") < 4 * MIB:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        run.send_signal(by)
+        assert run.wait(60) == status
+    assert not (tmp_path / "model").exists()
+    kept = arrived(tmp_path / "model.part")
+    line.mend()
+    assert main(pull) == 0
+    assert line.carried < len(model) - kept + MIB
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
+    verify(tmp_path / "model")
+
+
+# ---- the head of a cluster ------------------------------------------------------------------------------
+
+
+def test_experiments_on_a_head_lie_where_the_cluster_file_puts_the_project(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from conftest import REPOSITORY
+
+    from lungct_tune.tuning.head import results_on_head
+
+    monkeypatch.chdir(REPOSITORY)
+    config = {"file_mounts": {"/etc/keys": str(tmp_path), "~/project": "."}}
+    assert results_on_head(config, None) == "~/project/results"
+    assert results_on_head(config, "./elsewhere") == "~/project/elsewhere"
+    assert results_on_head(config, "/shared/results") == "/shared/results"
+    assert results_on_head({}, "~/results") == "~/results"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="file_mounts"):
+        results_on_head(config, None)
+    with pytest.raises(ValueError, match="leave --cluster out"):
+        results_on_head(config, "s3://bucket/results")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        ("a: [", "while parsing"),
+        ("cluster_name: x\nfile_mounts: {}", "--storage"),
+        ("cluster_name: x\nfile_mounts: {~/p: REPOSITORY}\nprovider: {type: local, head_ip: h}", "ray exec"),
+    ],
+)
+def test_a_cluster_that_cannot_be_asked_is_said(
+    tmp_path: Path, content: str | None, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from conftest import REPOSITORY
+
+    cluster = tmp_path / "cluster.yaml"
+    if content is not None:
+        cluster.write_text(content.replace("REPOSITORY", str(REPOSITORY)))
+    assert main(["one", str(tmp_path / "model"), "--cluster", str(cluster)]) == 2
+    said = capsys.readouterr().err
+    assert str(cluster) in said and says in said

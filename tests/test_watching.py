@@ -1,0 +1,438 @@
+"""Watching a search: what Ray's dashboard, Prometheus, TensorBoard, MLflow and optuna-dashboard show of one."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import REPOSITORY
+from optuna.trial import TrialState
+from rich.console import Console
+
+from lungct_tune.configuration import PUBLISHED
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.search import main
+from lungct_tune.track import MLflowCopy, TrackingError
+
+SPACE = """
+truncation_depth: {low: 1, high: 8}
+backbone_lr: {low: 1e-4, high: 1e-2, log: true}
+fixed_trials: [{truncation_depth: 4}]
+"""
+EPOCHS, BATCH = 8, 8
+DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
+GRAFANA = REPOSITORY / "clusters" / "grafana-dashboard.json"
+
+Ask = Callable[[str], list[dict[str, Any]]]
+
+
+@dataclass
+class Watched:
+    """A search that was killed in its middle and resumed, and what there was to see before that."""
+
+    folder: Path
+    jobs: list[Any]
+    actors: list[Any]
+    tasks: list[Any]
+    optuna_epochs: list[int]
+    """Epochs that optuna-dashboard showed, asked twice."""
+    metrics: set[str]
+    """The names that Prometheus had when every expression of the Grafana dashboard had a value."""
+    mlflow_running: list[Any]
+    ended_before: set[int]
+    """Trials that had ended when the search was killed."""
+    interrupted: set[int]
+    """Trials that were in their middle."""
+
+    @property
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        study = optuna.load_study(study_name="watched", storage=f"sqlite:///{self.folder}/study.db")
+        return [trial for trial in study.trials if trial.state.is_finished()]
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *store]
+    with server(lambda port: [*command, "--port", str(port)], "/health") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prometheus(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask | None]:
+    """Asks a Prometheus that scrapes what Ray lists for it; None where Prometheus is not installed."""
+    if shutil.which("prometheus") is None:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("prometheus")
+    ray_nodes = {"job_name": "ray", "file_sd_configs": [{"files": [DISCOVERY], "refresh_interval": "1s"}]}
+    config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": [ray_nodes]}
+    (folder / "prometheus.yml").write_text(json.dumps(config))
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}"]
+    with server(lambda port: [*command, f"--web.listen-address=127.0.0.1:{port}"], "/-/ready") as (url, _):
+
+        def ask(expression: str) -> list[dict[str, Any]]:
+            query = urllib.parse.urlencode({"query": expression})
+            return list(json.loads(get(f"{url}/api/v1/query?{query}"))["data"]["result"])
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def watched(
+    mlflow_server: tuple[str, Any], prometheus: Ask | None, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Watched:
+    from ray.util.state import list_actors, list_jobs, list_tasks
+
+    storage = tmp_path_factory.mktemp("storage")
+    folder = storage / "watched"
+    (storage / "space.yaml").write_text(SPACE)
+    new = ["--name", "watched", "--data", str(phantoms), "--space", str(storage / "space.yaml"), "--slots", "2"]
+    new += ["--image-size", "64", "--batch-size", str(BATCH), "--epochs", str(EPOCHS)]
+    watch = ["--storage", str(storage), "--track", f"mlflow:{mlflow_server[0]}"]
+    with search(*new, "--weights", "none", "--trials", "99", *watch) as run:
+        wait_for(lambda: epochs_in(folder, TrialState.COMPLETE), run)
+        optuna_epochs = look_twice_with_optuna_dashboard(folder, run)
+        metrics = set()
+        if prometheus is not None:
+            wait_for(
+                lambda: len(prometheus("ray_lungct_epoch_seconds")) == 2 and all(map(prometheus, expressions())), run
+            )
+            metrics = {metric["metric"]["__name__"] for metric in prometheus('{__name__=~"ray_lungct_.+"}')}
+        wait_for(lambda: mlflow_runs(mlflow_server[0], "attributes.status = 'RUNNING' AND metrics.epoch >= 1"), run)
+        mlflow_running = mlflow_runs(mlflow_server[0], "attributes.status = 'RUNNING'")
+        jobs, actors = list_jobs(detail=True), list_actors(detail=True)
+        tasks = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
+        wait_for(lambda: epochs_in(folder, TrialState.RUNNING), run)
+        run.kill()
+        run.wait()
+    interrupted = epochs_in(folder, TrialState.RUNNING)
+    ended = epochs_in(folder, TrialState.COMPLETE) | epochs_in(folder, TrialState.PRUNED)
+    trials = len(ended) + len(interrupted) + 1
+    with search("--resume", "watched", "--trials", str(trials), *watch) as run:
+        output, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, output
+    return Watched(folder, jobs, actors, tasks, optuna_epochs, metrics, mlflow_running, ended, interrupted)
+
+
+# ---- Ray's dashboard ----------------------------------------------------------------------------------
+
+
+def test_rays_dashboard_names_the_search_its_slots_and_the_trials_that_they_run(watched: Watched) -> None:
+    assert [job.metadata for job in watched.jobs if job.metadata.get("job_name") == "watched"]
+    slots = {"watched slot 1", "watched slot 2"}
+    alive = [actor for actor in watched.actors if actor.state == "ALIVE"]
+    assert {actor.repr_name for actor in alive} >= slots
+    assert {actor.name for actor in alive} >= slots
+    shown = Counter(task.name for task in watched.tasks if task.name.startswith("trial "))
+    completed = next(trial for trial in watched.trials if trial.state == TrialState.COMPLETE)
+    assert (completed.number, completed.user_attrs["configuration"]["truncation_depth"]) == (0, 20)
+    (published,) = [name for name in shown if name.startswith("trial 0: depth 20, 0 frozen, dropout 0.50")]
+    assert shown[published] == EPOCHS
+
+
+# ---- Prometheus and Grafana ---------------------------------------------------------------------------
+
+
+def test_prometheus_has_the_figures_that_the_study_has(watched: Watched, prometheus: Ask | None) -> None:
+    if prometheus is None:
+        pytest.skip("prometheus is not installed")
+    metrics = json.loads((watched.folder / "best" / "metrics.json").read_text())
+    by_state = latest(prometheus, "ray_lungct_trials", "state")
+    assert {state: count for state, count in by_state.items() if count} == metrics["search"]["ended"]
+    best = latest(prometheus, "ray_lungct_best_balanced_accuracy_ratio")
+    assert best == {"": metrics["best_trial"][f"best_{OBJECTIVE}"]}
+    share = latest(prometheus, "ray_lungct_training_time_ratio")
+    assert 1 / share[""] == pytest.approx(metrics["search"]["overhead_ratio"], rel=0.3)
+
+    epochs = [epoch for trial in watched.trials for epoch in trial.user_attrs["history"]]
+    with (watched.folder / "split.csv").open() as file:
+        images = sum(row["split"] == "train" for row in csv.DictReader(file)) // BATCH * BATCH
+    seconds = latest(prometheus, "ray_lungct_epoch_seconds", "slot")
+    assert set(seconds) == {"1", "2"}
+    assert set(seconds.values()) <= {epoch["train_s"] + epoch["valid_s"] for epoch in epochs}
+    speed = latest(prometheus, "ray_lungct_images_per_second", "slot")
+    assert set(speed.values()) <= {images / epoch["train_s"] for epoch in epochs}
+
+    weights = sum(file.stat().st_size for file in watched.folder.glob("trials/*/best.safetensors"))
+    assert value_of(prometheus("sum(ray_lungct_checkpoint_bytes_total)")) > weights
+    slots_s = 2 * metrics["search"]["wall_s"]
+    assert 0 < value_of(prometheus("sum(ray_lungct_checkpoint_seconds_total)")) < slots_s
+
+
+def test_the_grafana_dashboard_draws_every_metric_and_none_that_is_not_there(
+    watched: Watched, prometheus: Ask | None
+) -> None:
+    if prometheus is None:
+        pytest.skip("prometheus is not installed")
+    assert set(re.findall(r"ray_lungct_\w+", " ".join(expressions()))) == watched.metrics
+
+
+# ---- TensorBoard --------------------------------------------------------------------------------------
+
+
+def test_tensorboards_files_have_every_trials_epochs_and_hyperparameters(watched: Watched) -> None:
+    """A trial that was interrupted has a second file, which goes on with the numbers of its epochs."""
+    for trial in watched.trials:
+        files = sorted((watched.folder / "tune" / f"trial_{trial.number:04d}").glob("events.out.tfevents.*"))
+        parts = [scalars(file, f"ray/tune/{OBJECTIVE}") for file in files]
+        drawn = {step: value for part in parts for step, value in part.items()}
+        known = trial.intermediate_values
+        assert drawn == pytest.approx({step: known[step] for step in drawn})
+        if trial.number not in watched.ended_before:  # what the driver wrote just before it was killed is lost
+            first = min(parts[-1])
+            assert first > 1 or trial.number not in watched.interrupted
+            assert set(parts[-1]) == set(range(first, max(known) + 1))
+            depth = hyperparameters(files[-1])["configuration/truncation_depth"]
+            assert depth == trial.user_attrs["configuration"]["truncation_depth"]
+
+
+def scalars(file: Path, tag: str) -> dict[int, float]:
+    return {event.step: v.simple_value for event in events(file) for v in event.summary.value if v.tag == tag}
+
+
+def hyperparameters(file: Path) -> dict[str, float]:
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    for event in events(file):
+        for value in event.summary.value:
+            if value.tag == "_hparams_/session_start_info":
+                content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                return {name: v.number_value for name, v in content.session_start_info.hparams.items()}
+    return {}
+
+
+def events(file: Path) -> Iterator[Any]:
+    """TensorBoard's records: a length of 8 bytes, its checksum of 4, the event, and its checksum of 4."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield Event.FromString(content[at + 12 : at + 12 + length])
+        at += 16 + length
+
+
+# ---- optuna-dashboard ---------------------------------------------------------------------------------
+
+
+def test_optuna_dashboard_shows_the_study_grow(watched: Watched) -> None:
+    before, after = watched.optuna_epochs
+    assert 0 < before < after
+
+
+def look_twice_with_optuna_dashboard(folder: Path, run: subprocess.Popen[str]) -> list[int]:
+    command = [str(Path(sys.executable).parent / "optuna-dashboard"), f"sqlite:///{folder}/study.db"]
+    with server(lambda port: [*command, "--port", str(port)], "/api/studies") as (url, _):
+        (study,) = json.loads(get(f"{url}/api/studies"))["study_summaries"]
+        assert study["study_name"] == folder.name
+
+        def shown() -> int:
+            trials = json.loads(get(f"{url}/api/studies/{study['study_id']}?after=0"))["trials"]
+            return sum(len(trial["intermediate_values"]) for trial in trials)
+
+        before = shown()
+        wait_for(lambda: shown() > before, run)
+        return [before, shown()]
+
+
+# ---- MLflow -------------------------------------------------------------------------------------------
+
+
+def test_mlflow_has_a_run_for_each_trial_and_one_for_the_final_model(watched: Watched, mlflow_server: Any) -> None:
+    assert watched.mlflow_running
+    url, _ = mlflow_server
+    runs = {run.info.run_name: run for run in mlflow_runs(url)}
+    assert len(mlflow_runs(url)) == len(watched.trials) + 1
+    for trial in watched.trials:
+        run = runs[f"trial_{trial.number:04d}"]
+        assert run.data.params == {name: str(value) for name, value in trial.user_attrs["configuration"].items()}
+        assert mlflow_history(url, run, OBJECTIVE) == sorted(trial.intermediate_values.items())  # also the interrupted
+        assert run.data.tags["ended"] == trial.user_attrs["ended"] and run.info.status == "FINISHED"
+    metrics = json.loads((watched.folder / "best" / "metrics.json").read_text())
+    assert runs["final"].data.metrics["test_accuracy"] == metrics["test"]["accuracy"]
+    assert runs["final"].data.params["trial"] == str(metrics["best_trial"]["trial"])
+
+
+def test_a_search_that_mlflow_cannot_track_is_refused_before_it_begins(
+    tmp_path: Path, phantoms: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(phantoms), "--weights", "none", "--storage", str(tmp_path / "s"), "--image-size", "32"]
+    assert main([*arguments, "--track", "mlflow:http://127.0.0.1:9"]) == 2
+    assert "MLflow at http://127.0.0.1:9 cannot be used" in capsys.readouterr().err
+    assert not list((tmp_path / "s").glob("*/study.db"))
+
+
+def test_a_name_that_mlflow_has_already_is_refused(mlflow_server: Any) -> None:
+    url, _ = mlflow_server
+    client_of(url).create_experiment("taken")
+    with pytest.raises(TrackingError, match="has an experiment 'taken' already; choose another --name"):
+        MLflowCopy(f"mlflow:{url}", "taken", new=True)
+    MLflowCopy(f"mlflow:{url}", "taken", new=False)
+
+
+def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(TrackingError, match="uv pip install mlflow"):
+        MLflowCopy("mlflow:http://127.0.0.1:9", "any", new=True)
+
+
+def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
+    mlflow_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, process = mlflow_server
+    monkeypatch.setattr("lungct_tune.track.PERIOD_S", 0.2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="stalled")
+    trial = study.ask()
+    trial.set_user_attr("configuration", PUBLISHED.as_dict())
+    console = Console(record=True, width=400, file=io.StringIO())
+
+    def at_mlflow() -> list[tuple[int, float]]:
+        return [figures for run in mlflow_runs(url, name="stalled") for figures in mlflow_history(url, run, OBJECTIVE)]
+
+    with MLflowCopy(f"mlflow:{url}", "stalled", new=True).kept_up(study, console):
+        trial.set_user_attr("history", [{"epoch": 1, OBJECTIVE: 0.25}])
+        wait_for(lambda: at_mlflow() == [(1, 0.25)])
+        os.killpg(process.pid, signal.SIGSTOP)
+        try:
+            trial.set_user_attr("history", [{"epoch": 1, OBJECTIVE: 0.25}, {"epoch": 2, OBJECTIVE: 0.5}])
+            wait_for(lambda: "does not take what it is told" in console.export_text(clear=False))
+            time.sleep(3)  # it is tried again, and not said again
+        finally:
+            os.killpg(process.pid, signal.SIGCONT)
+        wait_for(lambda: at_mlflow() == [(1, 0.25), (2, 0.5)])
+        os.killpg(process.pid, signal.SIGSTOP)
+        trial.set_user_attr("history", [{"epoch": epoch, OBJECTIVE: 0.5} for epoch in (1, 2, 3)])
+        began = time.monotonic()
+    os.killpg(process.pid, signal.SIGCONT)
+    assert time.monotonic() - began < 20
+    said = console.export_text()
+    assert said.count("does not take what it is told") == said.count("lacks the end of this search") == 1
+
+
+def client_of(url: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(url)
+
+
+def mlflow_runs(url: str, which: str = "", name: str = "watched") -> list[Any]:
+    client = client_of(url)
+    found = client.get_experiment_by_name(name)
+    return list(client.search_runs([found.experiment_id], which)) if found else []
+
+
+def mlflow_history(url: str, run: Any, metric: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client_of(url).get_metric_history(run.info.run_id, metric))
+
+
+# ---- servers, and a search in a process of its own ----------------------------------------------------
+
+
+@contextlib.contextmanager
+def server(command: Callable[[int], list[str]], ready: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server on loopback, when it answers at the path `ready`: its address and its process, a group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(
+        command(port), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(url + ready), process)
+        yield url, process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        get(url)
+    except OSError:
+        return False
+    return True
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+@contextlib.contextmanager
+def search(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "lungct_tune.search", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, within_s: float = 240) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"it ended early:\n{process.stdout and process.stdout.read()}")
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.3)
+
+
+def epochs_in(folder: Path, state: TrialState) -> set[int]:
+    """The numbers of the trials in that state of which the study knows an epoch.
+
+    Read without Optuna, which would create the tables that the search is about to create.
+    """
+    query = "SELECT DISTINCT number FROM trial_intermediate_values JOIN trials USING (trial_id) WHERE state = ?"
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as study:
+            return {number for (number,) in study.execute(query, [state.name])}
+    except sqlite3.OperationalError:  # not there yet, or being written
+        return set()
+
+
+def expressions() -> list[str]:
+    """The Grafana dashboard's, as Prometheus takes them."""
+    panels = json.loads(GRAFANA.read_text())["panels"]
+    written = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [one.replace("$search", "watched").replace("$__rate_interval", "1m") for one in written]
+
+
+def latest(ask: Ask, metric: str, label: str = "") -> dict[str, float]:
+    """A metric's last values by a label; those of the resumed search where there are two."""
+    series = ask(f'{metric}{{search="watched"}}[1h]')
+    series.sort(key=lambda one: one["values"][-1][0])
+    return {one["metric"].get(label, ""): float(one["values"][-1][1]) for one in series}
+
+
+def value_of(result: list[dict[str, Any]]) -> float:
+    (one,) = result
+    return float(one["value"][1])
