@@ -1,0 +1,318 @@
+"""The on-prem cluster on separate hosts: `ray up`, searches, hosts lost in the middle of them, pull, `ray down`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hosts
+import optuna
+import pytest
+import yaml
+from conftest import REPOSITORY
+from optuna.trial import TrialState
+
+from lungct_tune.bundle import verify
+
+WHY_NOT = hosts.missing()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+
+CLUSTER = "clusters/onprem.yaml"
+PROJECT = f"{hosts.HOME}/lungct_tune"
+STORAGE = f"{hosts.SHARED}/results"
+SMALL_STORE = "--object-store-memory=150000000"
+QUICK = (
+    "RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_worker_niceness=0 "
+    "RAY_worker_maximum_startup_concurrency=8 RAY_gcs_rpc_server_reconnect_timeout_s=10"
+)
+"""A host that is cut off is lost after 20 s; and Ray's processes are not the last to get a turn on two cores."""
+
+SPACE = """
+truncation_depth: {low: 1, high: 8}
+dropout: {low: 0.0, high: 0.5}
+"""
+SMALL = ["--weights", "none", "--batch-size", "8", "--space", "lungct_tune/search_spaces/small.yaml"]
+QUICK_TRIALS = [*SMALL, "--image-size", "32", "--trials", "4", "--epochs", "3"]
+SLOW_TRIALS = [*SMALL, "--image-size", "64", "--trials", "3", "--epochs", "18"]  # a second an epoch of trial 0
+
+
+@dataclass
+class Cluster:
+    """Three hosts and a laptop, with the project on the laptop alone."""
+
+    network: hosts.Network
+
+    @property
+    def laptop(self) -> hosts.Host:
+        return self.network.laptop
+
+    @property
+    def head(self) -> hosts.Host:
+        return self.network.hosts[0]
+
+    @property
+    def workers(self) -> list[hosts.Host]:
+        return self.network.hosts[1:]
+
+    def ray(self, *command: str) -> str:
+        """Runs `ray ...` on the laptop, in the project's folder."""
+        return self.laptop.run("ray", *command, folder=PROJECT)
+
+    def listed(self, what: str, *options: str) -> list[dict[str, Any]]:
+        """What Ray's state API on the head says of actors, nodes, ..."""
+        printed = self.head.run("ray", "list", what, "--detail", "--format=json", *options)
+        return [] if printed.startswith("No resource") else list(json.loads(printed))
+
+    def worker_groups(self) -> list[list[str]]:
+        """The addresses of the workers of each slot and of the retraining of the last search."""
+        address = {node["node_id"]: node["node_ip"] for node in self.listed("nodes")}
+        workers = self.listed("actors", "--filter", "class_name=RayTrainWorker")
+        last = max(worker["job_id"] for worker in workers)
+        groups: dict[str, list[str]] = {}
+        for worker in workers:
+            if worker["job_id"] == last:
+                groups.setdefault(worker["placement_group_id"], []).append(address[worker["node_id"]])
+        return list(groups.values())
+
+
+class Search:
+    """A search that somebody sends from the laptop, and the files that it keeps on the hosts' network storage."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self._cluster, self._name = cluster, name
+        self.folder = cluster.network.shared / "results" / name
+        self._job = ""
+
+    def begin(self, *arguments: str) -> None:
+        self._submit("--name", self._name, *arguments)
+
+    def resume(self) -> None:
+        self._submit("--resume", self._name)
+
+    def _submit(self, *arguments: str) -> None:
+        self._job = f"{self._name}-{secrets.token_hex(4)}"
+        search = ["python", "-m", "lungct_tune.search", "--storage", STORAGE, *arguments]
+        submit = ["ray", "job", "submit", "--no-wait", "--submission-id", self._job, "--", *search]
+        self._cluster.ray("exec", CLUSTER, shlex.join(submit))
+        wait_for(self._runs)
+
+    def _runs(self) -> bool:
+        return any(
+            f"lungct_tune.search --storage {STORAGE}" in line for line in self._cluster.head.processes().values()
+        )
+
+    def _output(self) -> str:
+        return self._cluster.head.run("ray", "job", "logs", self._job)
+
+    def wait_for(self, condition: Callable[[], Any], within_s: float = 240) -> None:
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert self._runs(), f"the search ended early:\n{self._output()}"
+            assert time.monotonic() < deadline, f"waited too long:\n{self._output()}"
+            time.sleep(0.2)
+
+    def wait(self, within_s: float = 900) -> None:
+        """Until the search ends, well."""
+
+        def succeeded() -> bool:
+            status = self._cluster.head.run("ray", "job", "status", self._job)
+            assert "failed" not in status, self._output()
+            return "succeeded" in status
+
+        wait_for(lambda: not self._runs(), within_s)
+        wait_for(succeeded)
+
+    def history(self, trial: int) -> list[dict[str, float]]:
+        """The epochs of a running trial, as kept on the storage: what a trial that is lost goes on from."""
+        import torch
+
+        with suppress(FileNotFoundError):
+            kept = torch.load(self.folder / "trials" / f"{trial:04d}" / "last.pt", weights_only=True)
+            return list(kept["history"])
+        return []
+
+    def goes_on(self, before: list[dict[str, float]], lost: float, what: str) -> None:
+        """Waits for an epoch of trial 0 by the workers that are there now; those kept before the loss still stand."""
+        reached = len(self.history(0))
+        self.wait_for(lambda: len(self.history(0)) > reached)
+        assert self.history(0)[: len(before)] == before  # with the seconds they took: none was run anew
+        print(f"{what} lost after epoch {len(before)}, epoch {reached + 1} after {time.monotonic() - lost:.0f} s")
+
+    def finished(self) -> list[optuna.trial.FrozenTrial]:
+        study = optuna.load_study(study_name=self._name, storage=f"sqlite:///{self.folder}/study.db")
+        return [trial for trial in study.trials if trial.state.is_finished()]
+
+    def check_nothing_is_missing_or_double(self, trials: int, epochs: int) -> None:
+        finished = self.finished()
+        assert sorted(trial.number for trial in finished) == list(range(trials))
+        for trial in finished:
+            seen = [figures["epoch"] for figures in trial.user_attrs["history"]]
+            assert seen == list(range(1, len(seen) + 1))
+            assert sorted(trial.intermediate_values) == seen
+            assert trial.user_attrs["ended"] == "completed" if len(seen) == epochs else trial.state == TrialState.PRUNED
+        verify(self.folder / "best")
+
+
+def cluster_file(head: str, workers: list[str]) -> dict[str, Any]:
+    """clusters/onprem.yaml for these hosts: other addresses and login, and small.
+
+    The 5 GB that its set-up installs are there already, in the environment of this test.
+    """
+    config = yaml.safe_load((REPOSITORY / CLUSTER).read_text())
+    config["provider"] |= {"head_ip": head, "worker_ips": workers}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": "~/.ssh/id_ed25519"}
+    make, install, export = config["setup_commands"]
+    assert "-m venv" in make and "uv pip install" in install
+    config["setup_commands"] = [f"ln -sfn {hosts.PYTHON} ~/lungct_tune/.venv", export]
+    for kind, cpus in (("head", 0), ("worker", 1)):
+        stop, start = config[f"{kind}_start_ray_commands"]
+        small = start.replace("ray start", f"{QUICK} ray start --num-cpus={cpus} {SMALL_STORE}")
+        config[f"{kind}_start_ray_commands"] = [stop, small]
+    return dict(config)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(hosts.Network(tmp_path_factory.mktemp("hosts"), ["head", "one", "two"]))
+    project = cluster.laptop.home / "lungct_tune"
+    (project / "clusters").mkdir(parents=True)
+    head, *workers = (host.address for host in cluster.network.hosts)
+    config = cluster_file(head, workers)
+    (project / CLUSTER).write_text(yaml.safe_dump(config))
+    for piece in config["file_mounts"].values():
+        if (REPOSITORY / piece).is_dir():
+            shutil.copytree(REPOSITORY / piece, project / piece)
+        elif (REPOSITORY / piece).is_file():
+            shutil.copy(REPOSITORY / piece, project / piece)
+    (project / "search_spaces" / "small.yaml").write_text(f"# {secrets.token_hex()}\n{SPACE}")
+    with cluster.network.up():
+        cluster.ray("get-auth-token", "--generate")
+        cluster.ray("up", CLUSTER, "-y")
+        yield cluster
+
+
+def wait_for(condition: Callable[[], Any], within_s: float = 240) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.5)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def trainers(host: hosts.Host) -> set[int]:
+    """The workers of slots, and of the retraining, on a host."""
+    return {pid for pid, line in host.processes().items() if line.startswith("ray::RayTrainWorker")}
+
+
+def test_head_and_workers_join_under_their_addresses(cluster: Cluster) -> None:
+    wait_for(lambda: "3 local.cluster.node" in cluster.ray("exec", CLUSTER, "ray status"))
+    nodes = {node["node_ip"]: node["is_head_node"] for node in cluster.listed("nodes")}
+    assert nodes == {host.address: host is cluster.head for host in cluster.network.hosts}
+
+
+def test_what_a_search_needs_and_the_token_arrive(cluster: Cluster) -> None:
+    for file in ("lungct_tune/search_spaces/small.yaml", "lungct_tune/lungct_tune/search.py", ".ray/auth_token"):
+        there = {(host.home / file).read_text() for host in cluster.network.hosts}
+        assert there == {(cluster.laptop.home / file).read_text()}
+    assert all((host.home / ".ray" / "auth_token").stat().st_mode & 0o077 == 0 for host in cluster.network.hosts)
+
+
+def test_slots_on_both_workers_and_the_bundle_on_the_laptop(cluster: Cluster) -> None:
+    search = Search(cluster, "slots")
+    search.begin(*QUICK_TRIALS, "--slots", "2")
+    search.wait()
+    search.check_nothing_is_missing_or_double(trials=4, epochs=3)
+    one, two = ([host.address] for host in cluster.workers)
+    assert sorted(cluster.worker_groups()) in ([one, one, two], [one, two, two])  # two slots and the retraining
+    pulled = cluster.laptop.home / "best"
+    cluster.ray("rsync-down", CLUSTER, f"{STORAGE}/slots/best/", f"{hosts.HOME}/best/")
+    verify(pulled)
+    assert digests(pulled) == digests(search.folder / "best")
+
+
+def test_a_slot_across_two_hosts_and_the_head_lost(cluster: Cluster) -> None:
+    """The head's power fails in the middle of a trial; `ray up` and `--resume` finish the search."""
+    search = Search(cluster, "apart")
+    search.begin(*SLOW_TRIALS, "--workers", "2")
+    search.wait_for(lambda: len(search.history(0)) >= 2)
+    one, two = (trainers(host) for host in cluster.workers)
+    assert one and two
+    cluster.network.power_off(cluster.head)
+    before, lost = search.history(0), time.monotonic()
+    cluster.network.power_on(cluster.head)
+    cluster.ray("up", CLUSTER, "-y")
+    search.resume()
+    search.wait_for(lambda: all(trainers(host) - one - two for host in cluster.workers))
+    search.goes_on(before, lost, "head")
+    search.wait()
+    search.check_nothing_is_missing_or_double(trials=3, epochs=18)
+    assert sorted(host.address for host in cluster.workers) in map(sorted, cluster.worker_groups())
+
+
+@pytest.fixture(scope="module")
+def lost(cluster: Cluster) -> Search:
+    """A search whose only slot has one worker. It loses the worker's host again and again."""
+    search = Search(cluster, "lost")
+    search.begin(*SLOW_TRIALS, "--slots", "1")
+    return search
+
+
+@contextmanager
+def in_the_middle(cluster: Cluster, search: Search) -> Iterator[hosts.Host]:
+    """Yields the host that trains, to be lost in the middle of a trial; then waits for it to go on on the other one."""
+    reached = len(search.history(0))
+    search.wait_for(lambda: len(search.history(0)) > reached)
+    one, two = cluster.workers
+    host, other = (one, two) if trainers(one) else (two, one)
+    before, began = search.history(0), time.monotonic()
+    yield host
+    search.wait_for(lambda: trainers(other))
+    search.goes_on(before, began, host.name)
+
+
+def test_a_killed_raylet_costs_an_epoch_at_most(cluster: Cluster, lost: Search) -> None:
+    with in_the_middle(cluster, lost) as host:
+        (raylet,) = (pid for pid, line in host.processes().items() if "/raylet " in line)
+        os.kill(raylet, signal.SIGKILL)
+
+
+def test_a_cut_network_costs_an_epoch_at_most(cluster: Cluster, lost: Search) -> None:
+    with in_the_middle(cluster, lost) as host:
+        cluster.network.cut(host)
+    cluster.network.mend(host)
+
+
+def test_a_spot_notice_costs_an_epoch_at_most(cluster: Cluster, lost: Search) -> None:
+    nodes = {node["node_ip"]: node["node_id"] for node in cluster.listed("nodes", "--filter", "state=ALIVE")}
+    with in_the_middle(cluster, lost) as host:
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        notice += ["--node-id", nodes[host.address], "--deadline-remaining-seconds", "3"]
+        cluster.head.run("ray", "drain-node", *notice)
+        time.sleep(3)
+        cluster.network.power_off(host)
+    cluster.network.power_on(host)
+
+
+def test_a_search_that_lost_hosts_ends_with_the_trials_asked_for(lost: Search) -> None:
+    lost.wait()
+    lost.check_nothing_is_missing_or_double(trials=3, epochs=18)
+
+
+def test_ray_down_ends_ray_everywhere(cluster: Cluster) -> None:
+    cluster.ray("down", CLUSTER, "-y")
+    for host in cluster.network.hosts:
+        wait_for(lambda host=host: not any("/raylet " in line for line in host.processes().values()))
