@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lungct_tune.bundle import CHECKSUMS, BundleError, faults, find_bundle
 from lungct_tune.experiment import Experiment
-from lungct_tune.report import transfer_bar
 from lungct_tune.storage import StorageError
+from lungct_tune.terminal import transfer_bar
 
 AT_ONCE = 8
 """Files that are fetched at the same time."""

@@ -90,7 +90,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     Raises:
         FetchError, BundleError, StorageError: see `fetch`.
     """
-    from lungct_tune import report
+    from lungct_tune import terminal
     from lungct_tune.bundle import FOLDER
     from lungct_tune.fetch import fetch
 
@@ -100,7 +100,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     done = f"{dest} holds this bundle already" if there else f"pulled {experiment.name} to {dest}"
     console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}", soft_wrap=True, markup=False)
     if found:
-        report.print_bundle(dest / found if everything else dest, console)
+        terminal.print_bundle(dest / found if everything else dest, console)
     if everything and found != FOLDER and dest.name == experiment.name:
         resume = f"python -m lungct_tune.search --resume {dest.name} --storage {dest.absolute().parent}"
         console.print(f"to go on with it here: {resume}", soft_wrap=True, markup=False)

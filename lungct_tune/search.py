@@ -73,7 +73,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     """
     import ray
 
-    from lungct_tune import bundle, report
+    from lungct_tune import bundle, terminal
     from lungct_tune.data import fetch_images, make_phantoms, read_images, split_images
     from lungct_tune.data.cache import default_cache
     from lungct_tune.evaluation import judge
@@ -97,7 +97,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     try:
         # ---- images: found, decoded once, grouped, split ----------------------------------------------
         if settings.data is None:
-            console.print(report.PHANTOMS, style="bold yellow", soft_wrap=True)
+            console.print(terminal.PHANTOMS, style="bold yellow", soft_wrap=True)
         root = settings.data or make_phantoms(default_cache(), settings.seed)
         if isinstance(root, str):
             root = fetch_images(root)
@@ -107,7 +107,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         plan.check_data(images)
         split = split_images(images, settings.split, settings.seed)
         labels_N = images.table["label"].to_numpy()
-        report.print_data(images, split, console)
+        terminal.print_data(images, split, console)
 
         # ---- pretrained weights that reach as deep as the space, before any worker starts -------------
         weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
@@ -115,9 +115,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         # ---- the cluster, and what of it the search takes ---------------------------------------------
         dashboard = connect(settings.address, settings.verbose, experiment.name)
         allotment = allot(settings)
-        report.print_plan(plan, f"{allotment}; the final retraining on {allot_final(settings)}", dashboard, console)
+        terminal.print_plan(plan, f"{allotment}; the final retraining on {allot_final(settings)}", dashboard, console)
         if settings.plan:
-            report.print_space(plan.space, console)
+            terminal.print_space(plan.space, console)
             return
         check_storage(experiment)
         mlflow = MLflowCopy(settings.track, experiment.name, new=not settings.resume) if settings.track else None
@@ -150,7 +150,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
             table = studies.trials_table(study)
             metrics = {
-                "data": report.PHANTOMS if settings.data is None else str(settings.data),
+                "data": terminal.PHANTOMS if settings.data is None else str(settings.data),
                 "test": test,
                 "baseline_trial": studies.row_of(table, studies.BASELINE),
                 "best_trial": studies.row_of(table, best.number),
@@ -217,7 +217,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             experiment.delete_folder(bundle.SO_FAR)
         if mlflow:
             mlflow.add_final(best.number, configuration, epochs, figures)
-        report.print_outcome(plan, json.loads(written[bundle.METRICS]), console)
+        terminal.print_outcome(plan, json.loads(written[bundle.METRICS]), console)
     except KeyboardInterrupt:
         begun = experiment.exists("settings.yaml")
         raise KeyboardInterrupt(f"To go on: {plan.resume_command}" if begun else "") from None

@@ -27,7 +27,7 @@ from lungct_tune.configuration import PUBLISHED
 from lungct_tune.experiment import Experiment
 from lungct_tune.fetch import BEGUN, beginning
 from lungct_tune.pull import main
-from lungct_tune.report import PHANTOMS
+from lungct_tune.terminal import PHANTOMS
 
 JUDGED = {"n": 137, "accuracy": 0.832, "accuracy_ci95": [0.761, 0.885], "majority_rule_accuracy": 0.321}
 

@@ -21,8 +21,8 @@ from lungct_tune.bundle import CHECKSUMS, FOLDER, SO_FAR
 from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment import Experiment
 from lungct_tune.fetch import TRANSIENT, is_transient
-from lungct_tune.report import transfer_bar
 from lungct_tune.storage import StorageError
+from lungct_tune.terminal import transfer_bar
 
 ATTEMPTS = 3
 """rsync fails when a file vanishes under its hands, as a search's do; what it has it does not fetch again."""

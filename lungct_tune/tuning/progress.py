@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from lungct_tune.evaluation import OBJECTIVE
-from lungct_tune.report import describe
+from lungct_tune.terminal import describe
 from lungct_tune.tuning.slots import SlotPlan, waiting_for_room
 from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
 

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE, rank, validation_figures
 from lungct_tune.experiment import Experiment, trial_folder
-from lungct_tune.report import describe
+from lungct_tune.terminal import describe
 from lungct_tune.tuning.material import Material
 
 START_ATTEMPTS = 20
