@@ -79,8 +79,18 @@ def as_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 
-def describe_model(settings: Settings, images: ImageSet, configuration: Configuration, epochs: int) -> dict[str, Any]:
-    """config.json: all that rebuilds the model and its preprocessing, and what made it."""
+def describe_model(
+    settings: Settings,
+    images: ImageSet,
+    configuration: Configuration,
+    epochs: int,
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """config.json: all that rebuilds the model and its preprocessing, and what made it.
+
+    Args:
+        calibration: of `fit_temperature`; None leaves the probabilities as the network gives them.
+    """
     from lungct_tune.model import HEAD_WIDTHS
     from lungct_tune.training import NORMALISATIONS
 
@@ -100,6 +110,7 @@ def describe_model(settings: Settings, images: ImageSet, configuration: Configur
             "mean": list(mean),
             "deviation": list(deviation),
         },
+        "calibration": calibration,
         "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
         "settings": yaml.safe_load(settings.as_yaml()),
         "data_fingerprint": images.fingerprint,
@@ -108,7 +119,7 @@ def describe_model(settings: Settings, images: ImageSet, configuration: Configur
 
 
 def list_predictions(images: ImageSet, test: np.ndarray, probabilities_NC: np.ndarray) -> bytes:
-    """predictions.csv: a row a test image, with path, class, predicted class, probabilities, group."""
+    """predictions.csv: a row an image, with path, class, predicted class, probabilities (calibrated), group."""
     rows = images.table.iloc[test]
     table = pd.DataFrame(
         {

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
-from sklearn.metrics import (
-    accuracy_score,
-    balanced_accuracy_score,
-    confusion_matrix,
-    f1_score,
-    precision_score,
-    recall_score,
-    roc_auc_score,
-)
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
+
+from lungct_tune.bootstrap import INTERVAL, GroupBootstrap
+from lungct_tune.calibration import calibration_figures, reliability
+from lungct_tune.data.find import CANONICAL_CLASSES
+from lungct_tune.ranking import auroc, average_precision, sensitivity_at
 
 OBJECTIVE = "balanced_accuracy"
 """What a search maximises on validation: the mean of the classes' sensitivities. A rule that always
 names the largest class scores 1/C with it, however large that class is; plain accuracy would reward it."""
 
+NORMAL, CANCER = "normal", "cancer"
+CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))
+"""The classes that are cancer when images are told apart as cancer and normal only."""
 
-def accuracy_interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for an accuracy of `correct` out of `n` images.
-
-    It takes images as independent; where a group has several test images the truth is wider.
-    Source: Wilson, JASA 1927, through scipy.stats.binomtest.
-    """
-    interval = binomtest(correct, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+SPECIFICITY = 0.95
+"""At which the sensitivity for cancer is told too: one threshold that figures of several models can be compared at."""
 
 
 def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> dict[str, float]:
@@ -53,44 +48,162 @@ def rank(figures: dict[str, float]) -> tuple[float, float]:
 
 
 def judge(
-    labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], majority: int
+    labels_N: np.ndarray,
+    probabilities_NC: np.ndarray,
+    classes: tuple[str, ...],
+    groups_N: np.ndarray,
+    *,
+    uncalibrated_NC: np.ndarray | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    references: Mapping[str, tuple[str, np.ndarray]] | None = None,
+    twins_N: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """All figures of the held-out test split.
+    """All figures of a model on images that it had not seen.
 
     Args:
         labels_N: true classes, as indices.
-        probabilities_NC: predicted, rows sum to 1.
+        probabilities_NC: what the bundle says of them, rows sum to 1.
         classes: names, in the order of the columns.
-        majority: the class that training has most images of; always naming it is the trivial rule.
+        groups_N: of each image; the intervals draw groups, not images.
+        uncalibrated_NC: the same without temperature scaling, where there was any.
+        calibration: what `fit_temperature` has found, where there was any.
+        references: other ways to name the classes of these images, each with its name and what it predicts (N,).
+        twins_N: which of the images have a copy among those that were learned from, where that is known.
 
     Returns:
-        A dictionary for metrics.json. A figure that the split does not define (the AUROC of a class without
-        images, say) is None.
+        A dictionary for metrics.json. Every figure is `{"value": float, "ci95": [low, high]}` (see
+        `GroupBootstrap`); what the images do not define (the AUROC of a class without images, say) is None.
     """
-    n, predicted_N = len(labels_N), probabilities_NC.argmax(axis=1)
-    low, high = accuracy_interval(int((predicted_N == labels_N).sum()), n)
+    bootstrap, predicted_N = GroupBootstrap(groups_N), probabilities_NC.argmax(axis=1)
+    plain_NC = probabilities_NC if uncalibrated_NC is None else uncalibrated_NC
+    scaled_NC = None if uncalibrated_NC is None else probabilities_NC
+    everything_N = np.ones(len(labels_N), dtype=bool)
     return {
-        "n": n,
-        "accuracy": float(accuracy_score(labels_N, predicted_N)),
-        "accuracy_ci95": [low, high],
-        "majority_rule_accuracy": float((labels_N == majority).mean()),
-        "balanced_accuracy": float(recall_score(labels_N, predicted_N, average="macro", zero_division=0)),
-        "macro_f1": float(f1_score(labels_N, predicted_N, average="macro", zero_division=0)),
-        "confusion_matrix": confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
+        "n": len(labels_N),
+        "groups": bootstrap.count(everything_N),
+        "interval": INTERVAL,
+        **_overall(labels_N, predicted_N, bootstrap),
+        "macro_f1": _macro_f1(labels_N, predicted_N, bootstrap),
         "per_class": {
-            name: _one_against_rest(labels_N == c, predicted_N == c, probabilities_NC[:, c])
+            name: {"n": int((labels_N == c).sum())}
+            | _two_classes(labels_N == c, predicted_N == c, bootstrap)
+            | _ranking(labels_N == c, probabilities_NC[:, c], bootstrap)
             for c, name in enumerate(classes)
         },
+        "cancer_vs_normal": _cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap),
+        "calibration": {
+            **(calibration or {"temperature": None, "fitted_on": None}),
+            "before": calibration_figures(labels_N, plain_NC, bootstrap),
+            "after": None if scaled_NC is None else calibration_figures(labels_N, scaled_NC, bootstrap),
+            "reliability": {
+                "before": reliability(labels_N, plain_NC),
+                "after": None if scaled_NC is None else reliability(labels_N, scaled_NC),
+            },
+        },
+        "confusion_matrix": confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
+        "references": {
+            key: {"name": name} | _compared(labels_N, predicted_N, other_N, bootstrap)
+            for key, (name, other_N) in (references or {}).items()
+        },
+        "leak_free": None
+        if twins_N is None or not twins_N.any()
+        else {"n": int((~twins_N).sum()), "accuracy": bootstrap.rate(labels_N == predicted_N, ~twins_N)},
     }
 
 
-def _one_against_rest(is_N: np.ndarray, said_N: np.ndarray, score_N: np.ndarray) -> dict[str, Any]:
-    positives, n = int(is_N.sum()), len(is_N)
+def cancer_or_normal(probabilities_NC: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """The probabilities (N, 2) of cancer, all cancers together, and of normal."""
+    is_cancer_C = np.isin(classes, CANCERS)
+    return np.stack([probabilities_NC[:, is_cancer_C].sum(axis=1), probabilities_NC[:, ~is_cancer_C].sum(axis=1)], 1)
+
+
+def are_cancer_and_normal(classes: tuple[str, ...]) -> bool:
+    """Whether these classes are normal and cancers, and nothing that is neither."""
+    return NORMAL in classes and len(classes) > 1 and set(classes) <= {NORMAL, *CANCERS}
+
+
+def _overall(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
+    """Accuracy and balanced accuracy: the mean sensitivity of the classes that have images."""
+    of_class_KN = labels_N == np.unique(labels_N)[:, None]
+    right_N = labels_N == predicted_N
+    # where all is right, the class of the fewest groups is the one that leaves most open, and counts for 1 / K
+    groups = min(bootstrap.count(right_N | ~right_N), len(of_class_KN) * min(map(bootstrap.count, of_class_KN)))
+
+    def balanced(weights_BN: np.ndarray) -> np.ndarray:
+        rates_KB = [weights_BN @ (of_N & right_N) / (weights_BN @ of_N) for of_N in of_class_KN]
+        return np.asarray(np.mean(rates_KB, axis=0))
+
     return {
-        "n": positives,
-        "sensitivity": float(recall_score(is_N, said_N)) if positives else None,
-        "specificity": float(recall_score(~is_N, ~said_N)) if positives < n else None,
-        "precision": float(precision_score(is_N, said_N)) if said_N.any() else None,
-        "f1": float(f1_score(is_N, said_N)) if positives or said_N.any() else None,
-        "auroc": float(roc_auc_score(is_N, score_N)) if 0 < positives < n else None,
+        "accuracy": bootstrap.rate(right_N, right_N | ~right_N),
+        "balanced_accuracy": bootstrap.figure(balanced, groups, is_rate=True),
+    }
+
+
+def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
+    """The mean F1 of the classes that have images or were named."""
+    named = np.union1d(labels_N, predicted_N)
+    of_class_KN, said_KN = labels_N == named[:, None], predicted_N == named[:, None]
+
+    def macro(weights_BN: np.ndarray) -> np.ndarray:
+        f1_KB = [
+            2 * (weights_BN @ (of_N & said_N)) / (weights_BN @ of_N + weights_BN @ said_N)
+            for of_N, said_N in zip(of_class_KN, said_KN, strict=True)
+        ]
+        return np.asarray(np.mean(f1_KB, axis=0))
+
+    return bootstrap.figure(macro, bootstrap.count(labels_N >= 0), is_rate=True)
+
+
+def _two_classes(is_N: np.ndarray, said_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
+    return {
+        "sensitivity": bootstrap.rate(said_N, is_N),
+        "specificity": bootstrap.rate(~said_N, ~is_N),
+        "ppv": bootstrap.rate(is_N, said_N),
+        "npv": bootstrap.rate(~is_N, ~said_N),
+    }
+
+
+def _ranking(is_N: np.ndarray, score_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
+    of_kind, others = bootstrap.count(is_N), bootstrap.count(~is_N)
+    return {
+        "auroc": bootstrap.figure(auroc(is_N, score_N), min(of_kind, others), is_rate=True),
+        "average_precision": bootstrap.figure(average_precision(is_N, score_N), of_kind, is_rate=True),
+    }
+
+
+def _cancer_against_normal(
+    labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], bootstrap: GroupBootstrap
+) -> dict[str, Any] | None:
+    """The two-class question: cancer is said where the cancers together are likelier than normal."""
+    if not are_cancer_and_normal(classes):
+        return None
+    score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]
+    is_N, said_N = labels_N != classes.index(NORMAL), score_N > 0.5
+    fewest = min(bootstrap.count(is_N), bootstrap.count(~is_N))
+    return {
+        "n_cancer": int(is_N.sum()),
+        "n_normal": int((~is_N).sum()),
+        "table": confusion_matrix(is_N, said_N, labels=[False, True]).tolist(),
+        **_two_classes(is_N, said_N, bootstrap),
+        "auroc": bootstrap.figure(auroc(is_N, score_N), fewest, is_rate=True),
+        "sensitivity_at_95_specificity": bootstrap.figure(
+            sensitivity_at(SPECIFICITY, is_N, score_N), fewest, is_rate=True
+        ),
+    }
+
+
+def _compared(
+    labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: GroupBootstrap
+) -> dict[str, Any]:
+    """Another's accuracy on the same images, how much better the model is, and whether that may be chance.
+
+    `mcnemar_p` is the exact two-sided test on the images that only one of the two names rightly (McNemar 1947). It
+    takes images as independent; where groups have several, the difference's interval is what to go by.
+    """
+    right_N, others_N = labels_N == predicted_N, labels_N == other_N
+    gained, lost = int((right_N & ~others_N).sum()), int((~right_N & others_N).sum())
+    return {
+        **_overall(labels_N, other_N, bootstrap),
+        "difference": bootstrap.mean(right_N.astype(float) - others_N),
+        "mcnemar_p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
     }

@@ -18,6 +18,9 @@ from lungct_tune.storage import StorageError, open_place, refusal
 CHUNK = 4 * 2**20
 """Bytes that are read at once: so many that an object store's latency hardly counts."""
 
+VALID = "valid.npy"
+"""In a trial's folder: what its best epoch says of validation."""
+
 WRITTEN_IN_PLACE = ("s3", "gcs", "abfs", "hdfs")
 """File systems, by pyarrow's names, that need no folder made; an object there is seen when it is whole."""
 
@@ -30,7 +33,8 @@ class Experiment:
     split.csv       every image: path, class, group, split
     study.db        the Optuna study (with remote storage: a copy, see study_copy.py)
     tune/           Ray Tune's own folder: results and TensorBoard events of each trial
-    trials/0007/    last.pt: all that trial 7 needs to go on; best.safetensors: its best epoch's weights
+    trials/0007/    last.pt: all that trial 7 needs to go on; best.safetensors: its best epoch's weights, and
+                    valid.npy: their probabilities (float32) for the validation images, in the order of split.csv
     slots/          Ray Train's runs of the slots (empty folders)
     final/          Ray Train's run of the final retraining
     *-images.npy    images too large for the object store, as the workers map them

@@ -24,7 +24,7 @@ from lungct_tune.study_copy import StudyCopy
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
-    *("resume", "address", "track", "plan", "verbose"),
+    *("compare_baseline", "resume", "address", "track", "plan", "verbose"),
 }
 """What a resumed search may be told anew; all else would make it another search."""
 

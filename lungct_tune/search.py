@@ -5,6 +5,7 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -74,15 +75,17 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     import ray
 
     from lungct_tune import bundle, terminal
-    from lungct_tune.data import fetch_images, make_phantoms, read_images, split_images
+    from lungct_tune.calibration import calibrated, fit_temperature
+    from lungct_tune.data import fetch_images, make_phantoms, read_images, split_images, twins_across
     from lungct_tune.data.cache import default_cache
     from lungct_tune.evaluation import judge
+    from lungct_tune.experiment import VALID, trial_folder
     from lungct_tune.plan import plan_search
     from lungct_tune.storage import StorageError
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, nodes_to_come
-    from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
+    from lungct_tune.tuning.final import FinalPlan, Judged, retrain_and_judge
     from lungct_tune.tuning.material import Material, object_store_room, share
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.slots import SlotPlan
@@ -145,9 +148,17 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 epochs=epochs,
             )
 
+        def calibration(best: FrozenTrial) -> dict[str, Any] | None:
+            """The temperature for a trial's configuration, from images that the trial was not trained on."""
+            if (kept := experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
+                return None
+            what = "the winner's validation predictions"
+            return fit_temperature(labels_N[split == "valid"], np.load(io.BytesIO(kept)), what)
+
         def contents(best: FrozenTrial, weights: bytes, test: dict[str, Any] | None = None) -> dict[str, bytes]:
             """A bundle's files; without figures of the test split, one of the best trial so far."""
             configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
+            config = bundle.describe_model(settings, images, configuration, epochs, calibration(best))
             table = studies.trials_table(study)
             metrics = {
                 "data": terminal.PHANTOMS if settings.data is None else str(settings.data),
@@ -158,7 +169,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             }
             return {
                 bundle.MODEL: weights,
-                bundle.CONFIG: bundle.as_json(bundle.describe_model(settings, images, configuration, epochs)),
+                bundle.CONFIG: bundle.as_json(config),
                 bundle.METRICS: bundle.as_json(metrics),
                 "trials.csv": table.to_csv(index=False).encode(),
             }
@@ -190,33 +201,57 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
 
         # ---- retrained on train and validation, judged once on test -----------------------------------
-        final = allot_final(settings)  # nodes have come and gone
-        configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
-        console.print(f"\nretraining trial {best.number} on train and validation, {epochs} epochs", style="bold")
-        judged = retrain_and_judge(
-            FinalPlan(
-                experiment=experiment,
-                material=material(np.arange(len(split)), epochs, "all-images.npy"),
-                configuration=configuration,
-                seed=settings.seed,
-                train_indices=searched,
-                test_indices=test,
-                workers=final.workers,
-                resources_per_worker=final.resources_per_worker,
-            ),
-            name=f"trial_{best.number:04d}_{epochs:03d}_epochs",
-        )
+        def retrain(trial: FrozenTrial) -> Judged:
+            final = allot_final(settings)  # nodes have come and gone
+            configuration, epochs = studies.configuration_of(trial), int(studies.best_figures(trial)["epoch"])
+            console.print(f"\nretraining trial {trial.number} on train and validation, {epochs} epochs", style="bold")
+            return retrain_and_judge(
+                FinalPlan(
+                    experiment=experiment,
+                    material=material(np.arange(len(split)), epochs, "all-images.npy"),
+                    configuration=configuration,
+                    seed=settings.seed,
+                    train_indices=searched,
+                    test_indices=test,
+                    workers=final.workers,
+                    resources_per_worker=final.resources_per_worker,
+                ),
+                name=f"trial_{trial.number:04d}_{epochs:03d}_epochs",
+            )
+
+        judged = retrain(best)
         majority = int(np.bincount(labels_N[searched]).argmax())
+        references = {"majority class": (images.classes[majority], np.full(len(test), majority))}
+        if settings.compare_baseline:
+            published = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
+            if published is None:
+                console.print("the published configuration did not run to its end: nothing to compare with")
+            else:
+                said_NC = (judged if best.number == published.number else retrain(published)).probabilities_NC
+                references["published"] = terminal.describe(studies.configuration_of(published)), said_NC.argmax(axis=1)
 
         # ---- the bundle -------------------------------------------------------------------------------
-        figures = judge(labels_N[test], judged.probabilities_NC, images.classes, majority)
-        predictions = {"predictions.csv": bundle.list_predictions(images, test, judged.probabilities_NC)}
+        scaling, probabilities_NC = calibration(best), judged.probabilities_NC
+        if scaling:
+            probabilities_NC = calibrated(judged.probabilities_NC, scaling["temperature"])
+        figures = judge(
+            labels_N[test],
+            probabilities_NC,
+            images.classes,
+            images.table["group"].to_numpy()[test],
+            uncalibrated_NC=judged.probabilities_NC if scaling else None,
+            calibration=scaling,
+            references=references,
+            twins_N=twins_across(images, split),
+        )
+        predictions = {"predictions.csv": bundle.list_predictions(images, test, probabilities_NC)}
         written = contents(best, judged.weights, figures) | predictions
         bundle.write_bundle(experiment, written)
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
         if mlflow:
-            mlflow.add_final(best.number, configuration, epochs, figures)
+            epochs = int(studies.best_figures(best)["epoch"])
+            mlflow.add_final(best.number, studies.configuration_of(best), epochs, figures)
         terminal.print_outcome(plan, json.loads(written[bundle.METRICS]), console)
     except KeyboardInterrupt:
         begun = experiment.exists("settings.yaml")

@@ -91,6 +91,7 @@ class Settings(BaseModel):
     normalisation: Literal["imagenet", "unit"] = Field(
         "imagenet", description="what the weights expect: ImageNet's mean and deviation, or grey as 0 to 1"
     )
+    compare_baseline: bool = Field(False, description="retrain and judge the published configuration too")
     workers: Positive = Field(
         1, description="Ray Train workers of a slot, data parallel (1)", json_schema_extra={"metavar": "N"}
     )

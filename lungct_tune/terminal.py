@@ -150,13 +150,35 @@ def print_bundle(folder: Path, console: Console) -> None:
     console.print(f"          model, config = load_model({str(folder)!r})", soft_wrap=True, markup=False)
 
 
+def print_figures(test: Mapping[str, Any], console: Console) -> None:
+    """What a model is worth on images that it had not seen, beside what is had without it."""
+    console.print(
+        f"[bold]test accuracy {in_words(test['accuracy'])}[/], {test['n']} images in {test['groups']} groups; "
+        f"balanced accuracy {in_words(test['balanced_accuracy'])}",
+        soft_wrap=True,
+    )
+    for what, other in test["references"].items():
+        better = f"; the model is better by {in_words(other['difference'], '+.3f')}" if what == "published" else ""
+        figures = f"{other['accuracy']['value']:.3f}, balanced {other['balanced_accuracy']['value']:.3f}"
+        console.print(f"  {what} ({other['name']}): {figures}{better}", soft_wrap=True, markup=False)
+    if (two := test["cancer_vs_normal"]) is not None:
+        rates = ", ".join(f"{name} {in_words(two[name])}" for name in ("sensitivity", "specificity"))
+        console.print(f"cancer against normal: {rates}", soft_wrap=True)
+    if (apart := test["leak_free"]) is not None:
+        accuracy = in_words(apart["accuracy"])
+        console.print(f"the {apart['n']} test images without a copy elsewhere: accuracy {accuracy}", soft_wrap=True)
+
+
+def in_words(figure: Mapping[str, Any], style: str = ".3f") -> str:
+    """A figure of `judge` with its interval."""
+    if figure["value"] is None:
+        return "not defined"
+    value = format(figure["value"], style)
+    return f"{value} ({' to '.join(format(end, style) for end in figure['ci95'])})" if figure["ci95"] else value
+
+
 def _print_worth(metrics: Mapping[str, Any], console: Console) -> None:
     if (test := metrics["test"]) is not None:
-        low, high = test["accuracy_ci95"]
-        console.print(
-            f"[bold]test accuracy {test['accuracy']:.3f}[/] (95 % interval {low:.3f} to {high:.3f}, {test['n']} "
-            f"images; always naming the largest class: {test['majority_rule_accuracy']:.3f})",
-            soft_wrap=True,
-        )
+        print_figures(test, console)
     if metrics["data"] == PHANTOMS:
         console.print(PHANTOMS, style="bold yellow", soft_wrap=True)

@@ -97,9 +97,9 @@ class MLflowCopy:
 
     def add_final(self, trial: int, configuration: Configuration, epochs: int, test: Mapping[str, Any]) -> None:
         """Has the final model, of this trial's configuration, and its figures on test (see `judge`) copied too."""
-        low, high = test["accuracy_ci95"]
-        figures = {name: test[name] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
-        figures |= {"accuracy_ci95_low": low, "accuracy_ci95_high": high}
+        figures = {name: test[name]["value"] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
+        if interval := test["accuracy"]["ci95"]:
+            figures |= {"accuracy_ci95_low": interval[0], "accuracy_ci95_high": interval[1]}
         self._final = (
             {"trial": trial, "epochs": epochs} | configuration.as_dict(),
             {f"test_{name}": value for name, value in figures.items()},

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
-from lungct_tune.evaluation import accuracy_interval, judge, rank, validation_figures
+from lungct_tune.evaluation import judge, rank, validation_figures
+from lungct_tune.ranking import sensitivity_at
 
 CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 
 
 def one_hot(predicted: list[int], classes: int = 4) -> np.ndarray:
     return np.eye(classes, dtype=np.float32)[predicted]
-
-
-def test_wilsons_interval_of_the_published_accuracy() -> None:
-    low, high = accuracy_interval(301, 315)  # 95.6 %
-    assert (round(low, 3), round(high, 3)) == (0.927, 0.973)
-
-
-@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_interval_holds_the_estimate_and_stays_in_0_to_1(counts: tuple[int, int]) -> None:
-    correct, n = counts
-    low, high = accuracy_interval(correct, n)
-    assert 0 <= low <= correct / n + 1e-12 and correct / n - 1e-12 <= high <= 1
 
 
 def test_always_naming_the_largest_class_gains_nothing() -> None:
@@ -53,23 +45,91 @@ def test_ties_of_the_objective_go_to_the_lower_loss() -> None:
 def test_figures_by_hand() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
     predicted = [0, 1, 1, 1, 2, 0, 3, 3]
-    figures = judge(labels, one_hot(predicted), CLASSES, majority=2)
-    assert figures["n"] == 8
-    assert figures["accuracy"] == 0.75
-    assert figures["majority_rule_accuracy"] == 0.25
-    assert figures["balanced_accuracy"] == 0.75
+    majority = {"majority class": ("normal", np.full(8, 2))}
+    figures = judge(labels, one_hot(predicted), CLASSES, np.arange(8), references=majority)
+    assert (figures["n"], figures["groups"]) == (8, 8)
+    assert figures["accuracy"]["value"] == figures["balanced_accuracy"]["value"] == 0.75
     assert figures["confusion_matrix"] == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 2]]
     large = figures["per_class"]["large cell carcinoma"]
-    assert large["n"] == 2 and large["sensitivity"] == 1
-    assert large["specificity"] == pytest.approx(5 / 6)
-    assert large["precision"] == pytest.approx(2 / 3)
-    assert large["f1"] == pytest.approx(0.8)
-    assert large["auroc"] == pytest.approx((5 + 0.5) / 6)  # ranks above 5 of the 6 others, ties with one
+    assert large["n"] == 2 and large["sensitivity"]["value"] == 1
+    assert large["specificity"]["value"] == pytest.approx(5 / 6)
+    assert large["ppv"]["value"] == pytest.approx(2 / 3) and large["npv"]["value"] == 1
+    assert large["auroc"]["value"] == pytest.approx((5 + 0.5) / 6)  # ranks above 5 of the 6 others, ties with one
+    two = figures["cancer_vs_normal"]
+    assert two["table"] == [[1, 1], [0, 6]] and (two["n_cancer"], two["n_normal"]) == (6, 2)
+    assert two["sensitivity"]["value"] == 1 and two["specificity"]["value"] == 0.5
+    rule = figures["references"]["majority class"]
+    assert rule["name"] == "normal" and rule["accuracy"]["value"] == 0.25 and rule["difference"]["value"] == 0.5
+    assert rule["mcnemar_p"] == pytest.approx(2 * (1 + 6) / 2**6)  # 5 images gained, 1 lost
+
+
+def test_cancer_is_what_the_cancers_together_say() -> None:
+    probabilities = np.array([[0.3, 0.2, 0.4, 0.1], [0.2, 0.1, 0.6, 0.1], [0.0, 0.0, 0.9, 0.1]])
+    figures = judge(np.array([0, 0, 2]), probabilities, CLASSES, np.arange(3))
+    assert figures["confusion_matrix"][0] == [0, 0, 2, 0]  # normal is the likeliest of four
+    assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 1]]  # but not likelier than not
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(8, 40), st.booleans())
+def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool) -> None:
+    """A group of two copies counts as scikit-learn's sample weight of two."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % 3)
+    scores = rng.dirichlet(np.ones(3), n)
+    scores = np.round(scores, 1) if tied else scores
+    weights = rng.integers(1, 4, n)
+    groups = np.repeat(np.arange(n), weights)
+    labels_N, scores_NC, predicted = labels[groups], scores[groups], scores.argmax(axis=1)
+    figures = judge(labels_N, scores_NC, ("adenocarcinoma", "benign", "normal"), groups)
+    weighted: Any = {"sample_weight": weights}
+    assert figures["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(labels, predicted, **weighted))
+    balanced = metrics.balanced_accuracy_score(labels, predicted, **weighted)
+    assert figures["balanced_accuracy"]["value"] == pytest.approx(balanced)
+    f1 = metrics.f1_score(labels, predicted, average="macro", **weighted)
+    assert figures["macro_f1"]["value"] == pytest.approx(f1)
+    assert figures["cancer_vs_normal"] is None  # benign is neither
+    for c, of_class in enumerate(figures["per_class"].values()):
+        is_c, said_c, score_c = labels == c, predicted == c, scores[:, c]
+        for name, function, truth, said in (
+            ("sensitivity", metrics.recall_score, is_c, said_c),
+            ("specificity", metrics.recall_score, ~is_c, ~said_c),
+            ("ppv", metrics.precision_score, is_c, said_c),
+            ("npv", metrics.precision_score, ~is_c, ~said_c),
+        ):
+            if said.any() or "s" in name[:1]:
+                assert of_class[name]["value"] == pytest.approx(function(truth, said, zero_division=0, **weighted))
+            else:
+                assert of_class[name] == {"value": None, "ci95": None}
+        assert of_class["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(is_c, score_c, **weighted))
+        precision = metrics.average_precision_score(is_c, score_c, **weighted)
+        assert of_class["average_precision"]["value"] == pytest.approx(precision)
+        false_alarms, found, _ = metrics.roc_curve(is_c, score_c, drop_intermediate=False, **weighted)
+        at_95 = sensitivity_at(0.95, is_c, score_c)(weights[None].astype(float))
+        assert at_95 == pytest.approx(found[false_alarms <= 0.05 + 1e-12].max())
 
 
 def test_a_figure_that_the_split_does_not_define_is_none_and_json() -> None:
-    figures = judge(np.array([0, 0]), one_hot([0, 1]), CLASSES, majority=0)
-    assert figures["per_class"]["normal"]["auroc"] is None
-    assert figures["per_class"]["adenocarcinoma"]["specificity"] is None
+    figures = judge(np.array([0, 0]), one_hot([0, 1]), CLASSES, np.arange(2))
+    assert figures["per_class"]["normal"]["auroc"] == {"value": None, "ci95": None}
+    assert figures["per_class"]["adenocarcinoma"]["specificity"]["value"] is None
+    assert figures["cancer_vs_normal"]["specificity"]["value"] is None
     assert figures["confusion_matrix"][2] == [0, 0, 0, 0]
+    assert figures["leak_free"] is None and figures["calibration"]["after"] is None
     json.dumps(figures, allow_nan=False)
+
+
+def test_images_without_a_twin_elsewhere_are_judged_apart() -> None:
+    labels, twins = np.array([0, 1, 2, 3]), np.array([True, True, False, False])
+    figures = judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins)
+    assert figures["accuracy"]["value"] == 0.75
+    assert figures["leak_free"]["n"] == 2 and figures["leak_free"]["accuracy"]["value"] == 0.5
+    assert judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins & False)["leak_free"] is None
+
+
+def test_published_size_is_judged_in_seconds() -> None:
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(4, size=315), rng.dirichlet(np.ones(4), 315)
+    began = time.process_time()
+    judge(labels, probabilities, CLASSES, rng.integers(200, size=315), uncalibrated_NC=probabilities)
+    assert time.process_time() - began < 10

@@ -18,18 +18,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungct_tune.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.configuration import PUBLISHED
+from lungct_tune.evaluation import judge
 from lungct_tune.experiment import Experiment
 from lungct_tune.fetch import BEGUN, beginning
 from lungct_tune.pull import main
 from lungct_tune.terminal import PHANTOMS
 
-JUDGED = {"n": 137, "accuracy": 0.832, "accuracy_ci95": [0.761, 0.885], "majority_rule_accuracy": 0.321}
+JUDGED = judge(
+    np.arange(8) % 4,
+    np.eye(4)[[0, 1, 2, 3, 0, 1, 3, 2]],
+    ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma"),
+    np.arange(8),
+    references={"majority class": ("normal", np.full(8, 2))},
+)
 
 
 def files_of_a_bundle(model: bytes = b"weights", test: dict[str, Any] | None = JUDGED) -> dict[str, bytes]:
@@ -71,7 +79,9 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     assert sorted(os.listdir(tmp_path)) == ["model", "results"]
     said = capsys.readouterr().out
     assert "trial 3: depth 20, 0 frozen, dropout 0.50" in said
-    assert "test accuracy 0.832 (95 % interval 0.761 to 0.885, 137 images" in said
+    low, high = JUDGED["accuracy"]["ci95"]
+    assert f"test accuracy 0.750 ({low:.3f} to {high:.3f}), 8 images in 8 groups" in said
+    assert "majority class (normal): 0.250, balanced 0.250" in said
     assert PHANTOMS in said
     assert f"model, config = load_model({str(dest)!r})" in said
     check = next(line for line in said.splitlines() if line.startswith("check it: ")).removeprefix("check it: ")
@@ -266,7 +276,7 @@ def test_before_the_end_the_best_so_far_is_pulled_and_called_unjudged(
     write_bundle(experiment, files_of_a_bundle(b"judged"))
     assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2  # the earlier one is not overwritten
     assert main([f"{tmp_path}/one", str(tmp_path / "judged")]) == 0
-    assert "test accuracy 0.832" in capsys.readouterr().out
+    assert "test accuracy 0.750" in capsys.readouterr().out
 
 
 def test_a_bundle_that_is_replaced_while_it_is_pulled_is_pulled_whole(tmp_path: Path) -> None:

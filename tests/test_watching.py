@@ -272,7 +272,7 @@ def test_mlflow_has_a_run_for_each_trial_and_one_for_the_final_model(watched: Wa
         assert mlflow_history(url, run, OBJECTIVE) == sorted(trial.intermediate_values.items())  # also the interrupted
         assert run.data.tags["ended"] == trial.user_attrs["ended"] and run.info.status == "FINISHED"
     metrics = json.loads((watched.folder / "best" / "metrics.json").read_text())
-    assert runs["final"].data.metrics["test_accuracy"] == metrics["test"]["accuracy"]
+    assert runs["final"].data.metrics["test_accuracy"] == metrics["test"]["accuracy"]["value"]
     assert runs["final"].data.params["trial"] == str(metrics["best_trial"]["trial"])
 
 

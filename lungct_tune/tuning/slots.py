@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE, rank, validation_figures
-from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.experiment import VALID, Experiment, trial_folder
 from lungct_tune.terminal import describe
 from lungct_tune.tuning.material import Material
 
@@ -240,6 +240,7 @@ class _Trial:
             Configuration(**order["configuration"]), plan.train_indices, order["seed"]
         )
         self._history: list[dict[str, float]] = []
+        self._valid_NC = np.empty(0)
         self._told = 0
         if (kept := plan.experiment.read(f"{trial_folder(self.number)}/last.pt")) is not None:
             state = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu")
@@ -274,13 +275,15 @@ class _Trial:
         probabilities_NC = self._training.probabilities(self._plan.valid_indices)
         if not np.isfinite(probabilities_NC).all():
             raise NotFiniteLoss(f"predictions are not finite after epoch {self._training.epoch}")
+        self._valid_NC = probabilities_NC
         figures = validation_figures(self._plan.material.labels_N[self._plan.valid_indices], probabilities_NC)
         validated = time.perf_counter()
         seconds = {"train_s": trained - began, "valid_s": validated - trained}
         return {"epoch": self._training.epoch, "train_loss": loss} | figures | seconds
 
     def _keep(self) -> dict[str, float]:
-        """Best weights first, then the state that counts them: a crash between the two repeats the epoch.
+        """Best epoch's weights and what they say of validation, then the state that counts them: a crash between
+        them repeats the epoch, and writes the same again.
 
         Returns:
             What that took, in bytes and seconds; nothing on workers that do not write.
@@ -296,7 +299,10 @@ class _Trial:
             metadata = {"epoch": str(last["epoch"]), OBJECTIVE: str(last[OBJECTIVE])}
             best = safetensors.torch.save(self._training.model_state(), metadata)
             self._plan.experiment.write(f"{folder}/best.safetensors", best)
-            written += len(best)
+            valid = io.BytesIO()
+            np.save(valid, self._valid_NC)  # in the order of the plan's valid_indices
+            self._plan.experiment.write(f"{folder}/{VALID}", valid.getbuffer())
+            written += len(best) + valid.getbuffer().nbytes
         stream = io.BytesIO()
         state = {"order": self._order, "training": self._training.state_dict(), "history": self._history}
         torch.save(state, stream)

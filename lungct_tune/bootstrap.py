@@ -1,0 +1,95 @@
+"""Intervals that know which images belong together: whole groups are drawn anew, never single images.
+
+Slices of one series are right or wrong together. Resampled one by one they would count as so many patients, and
+the interval would be too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, norm, t
+
+RESAMPLES = 2000
+INTERVAL = f"95 %, percentiles of {RESAMPLES} resamplings of groups"
+_BLOCK = 2**22  # weights that are held at once: 32 MB
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Values (B,) of a figure at weights_BN of the images, NaN where they do not define it."""
+
+
+class GroupBootstrap:
+    """Figures with grouped-bootstrap intervals, all from the same resamples, so that differences are paired.
+
+    A resample draws as many groups as there are, with replacement, and takes each with all its images: an image's
+    weight is how often its group was drawn. The interval is Hesterberg's expanded percentile interval ("What
+    Teachers Should Know About the Bootstrap", Am. Stat. 2015, section 5.3): the levels are moved out as Student's
+    t is wider than the normal, by the number of groups that the figure rests on.
+
+    - A resample that does not define a figure (no image of the class was drawn) is left out of its percentiles.
+    - A figure that rests on less than two groups has no interval.
+    - Where all groups are right (or wrong) so are all resamples, and their percentiles would claim certainty. Such a
+      rate gets Clopper and Pearson's exact limit for as many independent groups instead: wide rather than wrong.
+
+    Coverage, simulated for accuracies of 0.8 and 0.95 with groups of 1 to 4 images, all but alone or all but alike:
+    0.93 to 0.97 from 50 groups on; 0.94 to 1.00 with 5 to 20, where the interval is wider than it need be; with 3
+    groups it can fall to 0.91 (without the expansion it would be 0.6 to 0.8).
+
+    Args:
+        groups_N: of each image, any integers.
+        seed: of the resamples.
+    """
+
+    def __init__(self, groups_N: np.ndarray, seed: int = 0) -> None:
+        names_G, self.groups_N = np.unique(groups_N, return_inverse=True)
+        rng, n = np.random.default_rng(seed), len(names_G)
+        drawn_BG = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+        self._drawn_BG = np.vstack([np.ones(n), drawn_BG]).astype(np.uint16)  # the first row is the sample itself
+
+    def count(self, among_N: np.ndarray) -> int:
+        """How many groups have an image among these."""
+        return len(np.unique(self.groups_N[among_N]))
+
+    def figure(self, statistic: Statistic, groups: int, *, is_rate: bool = False) -> dict[str, Any]:
+        """A figure's value and interval, None where they are not defined.
+
+        Args:
+            groups: how many groups the figure rests on.
+            is_rate: whether it is a share that 0 and 1 bound, and none wrong (or right) leaves unsure.
+        """
+        step = max(1, _BLOCK // max(1, len(self.groups_N)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values_B = np.concatenate(
+                [
+                    statistic(self._drawn_BG[start : start + step, self.groups_N].astype(float))
+                    for start in range(0, len(self._drawn_BG), step)
+                ]
+            )
+        value, resampled = float(values_B[0]), values_B[1:][np.isfinite(values_B[1:])]
+        if not np.isfinite(value):
+            return {"value": None, "ci95": None}
+        if groups < 2 or not len(resampled):
+            return {"value": value, "ci95": None}
+        level = norm.cdf(-np.sqrt(groups / (groups - 1)) * t.ppf(0.975, groups - 1))
+        low, high = np.quantile(resampled, [level, 1 - level])
+        if is_rate and (np.isclose(value, 0) or np.isclose(value, 1)):
+            exact = binomtest(round(value) * groups, groups).proportion_ci(method="exact")
+            low, high = min(low, exact.low), max(high, exact.high)
+        return {"value": value, "ci95": [float(low), float(high)]}
+
+    def rate(self, hit_N: np.ndarray, among_N: np.ndarray) -> dict[str, Any]:
+        """The share of hits among these images."""
+        return self.figure(
+            lambda weights_BN: weights_BN @ (hit_N & among_N) / (weights_BN @ among_N),
+            self.count(among_N),
+            is_rate=True,
+        )
+
+    def mean(self, values_N: np.ndarray) -> dict[str, Any]:
+        """The mean over the images."""
+        everything_N = np.ones(len(self.groups_N), dtype=bool)
+        return self.figure(
+            lambda weights_BN: weights_BN @ values_N / (weights_BN @ everything_N), self.count(everything_N)
+        )

@@ -1,0 +1,91 @@
+"""Grouped intervals: how often they hold the truth, by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from lungct_tune.bootstrap import GroupBootstrap
+from lungct_tune.ranking import auroc
+
+SIMULATIONS = 100
+LEAST = 0.88
+"""100 simulations of a true coverage of 0.95 fall below one time in two hundred."""
+
+
+@pytest.mark.parametrize(
+    ("groups", "of_each", "alike", "truth"),
+    [
+        (150, 1, 0.001, 0.8),
+        (60, 5, 0.9, 0.8),
+        (20, 4, 0.5, 0.8),
+        (8, 3, 0.5, 0.8),
+        (4, 3, 0.9, 0.8),
+        (20, 2, 0.5, 0.95),
+    ],
+)
+def test_the_interval_of_an_accuracy_holds_the_truth(groups: int, of_each: int, alike: float, truth: float) -> None:
+    """Images of a group are right or wrong together: their correlation is `alike` (beta-binomial)."""
+    held = 0
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng([groups, simulation])
+        groups_N = np.repeat(np.arange(groups), of_each)
+        right_N = rng.random(len(groups_N)) < drawn_rates(rng, groups, alike, truth)[groups_N]
+        low, high = GroupBootstrap(groups_N, seed=simulation).rate(right_N, groups_N >= 0)["ci95"]
+        held += low <= truth <= high
+    assert held / SIMULATIONS >= LEAST
+
+
+def test_single_images_would_claim_more_than_they_know() -> None:
+    """The same slices taken for so many patients: what the grouped interval is there to avoid."""
+    held = {"groups": 0, "images": 0}
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng(simulation)
+        groups_N = np.repeat(np.arange(40), 6)
+        right_N = rng.random(len(groups_N)) < drawn_rates(rng, 40, 0.9, 0.8)[groups_N]
+        for what, labels_N in (("groups", groups_N), ("images", np.arange(len(groups_N)))):
+            low, high = GroupBootstrap(labels_N).rate(right_N, groups_N >= 0)["ci95"]
+            held[what] += low <= 0.8 <= high
+    assert held["images"] / SIMULATIONS < 0.75 < LEAST <= held["groups"] / SIMULATIONS
+
+
+def test_the_interval_of_an_auroc_holds_the_truth() -> None:
+    held, groups_N = 0, np.repeat(np.arange(40), 3)
+    is_N = groups_N % 2 == 0
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng(simulation)
+        score_N = is_N + rng.normal(size=40)[groups_N] * 0.8 + rng.normal(size=len(groups_N)) * 0.6  # variance 1
+        low, high = GroupBootstrap(groups_N).figure(auroc(is_N, score_N), 20, is_rate=True)["ci95"]
+        held += low <= norm.cdf(1 / np.sqrt(2)) <= high
+    assert held / SIMULATIONS >= LEAST
+
+
+def test_a_difference_is_paired() -> None:
+    """Two models that fail on the same images differ by less than their accuracies' intervals would let one think."""
+    rng = np.random.default_rng(0)
+    first_N = rng.random(300) < 0.8
+    second_N = first_N & (rng.random(300) < 0.95)
+    bootstrap = GroupBootstrap(np.arange(300))
+    low, high = bootstrap.mean(first_N.astype(float) - second_N)["ci95"]
+    assert 0 < low < high < 0.1
+    accuracy = bootstrap.rate(second_N, first_N | True)["ci95"]
+    assert high - low < (accuracy[1] - accuracy[0]) / 1.5
+
+
+def test_a_class_that_was_all_right_is_not_called_certain() -> None:
+    everything_N = np.ones(20, dtype=bool)
+    low, high = GroupBootstrap(np.arange(20)).rate(everything_N, everything_N)["ci95"]
+    assert low == pytest.approx(0.025 ** (1 / 20)) and high == 1  # Clopper and Pearson, 20 of 20
+    low, high = GroupBootstrap(np.arange(20)).rate(~everything_N, everything_N)["ci95"]
+    assert high == pytest.approx(1 - 0.025 ** (1 / 20)) and low == 0
+
+
+def test_one_group_has_no_interval_and_no_image_no_value() -> None:
+    bootstrap = GroupBootstrap(np.array([7, 7, 9]))
+    assert bootstrap.rate(np.array([True, False, True]), np.array([True, True, False])) == {"value": 0.5, "ci95": None}
+    assert bootstrap.rate(np.ones(3, bool), np.zeros(3, bool)) == {"value": None, "ci95": None}
+
+
+def drawn_rates(rng: np.random.Generator, groups: int, alike: float, truth: float) -> np.ndarray:
+    return rng.beta(truth * (1 / alike - 1), (1 - truth) * (1 / alike - 1), groups)

@@ -1,0 +1,74 @@
+"""Temperature scaling, Brier score and calibration error: against known values, and what must never change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.special import softmax
+from sklearn.metrics import brier_score_loss
+
+from lungct_tune.bootstrap import GroupBootstrap
+from lungct_tune.calibration import TEMPERATURES, calibrated, calibration_figures, fit_temperature, reliability
+
+LOGITS = st.floats(-120, 120, width=32) | st.sampled_from([0.0, 1.0])
+PROBABILITIES = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 5)), elements=LOGITS).map(
+    lambda logits_NC: softmax(logits_NC, axis=1).astype(np.float32)
+)
+
+
+@given(PROBABILITIES, st.floats(*TEMPERATURES))
+def test_temperature_scaling_never_changes_the_class(probabilities_NC: np.ndarray, temperature: float) -> None:
+    scaled_NC = calibrated(probabilities_NC, temperature)
+    np.testing.assert_array_equal(scaled_NC.argmax(axis=1), probabilities_NC.argmax(axis=1))
+    np.testing.assert_allclose(scaled_NC.sum(axis=1), 1)
+
+
+@given(st.integers(0, 99), st.floats(*TEMPERATURES))
+def test_its_inverse_undoes_it(seed: int, temperature: float) -> None:
+    probabilities_NC = np.random.default_rng(seed).dirichlet(np.ones(4), 9).astype(np.float32)
+    again_NC = calibrated(calibrated(probabilities_NC, temperature), 1 / temperature)
+    np.testing.assert_allclose(again_NC, probabilities_NC, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("truth", [0.5, 1.0, 2.5])
+def test_the_temperature_that_made_the_predictions_wrong_is_found(truth: float) -> None:
+    rng = np.random.default_rng(0)
+    honest_NC = softmax(rng.normal(size=(4000, 4)) * 1.5, axis=1)
+    labels_N = np.array([rng.choice(4, p=row) for row in honest_NC])
+    said_NC = calibrated(honest_NC, 1 / truth)
+    fitted = fit_temperature(labels_N, said_NC, "made up")
+    assert fitted["temperature"] == pytest.approx(truth, rel=0.1)
+    assert fitted["fitted_on"] == {"images": 4000, "what": "made up"}
+    bootstrap = GroupBootstrap(np.arange(4000))
+    before = calibration_figures(labels_N, said_NC, bootstrap)
+    after = calibration_figures(labels_N, calibrated(said_NC, fitted["temperature"]), bootstrap)
+    assert after["ece"]["value"] < 0.03 and after["brier"]["value"] <= before["brier"]["value"] + 1e-3
+    if truth != 1:
+        assert before["ece"]["value"] > 0.08
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_few_images_all_right_or_all_wrong_give_a_temperature_all_the_same(right: bool) -> None:
+    probabilities_NC = np.array([[0.9, 0.1], [1, 0]], dtype=np.float32)
+    fitted = fit_temperature(np.array([0, 0]) if right else np.array([1, 1]), probabilities_NC, "two images")
+    assert fitted["temperature"] == pytest.approx(TEMPERATURES[0] if right else TEMPERATURES[1], rel=0.01)
+
+
+def test_brier_score_and_calibration_error_by_hand() -> None:
+    labels_N = np.array([0, 1, 1, 0])
+    probabilities_NC = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [0.35, 0.65]])
+    figures = calibration_figures(labels_N, probabilities_NC, GroupBootstrap(np.arange(4)))
+    assert figures["brier"]["value"] == pytest.approx(2 * (0.05**2 + 0.95**2 + 0.35**2 + 0.65**2) / 4)
+    assert figures["ece"]["value"] == pytest.approx((0.95 - 0.5) / 2 + (0.65 - 0.5) / 2)
+    assert reliability(labels_N, probabilities_NC) == [[pytest.approx(0.65), 0.5, 2], [pytest.approx(0.95), 0.5, 2]]
+
+
+def test_the_brier_score_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    labels_N, probabilities_NC = rng.integers(4, size=60), rng.dirichlet(np.ones(4), 60)
+    figures = calibration_figures(labels_N, probabilities_NC, GroupBootstrap(np.arange(60)))
+    expected = brier_score_loss(labels_N, probabilities_NC, labels=range(4), scale_by_half=False)
+    assert figures["brier"]["value"] == pytest.approx(expected)
