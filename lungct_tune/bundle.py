@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FOLDER = "best"
 SO_FAR = "so_far"
 MODEL, CONFIG, METRICS, CHECKSUMS = "model.safetensors", "config.json", "metrics.json", "checksums.txt"
+LEARNED = "learned_from.csv"
+"""Which images the model has seen, see `lungct_tune.data.learned`."""
 
 
 class BundleError(ValueError):
@@ -118,17 +120,23 @@ def describe_model(
     }
 
 
-def list_predictions(images: ImageSet, test: np.ndarray, probabilities_NC: np.ndarray) -> bytes:
-    """predictions.csv: a row an image, with path, class, predicted class, probabilities (calibrated), group."""
-    rows = images.table.iloc[test]
+def list_predictions(
+    rows: pd.DataFrame, labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]
+) -> bytes:
+    """predictions.csv: a row an image, with path, class, predicted class, probabilities (calibrated), group.
+
+    Args:
+        rows: of an `ImageSet`'s table.
+        classes: what labels and columns mean.
+    """
     table = pd.DataFrame(
         {
             "path": rows["path"].to_numpy(),
-            "class": [images.classes[label] for label in rows["label"]],
-            "predicted": [images.classes[label] for label in probabilities_NC.argmax(axis=1)],
+            "class": [classes[label] for label in labels_N],
+            "predicted": [classes[label] for label in probabilities_NC.argmax(axis=1)],
         }
     )
-    for c, name in enumerate(images.classes):
+    for c, name in enumerate(classes):
         table[f"p_{name.replace(' ', '_')}"] = probabilities_NC[:, c]
     table["group"] = rows["group"].to_numpy()
     return table.to_csv(index=False).encode()

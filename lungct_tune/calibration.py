@@ -11,7 +11,15 @@ from scipy.special import softmax
 from lungct_tune.bootstrap import GroupBootstrap
 
 TEMPERATURES = (0.2, 5.0)
-"""The range that is searched. A few dozen images that are all right would ask for 0: no probability but 1."""
+"""The range that is searched."""
+
+PRIOR = 0.5
+"""How far from 0 the temperature's logarithm is thought to lie before any image was looked at: a standard deviation.
+
+Validation has few groups, and they chose the epoch. On phantoms, 24 images of 8 groups, of which the chosen epoch had
+0.71 right (on test 0.35), asked for a temperature of 0.2, which made the Brier score on test 1.04 instead of 0.74; with
+this prior they ask for 0.64, and it is 0.80. From some fifty groups on it hardly matters.
+"""
 
 BINS = 10
 """Of equal width, for the calibration error and the reliability diagram."""
@@ -31,25 +39,30 @@ def calibrated(probabilities_NC: np.ndarray, temperature: float) -> np.ndarray:
     return np.asarray(softmax(logits_NC / temperature, axis=1))
 
 
-def fit_temperature(labels_N: np.ndarray, probabilities_NC: np.ndarray, what: str) -> dict[str, Any]:
-    """The temperature under which these predictions have the lowest log loss, which is convex in its inverse.
+def fit_temperature(
+    labels_N: np.ndarray, probabilities_NC: np.ndarray, groups_N: np.ndarray, what: str
+) -> dict[str, Any]:
+    """The likeliest temperature, given these predictions and `PRIOR`; the images of a group count as one.
 
     Args:
         probabilities_NC: for images that the predicting model was not trained on; else it would take its memory
             for knowledge.
+        groups_N: of each image.
         what: says whose predictions they are.
 
     Returns:
-        `{"temperature": float, "fitted_on": {"images": int, "what": str}}`, as config.json keeps it.
+        `{"temperature": float, "fitted_on": {"images": int, "groups": int, "what": str}}`, as config.json keeps it.
     """
-    rows = np.arange(len(labels_N))
+    rows, groups = np.arange(len(labels_N)), len(np.unique(groups_N))
 
-    def log_loss(log_temperature: float) -> float:
+    def surprise(log_temperature: float) -> float:
         said_N = calibrated(probabilities_NC, np.exp(log_temperature))[rows, labels_N]
-        return float(-np.log(np.maximum(said_N, np.finfo(float).tiny)).mean())
+        log_loss = -np.log(np.maximum(said_N, np.finfo(float).tiny)).mean()
+        return float(groups * log_loss + (log_temperature / PRIOR) ** 2 / 2)
 
-    fitted: Any = minimize_scalar(log_loss, bounds=np.log(TEMPERATURES), method="bounded")
-    return {"temperature": float(np.exp(fitted.x)), "fitted_on": {"images": len(labels_N), "what": what}}
+    fitted: Any = minimize_scalar(surprise, bounds=np.log(TEMPERATURES), method="bounded")
+    fitted_on = {"images": len(labels_N), "groups": groups, "what": what}
+    return {"temperature": float(np.exp(fitted.x)), "fitted_on": fitted_on}
 
 
 def calibration_figures(

@@ -78,6 +78,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.calibration import calibrated, fit_temperature
     from lungct_tune.data import fetch_images, make_phantoms, read_images, split_images, twins_across
     from lungct_tune.data.cache import default_cache
+    from lungct_tune.data.learned import list_learned
     from lungct_tune.evaluation import judge
     from lungct_tune.experiment import VALID, trial_folder
     from lungct_tune.plan import plan_search
@@ -148,12 +149,15 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 epochs=epochs,
             )
 
+        learned = list_learned(images, np.flatnonzero(split != "test"))
+
         def calibration(best: FrozenTrial) -> dict[str, Any] | None:
             """The temperature for a trial's configuration, from images that the trial was not trained on."""
             if (kept := experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
                 return None
-            what = "the winner's validation predictions"
-            return fit_temperature(labels_N[split == "valid"], np.load(io.BytesIO(kept)), what)
+            valid, what = split == "valid", "the winner's validation predictions"
+            groups_N = images.table["group"].to_numpy()[valid]
+            return fit_temperature(labels_N[valid], np.load(io.BytesIO(kept)), groups_N, what)
 
         def contents(best: FrozenTrial, weights: bytes, test: dict[str, Any] | None = None) -> dict[str, bytes]:
             """A bundle's files; without figures of the test split, one of the best trial so far."""
@@ -171,6 +175,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 bundle.MODEL: weights,
                 bundle.CONFIG: bundle.as_json(config),
                 bundle.METRICS: bundle.as_json(metrics),
+                bundle.LEARNED: learned,
                 "trials.csv": table.to_csv(index=False).encode(),
             }
 
@@ -244,8 +249,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             references=references,
             twins_N=twins_across(images, split),
         )
-        predictions = {"predictions.csv": bundle.list_predictions(images, test, probabilities_NC)}
-        written = contents(best, judged.weights, figures) | predictions
+        rows = images.table.iloc[test]
+        predictions = bundle.list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
+        written = contents(best, judged.weights, figures) | {"predictions.csv": predictions}
         bundle.write_bundle(experiment, written)
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)

@@ -32,7 +32,7 @@ class SettingsError(ValueError):
     """A choice that cannot be: the message names the field, the value and what is allowed."""
 
 
-def _pairs(value: Any) -> Any:
+def pairs(value: Any) -> Any:
     """`a=b,c=d` from the command line becomes the mapping that YAML gives."""
     if not isinstance(value, str):
         return value
@@ -71,7 +71,7 @@ class Settings(BaseModel):
     data: Annotated[str | Path | None, BeforeValidator(_place)] = _flag(
         "images: DIR or DIR/Data with train/ valid/ test/ of class folders; or a URI", "DIR"
     )
-    class_map: Annotated[dict[str, str] | None, BeforeValidator(_pairs)] = _flag(
+    class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
     skip_unreadable: bool = Field(False, description="go on without the files that cannot be read")

@@ -42,6 +42,16 @@ def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
         of_class = images.table["label"].to_numpy() == label
         table.add_row(name, *(str(int((of_class & (split == part)).sum())) for part in SPLITS))
     console.print(table)
+    _print_left_out(images, console)
+    if seen := int(twins_across(images, split).sum()):
+        console.print(
+            f"{seen} of {(split == 'test').sum()} test images have a near copy in train or valid: "
+            "the test accuracy will be too high",
+            style="bold yellow",
+        )
+
+
+def _print_left_out(images: ImageSet, console: Console) -> None:
     if images.unreadable:
         console.print(f"left out, unreadable: {len(images.unreadable)} files", style="yellow")
         for path, reason in images.unreadable:
@@ -50,12 +60,6 @@ def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
-    if seen := int(twins_across(images, split).sum()):
-        console.print(
-            f"{seen} of {(split == 'test').sum()} test images have a near copy in train or valid: "
-            "the test accuracy will be too high",
-            style="bold yellow",
-        )
 
 
 def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
@@ -150,10 +154,10 @@ def print_bundle(folder: Path, console: Console) -> None:
     console.print(f"          model, config = load_model({str(folder)!r})", soft_wrap=True, markup=False)
 
 
-def print_figures(test: Mapping[str, Any], console: Console) -> None:
+def print_figures(test: Mapping[str, Any], console: Console, title: str = "test accuracy") -> None:
     """What a model is worth on images that it had not seen, beside what is had without it."""
     console.print(
-        f"[bold]test accuracy {in_words(test['accuracy'])}[/], {test['n']} images in {test['groups']} groups; "
+        f"[bold]{title} {in_words(test['accuracy'])}[/], {test['n']} images in {test['groups']} groups; "
         f"balanced accuracy {in_words(test['balanced_accuracy'])}",
         soft_wrap=True,
     )
@@ -166,7 +170,27 @@ def print_figures(test: Mapping[str, Any], console: Console) -> None:
         console.print(f"cancer against normal: {rates}", soft_wrap=True)
     if (apart := test["leak_free"]) is not None:
         accuracy = in_words(apart["accuracy"])
-        console.print(f"the {apart['n']} test images without a copy elsewhere: accuracy {accuracy}", soft_wrap=True)
+        console.print(f"the {apart['n']} images without a copy among those learned from: {accuracy}", soft_wrap=True)
+
+
+def print_judged(images: ImageSet, metrics: Mapping[str, Any], console: Console) -> None:
+    """What `evaluate` found: the images that were judged, those that were not, and the figures."""
+    counts = ", ".join(f"{name} {figures['n']}" for name, figures in metrics["test"]["per_class"].items())
+    console.print(f"judged: {counts}", soft_wrap=True)
+    if others := metrics["left_out"]["other"]:
+        console.print(
+            f"left out, mapped to other: {others} images, of no class that the model can name", style="yellow"
+        )
+    _print_left_out(images, console)
+    same, alike = metrics["learned_from"].values()
+    if same or alike:
+        console.print(
+            f"the model has learned from {same} of these files, and from images that look like {alike} more: the "
+            "accuracy is too high",
+            style="bold yellow",
+            soft_wrap=True,
+        )
+    print_figures(metrics["test"], console, title="accuracy")
 
 
 def in_words(figure: Mapping[str, Any], style: str = ".3f") -> str:

@@ -39,9 +39,9 @@ def test_the_temperature_that_made_the_predictions_wrong_is_found(truth: float) 
     honest_NC = softmax(rng.normal(size=(4000, 4)) * 1.5, axis=1)
     labels_N = np.array([rng.choice(4, p=row) for row in honest_NC])
     said_NC = calibrated(honest_NC, 1 / truth)
-    fitted = fit_temperature(labels_N, said_NC, "made up")
+    fitted = fit_temperature(labels_N, said_NC, np.arange(4000), "made up")
     assert fitted["temperature"] == pytest.approx(truth, rel=0.1)
-    assert fitted["fitted_on"] == {"images": 4000, "what": "made up"}
+    assert fitted["fitted_on"] == {"images": 4000, "groups": 4000, "what": "made up"}
     bootstrap = GroupBootstrap(np.arange(4000))
     before = calibration_figures(labels_N, said_NC, bootstrap)
     after = calibration_figures(labels_N, calibrated(said_NC, fitted["temperature"]), bootstrap)
@@ -50,11 +50,21 @@ def test_the_temperature_that_made_the_predictions_wrong_is_found(truth: float) 
         assert before["ece"]["value"] > 0.08
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_few_images_all_right_or_all_wrong_give_a_temperature_all_the_same(right: bool) -> None:
-    probabilities_NC = np.array([[0.9, 0.1], [1, 0]], dtype=np.float32)
-    fitted = fit_temperature(np.array([0, 0]) if right else np.array([1, 1]), probabilities_NC, "two images")
-    assert fitted["temperature"] == pytest.approx(TEMPERATURES[0] if right else TEMPERATURES[1], rel=0.01)
+def test_a_few_images_move_the_temperature_less_than_many() -> None:
+    """All are right, and the likeliest temperature by itself would be 0."""
+    said_NC = np.tile(np.array([[0.7, 0.3]], dtype=np.float32), (60, 1))
+    labels_N = np.zeros(60, dtype=int)
+    few, alike, many = (
+        fit_temperature(labels_N[:n], said_NC[:n], np.arange(n) // of_each, "made up")["temperature"]
+        for n, of_each in ((6, 1), (60, 10), (60, 1))
+    )
+    assert 1 > few > many >= TEMPERATURES[0]
+    assert alike == pytest.approx(few)  # the images of a group count as one
+
+
+def test_predictions_that_are_sure_and_wrong_give_a_temperature_all_the_same() -> None:
+    fitted = fit_temperature(np.array([1, 1]), np.array([[1, 0], [1, 0]], dtype=np.float32), np.arange(2), "made up")
+    assert 1 < fitted["temperature"] <= TEMPERATURES[1]
 
 
 def test_brier_score_and_calibration_error_by_hand() -> None:

@@ -192,5 +192,6 @@ def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
     return (
         f"the classes of these folders in {root} are not known:\n{listing}\n"
         f"Known are {', '.join(CANONICAL_CLASSES)}. To use others, say which class each folder holds: "
-        f'--class-map "{example}=CLASS,…" or class_map: {{{example}: CLASS, …}} in the settings file'
+        f'--class-map "{example}=CLASS,…" or class_map: {{{example}: CLASS, …}} in the settings file '
+        "(of evaluate: --map)"
     )

@@ -1,0 +1,168 @@
+"""Images from elsewhere, judged by a bundle's model as it is: the same figures as on the test split, no training.
+
+python -m lungct_tune.evaluate --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+EXAMPLES = """\
+examples:
+  python -m lungct_tune.evaluate results/NAME/best --data hospital
+  python -m lungct_tune.evaluate results/NAME/best --data IQ-OTHNCCD \\
+    --map "Malignant cases=cancer,Bengin cases=other,Normal cases=normal"
+
+Classes are told by the names of their folders, as the search does, or by --map. Where a folder is mapped to cancer,
+all are judged as cancer against normal. What is mapped to other is left out.
+"""
+
+OTHER = "other"
+"""What a folder is mapped to whose images are of no class of the bundle's."""
+
+
+class EvaluateError(ValueError):
+    """These images cannot be judged by this bundle: the message says why and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lungct_tune.evaluate",
+        description="Judge a bundle's model on other images, without training.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="its folder, results/NAME/best or as pulled")
+    parser.add_argument("--data", metavar="DIR", required=True, help="images in folders of their classes; or a URI")
+    parser.add_argument("--map", metavar="MAP", help="FOLDER=CLASS[,...]; a class, or cancer, or other")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="a folder to make (./DATA-judged)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
+    try:
+        return _run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(asked: argparse.Namespace) -> int:
+    # imported when the command line is known to be right, so that --help answers at once
+    from lungct_tune.bundle import BundleError
+    from lungct_tune.data import DataError
+    from lungct_tune.storage import StorageError
+
+    try:
+        evaluate(asked, Console(highlight=False))
+    except (EvaluateError, BundleError, DataError, StorageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(asked: argparse.Namespace, console: Console) -> None:
+    """Verifies, reads, predicts, judges, writes metrics.json and predictions.csv, and says what was found.
+
+    Raises:
+        EvaluateError: a class is none of the bundle's, no image is left, or the output folder is there.
+        BundleError, DataError, StorageError: bundle or images cannot be used.
+    """
+    from lungct_tune import bundle, terminal
+    from lungct_tune.calibration import calibrated
+    from lungct_tune.data import fetch_images, read_images
+    from lungct_tune.data.learned import ALIKE, NEW, SAME_FILE, seen_before
+    from lungct_tune.evaluation import CANCER, NORMAL, cancer_or_normal, judge
+    from lungct_tune.prediction import predict
+
+    # ---- the bundle, and which classes the images are to be told by -------------------------------------
+    bundle.verify(asked.bundle)
+    config = json.loads((asked.bundle / bundle.CONFIG).read_text())
+    classes, scaling = tuple(config["classes"]), config["calibration"]
+    class_map = read_map(asked.map, classes)
+    together = CANCER in class_map.values() and CANCER not in classes
+    judged_classes = (CANCER, NORMAL) if together else classes
+    out = asked.out or Path(f"{Path(asked.data).name}-judged")
+    if out.exists():
+        raise EvaluateError(f"{out} is there already; choose another --out, or move it away")
+
+    # ---- the images: read as those were that it learned from --------------------------------------------
+    root = fetch_images(asked.data) if "://" in asked.data else Path(asked.data)
+    size = config["preprocessing"]["image_size"]
+    images = read_images(root, size, class_map=class_map, skip_unreadable=asked.skip_unreadable)
+    names_N = np.array(images.classes)[images.table["label"]]
+    if strangers := sorted(set(images.classes) - {*judged_classes, OTHER}):
+        raise EvaluateError(
+            f"{root} has images of {', '.join(strangers)}, and the bundle knows {', '.join(judged_classes)}. "
+            f'Say what to count them as: --map "{strangers[0]}=CLASS,…", or =other to leave them out'
+        )
+    judged = np.flatnonzero(names_N != OTHER)
+    labels_N = np.array([judged_classes.index(name) for name in names_N[judged]])
+    seen_N = seen_before(images, (asked.bundle / bundle.LEARNED).read_bytes())[judged]
+
+    # ---- predicted and judged ---------------------------------------------------------------------------
+    probabilities_NC = predict(asked.bundle, images.images_NHW[judged])
+    plain_NC = calibrated(probabilities_NC, 1 / scaling["temperature"]) if scaling else None
+    if together:
+        probabilities_NC = cancer_or_normal(probabilities_NC, classes)
+        plain_NC = None if plain_NC is None else cancer_or_normal(plain_NC, classes)
+    largest, rows = int(np.bincount(labels_N).argmax()), images.table.iloc[judged]
+    figures = judge(
+        labels_N,
+        probabilities_NC,
+        judged_classes,
+        rows["group"].to_numpy(),
+        uncalibrated_NC=plain_NC,
+        calibration=scaling,
+        references={"majority class": (judged_classes[largest], np.full(len(judged), largest))},
+        twins_N=seen_N != NEW,
+    )
+    metrics = {
+        "data": asked.data,
+        "bundle": str(asked.bundle),
+        "map": class_map,
+        "left_out": {
+            "other": int((names_N == OTHER).sum()),
+            "unreadable": len(images.unreadable),
+            "under_several_classes": sum(map(len, images.conflicts)),
+        },
+        "learned_from": {what: int((seen_N == what).sum()) for what in (SAME_FILE, ALIKE)},
+        "test": figures,
+    }
+    out.mkdir(parents=True)
+    (out / "predictions.csv").write_bytes(bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes))
+    (out / bundle.METRICS).write_bytes(bundle.as_json(metrics))
+    terminal.print_judged(images, metrics, console)
+    console.print(f"written: {out}/{bundle.METRICS}, {out}/predictions.csv", soft_wrap=True, markup=False)
+
+
+def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
+    """Which class each folder's images count as: what the user says, and with cancer in it, the cancers as cancer.
+
+    Raises:
+        EvaluateError: it is no map, or names what is neither a class of the bundle's nor cancer or other.
+    """
+    from lungct_tune.evaluation import CANCER, CANCERS, are_cancer_and_normal
+    from lungct_tune.settings import pairs
+
+    try:
+        given: dict[str, str] = pairs(text or {})
+    except ValueError as error:
+        raise EvaluateError(f"--map {text!r}: {error}") from error
+    allowed = dict.fromkeys((*classes, *([CANCER] if are_cancer_and_normal(classes) else []), OTHER))
+    if wrong := [f"{folder}={name}" for folder, name in given.items() if name not in allowed]:
+        raise EvaluateError(f"--map: {', '.join(wrong)}: this bundle's images can be {', '.join(allowed)}")
+    if CANCER in given.values() and CANCER not in classes:
+        given = dict.fromkeys(set(CANCERS) & set(classes), CANCER) | given
+        given = {folder: CANCER if name in CANCERS else name for folder, name in given.items()}
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())
