@@ -41,7 +41,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory, space: Path) -> Path:
     """The folder of a search of 6 trials in 2 slots on phantoms of its own, when the command has ended."""
     storage = tmp_path_factory.mktemp("storage")
     arguments = ["--space", str(space), "--storage", str(storage), "--name", "one"]
-    assert main([*arguments, *SMALL, "--trials", "6", "--epochs", "4", "--slots", "2", "--final-workers", "2"]) == 0
+    assert (
+        main(
+            [
+                *arguments,
+                *SMALL,
+                "--trials",
+                "6",
+                "--epochs",
+                "4",
+                "--slots",
+                "2",
+                "--final-workers",
+                "2",
+                "--compare-baseline",
+            ]
+        )
+        == 0
+    )
     assert nothing_held()
     return storage / "one"
 
@@ -119,6 +136,8 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
         with torch.no_grad():
             probabilities_NC = forward(model.eval(), grey_N1HW, "imagenet").softmax(dim=1).numpy()
         figures = validation_figures(images.table["label"].to_numpy()[valid], probabilities_NC)
+        kept_NC = np.load(finished / "trials" / f"{trial.number:04d}" / "valid.npy")
+        np.testing.assert_allclose(kept_NC, probabilities_NC, atol=2e-3)
         reported = best_figures(trial)
         assert figures["log_loss"] == pytest.approx(reported["log_loss"], rel=1e-3)
         assert figures[OBJECTIVE] == pytest.approx(reported[OBJECTIVE], abs=1e-6)
@@ -139,6 +158,13 @@ def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
     assert test["references"]["majority class"]["balanced_accuracy"]["value"] == 0.25
     assert test["calibration"]["fitted_on"]["images"] == 24
     assert test["leak_free"] is None
+    published = test["references"]["published"]
+    assert published["name"].startswith("depth 20, 0 frozen, dropout 0.50")
+    gain = test["accuracy"]["value"] - published["accuracy"]["value"]
+    assert published["difference"]["value"] == pytest.approx(gain) and 0 <= published["mcnemar_p"] <= 1
+    # retrained once if it won itself, else each of the two
+    assert len(list((finished / "final").iterdir())) == (1 if metrics["best_trial"]["trial"] == 0 else 2)
+    assert (bundle / "learned_from.csv").read_text().count("\n") <= 1 + 192
     assert metrics["baseline_trial"]["trial"] == 0
     assert metrics["best_trial"][f"best_{OBJECTIVE}"] >= metrics["baseline_trial"][f"best_{OBJECTIVE}"]
     assert effort["trials"] == 6 and effort["slots"] == 2
@@ -155,6 +181,8 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     import torch
 
     from lungct_tune.bundle import load_model
+    from lungct_tune.calibration import calibrated
+    from lungct_tune.prediction import predict
 
     model, config = load_model(finished / "best")
     assert config["preprocessing"]["image_size"] == images.images_NHW.shape[1]
@@ -166,7 +194,9 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     with torch.no_grad():
         probabilities_NC = model(images_NCHW).softmax(dim=1).numpy()
     columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
-    np.testing.assert_allclose(predictions[columns], probabilities_NC, atol=2e-3)
+    probabilities_NC = calibrated(probabilities_NC, config["calibration"]["temperature"])
+    np.testing.assert_allclose(predictions[columns], probabilities_NC, atol=5e-3)
+    np.testing.assert_allclose(predict(finished / "best", images.images_NHW[rows]), probabilities_NC, atol=5e-3)
     assert list(predictions["class"]) == [config["classes"][label] for label in images.table["label"].iloc[rows]]
 
 

@@ -1,0 +1,226 @@
+"""A bundle judged on images from elsewhere, as a user does it, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lungct_tune.bundle import CONFIG, LEARNED, METRICS, MODEL, as_json, describe_model, load_model, write_bundle
+from lungct_tune.calibration import calibrated
+from lungct_tune.configuration import Configuration
+from lungct_tune.data import make_phantoms, read_images
+from lungct_tune.data.learned import ALIKE, NEW, SAME_FILE, list_learned, seen_before
+from lungct_tune.evaluate import main
+from lungct_tune.experiment import Experiment
+from lungct_tune.prediction import predict
+from lungct_tune.settings import Settings
+
+CANCERS = ("adenocarcinoma", "large.cell.carcinoma", "squamous.cell.carcinoma")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A bundle of a network that has learned a little from the phantoms, without Ray."""
+    import safetensors.torch
+    import torch
+
+    from lungct_tune.training import Training
+
+    images = read_images(phantoms, 32, progress=False)
+    learned = np.flatnonzero(images.table["folder"] != "test")
+    configuration = Configuration(truncation_depth=4, dropout=0.0, augmentation=0.0, backbone_lr=1e-2, head_lr=1e-2)
+    training = Training(
+        configuration,
+        images_NHW=torch.tensor(images.images_NHW),
+        labels_N=torch.tensor(images.table["label"].to_numpy()),
+        train_indices=learned,
+        classes=4,
+        epochs=6,
+        batch_size=14,
+        seed=0,
+        normalisation="unit",
+        backbone_state=None,
+        device="cpu",
+    )
+    for _ in range(training.epochs):
+        training.train_epoch()
+    settings = Settings(data=phantoms, image_size=32, normalisation="unit", weights="none")
+    scaling = {"temperature": 1.5, "fitted_on": {"images": 6, "groups": 2, "what": "made up"}}
+    files = {
+        MODEL: safetensors.torch.save(training.model_state()),
+        CONFIG: as_json(describe_model(settings, images, configuration, training.epochs, scaling)),
+        METRICS: as_json({"test": None}),
+        LEARNED: list_learned(images, learned),
+    }
+    experiment = Experiment.at(str(tmp_path_factory.mktemp("results")), "one")
+    write_bundle(experiment, files)
+    return Path(experiment.uri, "best")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other phantom patients, in folders of the four classes."""
+    there = make_phantoms(tmp_path_factory.mktemp("elsewhere"), seed=7, patients=20, size=48)
+    folder = tmp_path_factory.mktemp("data") / "hospital"
+    for name in (*CANCERS, "normal"):
+        (folder / name).mkdir(parents=True)
+        for image in there.glob(f"*/{name}*/*.png"):
+            shutil.copy(image, folder / name)
+    return folder
+
+
+@pytest.fixture
+def coarse(tmp_path: Path, elsewhere: Path) -> Path:
+    """The same, as a set that knows malignant, benign and normal only."""
+    folder = tmp_path / "coarse"
+    shutil.copytree(elsewhere / "normal", folder / "Normal cases")
+    shutil.copytree(elsewhere / CANCERS[0], folder / "Malignant cases")
+    shutil.copytree(elsewhere / CANCERS[1], folder / "Malignant cases", dirs_exist_ok=True)
+    shutil.copytree(elsewhere / CANCERS[2], folder / "Bengin cases")
+    return folder
+
+
+def judged(out: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    return json.loads((out / METRICS).read_text()), pd.read_csv(out / "predictions.csv")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lungct_tune.evaluate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_coarser_set_is_judged_as_cancer_against_normal(bundle: Path, coarse: Path, tmp_path: Path) -> None:
+    classes = "Malignant cases=cancer,Bengin cases=other,Normal cases=normal"
+    ended = run(bundle, "--data", coarse, "--map", classes, "--out", tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
+    assert "judged: cancer 30, normal 15" in ended.stdout
+    assert "left out, mapped to other: 15 images" in ended.stdout
+    metrics, predictions = judged(tmp_path / "out")
+    two = metrics["test"]["cancer_vs_normal"]
+    assert metrics["left_out"]["other"] == 15 and metrics["test"]["n"] == len(predictions) == 45
+    assert np.sum(two["table"]) == 45 and two["n_cancer"] == 30
+    images = read_images(coarse, 32, class_map={"Malignant cases": "m", "Normal cases": "n", "Bengin cases": "b"})
+    rows = images.table.set_index("path").index.get_indexer(predictions["path"])
+    four_NC = predict(bundle, images.images_NHW[rows])
+    np.testing.assert_allclose(predictions["p_cancer"], four_NC[:, [0, 1, 3]].sum(axis=1))
+    right = (predictions["p_cancer"] > 0.5) == predictions["path"].str.startswith("Malignant")
+    assert metrics["test"]["accuracy"]["value"] == pytest.approx(right.mean())
+
+
+def test_the_four_classes_are_judged_with_calibrated_probabilities(
+    bundle: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    out = tmp_path / "out"
+    assert main([str(bundle), "--data", str(elsewhere), "--out", str(out)]) == 0
+    metrics, predictions = judged(out)
+    model, config = load_model(bundle)
+    images = read_images(elsewhere, 32, progress=False)
+    rows = images.table.set_index("path").index.get_indexer(predictions["path"])
+    with torch.no_grad():
+        grey_N3HW = torch.tensor(images.images_NHW[rows] / 255, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
+        plain_NC = model(grey_N3HW).softmax(dim=1).numpy()
+    columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
+    np.testing.assert_allclose(predictions[columns], calibrated(plain_NC, 1.5), atol=1e-4)
+    scaling, brier = metrics["test"]["calibration"], ((plain_NC - np.eye(4)[images.table["label"].iloc[rows]]) ** 2)
+    assert scaling["temperature"] == 1.5
+    assert scaling["before"]["brier"]["value"] == pytest.approx(brier.sum(axis=1).mean(), abs=1e-4)
+    assert metrics["learned_from"] == {SAME_FILE: 0, ALIKE: 0}
+    assert metrics["test"]["leak_free"] is None and "learned from" not in capsys.readouterr().out
+
+
+def test_images_that_it_has_learned_from_are_told(
+    bundle: Path, elsewhere: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(elsewhere, data)
+    same, saved_again = sorted((phantoms / "train").glob("normal/*.png"))[::6][:2]
+    shutil.copy(same, data / "normal" / "same.png")
+    with Image.open(saved_again) as image:
+        image.convert("L").resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
+    assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
+    assert "learned from 1 of these files, and from images that look like 1 more" in capsys.readouterr().out
+    metrics, _ = judged(tmp_path / "out")
+    assert metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 1}
+    assert metrics["test"]["leak_free"]["n"] == metrics["test"]["n"] - 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Path, seed: int) -> None:
+    images = read_images(make_phantoms(tmp_path, seed=seed, patients=40, size=48), 48, progress=False)
+    learned = np.flatnonzero(np.arange(len(images.table)) % 2 == 0)
+    seen_N = seen_before(images, list_learned(images, learned))
+    assert set(seen_N[learned]) == {SAME_FILE}
+    groups_N = images.table["group"].to_numpy()
+    stranger_N = ~np.isin(groups_N, groups_N[learned])
+    assert set(seen_N[stranger_N]) <= {NEW}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--map", "normal=malignant"], "normal=malignant: this bundle's images can be adenocarcinoma, large cell"),
+        (["--map", "normal"], "expected FOLDER=CLASS[,FOLDER=CLASS...]"),
+        (["--map", ",".join(f"{name}=other" for name in (*CANCERS, "normal"))], "expected at least two"),
+        (["--data", "UNKNOWN"], "the classes of these folders"),
+        (["--data", "EMPTY"], "found no images"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
+        (["--out", "."], "is there already; choose another --out"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(
+    arguments: list[str], says: str, bundle: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(elsewhere, tmp_path / "UNKNOWN")
+    (tmp_path / "UNKNOWN" / "normal").rename(tmp_path / "UNKNOWN" / "healthy")
+    (tmp_path / "EMPTY").mkdir()
+    arguments = [str(tmp_path / word) if word in ("UNKNOWN", "EMPTY") else word for word in arguments]
+    assert main([str(bundle), "--data", str(elsewhere), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_that_was_tampered_with_judges_nothing(
+    bundle: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / LEARNED).write_text("sha256,thumbnail\n")
+    assert main([str(tmp_path / "bundle"), "--data", str(elsewhere), "--out", str(tmp_path / "out")]) == 2
+    assert f"{LEARNED}: not the file that was written" in capsys.readouterr().err
+    assert main([str(tmp_path), "--data", str(elsewhere), "--out", str(tmp_path / "out")]) == 2
+    assert "this is no complete bundle" in capsys.readouterr().err
+
+
+def test_figures_that_are_there_are_not_written_over(
+    bundle: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(bundle), "--data", str(elsewhere)]) == 0
+    before = (tmp_path / "hospital-judged" / METRICS).read_bytes()
+    assert main([str(bundle), "--data", str(elsewhere)]) == 2
+    assert "hospital-judged is there already" in capsys.readouterr().err
+    assert (tmp_path / "hospital-judged" / METRICS).read_bytes() == before
+
+
+def test_a_class_that_the_bundle_does_not_know_is_named(
+    bundle: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {path.name: path.read_bytes() for path in bundle.iterdir() if path.name != "checksums.txt"}
+    other = files[CONFIG].replace(b'"squamous cell carcinoma"', b'"something else"')
+    write_bundle(Experiment.at(str(tmp_path), "other"), files | {CONFIG: other})
+    known = [str(tmp_path / "other" / "best"), "--data", str(elsewhere), "--out", str(tmp_path / "out")]
+    assert main(known) == 2
+    assert "has images of squamous cell carcinoma, and the bundle knows adeno" in capsys.readouterr().err
+    assert main([*known, "--map", "normal=cancer"]) == 2  # what is neither cancer nor normal would be neither
+    assert "this bundle's images can be adenocarcinoma" in capsys.readouterr().err
+    assert main([*known, "--map", "squamous.cell.carcinoma=other"]) == 0
