@@ -82,3 +82,28 @@ def test_the_brier_score_is_scikit_learns() -> None:
     figures = calibration_figures(labels_N, probabilities_NC, GroupBootstrap(np.arange(60)))
     expected = brier_score_loss(labels_N, probabilities_NC, labels=range(4), scale_by_half=False)
     assert figures["brier"]["value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("temperature", [1.2, 1.5, 2.5])
+def test_the_intervals_of_both_hold_what_many_images_give(temperature: float) -> None:
+    """Predictions too unsure by this temperature, judged 60 times on 200 images, and once on 100,000."""
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        honest_NC = softmax(rng.normal(size=(n, 4)) * 1.5, axis=1)
+        labels_N = (rng.random(n)[:, None] > honest_NC.cumsum(axis=1)).sum(axis=1)
+        return labels_N, calibrated(honest_NC, temperature)
+
+    labels_N, many_NC = draw(np.random.default_rng(0), 100_000)
+    bins = reliability(labels_N, many_NC)
+    truth = {
+        "brier": ((many_NC - np.eye(4)[labels_N]) ** 2).sum(axis=1).mean(),
+        "ece": sum(abs(confidence - accuracy) * n for confidence, accuracy, n in bins) / 100_000,
+    }
+    held = dict.fromkeys(truth, 0)
+    for simulation in range(60):
+        figures = calibration_figures(*draw(np.random.default_rng(1 + simulation), 200), GroupBootstrap(np.arange(200)))
+        for name, figure in figures.items():
+            low, high = figure["ci95"]
+            assert low <= figure["value"] <= high
+            held[name] += low <= truth[name] <= high
+    assert held["brier"] / 60 >= 0.86 and held["ece"] / 60 >= 0.86
