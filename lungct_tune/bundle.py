@@ -185,17 +185,22 @@ def load_model(folder: Path | str) -> tuple[CutResNet, dict[str, Any]]:
     Raises:
         BundleError: the bundle is incomplete or altered.
     """
-    from safetensors.torch import load_file
-
-    from lungct_tune.model import CutResNet
-
     folder = Path(folder)
     verify(folder)
     config = json.loads((folder / CONFIG).read_text())
+    return build_model(config, (folder / MODEL).read_bytes()), config
+
+
+def build_model(config: Mapping[str, Any], weights: bytes) -> CutResNet:
+    """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
+    import safetensors.torch
+
+    from lungct_tune.model import CutResNet
+
     model = CutResNet(
         config["model"]["truncation_depth"],
         dropout=config["model"]["dropout"],
         classes=len(config["classes"]),
     )
-    model.load_state_dict(load_file(folder / MODEL))
-    return model.eval(), config
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval()

@@ -85,7 +85,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.storage import StorageError
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
-    from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, nodes_to_come
+    from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, nodes_to_come
     from lungct_tune.tuning.final import FinalPlan, Judged, retrain_and_judge
     from lungct_tune.tuning.material import Material, object_store_room, share
     from lungct_tune.tuning.run import run_search
@@ -130,6 +130,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         study = studies.open_study(
             plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume
         )
+        study.set_user_attr("cluster", f"{allotment}, on {machines()}")
         plan.keep(images, split)
         if mlflow:
             kept_alone.enter_context(mlflow.kept_up(study, console))

@@ -16,7 +16,14 @@ from rich.console import Console
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE
-from lungct_tune.tuning.study import COMPLETED, FAILED, STOPPED, best_figures, configuration_of
+from lungct_tune.tuning.study import (
+    COMPLETED,
+    EPOCH_FIGURES,
+    FAILED,
+    STOPPED,
+    best_figures,
+    configuration_of,
+)
 
 PERIOD_S = 5
 """How often the copy is brought up to date."""
@@ -137,7 +144,8 @@ class MLflowCopy:
                 continue
             for figures in trial.user_attrs.get("history", [])[run.epochs :]:
                 now = _milliseconds(None)
-                metrics = [Metric(name, value, now, run.epochs + 1) for name, value in figures.items()]
+                told = {name: figures[name] for name in EPOCH_FIGURES if name in figures}
+                metrics = [Metric(name, value, now, run.epochs + 1) for name, value in told.items()]
                 self._client.log_batch(run.id, metrics)
                 run.epochs += 1
             if trial.state.is_finished():

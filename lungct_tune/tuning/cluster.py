@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,6 +134,18 @@ def allot_final(settings: Settings) -> FinalAllotment:
         ClusterError: there will never be as many as asked.
     """
     return divide_final(settings, _nodes(), nodes_to_come())
+
+
+def machines() -> str:
+    """The nodes that are there, alike ones together: "1 node with 2 CPU, 3 nodes with 16 CPU and 1 GPU (H200)"."""
+    alike = Counter(_machine(node) for node in _nodes())
+    return ", ".join(f"{_count(n, 'node')} with {machine}" for machine, n in alike.items())
+
+
+def _machine(node: Mapping[str, float]) -> str:
+    amounts = {kind: node[kind] for kind in ("CPU", "GPU") if node.get(kind)}
+    accelerators = [kind.partition(":")[2] for kind in node if kind.startswith("accelerator_type:")]
+    return _amounts(amounts) + (f" ({', '.join(accelerators)})" if accelerators else "")
 
 
 def _nodes() -> list[Mapping[str, float]]:

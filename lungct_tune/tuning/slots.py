@@ -278,7 +278,7 @@ class _Trial:
         self._valid_NC = probabilities_NC
         figures = validation_figures(self._plan.material.labels_N[self._plan.valid_indices], probabilities_NC)
         validated = time.perf_counter()
-        seconds = {"train_s": trained - began, "valid_s": validated - trained}
+        seconds = {"train_s": trained - began, "valid_s": validated - trained, "at": time.time()}
         return {"epoch": self._training.epoch, "train_loss": loss} | figures | seconds
 
     def _keep(self) -> dict[str, float]:

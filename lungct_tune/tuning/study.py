@@ -51,6 +51,9 @@ EPOCH_FIGURES = (
 )
 """What a slot reports of an epoch, and the study keeps."""
 
+WHEN_AND_WHERE = ("at", "slot")
+"""What the study keeps of an epoch beside its figures: when it ended, in seconds since 1970, and in which slot."""
+
 REDUCTION = 3
 """ASHA: the best third of the trials at a rung goes on to three times as many epochs."""
 
@@ -161,7 +164,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """Tells the study of an epoch and of those before that an interruption kept from it."""
         live = self._live[trial_id]
         if "diverged" not in result:
-            for figures in [*result.get("earlier", []), {key: result[key] for key in EPOCH_FIGURES}]:
+            last = {key: result[key] for key in (*EPOCH_FIGURES, *WHEN_AND_WHERE)}
+            for figures in [*result.get("earlier", []), last]:
                 if figures["epoch"] > len(live.history):
                     live.trial.report(figures[OBJECTIVE], int(figures["epoch"]))
                     live.history.append(figures)

@@ -1,0 +1,449 @@
+"""The report's charts: still pictures that follow the page's colours, in the light, in the dark and on paper.
+
+matplotlib draws them as SVG with one colour for each role, which is then replaced by the page's CSS variable of that
+role. Optuna's own plots say the same things, but bring 5 MB of JavaScript or a grey background of their own, and
+are of no use in print; what they compute is taken from Optuna.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.terminal import describe
+from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, configuration_of
+
+INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER = (f"#0a0b{role:02x}" for role in range(1, 8))
+CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
+_ROLES = {INK: "ink", SOFT: "soft", GRID: "line", WINNER: "winner", PUBLISHED: "published", BAD: "bad", OTHER: "other"}
+_ROLES |= {colour: f"class{c}" for c, colour in enumerate(CLASSES)}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+_styled = matplotlib.rc_context(_STYLE)
+"""Decorates whatever draws."""
+
+_MARKS = {COMPLETED: "o", STOPPED: "v", DIVERGED: "X", FAILED: "X", "running": "o"}
+_NAMES = {
+    "truncation_depth": "truncation depth",
+    "frozen_share": "share frozen",
+    "backbone_lr": "rate, backbone",
+    "head_lr": "rate, head",
+    "weight_decay": "weight decay",
+}
+OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")
+
+
+def parameter_name(name: str) -> str:
+    """A parameter as people call it."""
+    return _NAMES.get(name, name.replace("_", " "))
+
+
+def how_ended(trial: FrozenTrial) -> str:
+    """COMPLETED, STOPPED, DIVERGED, FAILED or "running"."""
+    ended = trial.user_attrs.get("ended", "running")
+    return next(word for word in _MARKS if ended.startswith(word))
+
+
+WIDE = 9.6
+"""Inches of a chart as wide as the page; the others are drawn for half of it, or a phone."""
+
+
+class _Chart:
+    """A figure in the page's colours; `svg` is what goes into the page."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.axes: Axes = self.figure.subplots()
+        self.tips: dict[str, str] = {}
+
+    def tip(self, text: str) -> str:
+        """A gid for an artist; the text shows when a pointer rests on it."""
+        gid = f"tip-{len(self.tips)}"
+        self.tips[gid] = text
+        return gid
+
+    def svg(self, alt: str) -> Markup:
+        buffer = io.StringIO()
+        with matplotlib.rc_context({"svg.hashsalt": alt}):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        drawn = buffer.getvalue()
+        drawn = drawn[drawn.index("<svg") :]
+        drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.S)
+        for gid, text in self.tips.items():
+            drawn = drawn.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>")
+        used = set(re.findall(r"(?:#)([\w-]+)(?=[\")])", drawn))
+        drawn = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", drawn)
+        drawn = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", drawn)
+        for colour, role in _ROLES.items():
+            drawn = drawn.replace(colour, f"var(--{role})")
+        drawn = re.sub(r' (width|height)="[\d.]+pt"', "", drawn, count=2)
+        label = f'<svg role="img" aria-label="{html.escape(alt)}"'
+        return Markup(re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1)))  # of our making, and escaped
+
+
+def _percent(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
+
+
+@_styled
+def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
+    """Accuracies from 0 to 1 below each other: (name, accuracy, interval, whether it is the model's)."""
+    chart = _Chart(4.4, 0.4 + 0.5 * len(rows))
+    axes = chart.axes
+    for row, (name, value, interval, ours) in enumerate(rows):
+        colour = WINNER if ours else SOFT
+        if interval:
+            axes.plot(interval, [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+        axes.plot([value], [row], "o" if ours else "D", color=colour, markersize=8 if ours else 6)
+        axes.text(0, row - 0.3, f"{name}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal")
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.6, -0.8), yticks=[])
+    axes.spines["left"].set_visible(False)
+    _percent(axes.xaxis)
+    said = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
+    return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {said}")
+
+
+@_styled
+def history(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
+    """Each trial's best epoch, and the best of those that completed so far."""
+    chart = _Chart(4.9, 3.0)
+    axes = chart.axes
+    seen = [trial for trial in trials if best_figures(trial)]
+    for how, mark in _MARKS.items():
+        of_kind = [trial for trial in seen if how_ended(trial) == how]
+        for trial in of_kind:
+            figure = best_figures(trial)[OBJECTIVE]
+            colour = _colour(trial.number, winner)
+            (point,) = axes.plot([trial.number], [figure], mark, color=colour, markersize=6 if colour == OTHER else 9)
+            point.set_gid(chart.tip(_tip(trial)))
+        if of_kind:
+            axes.plot([], [], mark, color=OTHER, label=how)
+    done = [trial for trial in seen if how_ended(trial) == COMPLETED]
+    if done:
+        best = list(itertools.accumulate((best_figures(trial)[OBJECTIVE] for trial in done), max))
+        numbers = [trial.number for trial in done]
+        axes.step([*numbers, trials[-1].number], [*best, best[-1]], where="post", color=WINNER, linewidth=1.2)
+    axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}, validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent(axes.yaxis)
+    axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handletextpad=0.1, columnspacing=1)
+    return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials on validation, in the order they began")
+
+
+@_styled
+def curves(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
+    """Every trial's objective by epoch; where a curve ends early, the trial was stopped."""
+    chart = _Chart(4.9, 3.0)
+    axes = chart.axes
+    for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
+        epochs = trial.user_attrs.get("history", [])
+        if not epochs:
+            continue
+        x, y = [e["epoch"] for e in epochs], [e[OBJECTIVE] for e in epochs]
+        colour = _colour(trial.number, winner)
+        plain = colour == OTHER
+        (line,) = axes.plot(x, y, color=colour, linewidth=0.8 if plain else 2, alpha=0.6 if plain else 1)
+        line.set_gid(chart.tip(_tip(trial)))
+        if how_ended(trial) != COMPLETED:
+            axes.plot(x[-1:], y[-1:], _MARKS[how_ended(trial)], color=colour, markersize=4)
+    _name_colours(axes, winner)
+    axes.set(xlabel="epoch", ylabel=f"{OBJECTIVE_NAME}, validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _percent(axes.yaxis)
+    return chart.svg(f"Learning curves of {len(trials)} trials; those that were stopped early end in a triangle")
+
+
+@_styled
+def importances(importance: Mapping[str, float]) -> Markup:
+    """How much of the differences between trials each parameter explains, the greatest on top."""
+    chart = _Chart(4.9, 0.6 + 0.3 * len(importance))
+    axes = chart.axes
+    names = [parameter_name(name) for name in importance]
+    axes.barh(names, list(importance.values()), color=WINNER, height=0.6)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", labelcolor=INK)
+    _percent(axes.xaxis)
+    said = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, importance.values(), strict=True))
+    return chart.svg(f"Importance of the parameters: {said}")
+
+
+@_styled
+def slice_of(
+    trials: Sequence[FrozenTrial], name: str, distribution: BaseDistribution, winner: int | None, *, epochs: int
+) -> Markup:
+    """One parameter against the objective; paler points are of trials that ran for fewer epochs."""
+    chart = _Chart(2.3, 1.9)
+    axes = chart.axes
+    for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
+        figures = best_figures(trial)
+        if figures:
+            share = len(trial.user_attrs["history"]) / epochs
+            (point,) = axes.plot(
+                [getattr(configuration_of(trial), name)],
+                [figures[OBJECTIVE]],
+                "o",
+                color=_colour(trial.number, winner),
+                markersize=5,
+                alpha=0.25 + 0.75 * min(1, share),
+                markeredgewidth=0,
+            )
+            point.set_gid(chart.tip(_tip(trial)))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    if getattr(distribution, "log", False):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(parameter_name(name), color=INK, loc="left")
+    _percent(axes.yaxis)
+    return chart.svg(f"{parameter_name(name)} against {OBJECTIVE_NAME}, a point a trial")
+
+
+@_styled
+def parallel(
+    trials: Sequence[FrozenTrial], distributions: Mapping[str, BaseDistribution], winner: int | None
+) -> Markup:
+    """A line a trial through its parameters to its objective; the better, the darker."""
+    chart = _Chart(WIDE, 3.6)
+    axes = chart.axes
+    seen = [trial for trial in trials if best_figures(trial)]
+    names = list(distributions)
+    scaled = {name: _Scale([getattr(configuration_of(t), name) for t in seen], distributions[name]) for name in names}
+    reached = [best_figures(trial)[OBJECTIVE] for trial in seen]
+    scores = _Scale(reached, None)
+    order = np.argsort(np.argsort(reached))
+    for rank, trial in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0]):
+        heights = [scaled[name](getattr(configuration_of(trial), name)) for name in names]
+        colour, share = _colour(trial.number, winner), (rank + 1) / len(seen)
+        special = colour != OTHER
+        (line,) = axes.plot(
+            range(len(names) + 1),
+            [*heights, scores(best_figures(trial)[OBJECTIVE])],
+            color=colour if special else INK,
+            linewidth=2.2 if special else 0.9,
+            alpha=1 if special else 0.1 + 0.5 * share**2,
+            zorder=3 if special else 2,
+        )
+        line.set_gid(chart.tip(_tip(trial)))
+    for x, scale in enumerate([*scaled.values(), scores]):
+        axes.plot([x, x], [0, 1], color=SOFT, linewidth=0.8, zorder=1)
+        axes.text(x, 1.03, scale.top, ha="center", va="bottom", fontsize=8, color=SOFT)
+        axes.text(x, -0.03, scale.bottom, ha="center", va="top", fontsize=8, color=SOFT)
+    labels = [parameter_name(name).replace(" ", "\n", 1) for name in names]
+    axes.set(ylim=(-0.12, 1.12), xlim=(-0.4, len(names) + 0.4), yticks=[], xticks=range(len(names) + 1))
+    axes.set_xticklabels([*labels, OBJECTIVE_NAME.replace(" ", "\n")], color=INK, fontsize=8.5)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return chart.svg(f"Parallel coordinates of {len(seen)} trials over {', '.join(map(parameter_name, names))}")
+
+
+class _Scale:
+    """An axis of the parallel coordinates: 0 to 1 over the values seen, by the distribution's own scale."""
+
+    def __init__(self, values: Sequence[float], distribution: BaseDistribution | None) -> None:
+        self._log = bool(getattr(distribution, "log", False))
+        low, high = min(values), max(values)
+        style = ".2g" if self._log else ".3g"
+        self.bottom, self.top = format(low, style), format(high, style)
+        self._low, self._range = self._place(low), (self._place(high) - self._place(low)) or 1.0
+
+    def _place(self, value: float) -> float:
+        return math.log(value) if self._log else float(value)
+
+    def __call__(self, value: float) -> float:
+        return (self._place(value) - self._low) / self._range
+
+
+@_styled
+def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None:
+    """Which slot was in an epoch of which trial when; None where the study does not know."""
+    ran = [
+        (trial, epoch)
+        for trial in trials
+        for epoch in trial.user_attrs.get("history", [])
+        if "at" in epoch and "slot" in epoch
+    ]
+    if not ran:
+        return None
+    began = min(epoch["at"] - epoch["train_s"] - epoch["valid_s"] for _, epoch in ran)
+    slots = sorted({epoch["slot"] for _, epoch in ran})
+    last = max(epoch["at"] for _, epoch in ran) - began
+    unit, name = (3600, "hours") if last > 7200 else (60, "minutes") if last > 120 else (1, "seconds")
+    chart = _Chart(WIDE, 0.7 + 0.3 * len(slots))
+    axes = chart.axes
+    for trial, epochs in itertools.groupby(ran, key=lambda pair: pair[0]):
+        for slot, of_slot in itertools.groupby((epoch for _, epoch in epochs), key=lambda epoch: epoch["slot"]):
+            spans = [
+                ((e["at"] - e["train_s"] - e["valid_s"] - began) / unit, (e["train_s"] + e["valid_s"]) / unit)
+                for e in of_slot
+            ]
+            colour = _colour(trial.number, winner)
+            dim = {COMPLETED: 0.75, STOPPED: 0.4}.get(how_ended(trial), 0.4)
+            bars = axes.broken_barh(
+                spans,
+                (slots.index(slot) - 0.36, 0.72),
+                color=BAD if how_ended(trial) in (DIVERGED, FAILED) else colour,
+                alpha=dim if colour == OTHER else 1,
+                linewidth=0,
+            )
+            bars.set_gid(chart.tip(_tip(trial)))
+            left, right = spans[0][0], spans[-1][0] + spans[-1][1]
+            if right - left > 0.02 * last / unit:
+                x, y = (left + right) / 2, slots.index(slot)
+                axes.text(x, y, str(trial.number), ha="center", va="center", fontsize=7.5, color=INK)
+    axes.set(yticks=range(len(slots)), ylim=(len(slots) - 0.5, -0.5), xlim=(0, last / unit), xlabel=name)
+    axes.set_yticklabels([f"slot {slot}" for slot in slots], color=INK)
+    axes.grid(axis="y", visible=False)
+    return chart.svg(f"Time line of {len(slots)} slots: when each was in an epoch of which trial")
+
+
+@_styled
+def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]) -> Markup:
+    """The winner's accuracies on validation by epoch, beside the published configuration's."""
+    chart = _Chart(4.9, 3.0)
+    axes = chart.axes
+    x = [epoch["epoch"] for epoch in epochs]
+    axes.plot(x, [epoch[OBJECTIVE] for epoch in epochs], color=WINNER, linewidth=2, label="winner, balanced")
+    axes.plot(x, [epoch["accuracy"] for epoch in epochs], color=WINNER, linestyle=":", label="winner, plain")
+    if baseline:
+        xs, ys = [e["epoch"] for e in baseline], [e[OBJECTIVE] for e in baseline]
+        axes.plot(xs, ys, color=PUBLISHED, linewidth=1.4, label="published, balanced")
+    axes.set(xlabel="epoch", ylabel="accuracy, validation")
+    _percent(axes.yaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return chart.svg("The winner's accuracy and balanced accuracy on validation by epoch")
+
+
+@_styled
+def losses(epochs: Sequence[Mapping[str, float]]) -> Markup:
+    """The winner's losses by epoch."""
+    chart = _Chart(4.9, 3.0)
+    axes = chart.axes
+    x = [epoch["epoch"] for epoch in epochs]
+    learning = [epoch["train_loss"] for epoch in epochs]
+    axes.plot(x, [epoch["log_loss"] for epoch in epochs], color=WINNER, linewidth=2, label="validation")
+    axes.plot(x, learning, color=WINNER, linestyle=":", label="training (smoothed labels)")
+    axes.set(xlabel="epoch", ylabel="log loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return chart.svg("The winner's log loss in training and on validation by epoch")
+
+
+@_styled
+def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
+    """Each class against the rest on the test images: sensitivity against false alarms."""
+    chart = _Chart(4.4, 3.6)
+    axes = chart.axes
+    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    for c, name in _defined(labels_N, classes):
+        false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
+        axes.plot(false_alarms, sensitivity, color=CLASSES[c % len(CLASSES)], label=name)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
+    axes.legend(loc="lower right")
+    return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
+
+
+@_styled
+def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
+    """Each class against the rest on the test images: positive predictive value against sensitivity."""
+    chart = _Chart(4.4, 3.6)
+    axes = chart.axes
+    for c, name in _defined(labels_N, classes):
+        value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
+        axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=name)
+    axes.set(xlabel="sensitivity", ylabel="positive predictive value", title="precision and recall", ylim=(0, 1.03))
+    axes.legend(loc="lower left")
+    return chart.svg("Precision-recall curves of each class against the rest")
+
+
+def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """The classes that have images and are not all there is: the others have no curve."""
+    return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
+
+
+@_styled
+def reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """How often the named class was right, by how sure the model was; a curve before and one after scaling.
+
+    Args:
+        curves: by name, (mean confidence, accuracy, number of images) of each bin that has images.
+    """
+    chart = _Chart(4.4, 3.6)
+    axes = chart.axes
+    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    for (name, bins), colour in zip(curves.items(), (SOFT, WINNER), strict=False):
+        confidence, accuracy, n = np.array(bins).T
+        axes.plot(confidence, accuracy, color=colour, linewidth=1.2, label=name)
+        axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
+    axes.set(xlabel="how sure the model was", ylabel="how often it was right", title="reliability", xlim=(0, 1.03))
+    axes.set_ylim(-0.03, 1.03)
+    _percent(axes.xaxis)
+    _percent(axes.yaxis)
+    axes.legend(loc="upper left")
+    return chart.svg("Reliability diagram: how often the named class was right, by how sure the model was")
+
+
+def _colour(number: int, winner: int | None) -> str:
+    return WINNER if number == winner else PUBLISHED if number == BASELINE else OTHER
+
+
+def _name_colours(axes: Axes, winner: int | None) -> None:
+    names = {WINNER: f"winner, trial {winner}", PUBLISHED: "published", OTHER: "others"}
+    if winner is None:
+        del names[WINNER]
+    elif winner == BASELINE:
+        names = {WINNER: "winner: published", OTHER: "others"}
+    for colour, name in names.items():
+        axes.plot([], [], color=colour, label=name)
+    axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handlelength=1.2, columnspacing=1)
+
+
+def _tip(trial: FrozenTrial) -> str:
+    figures = best_figures(trial)
+    figure = f"{figures[OBJECTIVE]:.3f} at epoch {figures['epoch']:.0f}; " if figures else ""
+    return f"trial {trial.number}: {figure}{trial.user_attrs.get('ended', 'running')}; " + describe(
+        configuration_of(trial)
+    )

@@ -1,0 +1,90 @@
+"""What a network is made of, and where in an image it looks: what the report needs torch for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from captum.attr import LayerGradCam
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lungct_tune.model import CutResNet
+from lungct_tune.training import as_grey, forward
+
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a cut network costs, by stage (those of `STAGES` that it has)."""
+
+    parameters: dict[str, int]
+    flops: dict[str, int]
+    """Floating-point operations of one image; a multiplication and an addition are two."""
+    features: tuple[int, int]
+    """What the head pools: channels, and width in pixels."""
+
+
+def anatomy(truncation_depth: int, classes: int, image_size: int) -> Anatomy:
+    """Counts parameters and arithmetic without doing any (torch.utils.flop_counter, on the meta device)."""
+    model = CutResNet(truncation_depth, classes=classes).to("meta").eval()
+    images_NCHW = torch.empty(1, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images_NCHW)
+    features_NCHW = model.backbone(images_NCHW)["features"]
+    parameters, flops = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
+    for name, parameter in model.named_parameters():
+        parameters[_stage(name)] += parameter.numel()
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            flops[_stage(name)] += sum(counter.get_flop_counts().get(f"CutResNet.{name}", {}).values())
+    there = [stage for stage in STAGES if parameters[stage]]
+    return Anatomy(
+        {stage: parameters[stage] for stage in there},
+        {stage: flops[stage] for stage in there},
+        (features_NCHW.shape[1], features_NCHW.shape[3]),
+    )
+
+
+def _stage(name: str) -> str:
+    """The stage of a module or parameter of a `CutResNet`: "backbone.layer2.3.conv1" is in "layer2"."""
+    room, _, rest = name.partition(".")
+    part = rest.partition(".")[0]
+    return "head" if room == "head" else part if part in STAGES else "stem"
+
+
+def look(
+    model: CutResNet, images_NHW: np.ndarray, classes_N: np.ndarray, normalisation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a network sees what speaks for a class: Grad-CAM (Selvaraju et al., ICCV 2017) on what the head pools.
+
+    Args:
+        images_NHW: uint8 grey.
+        classes_N: the class of each image to look for, as indices.
+        normalisation: a name in `training.NORMALISATIONS`.
+
+    Returns:
+        Maps (N, h, w) at the resolution of the features, each from 0 to 1 (all 0 where nothing speaks for the
+        class), and the probabilities (N, C) of the same pass.
+    """
+
+    def logits(grey_N1HW: Tensor) -> Tensor:
+        return forward(model, grey_N1HW, normalisation)
+
+    model.eval()
+    method = LayerGradCam(logits, model.get_submodule("head.pool"))
+    maps, probabilities = [], []
+    for start in range(0, len(images_NHW), _BATCH):
+        batch = slice(start, start + _BATCH)
+        grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])))
+        target_N = torch.as_tensor(classes_N[batch], dtype=torch.int64)
+        with torch.no_grad():
+            probabilities.append(logits(grey_N1HW).softmax(dim=1).numpy())
+        map_N1HW = method.attribute(grey_N1HW, target_N, attribute_to_layer_input=True, relu_attributions=True)
+        map_NHW = map_N1HW.detach().squeeze(1).numpy()
+        maps.append(map_NHW / np.maximum(map_NHW.max(axis=(1, 2), keepdims=True), 1e-12))
+    return np.concatenate(maps), np.concatenate(probabilities)

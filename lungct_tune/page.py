@@ -1,0 +1,363 @@
+"""Builds the report's page and the model card: findings, charts and pictures into the templates."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from lungct_tune import __version__, charts, findings
+from lungct_tune.bundle import MODEL, build_model
+from lungct_tune.data import ImageSet
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.explain import Anatomy, anatomy, look
+from lungct_tune.findings import Findings, figure, percent
+from lungct_tune.model import ACTIVATIONS, activation_nodes
+from lungct_tune.terminal import PHANTOMS
+from lungct_tune.tuning.study import COMPLETED, best_figures, configuration_of
+
+REPORT, CARD = "report.html", "MODEL_CARD.md"
+
+GENERATOR = '<meta name="generator" content="lungct_tune">'
+"""What every report has in its head, and by which it is known."""
+
+MOST_SHOWN = 300
+"""Wrong images shown with pictures, at most: 25 KB each."""
+
+RIGHT_SHOWN = 2
+"""Of each class, images that were recognised and are shown."""
+
+PIXELS = 224
+"""Width of a shown image; smaller ones are shown as they are."""
+
+MAP_RED = (226, 46, 26)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images that a report can show, or why there are none."""
+
+    images: ImageSet | None = None
+    missing: str = ""
+
+
+def pages(name: str, found: Findings, pictures: Pictures) -> dict[str, bytes]:
+    """The pages of a bundle, by file name."""
+    return {REPORT: report_page(name, found, pictures), CARD: model_card(name, found)}
+
+
+def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
+    """report.html: one file without links to others.
+
+    Args:
+        name: the experiment's.
+    """
+    test = found.test
+    sections = {"verdict": "verdict", "data": "data", "search": "search"}
+    sections |= {"winner": "winner"} if found.winner else {}
+    sections |= {"test": "test", "mistakes": "mistakes"} if test else {}
+    rows = findings.rows_of_worth(found)
+    shown: dict[str, Any] = {
+        "name": name,
+        "generator": Markup(GENERATOR),
+        "version": __version__,
+        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "found": found,
+        "phantoms": PHANTOMS,
+        "unfinished": _unfinished(found),
+        "sections": [*sections.items(), ("again", "do it again")],
+        "verdict": [findings.asked(found), findings.found_out(found), findings.worth(found)],
+        "worth_chart": charts.worth(rows) if rows else "",
+        "groups": found.split["group"].nunique(),
+        "totals": [found.images_in(part) for part in ("train", "valid", "test")],
+        "audit": "",
+        "about_the_search": findings.about_the_search(found),
+        "failures": findings.failures(found),
+        "search_charts": _search_charts(found),
+        "completed": found.ended.get(COMPLETED, 0),
+        "trials": findings.trial_rows(found),
+        "trial_columns": findings.TRIAL_COLUMNS,
+        "winner_number": found.winner.number if found.winner else None,
+        "winner": _winner(found),
+        "test": test,
+        "command": findings.command(found.settings),
+        "facts": findings.facts(found),
+        "versions": ", ".join(f"{package} {v}" for package, v in found.config.get("versions", {}).items()),
+        "closing": "Made by lungct_tune. The page holds images of the data set: pass it on as you would pass on these."
+        if test and pictures.images
+        else "Made by lungct_tune.",
+    }
+    if test:
+        shown |= _test_section(found) | {"mistakes": _mistakes(found, pictures)}
+    return _environment().get_template(REPORT).render(shown).encode()
+
+
+def model_card(name: str, found: Findings) -> bytes:
+    """MODEL_CARD.md, after Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology AI 2024)."""
+    configuration = configuration_of(found.winner) if found.winner else None
+    network = (
+        anatomy(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
+        if configuration
+        else None
+    )
+    shown = {
+        "name": name,
+        "version": __version__,
+        "made": f"{datetime.now().astimezone():%Y-%m-%d}",
+        "found": found,
+        "phantoms": PHANTOMS,
+        "unfinished": _unfinished(found),
+        "configuration": configuration,
+        "sums": _sums(network) if network else None,
+        "groups": found.split["group"].nunique(),
+        "verdict": [findings.asked(found), findings.found_out(found), findings.worth(found)],
+        "about_the_search": findings.about_the_search(found),
+        "test": found.test,
+        "references": findings.references(found.test) if found.test else [],
+        "calibration": findings.about_calibration(found.test["calibration"]) if found.test else "",
+        "facts": findings.facts(found),
+        "audit": found.audit,
+    }
+    return _environment().get_template(CARD).render(shown).encode()
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lungct_tune"),
+        autoescape=True,  # names of files and classes are the users'
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "figure": figure, "interval": findings.interval}
+    return environment
+
+
+def _unfinished(found: Findings) -> str:
+    done, wanted = sum(found.ended.values()), found.settings["trials"]
+    if found.test is not None:
+        return ""
+    if found.has_failed:
+        return "The search failed: no trial ran to its end. What went wrong is listed below."
+    if done >= wanted:
+        return "The search has ended, but the winner has not been retrained and judged: there are no test results yet."
+    return (
+        f"The search has not ended: {done} of {wanted} trials so far. Nothing here has been judged on the test split."
+    )
+
+
+def _search_charts(found: Findings) -> dict[str, Any] | None:
+    trials = found.trials
+    if not any(best_figures(trial) for trial in trials):
+        return None
+    winner = found.winner.number if found.winner else None
+    importance, varied = findings.importance(found), found.space.distributions
+    return {
+        "history": charts.history(trials, winner),
+        "curves": charts.curves(trials, winner),
+        "importances": charts.importances(importance) if importance else "",
+        "parallel": charts.parallel(trials, varied, winner),
+        "slices": [
+            charts.slice_of(trials, name, distribution, winner, epochs=found.settings["epochs"])
+            for name, distribution in varied.items()
+        ],
+        "timeline": charts.timeline(trials, winner),
+    }
+
+
+def _winner(found: Findings) -> dict[str, Any] | None:
+    if found.winner is None:
+        return None
+    configuration, best = configuration_of(found.winner), best_figures(found.winner)
+    size, classes = found.settings["image_size"], len(found.classes)
+    ours, whole = (anatomy(depth, classes, size) for depth in (configuration.truncation_depth, ACTIVATIONS))
+    published = anatomy(findings.PUBLISHED.truncation_depth, classes, size)
+    baseline = best_figures(found.baseline) if found.baseline else None
+    history, published_history = found.winner.user_attrs["history"], []
+    if found.baseline and found.baseline.number != found.winner.number:
+        published_history = found.baseline.user_attrs["history"]
+    bars, labels = _activations(configuration.truncation_depth, configuration.frozen_depth)
+    return {
+        "compared": findings.compared(configuration),
+        "reached": [
+            (f"{what}, validation", percent(baseline[key]) if baseline else "", percent(best[key]))
+            for key, what in ((OBJECTIVE, "balanced accuracy"), ("accuracy", "accuracy"))
+        ],
+        "depth": configuration.truncation_depth,
+        "frozen": configuration.frozen_depth,
+        "bars": bars,
+        "stage_labels": labels,
+        "stages": [
+            *((stage, ours.parameters[stage], ours.flops[stage]) for stage in ours.parameters),
+            ("this network", *_sums(ours)),
+            ("published, 20 activations", *_sums(published)),
+            ("all 49 activations", *_sums(whole)),
+        ],
+        "best_epoch": int(best["epoch"]),
+        "validation": charts.validation(history, published_history),
+        "losses": charts.losses(history),
+    }
+
+
+def _sums(network: Anatomy) -> tuple[int, int]:
+    return sum(network.parameters.values()), sum(network.flops.values())
+
+
+def _activations(depth: int, frozen: int) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:
+    """The bars of the network's drawing, and its stages' names with their places."""
+    heights = {"relu": 76, "layer1": 66, "layer2": 54, "layer3": 40, "layer4": 28}
+    bars: list[dict[str, Any]] = []
+    x = 4.0
+    for k, node in enumerate(activation_nodes(), start=1):
+        stage = node.partition(".")[0]
+        x += 8 if bars and bars[-1]["stage"] != stage else 0
+        state = "frozen" if k <= frozen else "learned" if k <= depth else "gone"
+        bars.append({"k": k, "stage": stage, "x": x, "height": heights[stage], "state": state})
+        x += 12
+    labels = [("stem", 20.0)]
+    for stage in list(heights)[1:]:
+        of_stage = [bar["x"] for bar in bars if bar["stage"] == stage]
+        labels.append((stage, (of_stage[0] + of_stage[-1]) / 2 + 8))
+    return bars, [*labels, ("head", 669.0)]
+
+
+def _test_section(found: Findings) -> dict[str, Any]:
+    test, predictions = found.test, found.predictions
+    assert test is not None and predictions is not None
+    labels_N, probabilities_NC = _as_arrays(found, predictions)
+    matrix = np.array(test["confusion_matrix"])
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    calibration = test["calibration"]
+    curves = {"as trained": calibration["reliability"]["before"]}
+    if calibration["after"]:
+        curves["after temperature scaling"] = calibration["reliability"]["after"]
+    return {
+        "tiles": [
+            ("accuracy", test["accuracy"]),
+            ("balanced accuracy", test["balanced_accuracy"]),
+            ("macro F1", test["macro_f1"]),
+            *([("accuracy without copies", test["leak_free"]["accuracy"])] if test.get("leak_free") else []),
+        ],
+        "confusion": [
+            (
+                name,
+                [
+                    (int(n), float(share), "winner" if row == column else "bad")
+                    for column, (n, share) in enumerate(zip(matrix[row], shares[row], strict=True))
+                ],
+            )
+            for row, name in enumerate(found.classes)
+        ],
+        "test_charts": {
+            "roc": charts.roc(labels_N, probabilities_NC, found.classes),
+            "precision_recall": charts.precision_recall(labels_N, probabilities_NC, found.classes),
+            "reliability": charts.reliability(curves),
+        },
+        "calibration": findings.about_calibration(calibration),
+        "cancer": test["cancer_vs_normal"],
+        "references": findings.references(test),
+        "difference": findings.difference(test["references"].get("published")),
+    }
+
+
+def _as_arrays(found: Findings, predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) and probabilities (N, C) of predictions.csv."""
+    columns = [f"p_{name.replace(' ', '_')}" for name in found.classes]
+    labels_N = predictions["class"].map(found.classes.index).to_numpy()
+    return labels_N, predictions[columns].to_numpy(dtype=float)
+
+
+def _mistakes(found: Findings, pictures: Pictures) -> dict[str, Any]:
+    predictions = found.predictions
+    assert predictions is not None
+    labels_N, probabilities_NC = _as_arrays(found, predictions)
+    said_N = np.array([found.classes.index(name) for name in predictions["predicted"]])
+    sureness_N = probabilities_NC.max(axis=1)
+    wrong = np.flatnonzero(said_N != labels_N)
+    wrong = wrong[np.argsort(-sureness_N[wrong], kind="stable")]
+    random = np.random.default_rng(found.settings["seed"])
+    right = [
+        int(row)
+        for c in range(len(found.classes))
+        for row in random.permutation(np.flatnonzero((labels_N == c) & (said_N == c)))[:RIGHT_SHOWN]
+    ]
+    shown = [*wrong[:MOST_SHOWN].tolist(), *right]
+    cases, again = _cases(found, pictures, predictions, shown, labels_N, said_N, probabilities_NC)
+    few = f" The first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
+    return {
+        "summary": f"{len(wrong)} of {len(predictions)} test images are wrong; those it was surest of come first.{few}",
+        "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
+        "again": again,
+        "wrong": cases[: len(shown) - len(right)],
+        "right": cases[len(shown) - len(right) :],
+    }
+
+
+def _cases(
+    found: Findings,
+    pictures: Pictures,
+    predictions: pd.DataFrame,
+    rows: Sequence[int],
+    labels_N: np.ndarray,
+    said_N: np.ndarray,
+    probabilities_NC: np.ndarray,
+) -> tuple[list[dict[str, Any]], str]:
+    """What the page shows of some test images, and whether the model said the same again here."""
+    cases: list[dict[str, Any]] = [
+        {
+            "id": number,
+            "path": predictions["path"][row],
+            "truth": found.classes[labels_N[row]],
+            "said": found.classes[said_N[row]],
+            "probabilities": list(zip(found.classes, probabilities_NC[row], strict=True)),
+            "picture": "",
+            "maps": [],
+        }
+        for number, row in enumerate(rows)
+    ]
+    if pictures.images is None or not rows:
+        return cases, ""
+    places = pd.Index(pictures.images.table["path"]).get_indexer(predictions["path"].iloc[list(rows)])
+    images_NHW = np.stack([pictures.images.images_NHW[place] for place in places])
+    model = build_model(found.config, found.bundle[MODEL])
+    normalisation = found.settings["normalisation"]
+    for_said_NHW, again_NC = look(model, images_NHW, said_N[list(rows)], normalisation)
+    for_truth_NHW, _ = look(model, images_NHW, labels_N[list(rows)], normalisation)
+    for number, case in enumerate(cases):
+        case["picture"] = _picture(images_NHW[number])
+        case["maps"] = [_map(for_said_NHW[number])]
+        if case["said"] != case["truth"]:
+            case["maps"].append(_map(for_truth_NHW[number]))
+    same = int((again_NC.argmax(axis=1) == said_N[list(rows)]).sum())
+    return cases, f"The bundle's model, run again for these pictures, named the same class for {same} of {len(rows)}."
+
+
+def _picture(grey_HW: np.ndarray) -> str:
+    image = Image.fromarray(grey_HW)
+    image.thumbnail((PIXELS, PIXELS))
+    return _data_uri(image, quality=70)
+
+
+def _map(map_hw: np.ndarray) -> str:
+    """Red where the map is high, transparent where it is low; "" for a map of nothing."""
+    if not map_hw.any():
+        return ""
+    alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
+    image = Image.new("RGBA", alpha.size, MAP_RED)
+    image.putalpha(alpha)
+    return _data_uri(image, quality=50)
+
+
+def _data_uri(image: Image.Image, quality: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
