@@ -34,7 +34,7 @@ CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
 _ROLES = {INK: "ink", SOFT: "soft", GRID: "line", WINNER: "winner", PUBLISHED: "published", BAD: "bad", OTHER: "other"}
 _ROLES |= {colour: f"class{c}" for c, colour in enumerate(CLASSES)}
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9,

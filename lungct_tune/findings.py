@@ -1,10 +1,8 @@
-"""What a search has found, in sentences and rows: what the report says, drawn from what the experiment holds."""
+"""What an experiment holds of a search, at whatever point it is: what the report is made from."""
 
 from __future__ import annotations
 
 import json
-import math
-import shlex
 import sqlite3
 import tempfile
 from collections import Counter
@@ -16,40 +14,21 @@ from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import yaml
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.bundle import CONFIG, METRICS, MODEL, find_bundle
-from lungct_tune.configuration import PUBLISHED, Configuration
 from lungct_tune.data import SPLITS
-from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.experiment import Experiment
-from lungct_tune.settings import Settings
 from lungct_tune.space import SearchSpace, parse_space
 from lungct_tune.study_copy import COPY
-from lungct_tune.terminal import PHANTOMS, describe
-from lungct_tune.tuning.study import (
-    BASELINE,
-    COMPLETED,
-    DIVERGED,
-    FAILED,
-    FINISHED,
-    best_figures,
-    best_trial,
-    configuration_of,
-)
+from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial
 
 AUDIT, PREDICTIONS = "audit.json", "predictions.csv"
-
-EDGE = 0.02
-"""A value within this share of a range from its end counts as lying at the edge of the space."""
-
-LATE = 0.1
-"""A best epoch within this share of the epochs from the last counts as still improving."""
 
 
 class NothingHeld(ValueError):
@@ -58,7 +37,7 @@ class NothingHeld(ValueError):
 
 @dataclass(frozen=True)
 class Findings:
-    """What an experiment holds of a search, finished or not."""
+    """What there is to say about a search, finished or not."""
 
     settings: dict[str, Any]
     """settings.yaml: plain values, since the paths in it may be another machine's."""
@@ -81,15 +60,30 @@ class Findings:
     def config(self) -> dict[str, Any]:
         return dict(json.loads(self.bundle[CONFIG])) if CONFIG in self.bundle else {}
 
-    @cached_property
-    def predictions(self) -> pd.DataFrame | None:
-        """predictions.csv: a row a test image; None before the search has ended."""
-        return pd.read_csv(BytesIO(self.bundle[PREDICTIONS])) if PREDICTIONS in self.bundle else None
-
     @property
     def test(self) -> dict[str, Any] | None:
         """The figures of the test split; None before the search has ended."""
         return self.metrics.get("test")
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """predictions.csv: a row a test image. There are none before the search has ended."""
+        return pd.read_csv(BytesIO(self.bundle[PREDICTIONS]), dtype={"path": str})
+
+    @cached_property
+    def labels_N(self) -> np.ndarray:
+        """What the test images are, as indices into `classes`."""
+        return self.predictions["class"].map(self.classes.index).to_numpy()
+
+    @cached_property
+    def said_N(self) -> np.ndarray:
+        """What the model says they are."""
+        return self.predictions["predicted"].map(self.classes.index).to_numpy()
+
+    @cached_property
+    def probabilities_NC(self) -> np.ndarray:
+        columns = [f"p_{name.replace(' ', '_')}" for name in self.classes]
+        return self.predictions[columns].to_numpy(dtype=float)
 
     @property
     def phantoms(self) -> bool:
@@ -116,65 +110,97 @@ class Findings:
     @cached_property
     def ended(self) -> dict[str, int]:
         """How many trials ended how."""
-        words = (
-            "A point on the line is as sure as it should be; larger points are of more images. As trained: "
-            f"{said(calibration['before'])}"
+        how = [str(t.user_attrs.get("ended", "unknown")) for t in self.trials if t.state in FINISHED]
+        return dict(Counter(words.partition(" after")[0].partition(":")[0] for words in how).most_common())
+
+    @property
+    def done(self) -> int:
+        """How many trials have ended."""
+        return sum(self.ended.values())
+
+    @property
+    def completed(self) -> int:
+        """How many trials ran to their end."""
+        return self.ended.get(COMPLETED, 0)
+
+    @property
+    def has_failed(self) -> bool:
+        """All trials have ended, and none of them ran to its end."""
+        return self.done >= self.settings["trials"] and self.winner is None
+
+    @property
+    def seen(self) -> int:
+        """How many test images have an image of their group in train or valid."""
+        elsewhere = set(self.split["group"][self.split["split"] != "test"])
+        return int(self.split["group"][self.split["split"] == "test"].isin(elsewhere).sum())
+
+    @cached_property
+    def counts(self) -> dict[str, list[int]]:
+        """Images of each class in train, valid and test."""
+        table = pd.crosstab(self.split["label"], self.split["split"]).reindex(columns=list(SPLITS), fill_value=0)
+        return {str(name): [int(n) for n in row] for name, row in zip(table.index, table.to_numpy(), strict=True)}
+
+    @property
+    def totals(self) -> list[int]:
+        """Images in train, valid and test."""
+        return [sum(column) for column in zip(*self.counts.values(), strict=True)]
+
+
+def read_findings(experiment: Experiment) -> Findings:
+    """Reads an experiment, also in the middle of its search.
+
+    Raises:
+        NothingHeld: no search, or one whose study cannot be read.
+        StorageError: the storage refuses.
+    """
+    kept = experiment.read("settings.yaml")
+    if kept is None:
+        hint = "it is a pulled bundle, which has its own report.html" if experiment.exists("checksums.txt") else ""
+        raise NothingHeld(
+            f"there is no search in {experiment.uri} (no settings.yaml); "
+            + (hint or "give the NAME of one and its --storage, or its folder or URI")
         )
-
-    if calibration["after"]:
-        words += (
-            f"; after temperature scaling (temperature {calibration['temperature']:.2f}, fitted on "
-            f"{calibration['fitted_on']['images']} images: {calibration['fitted_on']['what']}) "
-            f"{said(calibration['after'])}"
-        )
-    return words + "."
+    with tempfile.TemporaryDirectory() as scratch:
+        study = _open_study(experiment, yaml.safe_load(kept), Path(scratch))
+        folder = find_bundle(experiment)
+        names = (CONFIG, METRICS, MODEL, PREDICTIONS)
+        files = {name: experiment.read(f"{folder}/{name}") for name in names} if folder else {}
+        return findings_of(experiment, study, {name: content for name, content in files.items() if content})
 
 
-def references(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What else was judged on the same test images, by what the report calls it."""
-    titles = {"published": "published configuration, retrained", "majority class": "always the largest class"}
-    return [
-        (f"best shortcut: {row['name']}" if key == "shortcut" else titles.get(key, key), row)
-        for key, row in test["references"].items()
-    ]
-
-
-def difference(published: Mapping[str, Any] | None) -> str:
-    """The paired difference to the published configuration, where it was retrained; "" where it was not."""
-    if published is None:
-        return ""
-    f = published["difference"]
-    return (
-        f"This model's accuracy less the published configuration's, on the same images: {100 * f['value']:+.1f} points "
-        f"(95 % interval {100 * f['ci95'][0]:+.1f} to {100 * f['ci95'][1]:+.1f}); McNemar's test p = "
-        f"{published['mcnemar_p']:.2g}."
+def findings_of(experiment: Experiment, study: optuna.Study, bundle: Mapping[str, bytes]) -> Findings:
+    """What an experiment holds, with its study open and the bundle's files at hand."""
+    settings, space, split, audit = (
+        experiment.read(name) or b"" for name in ("settings.yaml", "space.yaml", "split.csv", AUDIT)
+    )
+    return Findings(
+        settings=yaml.safe_load(settings),
+        space=parse_space(space.decode(), f"{experiment.uri}/space.yaml"),
+        study=study.user_attrs,
+        trials=[t for t in study.get_trials() if t.state != TrialState.WAITING and "configuration" in t.user_attrs],
+        split=pd.read_csv(BytesIO(split), dtype={"path": str, "label": str}),
+        audit=json.loads(audit) if audit else None,
+        bundle=bundle,
     )
 
 
-def facts(found: Findings) -> list[tuple[str, str]]:
-    """What the figures rest on: data, seed, machines, time."""
-    done, epochs = sum(found.ended.values()), sum(len(t.user_attrs.get("history", [])) for t in found.trials)
-    training_s = sum(
-        epoch["train_s"] + epoch["valid_s"] for t in found.trials for epoch in t.user_attrs.get("history", [])
-    )
-    wall_s = found.study.get("wall_s", 0.0)
-    return [
-        ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
-        ("fingerprint of the data", found.settings["fingerprint"]),
-        ("seed", str(found.settings["seed"])),
-        ("hardware", found.study.get("cluster", "not noted")),
-        ("time of the search", f"{duration(wall_s)}; in epochs, over all slots, {duration(training_s)}"),
-        ("trials and epochs", f"{done} trials, {epochs} epochs"),
-        ("images", f"{found.settings['image_size']} x {found.settings['image_size']} pixels, 8-bit grey"),
-        ("weights to begin with", str(found.settings["weights"])),
-    ]
-
-
-def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+def _open_study(experiment: Experiment, settings: Mapping[str, Any], scratch: Path) -> optuna.Study:
+    """The study; where it is a file, a copy of it, since a search may be writing."""
+    url = settings["study"]
+    try:
+        if not url:
+            copy = scratch / COPY
+            if experiment.is_local and Path(experiment.uri, COPY).is_file():
+                with closing(sqlite3.connect(f"{Path(experiment.uri, COPY).as_uri()}?mode=ro", uri=True)) as live:
+                    copy.write_bytes(live.serialize())
+            elif (content := experiment.read(COPY)) is not None:
+                copy.write_bytes(content)
+            else:
+                raise NothingHeld(
+                    f"{experiment.uri} has no {COPY}: the search has not begun, or kept its study elsewhere"
+                )
+            url = f"sqlite:///{copy}"
+        return optuna.load_study(storage=url, study_name=settings["name"])
+    except (KeyError, SQLAlchemyError, sqlite3.Error, ImportError, optuna.exceptions.StorageInternalError) as error:
+        where = "its database" if settings["study"] else f"{experiment.uri}/{COPY}"
+        raise NothingHeld(f"the study {settings['name']!r} cannot be read from {where}: {error}") from error

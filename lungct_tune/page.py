@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,15 +14,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from lungct_tune import __version__, charts, findings
+from lungct_tune import __version__, charts, verdict
 from lungct_tune.bundle import MODEL, build_model
+from lungct_tune.configuration import PUBLISHED
 from lungct_tune.data import ImageSet
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.explain import Anatomy, anatomy, look
-from lungct_tune.findings import Findings, figure, percent
+from lungct_tune.findings import Findings
 from lungct_tune.model import ACTIVATIONS, activation_nodes
 from lungct_tune.terminal import PHANTOMS
-from lungct_tune.tuning.study import COMPLETED, best_figures, configuration_of
+from lungct_tune.tuning.study import best_figures, configuration_of
 
 REPORT, CARD = "report.html", "MODEL_CARD.md"
 
@@ -65,7 +65,7 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
     sections = {"verdict": "verdict", "data": "data", "search": "search"}
     sections |= {"winner": "winner"} if found.winner else {}
     sections |= {"test": "test", "mistakes": "mistakes"} if test else {}
-    rows = findings.rows_of_worth(found)
+    rows = verdict.compared_accuracies(found)
     shown: dict[str, Any] = {
         "name": name,
         "generator": Markup(GENERATOR),
@@ -73,24 +73,22 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "found": found,
         "phantoms": PHANTOMS,
-        "unfinished": _unfinished(found),
+        "unfinished": verdict.standing(found),
         "sections": [*sections.items(), ("again", "do it again")],
-        "verdict": [findings.asked(found), findings.found_out(found), findings.worth(found)],
+        "verdict": verdict.verdict(found),
         "worth_chart": charts.worth(rows) if rows else "",
         "groups": found.split["group"].nunique(),
-        "totals": [found.images_in(part) for part in ("train", "valid", "test")],
         "audit": "",
-        "about_the_search": findings.about_the_search(found),
-        "failures": findings.failures(found),
+        "about_the_search": verdict.about_the_search(found),
+        "failures": verdict.failures(found),
         "search_charts": _search_charts(found),
-        "completed": found.ended.get(COMPLETED, 0),
-        "trials": findings.trial_rows(found),
-        "trial_columns": findings.TRIAL_COLUMNS,
+        "trials": verdict.trial_rows(found),
+        "trial_columns": verdict.TRIAL_COLUMNS,
         "winner_number": found.winner.number if found.winner else None,
         "winner": _winner(found),
         "test": test,
-        "command": findings.command(found.settings),
-        "facts": findings.facts(found),
+        "command": verdict.command(found.settings),
+        "facts": verdict.facts(found),
         "versions": ", ".join(f"{package} {v}" for package, v in found.config.get("versions", {}).items()),
         "closing": "Made by lungct_tune. The page holds images of the data set: pass it on as you would pass on these."
         if test and pictures.images
@@ -115,16 +113,16 @@ def model_card(name: str, found: Findings) -> bytes:
         "made": f"{datetime.now().astimezone():%Y-%m-%d}",
         "found": found,
         "phantoms": PHANTOMS,
-        "unfinished": _unfinished(found),
+        "unfinished": verdict.standing(found),
         "configuration": configuration,
         "sums": _sums(network) if network else None,
         "groups": found.split["group"].nunique(),
-        "verdict": [findings.asked(found), findings.found_out(found), findings.worth(found)],
-        "about_the_search": findings.about_the_search(found),
+        "verdict": verdict.verdict(found),
+        "about_the_search": verdict.about_the_search(found),
         "test": found.test,
-        "references": findings.references(found.test) if found.test else [],
-        "calibration": findings.about_calibration(found.test["calibration"]) if found.test else "",
-        "facts": findings.facts(found),
+        "references": verdict.references(found.test) if found.test else [],
+        "calibration": verdict.about_calibration(found.test["calibration"]) if found.test else "",
+        "facts": verdict.facts(found),
         "audit": found.audit,
     }
     return _environment().get_template(CARD).render(shown).encode()
@@ -138,21 +136,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "figure": figure, "interval": findings.interval}
+    environment.filters |= {"percent": verdict.percent, "figure": verdict.figure, "interval": verdict.interval}
     return environment
-
-
-def _unfinished(found: Findings) -> str:
-    done, wanted = sum(found.ended.values()), found.settings["trials"]
-    if found.test is not None:
-        return ""
-    if found.has_failed:
-        return "The search failed: no trial ran to its end. What went wrong is listed below."
-    if done >= wanted:
-        return "The search has ended, but the winner has not been retrained and judged: there are no test results yet."
-    return (
-        f"The search has not ended: {done} of {wanted} trials so far. Nothing here has been judged on the test split."
-    )
 
 
 def _search_charts(found: Findings) -> dict[str, Any] | None:
@@ -160,7 +145,7 @@ def _search_charts(found: Findings) -> dict[str, Any] | None:
     if not any(best_figures(trial) for trial in trials):
         return None
     winner = found.winner.number if found.winner else None
-    importance, varied = findings.importance(found), found.space.distributions
+    importance, varied = verdict.importance(found), found.space.distributions
     return {
         "history": charts.history(trials, winner),
         "curves": charts.curves(trials, winner),
@@ -180,16 +165,16 @@ def _winner(found: Findings) -> dict[str, Any] | None:
     configuration, best = configuration_of(found.winner), best_figures(found.winner)
     size, classes = found.settings["image_size"], len(found.classes)
     ours, whole = (anatomy(depth, classes, size) for depth in (configuration.truncation_depth, ACTIVATIONS))
-    published = anatomy(findings.PUBLISHED.truncation_depth, classes, size)
+    published = anatomy(PUBLISHED.truncation_depth, classes, size)
     baseline = best_figures(found.baseline) if found.baseline else None
     history, published_history = found.winner.user_attrs["history"], []
     if found.baseline and found.baseline.number != found.winner.number:
         published_history = found.baseline.user_attrs["history"]
     bars, labels = _activations(configuration.truncation_depth, configuration.frozen_depth)
     return {
-        "compared": findings.compared(configuration),
+        "compared": verdict.compared(configuration),
         "reached": [
-            (f"{what}, validation", percent(baseline[key]) if baseline else "", percent(best[key]))
+            (f"{what}, validation", verdict.percent(baseline[key]) if baseline else "", verdict.percent(best[key]))
             for key, what in ((OBJECTIVE, "balanced accuracy"), ("accuracy", "accuracy"))
         ],
         "depth": configuration.truncation_depth,
@@ -231,9 +216,8 @@ def _activations(depth: int, frozen: int) -> tuple[list[dict[str, Any]], list[tu
 
 
 def _test_section(found: Findings) -> dict[str, Any]:
-    test, predictions = found.test, found.predictions
-    assert test is not None and predictions is not None
-    labels_N, probabilities_NC = _as_arrays(found, predictions)
+    test = found.test
+    assert test is not None
     matrix = np.array(test["confusion_matrix"])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     calibration = test["calibration"]
@@ -258,43 +242,40 @@ def _test_section(found: Findings) -> dict[str, Any]:
             for row, name in enumerate(found.classes)
         ],
         "test_charts": {
-            "roc": charts.roc(labels_N, probabilities_NC, found.classes),
-            "precision_recall": charts.precision_recall(labels_N, probabilities_NC, found.classes),
+            "roc": charts.roc(found.labels_N, found.probabilities_NC, found.classes),
+            "precision_recall": charts.precision_recall(found.labels_N, found.probabilities_NC, found.classes),
             "reliability": charts.reliability(curves),
         },
-        "calibration": findings.about_calibration(calibration),
+        "calibration": verdict.about_calibration(calibration),
         "cancer": test["cancer_vs_normal"],
-        "references": findings.references(test),
-        "difference": findings.difference(test["references"].get("published")),
+        "references": verdict.references(test),
+        "difference": verdict.difference(test),
     }
 
 
-def _as_arrays(found: Findings, predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) and probabilities (N, C) of predictions.csv."""
-    columns = [f"p_{name.replace(' ', '_')}" for name in found.classes]
-    labels_N = predictions["class"].map(found.classes.index).to_numpy()
-    return labels_N, predictions[columns].to_numpy(dtype=float)
-
-
 def _mistakes(found: Findings, pictures: Pictures) -> dict[str, Any]:
-    predictions = found.predictions
-    assert predictions is not None
-    labels_N, probabilities_NC = _as_arrays(found, predictions)
-    said_N = np.array([found.classes.index(name) for name in predictions["predicted"]])
-    sureness_N = probabilities_NC.max(axis=1)
+    labels_N, said_N, sureness_N = found.labels_N, found.said_N, found.probabilities_NC.max(axis=1)
     wrong = np.flatnonzero(said_N != labels_N)
     wrong = wrong[np.argsort(-sureness_N[wrong], kind="stable")]
     random = np.random.default_rng(found.settings["seed"])
-    right = [
-        int(row)
-        for c in range(len(found.classes))
-        for row in random.permutation(np.flatnonzero((labels_N == c) & (said_N == c)))[:RIGHT_SHOWN]
+    recognised = [np.flatnonzero((labels_N == c) & (said_N == c)) for c in range(len(found.classes))]
+    right = [row for rows in recognised for row in random.permutation(rows)[:RIGHT_SHOWN]]
+    shown = np.array([*wrong[:MOST_SHOWN], *right], dtype=int)
+    cases = [
+        {
+            "id": number,
+            "path": found.predictions["path"][row],
+            "truth": found.classes[labels_N[row]],
+            "said": found.classes[said_N[row]],
+            "probabilities": list(zip(found.classes, found.probabilities_NC[row], strict=True)),
+        }
+        for number, row in enumerate(shown)
     ]
-    shown = [*wrong[:MOST_SHOWN].tolist(), *right]
-    cases, again = _cases(found, pictures, predictions, shown, labels_N, said_N, probabilities_NC)
+    again = _add_pictures(cases, shown, found, pictures.images) if pictures.images and cases else ""
     few = f" The first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
     return {
-        "summary": f"{len(wrong)} of {len(predictions)} test images are wrong; those it was surest of come first.{few}",
+        "summary": f"{len(wrong)} of {len(labels_N)} test images are wrong. What the model was surest of comes first."
+        + few,
         "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
         "again": again,
         "wrong": cases[: len(shown) - len(right)],
@@ -302,43 +283,21 @@ def _mistakes(found: Findings, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _cases(
-    found: Findings,
-    pictures: Pictures,
-    predictions: pd.DataFrame,
-    rows: Sequence[int],
-    labels_N: np.ndarray,
-    said_N: np.ndarray,
-    probabilities_NC: np.ndarray,
-) -> tuple[list[dict[str, Any]], str]:
-    """What the page shows of some test images, and whether the model said the same again here."""
-    cases: list[dict[str, Any]] = [
-        {
-            "id": number,
-            "path": predictions["path"][row],
-            "truth": found.classes[labels_N[row]],
-            "said": found.classes[said_N[row]],
-            "probabilities": list(zip(found.classes, probabilities_NC[row], strict=True)),
-            "picture": "",
-            "maps": [],
-        }
-        for number, row in enumerate(rows)
-    ]
-    if pictures.images is None or not rows:
-        return cases, ""
-    places = pd.Index(pictures.images.table["path"]).get_indexer(predictions["path"].iloc[list(rows)])
-    images_NHW = np.stack([pictures.images.images_NHW[place] for place in places])
-    model = build_model(found.config, found.bundle[MODEL])
-    normalisation = found.settings["normalisation"]
-    for_said_NHW, again_NC = look(model, images_NHW, said_N[list(rows)], normalisation)
-    for_truth_NHW, _ = look(model, images_NHW, labels_N[list(rows)], normalisation)
-    for number, case in enumerate(cases):
-        case["picture"] = _picture(images_NHW[number])
-        case["maps"] = [_map(for_said_NHW[number])]
-        if case["said"] != case["truth"]:
-            case["maps"].append(_map(for_truth_NHW[number]))
-    same = int((again_NC.argmax(axis=1) == said_N[list(rows)]).sum())
-    return cases, f"The bundle's model, run again for these pictures, named the same class for {same} of {len(rows)}."
+def _add_pictures(cases: list[dict[str, Any]], rows: np.ndarray, found: Findings, images: ImageSet) -> str:
+    """Gives each case its picture and maps; says whether the model named the same classes again here."""
+    places = pd.Index(images.table["path"]).get_indexer(found.predictions["path"].to_numpy()[rows])
+    images_NHW = images.images_NHW[places]
+    model, normalisation = build_model(found.config, found.bundle[MODEL]), found.settings["normalisation"]
+    for_said_NHW, again_NC = look(model, images_NHW, found.said_N[rows], normalisation)
+    wrong = found.said_N[rows] != found.labels_N[rows]
+    for_truth_NHW = np.zeros_like(for_said_NHW)
+    if wrong.any():
+        for_truth_NHW[wrong], _ = look(model, images_NHW[wrong], found.labels_N[rows[wrong]], normalisation)
+    for case, image_HW, *maps in zip(cases, images_NHW, for_said_NHW, for_truth_NHW, strict=True):
+        case["picture"] = _picture(image_HW)
+        case["maps"] = [_map(map_hw) for map_hw in maps]
+    same = int((again_NC.argmax(axis=1) == found.said_N[rows]).sum())
+    return f"The bundle's model, run again for these pictures, named the same class for {same} of {len(rows)}."
 
 
 def _picture(grey_HW: np.ndarray) -> str:

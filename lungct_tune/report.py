@@ -95,7 +95,7 @@ def find_pictures(found: Findings, data: Path | None) -> Pictures:
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:
         images = read_images(
-            fetch_images(root) if "://" in str(root) else Path(root),
+            fetch_images(str(root)) if "://" in str(root) else Path(root),
             settings["image_size"],
             class_map=settings["class_map"],
             skip_unreadable=settings["skip_unreadable"],

@@ -81,6 +81,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.data.learned import list_learned
     from lungct_tune.evaluation import judge
     from lungct_tune.experiment import VALID, trial_folder
+    from lungct_tune.findings import findings_of
+    from lungct_tune.page import Pictures, pages
     from lungct_tune.plan import plan_search
     from lungct_tune.storage import StorageError
     from lungct_tune.track import MLflowCopy
@@ -253,6 +255,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         rows = images.table.iloc[test]
         predictions = bundle.list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
         written = contents(best, judged.weights, figures) | {"predictions.csv": predictions}
+        try:
+            written |= pages(experiment.name, findings_of(experiment, study, written), Pictures(images))
+        except Exception as error:  # a page that cannot be drawn is no reason to lose a model
+            console.print(f"the bundle is without report.html: {error!r}", style="yellow", soft_wrap=True, markup=False)
         bundle.write_bundle(experiment, written)
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)

@@ -1,0 +1,343 @@
+"""What the report says of a search, in sentences and rows: the verdict first, then what speaks for and against it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial
+
+from lungct_tune.configuration import PUBLISHED, Configuration
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.findings import Findings
+from lungct_tune.settings import Settings
+from lungct_tune.terminal import PHANTOMS, describe
+from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, best_figures, configuration_of
+
+EDGE = 0.02
+"""A value within this share of a range from its end counts as lying at the edge of the space."""
+
+LATE = 0.1
+"""A best epoch within this share of the epochs from the last counts as still improving."""
+
+FEWEST = 4
+"""Completed trials that it takes to ask which parameter matters."""
+
+OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")
+
+
+def percent(share: float | None) -> str:
+    """With a space that no line breaks at."""
+    return "not defined" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def interval(f: Mapping[str, Any]) -> str:
+    """The 95 % interval of a figure of metrics.json."""
+    return f"{100 * f['ci95'][0]:.1f} to {percent(f['ci95'][1])}" if f["ci95"] else "unknown"
+
+
+def figure(f: Mapping[str, Any]) -> str:
+    """A figure of metrics.json with its 95 % interval, if it has one."""
+    return percent(f["value"]) + (f" ({interval(f)})" if f["ci95"] else "")
+
+
+def verdict(found: Findings) -> tuple[str, str, str]:
+    """What was asked, what was found, what it is worth: a sentence each."""
+    return _asked(found), _found_out(found), _worth(found)
+
+
+def _asked(found: Findings) -> str:
+    *others, last = found.classes
+    split = {
+        "grouped": "split so that copies and slices of one series stay together",
+        "official": "split as they were published",
+    }[found.settings["split"]]
+    return (
+        f"How deep should a ResNet50 be cut, and how be trained, to tell {', '.join(others)} and {last} apart in "
+        f"{len(found.split)} images ({found.data}), {split}?"
+    )
+
+
+def _found_out(found: Findings) -> str:
+    if found.winner is None:
+        if found.has_failed:
+            return f"Nothing: of {found.done} trials ({how_ended(found)}) none ran to its end, so there is no model."
+        return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({how_ended(found)})."
+    what = f"trial {found.winner.number} ({describe(configuration_of(found.winner))})"
+    if found.test is None:
+        return (
+            f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "
+            f"{what}, with a {OBJECTIVE_NAME} of {percent(best_figures(found.winner)[OBJECTIVE])} on "
+            f"{found.totals[1]} validation images."
+        )
+    majority = found.test["references"]["majority class"]
+    return (
+        f"The winner, {what}, retrained on train and validation, names the right class for "
+        f"{percent(found.test['accuracy']['value'])} of {found.test['n']} test images (95 % interval "
+        f"{interval(found.test['accuracy'])}), where always saying {majority['name']} is right for "
+        f"{percent(majority['accuracy']['value'])}."
+    )
+
+
+def _worth(found: Findings) -> str:
+    """The gravest thing that there is to say against what was found."""
+    test = found.test
+    if found.phantoms:
+        return PHANTOMS
+    if test is None:
+        return (
+            "Nothing that may be quoted: validation figures have chosen the trial, so they flatter it, and the test "
+            "split has not been looked at."
+        )
+    if found.seen:
+        apart = test["leak_free"]
+        without = f"; on the {apart['n']} others it is {figure(apart['accuracy'])}" if apart else ""
+        return (
+            f"Less than it looks: {found.seen} of the {test['n']} test images have a near copy in train or "
+            f"validation, so the figure is too high{without}."
+        )
+    low = (test["accuracy"]["ci95"] or [0])[0]
+    majority, shortcut = test["references"]["majority class"], test["references"].get("shortcut")
+    if low <= majority["accuracy"]["value"]:
+        return f"Nothing: its interval reaches down to what always saying {majority['name']} scores."
+    if shortcut and low <= shortcut["accuracy"]["value"]:
+        return (
+            f"Little: {shortcut['name']}, which looks at no lung, scores {percent(shortcut['accuracy']['value'])} on "
+            "the same images, so the figure does not show that the model sees disease."
+        )
+    return (
+        "It holds for images from the same source as these; it says nothing of other scanners, hospitals or patients, "
+        "and is no diagnosis."
+    )
+
+
+def how_ended(found: Findings) -> str:
+    """How many trials ended how, in words."""
+    return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"
+
+
+def standing(found: Findings) -> str:
+    """What a search lacks that has no test results; "" for one that has."""
+    if found.test is not None:
+        return ""
+    if found.has_failed:
+        return "The search failed: no trial ran to its end. What went wrong is listed below."
+    if found.done >= found.settings["trials"]:
+        return "All trials have ended, but the winner has not been retrained and judged: there are no test results."
+    return (
+        f"The search has not ended: {found.done} of {found.settings['trials']} trials so far. Nothing here has been "
+        "judged on the test split."
+    )
+
+
+def compared_accuracies(found: Findings) -> list[tuple[str, float, list[float] | None, bool]]:
+    """Accuracies on the test images: the model's, then what there is to compare with."""
+    if found.test is None:
+        return []
+    rows = [("this model", found.test["accuracy"], True)]
+    if apart := found.test["leak_free"]:
+        rows.append((f"this model, {apart['n']} images without a copy", apart["accuracy"], True))
+    rows += [(name, row["accuracy"], False) for name, row in references(found.test)]
+    return [(name, f["value"], f["ci95"], ours) for name, f, ours in rows if f["value"] is not None]
+
+
+def references(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What else was judged on the same test images, by what the report calls it."""
+    titles = {"published": "published configuration", "majority class": "always", "shortcut": "shortcut:"}
+    return [
+        (titles[key] if key == "published" else f"{titles.get(key, key)} {row['name']}", row)
+        for key, row in test["references"].items()
+    ]
+
+
+def about_the_search(found: Findings) -> list[str]:
+    """What a sceptical reader asks of a search, a sentence or two each."""
+    smallest, n = min(((name, row[1]) for name, row in found.counts.items()), key=lambda pair: pair[1])
+    said = [
+        "The rule that chose the winner was fixed before the search began: of the trials that ran to their end "
+        f"without diverging, the one with the highest {OBJECTIVE_NAME} on validation at its best epoch; of equals, the "
+        "one with the lower log loss. No trial was shown a test image.",
+        f"{found.done} of {found.settings['trials']} trials have ended: {how_ended(found)}.",
+        f"Validation has {found.totals[1]} images, the fewest, {n}, of {smallest}: one of these changes the "
+        f"{OBJECTIVE_NAME} by {100 / (len(found.classes) * max(n, 1)):.1f} points. Smaller differences between trials "
+        "say nothing.",
+    ]
+    if found.winner is None:
+        return said
+    said += [_edges(found, found.winner), _improving(found, found.winner)]
+    if found.winner.number == BASELINE:
+        said.append("Nothing that was tried did better on validation than the published configuration.")
+    elif found.baseline is not None:
+        gain = best_figures(found.winner)[OBJECTIVE] - best_figures(found.baseline)[OBJECTIVE]
+        said.append(
+            f"On validation the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the published "
+            f"configuration: as the best of {found.done} trials, which flatters it."
+        )
+    return said
+
+
+def _edges(found: Findings, winner: FrozenTrial) -> str:
+    at = [
+        f"{name.replace('_', ' ')} {value:.3g} ({where} of {_range(distribution)})"
+        for name, distribution in found.space.distributions.items()
+        for value in [getattr(configuration_of(winner), name)]
+        if (where := edge(value, distribution))
+    ]
+    if not at:
+        return "The winner lies inside the space, at none of its edges."
+    return f"The winner lies at an edge of the space: {'; '.join(at)}. What lies beyond has not been tried."
+
+
+def edge(value: float, distribution: BaseDistribution) -> str:
+    """ "the lower end", "the upper end", "outside", or "" for a value that lies well inside."""
+    logarithmic = False
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            numbers = [float(str(choice)) for choice in choices]
+            low, high = min(numbers), max(numbers)
+        case (
+            IntDistribution(low=low, high=high, log=logarithmic)
+            | FloatDistribution(low=low, high=high, log=logarithmic)
+        ):
+            pass
+    if not low <= value <= high:
+        return "outside"
+    if logarithmic:
+        low, value, high = math.log(low), math.log(value), math.log(high)
+    place = (value - low) / ((high - low) or 1.0)
+    return "" if low == high or EDGE < place < 1 - EDGE else "the lower end" if place <= EDGE else "the upper end"
+
+
+def _range(distribution: BaseDistribution) -> str:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return ", ".join(map(str, choices))
+        case IntDistribution(low=low, high=high) | FloatDistribution(low=low, high=high):
+            return f"{low:g} to {high:g}"
+    return str(distribution)
+
+
+def _improving(found: Findings, winner: FrozenTrial) -> str:
+    epochs, best = found.settings["epochs"], int(best_figures(winner)["epoch"])
+    late = sum(t.user_attrs.get("ended") == COMPLETED and _is_late(t, epochs) for t in found.trials)
+    if _is_late(winner, epochs):
+        about = f"The winner was still improving when it ended (best at epoch {best} of {epochs})"
+    else:
+        about = f"The winner was best at epoch {best} of {epochs}, and not improving any more when it ended"
+    return f"{about}; {late} of {found.completed} trials that ran to their end were best in their last tenth."
+
+
+def _is_late(trial: FrozenTrial, epochs: int) -> bool:
+    return bool(best_figures(trial)["epoch"] > epochs * (1 - LATE))
+
+
+def compared(configuration: Configuration) -> list[tuple[str, str, str]]:
+    """The published configuration and another, parameter by parameter, as text."""
+    ours, theirs = configuration.as_dict(), PUBLISHED.as_dict()
+    ours["frozen_depth"], theirs["frozen_depth"] = configuration.frozen_depth, PUBLISHED.frozen_depth
+    return [(name.replace("_", " "), f"{theirs[name]:.3g}", f"{ours[name]:.3g}") for name in ours]
+
+
+def importance(found: Findings) -> dict[str, float]:
+    """Optuna's importance of each parameter, the greatest first; empty where there are too few trials to tell."""
+    completed = [trial for trial in found.trials if trial.user_attrs.get("ended") == COMPLETED and trial.params]
+    if len(completed) < FEWEST or len({trial.value for trial in completed}) < 2:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(completed)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+TRIAL_COLUMNS = (
+    *("trial", "ended", "epochs", OBJECTIVE_NAME, "accuracy", "log loss"),
+    *(name.replace("_", " ") for name in PUBLISHED.as_dict()),
+)
+
+
+def trial_rows(found: Findings) -> list[list[str | int]]:
+    """Every trial that began, as text under `TRIAL_COLUMNS`."""
+    rows: list[list[str | int]] = []
+    for trial in found.trials:
+        best = best_figures(trial)
+        figures = [f"{best[key]:.3f}" if best else "" for key in (OBJECTIVE, "accuracy", "log_loss")]
+        values = [f"{value:.3g}" for value in configuration_of(trial).as_dict().values()]
+        ended = str(trial.user_attrs.get("ended", "not ended")).partition(":")[0].partition(" after")[0]
+        rows.append([trial.number, ended, len(trial.user_attrs.get("history", [])), *figures, *values])
+    return rows
+
+
+def failures(found: Findings) -> list[tuple[int, str]]:
+    """The trials that diverged or failed, and why."""
+    ended = ((trial.number, str(trial.user_attrs.get("ended", ""))) for trial in found.trials)
+    return [(number, how) for number, how in ended if how.startswith((DIVERGED, FAILED))]
+
+
+def about_calibration(calibration: Mapping[str, Any]) -> str:
+    """How far the probabilities are off, in figures."""
+
+    def said(f: Mapping[str, Any]) -> str:
+        return f"expected calibration error {f['ece']['value']:.3f}, Brier score {f['brier']['value']:.3f}"
+
+    before, after = calibration["before"], calibration["after"]
+    if after is None:
+        return f"Probabilities as the network gives them: {said(before)}."
+    fitted = calibration["fitted_on"]
+    return (
+        f"As the network gives them: {said(before)}; after temperature scaling: {said(after)}. The temperature, "
+        f"{calibration['temperature']:.2f}, was fitted on {fitted['images']} images ({fitted['what']})."
+    )
+
+
+def difference(test: Mapping[str, Any]) -> str:
+    """The paired difference to the published configuration, where it was retrained; "" where it was not."""
+    published = test["references"].get("published")
+    if published is None:
+        return ""
+    f = published["difference"]
+    between = f" (95 % interval {100 * f['ci95'][0]:+.1f} to {100 * f['ci95'][1]:+.1f})" if f["ci95"] else ""
+    return (
+        f"The published configuration was retrained in the same way. This model's accuracy less its, image by image: "
+        f"{100 * f['value']:+.1f} points{between}; McNemar's test, which takes images as independent: "
+        f"p = {published['mcnemar_p']:.2g}."
+    )
+
+
+def command(settings: Mapping[str, Any]) -> str:
+    """What to type to run the same search again."""
+    words = ["python", "-m", "lungct_tune.search"]
+    for name, field in Settings.model_fields.items():
+        value = settings.get(name, field.default)
+        if name in ("name", "storage", "study") or value in (None, False) or str(value) == str(field.default):
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{folder}={label}" for folder, label in value.items())
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def facts(found: Findings) -> list[tuple[str, str]]:
+    """What the figures rest on: data, seed, machines, time."""
+    history = [epoch for trial in found.trials for epoch in trial.user_attrs.get("history", [])]
+    training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in history)
+    size = found.settings["image_size"]
+    return [
+        ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
+        ("fingerprint of the data", found.settings["fingerprint"]),
+        ("images", f"{size} x {size} pixels, 8-bit grey"),
+        ("weights to begin with", str(found.settings["weights"])),
+        ("seed", str(found.settings["seed"])),
+        ("hardware", found.study.get("cluster", "not noted")),
+        ("trials", f"{found.done}, of {len(history)} epochs in all"),
+        ("time of the search", f"{_duration(found.study.get('wall_s', 0))}; in epochs {_duration(training_s)}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
