@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Anatomy:
     """What the head pools: channels, and width in pixels."""
 
 
+@cache
 def anatomy(truncation_depth: int, classes: int, image_size: int) -> Anatomy:
     """Counts parameters and arithmetic without doing any (torch.utils.flop_counter, on the meta device)."""
     model = CutResNet(truncation_depth, classes=classes).to("meta").eval()

@@ -100,30 +100,28 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
 
 
 def model_card(name: str, found: Findings) -> bytes:
-    """MODEL_CARD.md, after Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology AI 2024)."""
-    configuration = configuration_of(found.winner) if found.winner else None
-    network = (
-        anatomy(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
-        if configuration
-        else None
-    )
+    """MODEL_CARD.md of a search that has ended.
+
+    After Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology: Artificial Intelligence 2024).
+    """
+    assert found.winner is not None and found.test is not None
+    configuration = configuration_of(found.winner)
+    network = anatomy(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
     shown = {
         "name": name,
         "version": __version__,
         "made": f"{datetime.now().astimezone():%Y-%m-%d}",
         "found": found,
         "phantoms": PHANTOMS,
-        "unfinished": verdict.standing(found),
         "configuration": configuration,
-        "sums": _sums(network) if network else None,
+        "sums": _sums(network),
         "groups": found.split["group"].nunique(),
         "verdict": verdict.verdict(found),
         "about_the_search": verdict.about_the_search(found),
         "test": found.test,
-        "references": verdict.references(found.test) if found.test else [],
-        "calibration": verdict.about_calibration(found.test["calibration"]) if found.test else "",
+        "references": verdict.references(found.test),
+        "calibration": verdict.about_calibration(found.test["calibration"]),
         "facts": verdict.facts(found),
-        "audit": found.audit,
     }
     return _environment().get_template(CARD).render(shown).encode()
 

@@ -244,13 +244,23 @@ def compared(configuration: Configuration) -> list[tuple[str, str, str]]:
 
 def importance(found: Findings) -> dict[str, float]:
     """Optuna's importance of each parameter, the greatest first; empty where there are too few trials to tell."""
-    completed = [trial for trial in found.trials if trial.user_attrs.get("ended") == COMPLETED and trial.params]
+    completed = [
+        trial
+        for trial in found.trials
+        if trial.user_attrs.get("ended") == COMPLETED and not _is_outside(trial)  # as a fixed one may be
+    ]
     if len(completed) < FEWEST or len({trial.value for trial in completed}) < 2:
         return {}
     study = optuna.create_study(direction="maximize")
     study.add_trials(completed)
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def _is_outside(trial: FrozenTrial) -> bool:
+    return any(
+        edge(trial.params[name], distribution) == "outside" for name, distribution in trial.distributions.items()
+    )
 
 
 TRIAL_COLUMNS = (

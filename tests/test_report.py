@@ -1,0 +1,380 @@
+"""The report of a search that has finished, failed, was interrupted or had one trial: what it says and shows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
+
+from lungct_tune import bundle
+from lungct_tune.data import read_images, split_images, twins_across
+from lungct_tune.evaluation import OBJECTIVE, judge
+from lungct_tune.explain import anatomy, look
+from lungct_tune.findings import Findings, read_findings
+from lungct_tune.model import CutResNet
+from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
+from lungct_tune.plan import Plan, plan_search
+from lungct_tune.report import find_pictures, main
+from lungct_tune.settings import Settings
+from lungct_tune.training import as_grey, forward
+from lungct_tune.tuning import study as studies
+from lungct_tune.verdict import command, edge, verdict
+
+SPACE = """
+truncation_depth: {low: 1, high: 8}
+dropout: [0.2, 0.5]
+backbone_lr: {low: 1e-4, high: 1e-2, log: true}
+fixed_trials: [{truncation_depth: 4}]
+"""
+EPOCHS = 3
+
+
+class Search:
+    """A search on phantoms in a folder of its own, with figures that are computed instead of trained."""
+
+    def __init__(self, folder: Path, data: Path, trials: int) -> None:
+        (folder / "space.yaml").write_text(SPACE)
+        settings = Settings(
+            data=data,
+            space=folder / "space.yaml",
+            trials=trials,
+            epochs=EPOCHS,
+            image_size=32,
+            weights="none",
+            storage=str(folder),
+            name="one",
+        )
+        self.plan: Plan = plan_search(settings, set())
+        self.images = read_images(data, 32, progress=False)
+        self.split = split_images(self.images, "grouped", 0)
+        self.plan.keep(self.images, self.split)
+        self.study = studies.open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
+        self._tune = studies.StudySearch(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.plan.experiment.uri)
+
+    def run(self, epochs: int = EPOCHS, failure: str = "") -> None:
+        """One trial: to its end, left after some epochs, or failing after them."""
+        name = f"ray-{len(self.study.trials)}"
+        number = self._tune.suggest(name)["number"]
+        for epoch in range(1, epochs + 1):
+            reached = 0.3 + 0.1 * epoch + 0.01 * number
+            result = {"epoch": epoch, OBJECTIVE: reached, "accuracy": reached, "log_loss": 1 / reached}
+            result |= {"train_loss": 1.0, "train_s": 2.0, "valid_s": 0.5, "slot": 1 + number % 2}
+            result |= {"at": 1.8e9 + 10 * number + 3 * epoch}
+            if epoch == EPOCHS and not failure:
+                self._tune.on_trial_complete(name, result)
+            else:
+                self._tune.record(name, result)
+        if failure:
+            self._tune.on_trial_complete(name, {"failed": failure})
+
+    def finish(self) -> None:
+        """The bundle, of the best trial's configuration with random weights."""
+        best = studies.best_trial(self.study.trials)
+        assert best is not None
+        torch.manual_seed(0)
+        model = CutResNet(studies.configuration_of(best).truncation_depth, classes=4).eval()
+        test = np.flatnonzero(self.split == "test")
+        grey_N1HW = as_grey(torch.from_numpy(np.array(self.images.images_NHW[test])))
+        with torch.no_grad():
+            probabilities_NC = forward(model, grey_N1HW, "imagenet").softmax(dim=1).numpy()
+        labels_N, groups_N = (self.images.table[column].to_numpy()[test] for column in ("label", "group"))
+        figures = judge(
+            labels_N,
+            probabilities_NC,
+            self.images.classes,
+            groups_N,
+            references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
+            twins_N=twins_across(self.images, self.split),
+        )
+        configuration = studies.configuration_of(best)
+        files = {
+            bundle.MODEL: safetensors.torch.save(model.state_dict()),
+            bundle.CONFIG: bundle.as_json(
+                bundle.describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)
+            ),
+            bundle.METRICS: bundle.as_json({"test": figures}),
+            "predictions.csv": bundle.list_predictions(self.images, test, probabilities_NC),
+        }
+        bundle.write_bundle(self.plan.experiment, files)
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: text, tags that are never closed, addresses that it would fetch."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.text, self.fetched, self.open, self.images = "", [], [], 0
+        self.sections: list[str] = []
+        self.feed(content.decode())
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.images += tag == "image"
+        if tag == "section":
+            self.sections.append(given["id"] or "")
+        if tag == "svg":
+            assert given["aria-label"] and given["role"] == "img"
+        assert tag not in ("script", "iframe", "link")
+        self.fetched += [given[key] for key in ("src", "href") if key in given]
+        if tag not in ("meta", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.text += data + " "
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Search:
+    """5 trials: four that completed, one that failed; 12 of 60 images are test."""
+    search = Search(tmp_path_factory.mktemp("finished"), phantoms, trials=5)
+    for _ in range(3):
+        search.run()
+    search.run(epochs=1, failure="a <slot> died")
+    search.run()
+    search.finish()
+    return search
+
+
+@pytest.fixture(scope="module")
+def found(finished: Search) -> Findings:
+    return read_findings(finished.plan.experiment)
+
+
+@pytest.fixture(scope="module")
+def content(found: Findings) -> bytes:
+    return report_page("one", found, find_pictures(found, None))
+
+
+def test_a_page_stands_alone_and_is_well_formed(content: bytes) -> None:
+    page = Page(content)
+    assert page.open == []
+    assert all(address.startswith(("#", "data:image/")) for address in page.fetched)
+    assert b"url(http" not in content and b"@import" not in content
+    assert page.sections == ["verdict", "data", "search", "winner", "test", "mistakes", "again"]
+    for number, svg in enumerate(content.decode().split("<svg")[1:]):
+        drawn = "<svg" + svg.split("</svg>")[0] + "</svg>"
+        ElementTree.fromstring(drawn.replace("xlink:href", "href")), number
+    assert b"#0a0b" not in content  # every colour of a chart has become one of the page's
+
+
+def test_a_page_says_the_figures_that_were_judged(found: Findings, content: bytes) -> None:
+    text = Page(content).text
+    test = found.test
+    assert test is not None
+    accuracy = f"{100 * test['accuracy']['value']:.1f} %"
+    assert f"names the right class for {accuracy} of 12 test images" in text
+    assert "4 completed, 1 failed" in text and "trial 3: failed: a <slot> died" in text
+    assert "fixed before the search began" in text
+    assert found.settings["fingerprint"] in text
+    for row in np.array(test["confusion_matrix"]):
+        assert all(f" {n} " in text for n in row)
+
+
+def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found: Findings, content: bytes) -> None:
+    wrong = found.predictions[found.said_N != found.labels_N]
+    page = Page(content)
+    assert 0 < len(wrong) < MOST_SHOWN
+    for path, truth, said in zip(wrong["path"], wrong["class"], wrong["predicted"], strict=True):
+        assert f"{truth}, taken for {said} {path}" in page.text
+    shown = page.text.count(", taken for ") + page.text.count(", recognised ")
+    assert shown <= page.images <= 3 * shown
+    assert f"named the same class for {shown} of {shown}" in page.text
+
+
+def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found: Findings, tmp_path: Path) -> None:
+    (tmp_path / "normal").mkdir()
+    pictures = find_pictures(found, tmp_path)
+    assert "--data DIR" in pictures.missing
+    page = Page(report_page("one", found, pictures))
+    assert page.images == 0 and "--data DIR" in page.text and ", taken for " in page.text
+
+
+def test_other_images_than_the_searchs_are_not_shown(found: Findings, phantoms: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(phantoms, tmp_path / "copy")
+    shutil.copy(next(copy.glob("train/normal/*")), next(copy.glob("test/normal/*")))
+    assert "are not those of the search" in find_pictures(found, copy).missing
+
+
+def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Findings) -> None:
+    card = model_card("one", found).decode()
+    assert found.test is not None
+    assert "Not a medical device; not for diagnosis" in card
+    assert f"| accuracy | {100 * found.test['accuracy']['value']:.1f}" in card
+    assert "| normal | " in card and "## Limits" in card and "None" not in card
+
+
+@pytest.mark.parametrize(
+    ("trials", "steps", "expected", "sections"),
+    [
+        (2, [lambda s: s.run(2)], "has not ended: 0 of 2 trials", []),
+        (3, [lambda s: s.run(), lambda s: s.run(1)], "has not ended: 1 of 3", ["winner"]),
+        (2, [lambda s: s.run(0, "no <room>")] * 2, "The search failed", []),
+        (1, [lambda s: s.run()], "has not been retrained and judged", ["winner"]),
+        (1, [lambda s: s.run(), Search.finish], "published configuration", ["winner", "test", "mistakes"]),
+    ],
+    ids=["no trial completed yet", "interrupted", "failed", "not judged", "one trial"],
+)
+def test_a_report_at_every_point_of_a_search(
+    trials: int,
+    steps: list[Callable[[Search], None]],
+    expected: str,
+    sections: list[str],
+    phantoms: Path,
+    tmp_path: Path,
+) -> None:
+    search = Search(tmp_path, phantoms, trials)
+    for step in steps:
+        step(search)
+    out = tmp_path / "page.html"
+    assert main([str(search.folder), "--out", str(out)]) == 0
+    page = Page(out.read_bytes())
+    assert expected in page.text
+    assert page.sections == ["verdict", "data", "search", *sections, "again"]
+    found = read_findings(search.plan.experiment)
+    if found.has_failed:
+        assert "failed: no <room>" in page.text and "there is no model" in page.text
+
+
+def test_phantoms_are_called_phantoms_loudly(found: Findings) -> None:
+    from dataclasses import replace
+
+    drawn = replace(found, settings=found.settings | {"data": None})
+    text = Page(report_page("one", drawn, Pictures())).text
+    assert text.count("These are PHANTOMS, drawn by a program") >= 2
+    assert "PHANTOMS" in model_card("one", drawn).decode()
+
+
+def test_names_of_files_cannot_become_part_of_the_page(found: Findings) -> None:
+    from dataclasses import replace
+
+    evil = found.bundle["predictions.csv"].decode().replace(".png", "<script>alert(1)</script>.png")
+    page = report_page(
+        "<img src=x>", replace(found, bundle={**found.bundle, "predictions.csv": evil.encode()}), Pictures()
+    )
+    assert b"<script" not in page and b"<img" not in page and b"&lt;script&gt;" in page
+    assert b"<script" not in model_card("<script>", found)
+
+
+def test_a_file_of_the_users_is_never_overwritten(
+    finished: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sealed = (finished.folder / "best" / "checksums.txt").read_bytes()
+    Path("report.html").write_text("<html>my own</html>")
+    assert main([str(finished.folder)]) == 2
+    assert "no report of lungct_tune" in capsys.readouterr().err
+    assert Path("report.html").read_text() == "<html>my own</html>"
+    assert main([str(finished.folder), "--out", "."]) == 2
+    assert main([str(finished.folder), "--out", "nowhere/page.html"]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert main(["one", "--storage", str(finished.folder.parent), "--out", "page.html"]) == 0
+    first = Path("page.html").stat().st_mtime_ns
+    assert main([str(finished.folder / "best"), "--out", "page.html"]) == 0  # the page that was made before
+    assert Path("page.html").stat().st_mtime_ns > first
+    assert (finished.folder / "best" / "checksums.txt").read_bytes() == sealed
+    bundle.verify(finished.folder / "best")
+
+
+def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "no search in" in capsys.readouterr().err
+    shutil.copytree(finished.folder / "best", tmp_path / "pulled")
+    assert main([str(tmp_path / "pulled"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "pulled bundle" in capsys.readouterr().err
+    shutil.copytree(finished.folder, tmp_path / "broken")
+    (tmp_path / "broken" / "study.db").write_bytes(b"no database")
+    assert main([str(tmp_path / "broken"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_the_command_runs_the_same_search_again(found: Findings) -> None:
+    from lungct_tune.settings import read_settings
+
+    settings, _ = read_settings(command(found.settings).split()[3:])
+    kept = {name: value for name, value in found.settings.items() if name not in ("name", "storage", "fingerprint")}
+    assert {name: value for name, value in settings.model_dump(mode="json").items() if name in kept} == kept
+
+
+def with_test(found: Findings, **more: Any) -> Findings:
+    from dataclasses import replace
+
+    assert found.test is not None
+    metrics = bundle.as_json({"test": found.test | more})
+    return replace(found, bundle={**found.bundle, bundle.METRICS: metrics})
+
+
+def test_the_verdict_names_the_gravest_objection(found: Findings) -> None:
+    from dataclasses import replace
+
+    good, rules = {"value": 0.9, "ci95": [0.8, 0.95]}, {"name": "normal", "accuracy": {"value": 0.3, "ci95": None}}
+    better = with_test(found, accuracy=good, references={"majority class": rules})
+    assert "no diagnosis" in verdict(better)[2]
+    chance = with_test(found, accuracy={"value": 0.5, "ci95": [0.2, 0.7]}, references={"majority class": rules})
+    assert verdict(chance)[2].startswith("Nothing")
+    shortcut = {"name": "size of the file", "accuracy": {"value": 0.85, "ci95": None}}
+    easy = with_test(found, accuracy=good, references={"majority class": rules, "shortcut": shortcut})
+    assert "size of the file, which looks at no lung" in verdict(easy)[2]
+    leaking = found.split.assign(group=0)
+    seen = replace(with_test(found, accuracy=good, references={"majority class": rules}), split=leaking)
+    assert "12 of the 12 test images have a near copy" in verdict(seen)[2]
+
+
+@given(st.floats(1e-4, 1e-2))
+def test_an_edge_is_an_edge_on_the_parameters_own_scale(value: float) -> None:
+    where = edge(value, FloatDistribution(1e-4, 1e-2, log=True))
+    share = np.log(value / 1e-4) / np.log(100)
+    assert where == ("the lower end" if share <= 0.02 else "the upper end" if share >= 0.98 else "")
+    assert edge(2e-2, FloatDistribution(1e-4, 1e-2)) == "outside"
+
+
+def test_parameters_and_arithmetic_are_counted_as_they_are() -> None:
+    whole = anatomy(49, 4, 224)
+    model = CutResNet(49)
+    assert sum(whole.parameters.values()) == sum(parameter.numel() for parameter in model.parameters())
+    head = whole.flops.pop("head")
+    assert sum(whole.flops.values()) == pytest.approx(2 * 4.087e9, rel=0.01)  # ResNet50 has 4.09 billion multiply-adds
+    assert head == 2 * (2048 * 256 + 256 * 128 + 128 * 4)
+    assert anatomy(20, 4, 224).features == (128, 28) and "layer3" not in anatomy(20, 4, 224).flops
+
+
+def test_maps_are_grad_cam_by_its_definition() -> None:
+    torch.manual_seed(0)
+    model = CutResNet(8, classes=3).eval()
+    images_NHW = np.random.default_rng(0).integers(0, 255, (3, 32, 32), dtype=np.uint8)
+    classes_N = np.array([2, 0, 1])
+    maps_Nhw, probabilities_NC = look(model, images_NHW, classes_N, "unit")
+    grey_N1HW = torch.from_numpy(images_NHW).unsqueeze(1) / 255
+    features = model.backbone(grey_N1HW.repeat(1, 3, 1, 1))["features"].detach().requires_grad_()
+    logits_NC = model.head(features)
+    logits_NC[range(3), classes_N].sum().backward()
+    assert features.grad is not None
+    weights = features.grad.mean(dim=(2, 3), keepdim=True)
+    expected = (weights * features).sum(dim=1).relu().detach().numpy()
+    expected /= np.maximum(expected.max(axis=(1, 2), keepdims=True), 1e-12)
+    np.testing.assert_allclose(maps_Nhw, expected, atol=1e-4)
+    np.testing.assert_allclose(probabilities_NC, logits_NC.softmax(dim=1).detach().numpy(), atol=1e-4)
