@@ -78,7 +78,6 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         "verdict": verdict.verdict(found),
         "worth_chart": charts.worth(rows) if rows else "",
         "groups": found.split["group"].nunique(),
-        "audit": "",
         "about_the_search": verdict.about_the_search(found),
         "failures": verdict.failures(found),
         "search_charts": _search_charts(found),

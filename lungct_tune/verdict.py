@@ -109,6 +109,11 @@ def _worth(found: Findings) -> str:
             f"Little: {shortcut['name']}, which looks at no lung, scores {percent(shortcut['accuracy']['value'])} on "
             "the same images, so the figure does not show that the model sees disease."
         )
+    if given := sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])}):
+        return (
+            f"Less for {' and '.join(given)}, which can be recognised in these data without looking at a lung (see "
+            "below); for the rest it holds for images from the same source, and is no diagnosis."
+        )
     return (
         "It holds for images from the same source as these; it says nothing of other scanners, hospitals or patients, "
         "and is no diagnosis."

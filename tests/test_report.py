@@ -108,7 +108,9 @@ class Search:
                 bundle.describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)
             ),
             bundle.METRICS: bundle.as_json({"test": figures}),
-            "predictions.csv": bundle.list_predictions(self.images, test, probabilities_NC),
+            "predictions.csv": bundle.list_predictions(
+                self.images.table.iloc[test], labels_N, probabilities_NC, self.images.classes
+            ),
         }
         bundle.write_bundle(self.plan.experiment, files)
 
