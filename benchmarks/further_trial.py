@@ -33,6 +33,7 @@ from lungct_tune.tuning.material import Material
 from lungct_tune.tuning.run import run_search
 from lungct_tune.tuning.slots import SlotPlan, scaling
 from lungct_tune.tuning.study import open_study, trials_table
+from lungct_tune.tuning.trial import Fold
 
 EPOCHS = 2
 SPACE = "truncation_depth: 1\naugmentation: 0\ndropout: {low: 0.0, high: 0.5}"
@@ -52,8 +53,7 @@ def plan_in(folder: Path) -> SlotPlan:
             batch_size=8,
             epochs=EPOCHS,
         ),
-        train_indices=np.flatnonzero(split == "train"),
-        valid_indices=np.flatnonzero(split == "valid"),
+        folds=(Fold(np.flatnonzero(split == "train"), np.flatnonzero(split == "valid")),),
         workers=1,
         resources_per_worker={"CPU": 1},
     )
@@ -62,7 +62,7 @@ def plan_in(folder: Path) -> SlotPlan:
 def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
     """Wall and epoch seconds of a search in one slot."""
     name = f"warm-{trials}"
-    study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS)
+    study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS, new=True)
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
     began = time.perf_counter()
     run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True), callbacks=[])
@@ -103,12 +103,13 @@ def train_loop(config: dict[str, Any]) -> None:
     import torch
 
     plan: SlotPlan = config["plan"]
-    training = plan.material.training(config["configuration"], plan.train_indices, seed=0)
+    (fold,) = plan.folds
+    training = plan.material.training(config["configuration"], fold.train_indices, seed=0)
     for _ in range(EPOCHS):
         began = time.perf_counter()
         training.train_epoch()
-        labels_N = plan.material.labels_N[plan.valid_indices]
-        figures = validation_figures(labels_N, training.probabilities(plan.valid_indices))
+        labels_N = plan.material.labels_N[fold.valid_indices]
+        figures = validation_figures(labels_N, training.probabilities(fold.valid_indices))
         seconds = time.perf_counter() - began
         stream = io.BytesIO()
         torch.save(training.state_dict(), stream)

@@ -33,8 +33,9 @@ class Experiment:
     split.csv       every image: path, class, group, split
     study.db        the Optuna study (with remote storage: a copy, see study_copy.py)
     tune/           Ray Tune's own folder: results and TensorBoard events of each trial
-    trials/0007/    last.pt: all that trial 7 needs to go on; best.safetensors: its best epoch's weights, and
-                    valid.npy: their probabilities (float32) for the validation images, in the order of split.csv
+    trials/0007/    last.pt: all that trial 7 needs to go on (last-1.pt, ...: its other folds); best.safetensors: its
+                    best epoch's weights (of the first fold), and valid.npy: their probabilities (float32) for the
+                    validation images (of all folds), in the order of split.csv
     slots/          Ray Train's runs of the slots (empty folders)
     final/          Ray Train's run of the final retraining
     *-images.npy    images too large for the object store, as the workers map them

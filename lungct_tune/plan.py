@@ -122,10 +122,14 @@ class Plan:
                 "put them back as they were, or begin a new search"
             )
 
-    def keep(self, images: ImageSet, split: np.ndarray) -> None:
+    def keep(self, images: ImageSet, split: np.ndarray, fold: np.ndarray | None) -> None:
         """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists."""
         table = images.table.assign(split=split, label=[images.classes[label] for label in images.table["label"]])
-        self.experiment.write("split.csv", table[["path", "label", "group", "split"]].to_csv(index=False).encode())
+        columns = ["path", "label", "group", "split"]
+        if fold is not None:
+            table.loc[split != "test", "fold"] = fold
+            table, columns = table.astype({"fold": "Int64"}), [*columns, "fold"]
+        self.experiment.write("split.csv", table[columns].to_csv(index=False).encode())
         self.experiment.write("space.yaml", self.space_text.encode())
         kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": images.fingerprint})
         self.experiment.write("settings.yaml", kept.encode())

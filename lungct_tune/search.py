@@ -76,7 +76,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
     from lungct_tune import bundle, terminal
     from lungct_tune.calibration import calibrated, fit_temperature
-    from lungct_tune.data import fetch_images, make_phantoms, read_images, split_images, twins_across
+    from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images, twins_across
     from lungct_tune.data.cache import default_cache
     from lungct_tune.data.learned import list_learned
     from lungct_tune.evaluation import judge
@@ -93,6 +93,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.slots import SlotPlan
     from lungct_tune.tuning.so_far import BestSoFar
+    from lungct_tune.tuning.trial import Fold
     from lungct_tune.weights import read_covering
 
     # ---- what is asked for ----------------------------------------------------------------------------
@@ -113,6 +114,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         plan.check_data(images)
         split = split_images(images, settings.split, settings.seed)
         labels_N = images.table["label"].to_numpy()
+        searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
+        fold = fold_images(images, searched, settings.folds, settings.seed) if settings.folds else None
         terminal.print_data(images, split, console)
 
         # ---- pretrained weights that reach as deep as the space, before any worker starts -------------
@@ -133,7 +136,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume
         )
         study.set_user_attr("cluster", f"{allotment}, on {machines()}")
-        plan.keep(images, split)
+        plan.keep(images, split, fold)
         if mlflow:
             kept_alone.enter_context(mlflow.kept_up(study, console))
         backbone = None if weights is None else ray.put(weights)
@@ -158,8 +161,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             """The temperature for a trial's configuration, from images that the trial was not trained on."""
             if (kept := experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
                 return None
-            valid, what = split == "valid", "the winner's validation predictions"
+            valid, which = (split == "valid", "validation") if fold is None else (split != "test", "out-of-fold")
             groups_N = images.table["group"].to_numpy()[valid]
+            what = f"the winner's {which} predictions"
             return fit_temperature(labels_N[valid], np.load(io.BytesIO(kept)), groups_N, what)
 
         def contents(best: FrozenTrial, weights: bytes, test: dict[str, Any] | None = None) -> dict[str, bytes]:
@@ -183,7 +187,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             }
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
-        searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
+        parts = [split[searched] == "valid"] if fold is None else [fold == k for k in range(fold.max() + 1)]
         console.print(f"\nsearching, {allotment.slots} trials at a time", style="bold")
         run_search(
             study,
@@ -191,8 +195,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             SlotPlan(
                 experiment=experiment,
                 material=material(searched, settings.epochs, "search-images.npy"),
-                train_indices=np.flatnonzero(split[searched] == "train"),
-                valid_indices=np.flatnonzero(split[searched] == "valid"),
+                folds=tuple(Fold(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts),
                 workers=allotment.workers,
                 resources_per_worker=allotment.resources_per_worker,
             ),

@@ -87,6 +87,9 @@ class Settings(BaseModel):
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 without cutting a group, or the published folders"
     )
+    folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
+        "judge a trial by cross-validation over train and validation (off)", "K"
+    )
     weights: str | None = _flag("imagenet, none or a FILE (imagenet; phantoms none)", "W")
     normalisation: Literal["imagenet", "unit"] = Field(
         "imagenet", description="what the weights expect: ImageNet's mean and deviation, or grey as 0 to 1"
@@ -130,6 +133,11 @@ class Settings(BaseModel):
             raise ValueError(
                 f"batch_size {self.batch_size} leaves a single image to each of {self.workers} workers: "
                 "batch normalisation needs at least two"
+            )
+        if self.folds is not None and self.folds < self.workers:
+            raise ValueError(
+                f"workers {self.workers} with folds {self.folds}: a worker trains whole folds, and some would have "
+                "none; take fewer workers, and more slots"
             )
         if self.gpus_per_worker and self.gpus_per_worker < 1 and self.workers > 1:
             raise ValueError(

@@ -61,6 +61,7 @@ class Training:
         normalisation: a name in `NORMALISATIONS`.
         backbone_state: pretrained weights as `read_weights` gives them; None starts from random ones.
         device: where to train.
+        alone: train on this worker only, whatever process group it is in.
 
     Raises:
         ValueError: the batch cannot be shared among the workers, or has fewer than two images a worker.
@@ -81,9 +82,11 @@ class Training:
         normalisation: str,
         backbone_state: Mapping[str, Tensor] | None,
         device: torch.device | str,
+        alone: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        together = dist.is_initialized() and not alone
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.images_NHW = images_NHW
         self.labels_N = labels_N.to(images_NHW.device)
         self.train_indices = torch.as_tensor(train_indices, dtype=torch.int64)

@@ -16,6 +16,7 @@ from lungct_tune.data import (
     SPLITS,
     DataError,
     ImageSet,
+    fold_images,
     near_identical_groups,
     read_images,
     split_images,
@@ -152,6 +153,27 @@ def test_a_grouped_split_never_cuts_a_group_whatever_the_data(image_set: ImageSe
     assert pd.crosstab(image_set.table["label"], split).to_numpy().min() >= 1
     assert not twins_across(image_set, split).any()
     np.testing.assert_array_equal(split, split_images(image_set, "grouped", seed))
+
+
+@settings(max_examples=150, deadline=None)
+@given(image_set=labelled_groups(), folds=st.integers(2, 6), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_folds_never_cut_a_group_and_hold_every_class(
+    image_set: ImageSet, folds: int, seed: int, data: st.DataObject
+) -> None:
+    n = len(image_set.table)
+    rows = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    try:
+        fold_N = fold_images(image_set, rows, folds, seed)
+    except DataError as error:
+        assert "choose fewer --folds" in str(error)
+        return
+    table = image_set.table.iloc[rows]
+    assert fold_N.shape == (len(rows),)
+    assert set(fold_N) == set(range(folds))
+    assert pd.Series(fold_N).groupby(table["group"].to_numpy()).nunique().max() == 1
+    present = pd.crosstab(table["label"].to_numpy(), fold_N)
+    assert present.to_numpy().min() >= 1 and len(present) == len(image_set.classes)
+    np.testing.assert_array_equal(fold_N, fold_images(image_set, rows, folds, seed))
 
 
 @settings(max_examples=50, deadline=None)

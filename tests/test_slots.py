@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,25 @@ SHALLOW = Configuration(truncation_depth=4, backbone_lr=1e-3)
 
 @pytest.fixture(scope="module")
 def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
-    from lungct_tune.data import read_images, split_images
+    with running_slot(tmp_path_factory.mktemp("slots"), phantoms, folds=1, workers=1) as slot:
+        yield slot
+
+
+@contextmanager
+def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
+    from lungct_tune.data import fold_images, read_images, split_images
     from lungct_tune.experiment import Experiment
     from lungct_tune.tuning.material import Material, share
     from lungct_tune.tuning.slots import Slot, SlotPlan
+    from lungct_tune.tuning.trial import Fold
 
-    folder = tmp_path_factory.mktemp("slots")
     images = read_images(phantoms, 32, progress=False)
     split = split_images(images, "grouped", seed=0)
     # as if they did not fit the object store: the workers map the file (test_search.py has them in the store)
     mapped = share(images.images_NHW, np.arange(len(split)), folder / "images.npy", room=0)
     assert np.array_equal(np.load(mapped), images.images_NHW)
+    searched = np.flatnonzero(split != "test")
+    fold_N = fold_images(images, searched, folds, seed=0) if folds > 1 else (split[searched] != "valid").astype(int)
     plan = SlotPlan(
         experiment=Experiment.at(str(folder), "one"),
         material=Material(
@@ -45,9 +54,8 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
             batch_size=8,
             epochs=EPOCHS,
         ),
-        train_indices=np.flatnonzero(split == "train"),
-        valid_indices=np.flatnonzero(split == "valid"),
-        workers=1,
+        folds=tuple(Fold(searched[fold_N != k], searched[fold_N == k]) for k in range(folds)),
+        workers=workers,
         resources_per_worker={"CPU": 1},
     )
 
@@ -56,9 +64,11 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
             super().setup(config, plan)
 
     made = WithPlan(order(0, SHALLOW))
-    made.folder = Path(plan.experiment.uri)
-    yield made
-    made.stop()
+    made.folder, made.plan = Path(plan.experiment.uri), plan
+    try:
+        yield made
+    finally:
+        made.stop()
 
 
 def order(number: int, configuration: Configuration) -> dict[str, Any]:
@@ -117,8 +127,8 @@ def test_a_state_of_another_study_is_not_taken_for_the_trials_own(slot: Any) -> 
     assert slot.train()["epoch"] == 1
 
 
-def kill_the_worker() -> None:
-    (worker,) = [a for a in list_actors(detail=True) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+def kill_a_worker() -> None:
+    worker, *_ = [a for a in list_actors(detail=True) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
     os.kill(worker.pid, signal.SIGKILL)
 
 
@@ -126,7 +136,7 @@ def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any
     whole = run(slot, 9, SHALLOW)
     slot.reset(order(12, SHALLOW))
     assert slot.train()["epoch"] == 1
-    kill_the_worker()
+    kill_a_worker()
     result = slot.train()
     assert (result["epoch"], result["done"]) == (2, True)
     assert [earlier["epoch"] for earlier in result["earlier"]] == [1]  # for a study that may not know it yet
@@ -138,3 +148,74 @@ def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pyte
     slot.reset(order(13, SHALLOW) | {"seed": "no number"})
     assert "the workers ended" in slot.train()["failed"]
     assert [result["epoch"] for result in run(slot, 14, SHALLOW)] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
+    slot.stop()  # its worker's CPU is needed
+    with running_slot(tmp_path_factory.mktemp("folds"), phantoms, folds=3, workers=2) as folds:
+        yield folds
+
+
+def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges_them(slot_of_folds: Any) -> None:
+    import torch
+
+    from lungct_tune.evaluation import rank, validation_figures
+    from lungct_tune.training import Training
+    from lungct_tune.tuning.trial import OBJECTIVE_SD
+
+    results = run(slot_of_folds, 0, SHALLOW)
+    plan = slot_of_folds.plan
+    labels_N, threads = plan.material.labels_N, torch.get_num_threads()
+    by_epoch: list[list[tuple[dict[str, float], np.ndarray]]] = [[] for _ in range(EPOCHS)]
+    torch.set_num_threads(1)  # as the workers: sums of floats depend on it
+    for fold in plan.folds:
+        assert not set(fold.train_indices) & set(fold.valid_indices)
+        alone = Training(
+            SHALLOW,
+            images_NHW=torch.from_numpy(np.load(plan.material.images)),
+            labels_N=torch.from_numpy(labels_N.copy()),
+            train_indices=fold.train_indices,
+            classes=4,
+            epochs=EPOCHS,
+            batch_size=8,
+            seed=3,
+            normalisation="unit",
+            backbone_state=None,
+            device="cpu",
+        )
+        for of_epoch in by_epoch:
+            alone.train_epoch()
+            probabilities_NC = alone.probabilities(fold.valid_indices)
+            of_epoch.append((validation_figures(labels_N[fold.valid_indices], probabilities_NC), probabilities_NC))
+    torch.set_num_threads(threads)
+    for result, of_epoch in zip(results, by_epoch, strict=True):
+        for name in (OBJECTIVE, "accuracy", "log_loss"):
+            assert result[name] == pytest.approx(np.mean([figures[name] for figures, _ in of_epoch]), abs=1e-12)
+        assert result[OBJECTIVE_SD] == pytest.approx(np.std([f[OBJECTIVE] for f, _ in of_epoch], ddof=1), abs=1e-12)
+    best = by_epoch[int(max(results, key=rank)["epoch"]) - 1]
+    kept = np.load(slot_of_folds.folder / "trials" / "0000" / "valid.npy")
+    held_out = np.concatenate([fold.valid_indices for fold in plan.folds])
+    assert sorted(held_out) == sorted(set(held_out))
+    in_order = np.argsort(held_out)
+    assert np.array_equal(kept, np.concatenate([probabilities_NC for _, probabilities_NC in best])[in_order])
+
+
+def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) -> None:
+    whole = run(slot_of_folds, 1, SHALLOW)
+    slot_of_folds.reset(order(2, SHALLOW))
+    assert slot_of_folds.train()["epoch"] == 1
+    ahead = slot_of_folds.folder / "trials" / "0002" / "last-1.pt"
+    behind = ahead.read_bytes()
+    kill_a_worker()
+    result = slot_of_folds.train()
+    assert (result["epoch"], result["done"], result["log_loss"]) == (2, True, whole[-1]["log_loss"])
+    assert ahead.read_bytes() != behind
+    # as if the workers had been lost when one of them had kept the second epoch and the others had not
+    for kept in ("last.pt", "last-2.pt"):
+        (slot_of_folds.folder / "trials" / "0002" / kept).unlink()
+    kill_a_worker()
+    results = run(slot_of_folds, 2, SHALLOW)
+    assert [[r[f] for f in ("epoch", OBJECTIVE, "log_loss")] for r in results] == [
+        [r[f] for f in ("epoch", OBJECTIVE, "log_loss")] for r in whole
+    ]

@@ -5,7 +5,7 @@ from lungct_tune.data.groups import SERIES_CORRELATION, TWIN_CORRELATION, near_i
 from lungct_tune.data.images import ImageSet, read_images
 from lungct_tune.data.phantoms import make_phantoms
 from lungct_tune.data.remote import fetch_images
-from lungct_tune.data.split import SPLITS, split_images, twins_across
+from lungct_tune.data.split import SPLITS, fold_images, split_images, twins_across
 
 __all__ = [
     "SERIES_CORRELATION",
@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "ImageSet",
     "fetch_images",
+    "fold_images",
     "make_phantoms",
     "near_identical_groups",
     "read_images",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed:
     """
     if how == "official":
         return _official(image_set)
-    split = _grouped(image_set.table, seed)
+    split = _deal(image_set.table, _SHARES, seed).astype(str)
     for label, name in enumerate(image_set.classes):
         of_class = image_set.table["label"] == label
         if missing := sorted(set(SPLITS) - set(split[of_class])):
@@ -39,6 +40,29 @@ def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed:
     return split
 
 
+def fold_images(image_set: ImageSet, rows: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each of these images, (len(rows),) int from 0: stratified by class, and no group is cut.
+
+    Args:
+        rows: the images to be dealt out, as indices: those of train and validation.
+        folds: how many; every class must be in each.
+
+    Raises:
+        DataError: a class has too few groups for so many folds.
+    """
+    table = image_set.table.iloc[rows]
+    fold_N = _deal(table, dict.fromkeys(range(folds), 1 / folds), seed).astype(int)
+    for label, name in enumerate(image_set.classes):
+        of_class = (table["label"] == label).to_numpy()
+        if len(set(fold_N[of_class])) < folds:
+            raise DataError(
+                f"{name!r} cannot be in each of {folds} folds: its {of_class.sum()} images of train and validation in "
+                f"{image_set.root} form {table['group'][of_class].nunique()} groups of copies or series, which a "
+                "fold may not cut; choose fewer --folds, or add images of that class"
+            )
+    return fold_N
+
+
 def twins_across(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
     """Whether an image of its group is in train or valid, for each test image: (n_test,) bool in row order.
 
@@ -48,23 +72,23 @@ def twins_across(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
     return np.isin(groups_N[split == "test"], groups_N[split != "test"])
 
 
-def _grouped(table: pd.DataFrame, seed: int) -> np.ndarray:
-    """Gives each group, large ones first, to the split that lacks the greatest share of its classes.
+def _deal(table: pd.DataFrame, shares: Mapping[Any, float], seed: int) -> np.ndarray:
+    """Gives each group, large ones first, to the part that lacks the greatest share of its classes.
 
     scikit-learn's StratifiedGroupKFold (1.9; two of ten folds for test) put 31 % instead of 20 % of the
     published normal images into test, whatever the seed: its first fold takes the largest group whole.
     """
     counts_GC = pd.crosstab(table["group"], table["label"])
-    wanted_SC = np.outer(list(_SHARES.values()), counts_GC.sum())
+    wanted_SC = np.outer(list(shares.values()), counts_GC.sum())
     given_SC = np.zeros_like(wanted_SC)
     shuffled = counts_GC.sample(frac=1, random_state=seed)
     by_size = shuffled.loc[shuffled.sum(axis=1).sort_values(ascending=False, kind="stable").index]
-    split_of = {}
+    part_of = {}
     for group, counts_C in zip(by_size.index, by_size.to_numpy(), strict=True):
         chosen = np.argmax((1 - given_SC / wanted_SC) @ counts_C)
         given_SC[chosen] += counts_C
-        split_of[group] = list(_SHARES)[chosen]
-    return table["group"].map(split_of).to_numpy(dtype=str)
+        part_of[group] = list(shares)[chosen]
+    return table["group"].map(part_of).to_numpy()
 
 
 def _official(image_set: ImageSet) -> np.ndarray:

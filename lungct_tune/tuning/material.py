@@ -56,8 +56,10 @@ class Material:
     def _backbone(self) -> Any:
         return None if self.backbone is None else ray.get(self.backbone)
 
-    def training(self, configuration: Configuration, train_indices: np.ndarray, seed: int) -> Training:
-        """A training of one configuration; called in a Ray Train worker, by all of its group together."""
+    def training(
+        self, configuration: Configuration, train_indices: np.ndarray, seed: int, alone: bool = False
+    ) -> Training:
+        """A training of one configuration; called in a Ray Train worker, by all of its group together or `alone`."""
         import torch
         from ray.train.torch import get_device
 
@@ -75,6 +77,7 @@ class Material:
             normalisation=self.normalisation,
             backbone_state=self._backbone,
             device=get_device(),
+            alone=alone,
         )
 
     def __getstate__(self) -> dict[str, Any]:

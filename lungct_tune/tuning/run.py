@@ -43,7 +43,8 @@ def run_search(
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are as they were.
     """
-    search = StudySearch(study, space, plan.experiment, seed=seed, startup=max(3, min(MOST_AT_RANDOM, trials // 3)))
+    startup = max(3, min(MOST_AT_RANDOM, trials // 3))
+    search = StudySearch(study, space, plan.experiment, seed=seed, startup=startup, folds=len(plan.folds))
     remaining = trials - len(finished_trials(study))
     if remaining <= 0:
         return

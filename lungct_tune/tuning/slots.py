@@ -9,26 +9,24 @@ process group and CUDA context are set up once a slot. (Measured in benchmarks/f
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import threading
-import time
 import uuid
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.evaluation import OBJECTIVE, rank, validation_figures
-from lungct_tune.experiment import VALID, Experiment, trial_folder
+from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.experiment import Experiment
 from lungct_tune.terminal import describe
 from lungct_tune.tuning.material import Material
+from lungct_tune.tuning.trial import Fold, WorkersTrial
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
@@ -54,8 +52,8 @@ class SlotPlan:
 
     experiment: Experiment
     material: Material
-    train_indices: np.ndarray
-    valid_indices: np.ndarray
+    folds: tuple[Fold, ...]
+    """One, or several whose mean is what a trial is worth."""
     workers: int
     resources_per_worker: dict[str, float]
 
@@ -214,98 +212,17 @@ def run_worker(config: dict[str, Any]) -> None:
 
     plan, mailbox = config["plan"], config["mailbox"]
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
+    if (device := ray.train.torch.get_device()).type == "cuda":
+        torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
     first = ray.train.get_context().get_world_rank() == 0
-    trial: _Trial | None = None
+    trial: WorkersTrial | None = None
     for turn in range(1, 2**62):
         order = ray.get(mailbox.get.remote("order", turn))
         if order is None:
             return
         if trial is None or trial.number != order["number"]:
             trial = None  # the model that was is gone before the next one comes
-            trial = _Trial(plan, order, writes=first)
+            trial = WorkersTrial(plan.experiment, plan.material, plan.folds, order)
         answer = trial.run_epoch()
         if first:
             ray.get(mailbox.put.remote("answer", turn, answer))
-
-
-class _Trial:
-    """A worker's part of one trial: its training, its history, its files."""
-
-    def __init__(self, plan: SlotPlan, order: dict[str, Any], writes: bool) -> None:
-        import torch
-
-        self.number, self._order = order["number"], order
-        self._plan, self._writes = plan, writes
-        self._training = plan.material.training(
-            Configuration(**order["configuration"]), plan.train_indices, order["seed"]
-        )
-        self._history: list[dict[str, float]] = []
-        self._valid_NC = np.empty(0)
-        self._told = 0
-        if (kept := plan.experiment.read(f"{trial_folder(self.number)}/last.pt")) is not None:
-            state = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu")
-            if state["order"] == order:  # else it belongs to a trial of that number in another study
-                self._training.load_state_dict(state["training"])
-                self._history = state["history"]
-
-    def run_epoch(self) -> dict[str, Any]:
-        """Trains and validates an epoch, keeps the trial's state, and says what the study should know."""
-        from lungct_tune.training import NotFiniteLoss
-
-        cost: dict[str, float] = {}
-        try:
-            if self._training.epoch < self._plan.material.epochs:
-                self._history.append(self._train_and_validate())
-                images = self._training.steps * self._training.share * self._training.world
-                cost = {"images": images} | self._keep()
-        except NotFiniteLoss as error:
-            return {OBJECTIVE: 0.0, "diverged": str(error), "done": True}
-        *earlier, last = self._history[self._told :]
-        self._told = len(self._history)
-        done = self._training.epoch >= self._plan.material.epochs
-        # Tune's loggers count by its iteration, which would begin anew where an interrupted trial goes on
-        return last | cost | {"training_iteration": last["epoch"], "earlier": earlier, "done": done}
-
-    def _train_and_validate(self) -> dict[str, float]:
-        from lungct_tune.training import NotFiniteLoss
-
-        began = time.perf_counter()
-        loss = self._training.train_epoch()
-        trained = time.perf_counter()
-        probabilities_NC = self._training.probabilities(self._plan.valid_indices)
-        if not np.isfinite(probabilities_NC).all():
-            raise NotFiniteLoss(f"predictions are not finite after epoch {self._training.epoch}")
-        self._valid_NC = probabilities_NC
-        figures = validation_figures(self._plan.material.labels_N[self._plan.valid_indices], probabilities_NC)
-        validated = time.perf_counter()
-        seconds = {"train_s": trained - began, "valid_s": validated - trained, "at": time.time()}
-        return {"epoch": self._training.epoch, "train_loss": loss} | figures | seconds
-
-    def _keep(self) -> dict[str, float]:
-        """Best epoch's weights and what they say of validation, then the state that counts them: a crash between
-        them repeats the epoch, and writes the same again.
-
-        Returns:
-            What that took, in bytes and seconds; nothing on workers that do not write.
-        """
-        import safetensors.torch
-        import torch
-
-        if not self._writes:
-            return {}
-        began, written = time.perf_counter(), 0
-        folder, last = trial_folder(self.number), self._history[-1]
-        if max(self._history, key=rank) is last:
-            metadata = {"epoch": str(last["epoch"]), OBJECTIVE: str(last[OBJECTIVE])}
-            best = safetensors.torch.save(self._training.model_state(), metadata)
-            self._plan.experiment.write(f"{folder}/best.safetensors", best)
-            valid = io.BytesIO()
-            np.save(valid, self._valid_NC)  # in the order of the plan's valid_indices
-            self._plan.experiment.write(f"{folder}/{VALID}", valid.getbuffer())
-            written += len(best) + valid.getbuffer().nbytes
-        stream = io.BytesIO()
-        state = {"order": self._order, "training": self._training.state_dict(), "history": self._history}
-        torch.save(state, stream)
-        self._plan.experiment.write(f"{folder}/last.pt", stream.getbuffer())
-        written += stream.getbuffer().nbytes
-        return {"checkpoint_bytes": written, "checkpoint_s": time.perf_counter() - began}

@@ -28,9 +28,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE, rank
-from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.experiment import Experiment
 from lungct_tune.space import SearchSpace
 from lungct_tune.storage import StorageError
+from lungct_tune.tuning.trial import OBJECTIVE_SD, state_file
 
 
 class StudyError(RuntimeError):
@@ -48,8 +49,9 @@ EPOCH_FIGURES = (
     "train_loss",
     "train_s",
     "valid_s",
+    OBJECTIVE_SD,
 )
-"""What a slot reports of an epoch, and the study keeps."""
+"""What a slot reports of an epoch, and the study keeps; the last only with folds."""
 
 WHEN_AND_WHERE = ("at", "slot")
 """What the study keeps of an epoch beside its figures: when it ended, in seconds since 1970, and in which slot."""
@@ -119,14 +121,22 @@ class StudySearch(Searcher):  # type: ignore[misc]
 
     Args:
         startup: how many trials Optuna draws at random before TPE has enough to learn from.
+        folds: how many models a trial trains, each of which keeps a state.
     """
 
     def __init__(
-        self, study: optuna.Study, space: SearchSpace, experiment: Experiment, *, seed: int, startup: int
+        self,
+        study: optuna.Study,
+        space: SearchSpace,
+        experiment: Experiment,
+        *,
+        seed: int,
+        startup: int,
+        folds: int = 1,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup = startup
+        self._startup, self._folds = startup, folds
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
         study.sampler = self._sampler()
@@ -164,7 +174,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """Tells the study of an epoch and of those before that an interruption kept from it."""
         live = self._live[trial_id]
         if "diverged" not in result:
-            last = {key: result[key] for key in (*EPOCH_FIGURES, *WHEN_AND_WHERE)}
+            last = {key: result[key] for key in (*EPOCH_FIGURES, *WHEN_AND_WHERE) if key in result}
             for figures in [*result.get("earlier", []), last]:
                 if figures["epoch"] > len(live.history):
                     live.trial.report(figures[OBJECTIVE], int(figures["epoch"]))
@@ -206,7 +216,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         self._tell(live.trial, ended)
         del self._live[trial_id]
         with suppress(StorageError):  # what stays there is never read again
-            self._experiment.delete(f"{trial_folder(live.trial.number)}/last.pt")
+            for fold in range(self._folds):
+                self._experiment.delete(state_file(live.trial.number, fold))
 
     def _tell(self, trial: Trial, ended: str) -> None:
         if ended.startswith(FAILED):
@@ -281,6 +292,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
             | configuration.as_dict()
             | {"frozen_depth": configuration.frozen_depth, "epochs": len(history)}
             | {f"best_{key}": best.get(key) for key in ("epoch", OBJECTIVE, "accuracy", "log_loss")}
+            | {f"best_{key}": best[key] for key in (OBJECTIVE_SD,) if key in best}
             | {"training_s": sum(figures["train_s"] + figures["valid_s"] for figures in history)}
         )
     return pd.DataFrame(rows)
