@@ -33,7 +33,7 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
     from lungct_tune.data import fold_images, read_images, split_images
     from lungct_tune.experiment import Experiment
     from lungct_tune.tuning.material import Material, share
-    from lungct_tune.tuning.slots import Slot, SlotPlan
+    from lungct_tune.tuning.slots import SlotPlan, TuneSlot
     from lungct_tune.tuning.trial import Fold
 
     images = read_images(phantoms, 32, progress=False)
@@ -59,7 +59,7 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
         resources_per_worker={"CPU": 1},
     )
 
-    class WithPlan(Slot):
+    class WithPlan(TuneSlot):
         def setup(self, config: dict[str, Any]) -> None:
             super().setup(config, plan)
 

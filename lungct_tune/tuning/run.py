@@ -14,7 +14,7 @@ from rich.console import Console
 from lungct_tune.space import SearchSpace
 from lungct_tune.tuning.metrics import Metrics
 from lungct_tune.tuning.progress import Clock, Progress
-from lungct_tune.tuning.slots import ON_HEAD, Slot, SlotPlan
+from lungct_tune.tuning.slots import ON_HEAD, SlotPlan, TuneSlot
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
 
 MOST_AT_RANDOM = 10
@@ -52,7 +52,7 @@ def run_search(
     with Progress(study, trials, clock, console) as progress, clock:
         tuner = tune.Tuner(
             # the CPUs and GPUs are its workers' and reserved by them
-            tune.with_resources(tune.with_parameters(Slot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
+            tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 scheduler=StudyPruning(search),

@@ -72,42 +72,61 @@ class Mailbox:
         return await asyncio.shield(self._letters[kind, turn])
 
 
-class Slot(tune.Trainable):  # type: ignore[misc]
+class TuneSlot(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's side of a slot: an actor that Tune reuses for one trial after another.
 
-    A trial is `{"number": int, "seed": int, "configuration": {...}}`; a step is one epoch of it. The workers
-    keep a trial's state on the experiment's storage after every epoch and look there first, so a trial goes
-    on where it was, whoever runs it: these workers, those that replace them, or a resumed search's.
+    A trial is `{"number": int, "seed": int, "configuration": {...}}`; a step is one epoch of it.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
         # Returns before the workers are up: Tune starts the next slot only when this one is set up
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
-        self._order, self._plan = config, plan
-        self._group = Group(plan)
+        self._order, self._slot = config, Slot(plan)
 
     def __repr__(self) -> str:
-        return self._group.name  # Ray asks once, when the actor is made, and shows it in its dashboard
+        return self._slot.name  # Ray asks once, when the actor is made, and shows it in its dashboard
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._order = new_config
         return True
 
     def step(self) -> dict[str, Any]:
+        return self._slot.run_epoch(self._order)
+
+    def cleanup(self) -> None:
+        self._slot.release()
+
+
+class Slot:
+    """A warm group of workers, replaced when it is lost.
+
+    The workers keep a trial's state on the experiment's storage after every epoch and look there first, so a trial goes
+    on where it was, whoever runs it: these workers, those that replace them, or a resumed search's.
+    """
+
+    def __init__(self, plan: SlotPlan) -> None:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
+        self._plan = plan
+        self._group = Group(plan)
+
+    @property
+    def name(self) -> str:
+        return self._group.name
+
+    def run_epoch(self, order: dict[str, Any]) -> dict[str, Any]:
         """Has the workers run the trial's next epoch; others take their place when they are lost.
 
         They wait for room as long as it takes: for a node that comes, or for another slot's end.
         """
         for _ in range(MAX_LOSSES):
             try:
-                return self._group.run_epoch(self._order) | {"slot": self._group.number}
+                return self._group.run_epoch(order) | {"slot": self._group.number}
             except WorkersLost as loss:
                 reason = str(loss)
                 self._group.release()
                 self._group = Group(self._plan)
         return {OBJECTIVE: 0.0, "failed": reason, "done": True}
 
-    def cleanup(self) -> None:
+    def release(self) -> None:
         self._group.release()
 
 
