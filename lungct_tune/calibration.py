@@ -74,7 +74,7 @@ def calibration_figures(
     between confidence and accuracy over bins of the predicted class's probability (Naeini et al., AAAI 2015). With
     few images it is never near 0, however good the probabilities: chance alone sets a bin off, and does so again in
     every resample. So the lower limit of its interval is as far below it as the upper limit is above, down to 0
-    (simulated: 0.94 to 0.96 for errors of 0.1 and 0.2, 0.77 where there is none).
+    (simulated coverage: 0.94 to 0.96 for errors of 0.1 and 0.2; 0.77 where there is none).
     """
     truth_NC = np.eye(probabilities_NC.shape[1])[labels_N]
     bins_N, confidence_N, right_N = _bins(labels_N, probabilities_NC)

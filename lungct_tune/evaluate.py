@@ -83,6 +83,8 @@ def evaluate(asked: argparse.Namespace, console: Console) -> None:
 
     # ---- the bundle, and which classes the images are to be told by -------------------------------------
     bundle.verify(asked.bundle)
+    if not (asked.bundle / bundle.LEARNED).exists():
+        raise EvaluateError(f"{asked.bundle} has no {bundle.LEARNED}: an earlier version made it; make it again")
     config = json.loads((asked.bundle / bundle.CONFIG).read_text())
     classes, scaling = tuple(config["classes"]), config["calibration"]
     class_map = read_map(asked.map, classes)
@@ -135,9 +137,12 @@ def evaluate(asked: argparse.Namespace, console: Console) -> None:
         "learned_from": {what: int((seen_N == what).sum()) for what in (SAME_FILE, ALIKE)},
         "test": figures,
     }
-    out.mkdir(parents=True)
-    (out / "predictions.csv").write_bytes(bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes))
-    (out / bundle.METRICS).write_bytes(bundle.as_json(metrics))
+    try:
+        out.mkdir(parents=True)
+        (out / "predictions.csv").write_bytes(bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes))
+        (out / bundle.METRICS).write_bytes(bundle.as_json(metrics))
+    except OSError as error:
+        raise EvaluateError(f"{out} cannot be written ({error}); choose another --out") from error
     terminal.print_judged(images, metrics, console)
     console.print(f"written: {out}/{bundle.METRICS}, {out}/predictions.csv", soft_wrap=True, markup=False)
 

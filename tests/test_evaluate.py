@@ -176,6 +176,7 @@ def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Pat
         (["--data", "EMPTY"], "found no images"),
         (["--data", "nowhere"], "nowhere is not a folder"),
         (["--out", "."], "is there already; choose another --out"),
+        (["--out", "/proc/judged"], "/proc/judged cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_to_do(
