@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 FOLDER = "best"
 SO_FAR = "so_far"
-MODEL, CONFIG, METRICS, CHECKSUMS = "model.safetensors", "config.json", "metrics.json", "checksums.txt"
+MODEL, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
+AUDIT, CHECKSUMS = "audit.json", "checksums.txt"
 LEARNED = "learned_from.csv"
 """Which images the model has seen, see `lungct_tune.data.learned`."""
 

@@ -31,6 +31,7 @@ class Experiment:
 
     settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml, the search space
     split.csv       every image: path, class, group, split
+    audit.json      what the audit found in them
     study.db        the Optuna study (with remote storage: a copy, see study_copy.py)
     tune/           Ray Tune's own folder: results and TensorBoard events of each trial
     trials/0007/    last.pt: all that trial 7 needs to go on (last-1.pt, ...: its other folds); best.safetensors: its

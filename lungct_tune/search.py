@@ -77,6 +77,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune import bundle, terminal
     from lungct_tune.calibration import calibrated, fit_temperature
     from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images, twins_across
+    from lungct_tune.data.audit import audit_images, refuse_leaks
     from lungct_tune.data.cache import default_cache
     from lungct_tune.data.learned import list_learned
     from lungct_tune.evaluation import judge
@@ -117,6 +118,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
         fold = fold_images(images, searched, settings.folds, settings.seed) if settings.folds else None
         terminal.print_data(images, split, console)
+        audit = audit_images(images, split, settings.split)
+        terminal.print_verdict(audit, console)
+        if settings.strict:
+            refuse_leaks(audit)
 
         # ---- pretrained weights that reach as deep as the space, before any worker starts -------------
         weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
@@ -137,6 +142,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         )
         study.set_user_attr("cluster", f"{allotment}, on {machines()}")
         plan.keep(images, split, fold)
+        experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if mlflow:
             kept_alone.enter_context(mlflow.kept_up(study, console))
         backbone = None if weights is None else ray.put(weights)
@@ -183,6 +189,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 bundle.CONFIG: bundle.as_json(config),
                 bundle.METRICS: bundle.as_json(metrics),
                 bundle.LEARNED: learned,
+                bundle.AUDIT: bundle.as_json(audit),
                 "trials.csv": table.to_csv(index=False).encode(),
             }
 

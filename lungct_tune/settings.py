@@ -90,6 +90,7 @@ class Settings(BaseModel):
     folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
         "judge a trial by cross-validation over train and validation (off)", "K"
     )
+    strict: bool = Field(False, description="refuse a split that leaks: copies or series in several parts")
     weights: str | None = _flag("imagenet, none or a FILE (imagenet; phantoms none)", "W")
     normalisation: Literal["imagenet", "unit"] = Field(
         "imagenet", description="what the weights expect: ImageNet's mean and deviation, or grey as 0 to 1"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.configuration import Configuration
-from lungct_tune.data import SPLITS, ImageSet, twins_across
+from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.plan import Plan
 from lungct_tune.space import SearchSpace
@@ -33,7 +33,7 @@ def describe(configuration: Configuration) -> str:
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
-    """The split by class, what was left out and why, and a warning where test has near copies elsewhere."""
+    """The split by class, and what cannot be read and why."""
     table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
     table.add_column("class")
     for name in SPLITS:
@@ -60,6 +60,17 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
+
+
+def print_verdict(audit: Mapping[str, Any], console: Console) -> None:
+    """What the audit found, in its own words; nothing where it found nothing."""
+    verdict = audit["verdict"]
+    if verdict["level"] == "clean":
+        return
+    console.print(verdict["headline"], style="bold yellow", soft_wrap=True, markup=False)
+    for reason in verdict["reasons"]:
+        console.print(f"  - {reason}", soft_wrap=True, markup=False)
+    console.print("  all of it: python -m lungct_tune.audit", soft_wrap=True, markup=False)
 
 
 def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:

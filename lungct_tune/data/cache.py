@@ -25,14 +25,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, decode
+from lungct_tune.data import copies
+from lungct_tune.data.copies import PRINT, Copy, find_copies
+from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, FileProperties, decode
 from lungct_tune.data.find import DataError
-from lungct_tune.data.groups import (
-    SERIES_CORRELATION,
-    TWIN_CORRELATION,
-    label_conflicts,
-    near_identical_groups,
-)
+from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, label_conflicts, merge, near_identical_groups
 
 _COPY_BLOCK = 1024  # images held in memory while the kept ones are copied
 
@@ -44,9 +41,15 @@ class Findings:
     kept: list[int]
     """The images whose pixels are in the array, in its order."""
     groups: list[int]
-    """The group of each kept image."""
+    """The group of each kept image: copies, and those that look like slices of one series."""
+    group_counts: list[tuple[float, int]]
+    """How many groups there would be at other thresholds of likeness."""
+    copies: list[Copy]
+    """Pairs of copies, also among the images that are not kept."""
     conflicts: list[list[int]]
-    """Sets of twins under different classes."""
+    """Sets of copies under different classes."""
+    properties: list[FileProperties]
+    """What the file of each kept image is."""
     unreadable: list[tuple[int, str]]
     """Images that cannot be decoded, and why."""
 
@@ -75,17 +78,17 @@ def decode_all(
     """The decoded images, (N, size, size) uint8, read-only and memory-mapped, and what was found.
 
     Taken from `cache` if it has an intact entry for this content, else decoded into it. Unreadable images and
-    twins under different classes are not in the array.
+    copies under different classes are not in the array.
 
     Raises:
         DataError: the cache folder cannot be written or its disk is too full.
     """
-    version = [DECODER_VERSION, PIL.__version__, SERIES_CORRELATION, TWIN_CORRELATION]
+    version = [DECODER_VERSION, PIL.__version__, CORRELATIONS, SERIES_CORRELATION, copies.VERSION]
     content = [version, size, list(zip(digests, labels, strict=True))]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     pixels, findings = cache / f"{key}.npy", cache / f"{key}.json"
     if not _is_intact(pixels, findings):
-        require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2))
+        require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2 + PRINT**2))
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             found = _decode_into(Path(scratch), paths, digests, labels, size, progress)
             new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
@@ -94,6 +97,8 @@ def decode_all(
             new_findings.replace(findings)
     entry = json.loads(findings.read_text())
     del entry["sha256"]
+    entry["copies"] = [Copy(*pair) for pair in entry["copies"]]
+    entry["properties"] = [FileProperties(*file) for file in entry["properties"]]
     return np.load(pixels, mmap_mode="r"), Findings(**entry)
 
 
@@ -134,10 +139,13 @@ def _decode_into(
     n = len(paths)
     images_NHW = open_memmap(scratch / "all.npy", "w+", np.uint8, (n, size, size))
     thumbnails_NHW = open_memmap(scratch / "thumbnails.npy", "w+", np.uint8, (n, THUMBNAIL, THUMBNAIL))
+    prints_NHW = open_memmap(scratch / "prints.npy", "w+", np.uint8, (n, PRINT, PRINT))
+    properties: dict[int, FileProperties] = {}
+    pixel_digests: dict[int, str] = {}
 
     def decode_row(i: int) -> str | None:
         try:
-            images_NHW[i], thumbnails_NHW[i] = decode(paths[i], size)
+            images_NHW[i], thumbnails_NHW[i], prints_NHW[i], properties[i], pixel_digests[i] = decode(paths[i], size)
         except Exception as error:  # Pillow's plugins raise almost anything on broken files
             return str(error).replace(str(paths[i]), "the file") or type(error).__name__
         return None
@@ -145,10 +153,15 @@ def _decode_into(
     unreadable = [(i, reason) for i, reason in enumerate(_in_threads(decode_row, n, progress)) if reason]
     readable = np.setdiff1d(np.arange(n), [i for i, _ in unreadable])
     if unreadable:
-        thumbnails_NHW = thumbnails_NHW[readable]
+        thumbnails_NHW, prints_NHW = thumbnails_NHW[readable], prints_NHW[readable]
     digests_N, labels_N = [digests[i] for i in readable], [labels[i] for i in readable]
-    groups_N = near_identical_groups(thumbnails_NHW, digests_N)
-    conflicts = [readable[twins] for twins in label_conflicts(thumbnails_NHW, digests_N, labels_N, groups_N)]
+    found = find_copies(prints_NHW, digests_N, [pixel_digests[i] for i in readable])
+    pairs_P2 = np.array([pair[:2] for pair in found], dtype=np.intp).reshape(-1, 2)
+    groups = {
+        threshold: merge(groups_N, *pairs_P2.T)
+        for threshold, groups_N in near_identical_groups(thumbnails_NHW, digests_N, CORRELATIONS).items()
+    }
+    conflicts = [readable[alike] for alike in label_conflicts(merge(np.arange(len(readable)), *pairs_P2.T), labels_N)]
     is_kept = ~np.isin(readable, np.concatenate([*conflicts, np.empty(0, dtype=int)]))
     kept = readable[is_kept]
     if len(kept) == n:
@@ -158,7 +171,15 @@ def _decode_into(
         for start in range(0, len(kept), _COPY_BLOCK):
             block = slice(start, start + _COPY_BLOCK)
             kept_NHW[block] = images_NHW[kept[block]]
-    return Findings(kept.tolist(), groups_N[is_kept].tolist(), [twins.tolist() for twins in conflicts], unreadable)
+    return Findings(
+        kept=kept.tolist(),
+        groups=groups[SERIES_CORRELATION][is_kept].tolist(),
+        group_counts=[(threshold, len(np.unique(groups_N[is_kept]))) for threshold, groups_N in groups.items()],
+        copies=[pair._replace(first=int(readable[pair.first]), second=int(readable[pair.second])) for pair in found],
+        conflicts=[alike.tolist() for alike in conflicts],
+        properties=[properties[i] for i in kept],
+        unreadable=unreadable,
+    )
 
 
 def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
+
+from lungct_tune.data.copies import PRINT
 
 DECODER_VERSION = 1
 """Part of every cache key: raise it when the same file would come out with other pixels."""
@@ -13,21 +17,50 @@ DECODER_VERSION = 1
 THUMBNAIL = 64  # pixels; what chest-ctscan's series were measured at, whatever size the network sees
 
 
-def decode(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The image as (size, size) and as (64, 64) uint8, resized bilinearly with antialiasing.
+class FileProperties(NamedTuple):
+    """What a file is, whatever it shows."""
+
+    width: int
+    height: int
+    mode: str
+    """As Pillow names it: "L", "RGB", "RGBA", ..."""
+    format: str
+    """Of the content, whatever the suffix says: "PNG", "JPEG", ..."""
+    bytes: int
+
+
+class Decoded(NamedTuple):
+    image_HW: np.ndarray
+    """uint8, as large as asked for."""
+    thumbnail_HW: np.ndarray
+    """uint8, `THUMBNAIL` pixels each way."""
+    print_HW: np.ndarray
+    """uint8, `PRINT` pixels each way."""
+    properties: FileProperties
+    pixel_digest: str
+    """sha256 of the picture in grey, at its own size."""
+
+
+def decode(path: Path, size: int) -> Decoded:
+    """The image at three sizes, resized bilinearly with antialiasing, and what its file is.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file cannot be read; Pillow
             raises all of these, depending on the format and on what is wrong.
     """
-    if path.stat().st_size == 0:
+    length = path.stat().st_size
+    if length == 0:
         raise ValueError("empty file")
     with Image.open(path) as image:
         image.verify()  # checksums, which Pillow's PNG decoder passes over; leaves the file unusable
     with Image.open(path) as image:
         grey = to_grey(image)
-    resized, thumbnail = (grey.resize((side, side), Image.Resampling.BILINEAR) for side in (size, THUMBNAIL))
-    return np.asarray(resized), np.asarray(thumbnail)
+        properties = FileProperties(*image.size, image.mode, image.format or "", length)
+    image_HW, thumbnail_HW, print_HW = (
+        np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
+    )
+    pixel_digest = hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest()
+    return Decoded(image_HW, thumbnail_HW, print_HW, properties, pixel_digest)
 
 
 def to_grey(image: Image.Image) -> Image.Image:

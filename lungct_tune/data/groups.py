@@ -19,39 +19,37 @@ On the 685 published train and valid images this gives 467 groups, the largest o
 of different classes beside the byte-identical one. At 0.85 chance likenesses set in (11 such pairs).
 """
 
-TWIN_CORRELATION = 0.998
-"""Two images that correlate at least so much are one picture, saved twice.
-
-Measured on the same images: recompression as JPEG of quality 20 leaves at least 0.9981, of quality 50
-0.9995, halving the size 0.9987 in 99 % of them.
-"""
+CORRELATIONS = (0.80, 0.85, SERIES_CORRELATION, 0.95, 0.98)
+"""Thresholds at which the groups are counted, so that it can be seen how much hangs on the one in force."""
 
 _BLOCK = 2048  # images compared with as many others at once: 16 MB of correlations
 
 
 def near_identical_groups(
-    thumbnails_NHW: np.ndarray, digests: Sequence[str], *, threshold: float = SERIES_CORRELATION
-) -> np.ndarray:
-    """Connected components of "same bytes, or Pearson correlation of pixels at least `threshold`".
+    thumbnails_NHW: np.ndarray, digests: Sequence[str], thresholds: Sequence[float] = (SERIES_CORRELATION,)
+) -> dict[float, np.ndarray]:
+    """Connected components of "same bytes, or Pearson correlation of pixels at least the threshold", for each.
 
     Args:
         thumbnails_NHW: uint8, all of one size; `read_images` gives 64 by 64.
         digests: for each image the hash of its file.
-        threshold: correlation, above 0. An image of one single grey is like its byte copies only.
+        thresholds: correlations, above 0. An image of one single grey is like its byte copies only.
 
     Returns:
-        (N,) int group of each image, counted from 0 in the order of appearance.
+        By threshold, (N,) int group of each image, counted from 0 in the order of appearance.
     """
-    groups_N = pd.factorize(np.asarray(digests, dtype=object))[0]
+    groups = dict.fromkeys(thresholds, pd.factorize(np.asarray(digests, dtype=object))[0])
     starts = range(0, len(thumbnails_NHW), _BLOCK)
     for start in starts:
         rows_ND = _unit_norm(thumbnails_NHW[start : start + _BLOCK])
         for other in (other for other in starts if other >= start):
             columns_ND = _unit_norm(thumbnails_NHW[other : other + _BLOCK])
-            rows, columns = np.nonzero(rows_ND @ columns_ND.T >= threshold)
-            # Merged block by block, so that memory stays linear even if all images are alike.
-            groups_N = _merge(groups_N, start + rows, other + columns)
-    return groups_N
+            correlations = rows_ND @ columns_ND.T
+            for threshold in thresholds:
+                rows, columns = np.nonzero(correlations >= threshold)
+                # Merged block by block, so that memory stays linear even if all images are alike.
+                groups[threshold] = merge(groups[threshold], start + rows, other + columns)
+    return groups
 
 
 def join_groups(groups_N: np.ndarray, known: Sequence[str | None]) -> np.ndarray:
@@ -59,31 +57,18 @@ def join_groups(groups_N: np.ndarray, known: Sequence[str | None]) -> np.ndarray
     known_N = pd.factorize(np.asarray(known, dtype=object))[0]  # None becomes -1
     images = np.flatnonzero(known_N >= 0)
     first_image = pd.Series(images).groupby(known_N[images]).transform("first").to_numpy(dtype=np.intp)
-    return _merge(groups_N, images, first_image)
+    return merge(groups_N, images, first_image)
 
 
-def label_conflicts(
-    thumbnails_NHW: np.ndarray, digests: Sequence[str], labels: Sequence[str], groups_N: np.ndarray
-) -> list[np.ndarray]:
-    """Sets of twins (byte-identical or practically identical pixels) that stand under different classes.
+def label_conflicts(copies_N: np.ndarray, labels: Sequence[str]) -> list[np.ndarray]:
+    """The image indices of each set of copies that stands under several classes.
 
-    Twins are looked for inside `groups_N` (of `near_identical_groups`), which never separates them.
-
-    Returns:
-        One array of image indices a conflict.
+    Args:
+        copies_N: images of one number are copies of one another.
+        labels: the class of each image.
     """
-    labels_N, digests_N = np.asarray(labels), np.asarray(digests)
-    conflicts = []
-    for members in _members_of_mixed(groups_N, labels_N):
-        twins = near_identical_groups(thumbnails_NHW[members], digests_N[members].tolist(), threshold=TWIN_CORRELATION)
-        conflicts += [members[indices] for indices in _members_of_mixed(twins, labels_N[members])]
-    return conflicts
-
-
-def _members_of_mixed(groups_N: np.ndarray, labels_N: np.ndarray) -> list[np.ndarray]:
-    """The image indices of each group that has more than one label."""
-    n_labels = pd.Series(labels_N).groupby(groups_N).nunique()
-    return [np.flatnonzero(groups_N == group) for group in n_labels.index[n_labels > 1]]
+    n_labels = pd.Series(labels).groupby(copies_N).nunique()
+    return [np.flatnonzero(copies_N == number) for number in n_labels.index[n_labels > 1]]
 
 
 def _unit_norm(images_NHW: np.ndarray) -> np.ndarray:
@@ -94,7 +79,7 @@ def _unit_norm(images_NHW: np.ndarray) -> np.ndarray:
     return np.asarray(vectors_ND / np.where(lengths > 0, lengths, 1))
 
 
-def _merge(groups_N: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def merge(groups_N: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Group of each image after joining the groups of images `left[i]` and `right[i]` for each i."""
     n = groups_N.max(initial=-1) + 1
     graph = coo_array((np.ones(len(left), dtype=bool), (groups_N[left], groups_N[right])), shape=(n, n))

@@ -7,16 +7,30 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lungct_tune.data.cache import decode_all, default_cache, file_digest
-from lungct_tune.data.decode import DECODER_VERSION
+from lungct_tune.data.decode import DECODER_VERSION, FileProperties
 from lungct_tune.data.find import DataError, find_images, known_groups
 from lungct_tune.data.groups import join_groups
 
 _LISTED = 20  # files named in an error before the rest is only counted
+
+
+class CopyOf(NamedTuple):
+    """Two images that are copies; see `Copy` for the last four."""
+
+    path: str
+    other: str
+    class_name: str
+    other_class: str
+    kind: str
+    similarity: float
+    flip: str
+    shift: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +41,7 @@ class ImageSet:
     table: pd.DataFrame
     """One row an image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
     as published), label (index into classes), digest (sha256 of the file), group (images of one group must
-    stay in one split)."""
+    stay in one split), and the fields of `FileProperties`."""
     images_NHW: np.ndarray
     """uint8 grey, square, memory-mapped, read-only."""
     classes: tuple[str, ...]
@@ -35,7 +49,11 @@ class ImageSet:
     unreadable: list[tuple[str, str]]
     """(path, reason) of each file that could not be decoded."""
     conflicts: list[tuple[str, ...]]
-    """Paths of twins that stand under different classes; they are not in the table."""
+    """Paths of copies that stand under different classes; they are not in the table."""
+    copies: list[CopyOf]
+    """Pairs of copies, also among the conflicts."""
+    group_counts: list[tuple[float, int]]
+    """(threshold, groups): how many groups there would be at other thresholds of likeness, without groups.csv."""
     fingerprint: str
     """sha256 of all that makes these "the same data": content, classes, groups, paths and size."""
 
@@ -83,16 +101,21 @@ def read_images(
             "group": join_groups(np.array(found.groups, dtype=np.intp), [known[i] for i in found.kept]),
         }
     )
+    identity = f"{DECODER_VERSION} {size} {classes}\n{table.to_csv(index=False)}"
+    table = pd.concat([table, pd.DataFrame(found.properties, columns=FileProperties._fields)], axis=1)
     if lost := [name for label, name in enumerate(classes) if label not in table["label"].to_numpy()]:
         raise DataError(
             f"no usable image of {', '.join(lost)} is left in {root}: "
-            f"{len(unreadable)} files are unreadable, and {sum(map(len, found.conflicts))} have a twin "
+            f"{len(unreadable)} files are unreadable, and {sum(map(len, found.conflicts))} have a copy "
             "under another class"
         )
     conflicts = [tuple(files[i].path for i in twins) for twins in found.conflicts]
-    identity = f"{DECODER_VERSION} {size} {classes}\n{table.to_csv(index=False)}"
+    copies = [
+        CopyOf(files[pair.first].path, files[pair.second].path, labels[pair.first], labels[pair.second], *pair[2:])
+        for pair in found.copies
+    ]
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return ImageSet(root, table, images_NHW, classes, unreadable, conflicts, fingerprint)
+    return ImageSet(root, table, images_NHW, classes, unreadable, conflicts, copies, found.group_counts, fingerprint)
 
 
 def _unreadable_message(root: Path, unreadable: list[tuple[str, str]]) -> str:

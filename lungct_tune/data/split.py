@@ -66,7 +66,8 @@ def fold_images(image_set: ImageSet, rows: np.ndarray, folds: int, seed: int) ->
 def twins_across(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
     """Whether an image of its group is in train or valid, for each test image: (n_test,) bool in row order.
 
-    None in a grouped split, by construction; in the official one these are the answers seen before.
+    A group holds the copies of an image, and what looks like slices of its series. None in a grouped split, by
+    construction; in the official one these are the answers seen before.
     """
     groups_N = image_set.table["group"].to_numpy()
     return np.isin(groups_N[split == "test"], groups_N[split != "test"])

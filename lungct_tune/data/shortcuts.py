@@ -1,0 +1,153 @@
+"""How well the class can be told without looking at a lung: from the file, the greys, the border, or a likeness.
+
+Each rule is given one kind of property and nothing else. What it scores in grouped cross-validation, on images of
+groups that it has not seen, is what a network may score by the same shortcut (Geirhos et al., Nature Machine
+Intelligence 2020; DeGrave et al., 2021, on chest X-rays told apart by their hospital).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from sklearn.base import ClassifierMixin, clone
+from sklearn.ensemble import ExtraTreesClassifier
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.neighbors import KNeighborsClassifier
+
+from lungct_tune.data.images import ImageSet
+
+FOLDS = 5
+GIVEN_AWAY = 0.97
+"""A class that a shortcut tells from the rest with this AUROC or more is given away by it."""
+
+MOST_IMAGES = 4000
+"""Of more images a random sample is learnt from: the question is whether there is a shortcut, not its third digit."""
+
+SMALL = 32  # pixels, each way
+_BORDER = 2  # of those, on each side
+_BINS = 32
+
+
+class Rule(NamedTuple):
+    """A shortcut: what it looks at, and the classifier that learns from it."""
+
+    title: str
+    features: Callable[[ImageSet, np.ndarray], np.ndarray]
+    """(images, rows) to (n, features) float."""
+    classifier: ClassifierMixin
+
+
+class Shortcut(NamedTuple):
+    """What a rule scored, each image predicted by a rule that had seen nothing of its group."""
+
+    balanced_accuracy: float
+    per_class: dict[int, float]
+    """By label: the AUROC of that class against the rest; chance is 0.5."""
+    sensitivity: dict[int, float]
+    """By label: the share of its images that is recognised."""
+
+
+def small_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    """The images at 32 by 32 pixels, (n, 32, 32) float32, one by one: the set may be larger than memory."""
+    resized = (Image.fromarray(images.images_NHW[i]).resize((SMALL, SMALL), Image.Resampling.BOX) for i in rows)
+    return np.stack([np.asarray(image, dtype=np.float32) for image in resized])
+
+
+def unit_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    """The same as vectors of mean 0 and length 1, (n, 1024): the nearest is the one that correlates most."""
+    vectors_ND = small_pixels(images, rows).reshape(len(rows), -1)
+    vectors_ND -= vectors_ND.mean(axis=1, keepdims=True)
+    return np.asarray(vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-6))
+
+
+def _file_properties(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    files = images.table.iloc[rows]
+    modes = sorted(images.table["mode"].unique())
+    pixels = files["width"] * files["height"]
+    numbers = [files["width"], files["height"], files["width"] / files["height"], files["bytes"] / pixels]
+    return np.stack([*numbers, *(files["mode"] == mode for mode in modes)], axis=1).astype(np.float32)
+
+
+def _histogram(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    counts = [np.bincount(images.images_NHW[i].ravel() // (256 // _BINS), minlength=_BINS) for i in rows]
+    return np.asarray(np.stack(counts) / images.images_NHW[0].size, dtype=np.float32)
+
+
+def _border(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    is_border = np.ones((SMALL, SMALL), dtype=bool)
+    is_border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
+    return np.asarray(small_pixels(images, rows)[:, is_border])
+
+
+_FOREST = ExtraTreesClassifier(100, class_weight="balanced", min_samples_leaf=2, random_state=0)
+
+RULES = {
+    "file": Rule("the size, mode and bytes per pixel of the file", _file_properties, _FOREST),
+    "histogram": Rule("the histogram of greys", _histogram, _FOREST),
+    "border": Rule("the border of the image, a sixteenth on each side", _border, _FOREST),
+    "pixels": Rule("the most similar image at 32 x 32 pixels", unit_pixels, KNeighborsClassifier(1)),
+}
+
+
+def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]:
+    """What each rule scores in grouped, stratified cross-validation over these images; {} where that cannot be.
+
+    It cannot be where a class has but one group: then no fold could be predicted from others.
+    """
+    rows = _sample(images, rows)
+    table = images.table.iloc[rows]
+    labels_N, groups_N = table["label"].to_numpy(), table["group"].to_numpy()
+    folds = min(FOLDS, int(table.groupby("label")["group"].nunique().min()))
+    if folds < 2:
+        return {}
+    # shuffled with a fixed seed: the same data give the same figures
+    cut = list(StratifiedGroupKFold(folds, shuffle=True, random_state=0).split(rows, labels_N, groups_N))
+    shortcuts = {}
+    for name, rule in RULES.items():
+        features_ND, probabilities_NC = rule.features(images, rows), np.zeros((len(rows), len(images.classes)))
+        for learnt, asked in cut:
+            model: Any = clone(rule.classifier)
+            model.fit(features_ND[learnt], labels_N[learnt])
+            probabilities_NC[np.ix_(asked, model.classes_)] = model.predict_proba(features_ND[asked])
+        present, predicted_N = np.unique(labels_N).tolist(), probabilities_NC.argmax(axis=1)
+        shortcuts[name] = Shortcut(
+            float(balanced_accuracy_score(labels_N, predicted_N)),
+            {c: float(roc_auc_score(labels_N == c, probabilities_NC[:, c])) for c in present},
+            {c: float((predicted_N == c)[labels_N == c].mean()) for c in present},
+        )
+    return shortcuts
+
+
+def best_shortcut(images: ImageSet, known: np.ndarray, unseen: np.ndarray) -> tuple[str, np.ndarray]:
+    """The trivial rule that a network has to beat: the strongest shortcut of what may be learnt from.
+
+    Args:
+        images: all of them.
+        known: rows that may be learnt from (train and validation). The shortcut is chosen by grouped
+            cross-validation on them, then learns from all of them.
+        unseen: rows to predict (test). Nothing of them but their features is looked at.
+
+    Returns:
+        The rule's name in `RULES`, and the labels that it predicts for `unseen`.
+    """
+    scores = measure_shortcuts(images, known)
+    name = max(scores, key=lambda rule: scores[rule].balanced_accuracy) if scores else "pixels"
+    rule, learnt = RULES[name], _sample(images, known)
+    model: Any = clone(rule.classifier)
+    model.fit(rule.features(images, learnt), images.table["label"].to_numpy()[learnt])
+    return name, np.asarray(model.predict(rule.features(images, unseen)))
+
+
+def _sample(images: ImageSet, rows: np.ndarray) -> np.ndarray:
+    """At most about `MOST_IMAGES` of the rows, in whole groups, in order."""
+    if len(rows) <= MOST_IMAGES:
+        return rows
+    groups_N = pd.Series(images.table["group"].to_numpy()[rows])
+    sizes = groups_N.value_counts(sort=False).sample(frac=1, random_state=0)
+    chosen = sizes.index[sizes.cumsum() <= MOST_IMAGES]
+    return np.asarray(rows[groups_N.isin(chosen).to_numpy()])

@@ -1,0 +1,196 @@
+"""Copies are found whatever was done to them, and images of different patients are none."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CT_IMAGES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from lungct_tune.data import make_phantoms, read_images, split_images, twins_across
+from lungct_tune.data.copies import PRINT, Copy, find_copies
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return Image.open(stream).convert("L")
+
+
+def rescaled(image: Image.Image, factor: float) -> Image.Image:
+    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+
+
+def shifted(image: Image.Image, x: float, y: float) -> Image.Image:
+    """By shares of its width and height; what comes in is black."""
+    matrix = (1, 0, -round(x * image.width), 0, 1, -round(y * image.height))
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+
+def windowed(image: Image.Image, low: float, high: float, gamma: float = 1) -> Image.Image:
+    greys = np.clip((np.arange(256) / 255 - low) / (high - low), 0, 1) ** gamma
+    return image.point(np.round(255 * greys).astype(int).tolist())
+
+
+KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "JPEG of quality 30": lambda image: jpeg(image, 30),
+    "half as large": lambda image: rescaled(image, 0.5),
+    "1.7 times as large": lambda image: rescaled(image, 1.7),
+    "flipped left-right": ImageOps.mirror,
+    "flipped top-bottom": ImageOps.flip,
+    "turned by 180°": lambda image: ImageOps.flip(ImageOps.mirror(image)),
+    "shifted": lambda image: shifted(image, 0.04, -0.03),
+    "narrower window": lambda image: windowed(image, 0.1, 0.85),
+    "gamma": lambda image: windowed(image, 0, 1, 0.6),
+}
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    """One slice of each of 40 phantom patients."""
+    folder = make_phantoms(tmp_path_factory.mktemp("patients"), seed=3, patients=40, size=160)
+    first = pd.read_csv(folder / "groups.csv").groupby("group")["path"].first()
+    return [Image.open(folder / path).convert("L") for path in first]
+
+
+def copies_among(images: list[Image.Image]) -> list[Copy]:
+    prints = np.stack([np.asarray(image.resize((PRINT, PRINT), Image.Resampling.BILINEAR)) for image in images])
+    names = [str(i) for i in range(len(images))]
+    return find_copies(prints, names, names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_copy_is_found_and_nothing_else(patients: list[Image.Image], kind: str) -> None:
+    found = copies_among(patients + [KINDS[kind](image) for image in patients[:20]])
+    assert {(copy.first, copy.second) for copy in found} == {(i, 40 + i) for i in range(20)}
+    assert {copy.kind for copy in found} == {"near-identical"}
+    flips = {copy.flip for copy in found}
+    assert flips == {kind.removeprefix("flipped ")} if "flipped" in kind or "turned" in kind else flips == {""}
+    assert all((copy.shift > 0.02) == (kind == "shifted") for copy in found)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_different_patients_have_no_copies(tmp_path: Path, seed: int) -> None:
+    folder = make_phantoms(tmp_path, seed=seed, patients=24, size=80)
+    image_set = read_images(folder, 32, cache=tmp_path)
+    patient_of = pd.read_csv(folder / "groups.csv").set_index("path")["group"]
+    assert not [copy for copy in image_set.copies if patient_of[copy.path] != patient_of[copy.other]]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    which=st.lists(st.integers(0, 39), min_size=1, max_size=6, unique=True),
+    flip=st.booleans(),
+    x=st.floats(-0.03, 0.03),
+    y=st.floats(-0.03, 0.03),
+    low=st.floats(0, 0.1),
+    high=st.floats(0.9, 1),
+    quality=st.integers(60, 95),
+)
+def test_several_changes_at_once(
+    patients: list[Image.Image],
+    which: list[int],
+    flip: bool,
+    x: float,
+    y: float,
+    low: float,
+    high: float,
+    quality: int,
+) -> None:
+    def change(image: Image.Image) -> Image.Image:
+        image = windowed(shifted(image, x, y), low, high)
+        return jpeg(ImageOps.mirror(image) if flip else image, quality)
+
+    found = copies_among(patients + [change(patients[i]) for i in which])
+    assert {(copy.first, copy.second) for copy in found} == {(i, 40 + at) for at, i in enumerate(which)}
+
+
+def test_identical_ones_are_told_from_near_ones() -> None:
+    prints = np.random.default_rng(0).integers(0, 256, (4, PRINT, PRINT), dtype=np.uint8)[[0, 1, 0, 0, 1]]
+    found = find_copies(prints, ["a", "b", "a", "c", "d"], ["A", "B", "A", "A", "C"])
+    assert [copy[:3] for copy in found] == [
+        (0, 2, "byte-identical"),
+        (0, 3, "pixel-identical"),
+        (1, 4, "near-identical"),
+    ]
+
+
+def test_images_of_one_grey_are_like_identical_ones_only() -> None:
+    prints = np.stack([np.full((PRINT, PRINT), grey, np.uint8) for grey in (0, 0, 7, 255)])
+    found = find_copies(prints, ["a", "a", "b", "c"], ["A", "A", "B", "C"])
+    assert [copy[:3] for copy in found] == [(0, 1, "byte-identical")]
+
+
+def test_few_images_are_no_special_case(patients: list[Image.Image]) -> None:
+    assert find_copies(np.empty((0, PRINT, PRINT), np.uint8), [], []) == []
+    assert copies_among(patients[:1]) == copies_among(patients[:2]) == []
+
+
+def test_the_more_copies_of_an_image_the_more_pairs_but_one_set(patients: list[Image.Image]) -> None:
+    """More copies of an image than neighbours are looked at."""
+    found = copies_among(patients + [jpeg(patients[7], quality) for quality in range(50, 90, 2)])
+    reached = {7}
+    for _ in range(20):
+        reached |= {i for copy in found if reached & {copy.first, copy.second} for i in (copy.first, copy.second)}
+    assert reached == {7, *range(40, 60)}
+
+
+@pytest.mark.parametrize("kind", ["half as large", "flipped top-bottom", "shifted", "narrower window"])
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_no_grouped_split_parts_copies_and_the_official_one_counts_them(tmp_path: Path, kind: str, where: str) -> None:
+    folder = make_phantoms(tmp_path, seed=5, patients=12, size=96)
+    (folder / "groups.csv").unlink()
+    original = next((folder / "train" / "normal").glob("*.png"))
+    copy = folder / where / "normal" / "copy.png"
+    KINDS[kind](Image.open(original).convert("L")).save(copy)
+    image_set = read_images(folder, 32, cache=tmp_path)
+    group_of = image_set.table.set_index("path")["group"]
+    paths = [path.relative_to(folder).as_posix() for path in (original, copy)]
+    assert group_of[paths[0]] == group_of[paths[1]]
+    assert not twins_across(image_set, split_images(image_set, "grouped", 0)).any()
+    official = split_images(image_set, "official", 0)
+    tests = image_set.table["path"].to_numpy()[official == "test"]
+    twins = tests[twins_across(image_set, official)]
+    assert (paths[1] in twins) == (where == "test")
+
+
+def test_a_changed_copy_under_another_class_is_a_conflict(tmp_path: Path) -> None:
+    folder = make_phantoms(tmp_path, seed=5, patients=12, size=96)
+    original = next((folder / "train" / "normal").glob("*.png"))
+    copy = next(path for path in (folder / "valid").iterdir() if path.name.startswith("adeno")) / "copy.png"
+    ImageOps.mirror(Image.open(original).convert("L")).save(copy)
+    image_set = read_images(folder, 32, cache=tmp_path)
+    paths = [path.relative_to(folder).as_posix() for path in (original, copy)]
+    (conflict,) = image_set.conflicts
+    assert set(paths) <= set(conflict)
+    assert not set(conflict) & set(image_set.table["path"])
+
+
+@pytest.mark.skipif(not CT_IMAGES.is_dir(), reason=f"the real CT images are not at {CT_IMAGES}")
+def test_the_copies_of_the_published_images() -> None:
+    image_set = read_images(CT_IMAGES, 64)
+    assert image_set.conflicts == [
+        (
+            "train/large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa/l4.png",
+            "train/squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa/sq2.png",
+        )
+    ]
+    table = image_set.table
+    assert len(table) == 683
+    is_train = (table["folder"] == "train").to_numpy()
+    with_twin = table[is_train & table["digest"].isin(table["digest"][~is_train])]
+    assert len(with_twin) == 34
+    assert {image_set.classes[label] for label in with_twin["label"]} == {"normal"}
+    # 466 by likeness alone; the others are joined by copies, all of which are named like copies
+    assert table["group"].nunique() == 462
+    (at_series,) = [count for threshold, count in image_set.group_counts if threshold == 0.9]
+    assert at_series == 462
+    between = [c for c in image_set.copies if c.class_name != c.other_class and c.kind == "near-identical"]
+    assert between == []
