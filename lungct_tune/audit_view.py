@@ -1,0 +1,132 @@
+"""What a person sees of an audit: in the terminal, and as one page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from lungct_tune import __version__
+from lungct_tune.data.decode import to_grey
+
+STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
+PAIRS_SHOWN = 60
+"""Pairs of copies on a page; each takes some 10 KB."""
+
+_THUMBNAIL = 192  # pixels, the longer side
+
+
+def print_audit(audit: Mapping[str, Any], console: Console) -> None:
+    """The verdict first, then the figures that it rests on."""
+    verdict, copies, groups, shortcuts = (audit[name] for name in ("verdict", "copies", "groups", "shortcuts"))
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, soft_wrap=True, markup=False)
+
+    say(verdict["headline"], STYLES[verdict["level"]])
+    for reason in verdict["reasons"]:
+        say(f"  - {reason}")
+    say("what to do")
+    for advice in verdict["advice"]:
+        say(f"  - {advice}")
+
+    parts, inventory = audit["split"]["parts"], audit["inventory"]
+    table = _table(f"\n{audit['images']} images, {audit['split']['how']} split", "class", *parts, "with a copy")
+    for name, counts in inventory["by_class"].items():
+        with_copy = copies["images_by_class"].get(name, 0)
+        table.add_row(name, *(str(counts[part]) for part in parts), str(with_copy))
+    console.print(table)
+    say(f"formats: {_counted(inventory['formats'])}; modes: {_counted(inventory['modes'])}")
+    width, height = inventory["sizes"]["width"], inventory["sizes"]["height"]
+    say(
+        f"widths {width['min']} to {width['max']}, heights {height['min']} to {height['max']}, "
+        f"{inventory['distinct_sizes']} distinct sizes"
+    )
+    for file in inventory["not_what_the_suffix_says"]:
+        say(f"  {file['path']} holds {file['format']}")
+    for file in inventory["unreadable"]:
+        say(f"  {file['path']} cannot be read: {file['reason']}")
+
+    say(f"\npairs of copies: {_counted(copies['pairs_by_kind'])}", "bold")
+    for across in copies["across"]:
+        if across["with_copy"]:
+            say(
+                f"  {across['with_copy']} of {across['images']} {across['part']} images have a copy in "
+                f"{across['other']} ({across['byte_identical']} byte-identical): {_counted(across['by_class'])}"
+            )
+    by_threshold = ", ".join(f"{row['groups']} at {row['threshold']:g}" for row in groups["by_threshold"])
+    say(
+        f"groups: {groups['groups']} at a likeness of {groups['threshold']:g}, the largest of "
+        f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split; by threshold {by_threshold}"
+    )
+
+    if shortcuts["rules"]:
+        chance = shortcuts["chance"]
+        title = "\nshortcuts: rules that see nothing but this, in grouped cross-validation"
+        table = _table(title, "", *(rule["rule"] for rule in shortcuts["rules"]), "chance")
+        figures = [rule["balanced_accuracy"] for rule in shortcuts["rules"]]
+        table.add_row("balanced accuracy", *(f"{x:.2f}" for x in (*figures, chance["balanced_accuracy"])))
+        for name in audit["classes"]:
+            figures = [rule["auroc"][name] for rule in shortcuts["rules"]]
+            table.add_row(f"AUROC of {name}", *(f"{x:.2f}" for x in (*figures, chance["auroc"])))
+        console.print(table)
+    for run in audit["permuted"] or []:
+        proof = "proves that the split leaks" if run["proves_a_leak"] else "no proof of a leak"
+        say(
+            f"permuted labels, {run['part']}, {run['title']}: balanced accuracy {run['balanced_accuracy']:.2f}, "
+            f"chance {run['chance']:.2f}: {proof}"
+        )
+
+
+def write_page(audit: Mapping[str, Any], root: Path, page: Path) -> None:
+    """Writes the audit as HTML, with pairs of copies as thumbnails, worst first.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("lungct_tune"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = audit["copies"]["pairs"][:PAIRS_SHOWN]
+    thumbnails = {side["path"]: _thumbnail(root / side["path"]) for pair in shown for side in _sides(pair)}
+    template = environment.get_template("audit.html")
+    page.write_text(template.render(audit=audit, pairs=shown, thumbnails=thumbnails, version=__version__))
+
+
+def _sides(pair: Mapping[str, Any]) -> tuple[Any, Any]:
+    return pair["first"], pair["second"]
+
+
+def _thumbnail(path: Path) -> str:
+    """A small copy of an image as a data: URI."""
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")  # the file has been decoded before
+        grey = to_grey(image)
+    grey.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    grey.save(stream, "WEBP", quality=70)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())

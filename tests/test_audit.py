@@ -1,0 +1,275 @@
+"""The audit says what is wrong with images and split, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CT_IMAGES
+from PIL import Image
+
+from lungct_tune.audit import main
+from lungct_tune.data import DataError, ImageSet, make_phantoms, read_images, split_images
+from lungct_tune.data.audit import audit_images, copy_numbers, refuse_leaks
+from lungct_tune.data.shortcuts import RULES, best_shortcut, measure_shortcuts
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> Path:
+    """60 images of 20 phantom patients, no patient in two parts."""
+    return make_phantoms(tmp_path, seed=1, patients=20, size=64)
+
+
+def audited(folder: Path, *arguments: str) -> dict[str, Any]:
+    figures = folder.parent / "audit.json"
+    assert main(["--data", str(folder), "--json", str(figures), "--image-size", "48", *arguments]) == 0
+    audit: dict[str, Any] = json.loads(figures.read_text())
+    return audit
+
+
+def copy_across(folder: Path, images: int = 4) -> list[str]:
+    """Copies images of train into valid, byte for byte; their paths in valid."""
+    copied = []
+    for path in sorted((folder / "train" / "normal").iterdir())[:images]:
+        copied.append(shutil.copy(path, folder / "valid" / "normal" / f"copy-{path.name}"))
+    return [Path(path).relative_to(folder).as_posix() for path in copied]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("split", ["official", "grouped"])
+def test_clean_data_have_no_leak(tmp_path: Path, seed: int, split: str) -> None:
+    audit = audited(make_phantoms(tmp_path, seed=seed, patients=20, size=64), "--split", split, "--permuted")
+    assert audit["verdict"]["level"] != "leaks"
+    assert audit["groups"]["cut_by_the_split"] == 0
+    assert not any(across["with_copy"] for across in audit["copies"]["across"])
+    assert audit["conflicts"] == []
+    assert not any(run["proves_a_leak"] for run in audit["permuted"])
+    for health in audit["split_health"]:
+        assert health["in_a_group_of_train"] == 0
+
+
+def test_copies_across_the_split_are_a_leak_and_counted(clean: Path) -> None:
+    copied = copy_across(clean)
+    audit = audited(clean, "--split", "official")
+    assert audit["verdict"]["level"] == "leaks"
+    across = {(row["part"], row["other"]): row for row in audit["copies"]["across"]}
+    assert across["valid", "train"]["byte_identical"] == across["valid", "train"]["with_copy"] == len(copied)
+    assert across["valid", "train"]["by_class"] == {"normal": 4}
+    assert across["test", "train"]["with_copy"] == 0
+    shown = {pair["second"]["path"] for pair in audit["copies"]["pairs"]}
+    assert shown == set(copied)
+    assert any("4 are copies, byte for byte (4 normal)" in reason for reason in audit["verdict"]["reasons"])
+
+
+def test_a_grouped_split_of_the_same_data_does_not_leak(clean: Path) -> None:
+    copy_across(clean)
+    audit = audited(clean, "--split", "grouped")
+    assert audit["verdict"]["level"] != "leaks"
+    assert audit["copies"]["pairs_by_kind"]["byte-identical"] == 4
+
+
+def test_copies_inside_a_part_are_shown_and_are_no_leak(clean: Path) -> None:
+    original = sorted((clean / "train" / "normal").iterdir())[0]
+    Image.open(original).resize((50, 50)).save(original.with_name("small.png"))
+    audit = audited(clean, "--split", "official")
+    assert audit["verdict"]["level"] != "leaks"
+    (pair,) = audit["copies"]["pairs"]
+    assert (pair["kind"], pair["change"]) == ("near-identical", "64x64 and 50x50 pixels")
+
+
+def test_permuted_labels_prove_a_leak_where_most_of_valid_stands_in_train(clean: Path) -> None:
+    for folder in (clean / "train").iterdir():
+        for path in folder.iterdir():
+            shutil.copy(path, clean / "valid" / folder.name / f"copy-{path.name}")
+    audit = audited(clean, "--split", "official", "--permuted")
+    proofs = {(run["part"], run["rule"]) for run in audit["permuted"] if run["proves_a_leak"]}
+    assert ("valid", "pixels") in proofs
+    assert not any(part == "test" for part, _ in proofs)
+    assert any(reason.startswith("Proof") for reason in audit["verdict"]["reasons"])
+    assert "As a whole, valid is a near copy of train" in audit["verdict"]["reasons"][0]
+
+
+def test_a_class_that_its_file_gives_away_is_named(clean: Path) -> None:
+    for path in clean.glob("*/normal/*.png"):
+        Image.open(path).resize((96, 64)).convert("RGB").save(path)
+    audit = audited(clean)
+    (found,) = [found for found in audit["shortcuts"]["given_away"] if "file" in found["by"]]
+    assert found["class"] == "normal"
+    assert found["auroc"] > 0.97
+    assert any(reason.startswith("normal is given away by the size") for reason in audit["verdict"]["reasons"])
+
+
+def test_images_under_two_classes_and_files_that_are_something_else_are_named(clean: Path) -> None:
+    original = sorted((clean / "train" / "normal").iterdir())[0]
+    other = next(path for path in (clean / "train").iterdir() if path.name.startswith("adeno")) / "copy.png"
+    shutil.copy(original, other)
+    Image.open(sorted((clean / "test" / "normal").iterdir())[0]).save(clean / "test/normal/is.png", "JPEG")
+    audit = audited(clean)
+    (conflict,) = audit["conflicts"]
+    assert conflict["classes"] == ["adenocarcinoma", "normal"]
+    (pair, *_) = audit["copies"]["pairs"]
+    assert {pair["first"]["split"], pair["second"]["split"]} == {"left out"}
+    assert audit["inventory"]["not_what_the_suffix_says"] == [{"path": "test/normal/is.png", "format": "JPEG"}]
+
+
+def test_strict_refuses_a_split_that_leaks(clean: Path) -> None:
+    copy_across(clean)
+    images = read_images(clean, 32, cache=clean.parent)
+    folders, grouped = images.table["folder"].to_numpy(dtype=str), split_images(images, "grouped", 0)
+    refuse_leaks(audit_images(images, grouped, "grouped"))
+    with pytest.raises(DataError, match=r"4 of .* valid images are copies .*--split grouped"):
+        refuse_leaks(audit_images(images, folders, "official"))
+
+
+def test_copy_numbers_join_what_is_a_copy_of_the_same(clean: Path) -> None:
+    copied = copy_across(clean, 2)
+    images = read_images(clean, 32, cache=clean.parent)
+    numbers = pd.Series(copy_numbers(images), index=images.table["path"])
+    assert numbers.nunique() == len(numbers) - 2
+    assert all(numbers[path] == numbers[path.replace("valid", "train").replace("copy-", "")] for path in copied)
+
+
+@pytest.mark.parametrize("folders", [("train", "valid"), ("train", "test")])
+def test_parts_may_be_missing(clean: Path, folders: tuple[str, ...]) -> None:
+    (clean / "groups.csv").unlink()
+    for part in {"train", "valid", "test"} - set(folders):
+        shutil.rmtree(clean / part)
+    audit = audited(clean)
+    assert audit["split"] == {"how": "official", "parts": list(folders)}
+    assert [health["part"] for health in audit["split_health"]] == [folders[1]]
+
+
+def test_bare_class_folders_are_split_as_a_search_would(clean: Path) -> None:
+    (clean / "groups.csv").unlink()
+    for part in ("valid", "test"):
+        shutil.rmtree(clean / part)
+    for folder in (clean / "train").iterdir():
+        folder.rename(clean / folder.name)
+    (clean / "train").rmdir()
+    assert audited(clean)["split"]["how"] == "grouped"
+    assert main(["--data", str(clean), "--split", "official"]) == 2
+
+
+# The page
+
+
+def test_the_page_needs_no_network_and_shows_the_pairs(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = copy_across(clean, 3)
+    page = clean.parent / "audit.html"
+    audit = audited(clean, "--html", str(page))
+    text = page.read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script", text)
+    assert text.count("<img") == 2 * 3 == text.count("across the split</b>") * 2
+    assert all(path in text for path in copied)
+    said = capsys.readouterr().out
+    for sentence in audit["verdict"]["reasons"]:
+        assert sentence in said
+
+
+def test_a_class_with_markup_in_its_name_is_shown_as_it_is(clean: Path) -> None:
+    page = clean.parent / "audit.html"
+    audited(clean, "--class-map", "normal=<b>[red]odd</b>", "--html", str(page))
+    assert "<b>[red]odd" not in page.read_text()
+    assert "&lt;b&gt;[red]odd" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "nowhere"], "data = 'nowhere'.* is not a folder"),
+        (["--data", ".", "--split", "odd"], "split = 'odd'"),
+        (["--data", ".", "--image-size", "3"], "image_size = '3'"),
+    ],
+)
+def test_slips_are_said(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_page_that_cannot_be_written_is_said(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", str(clean), "--image-size", "48", "--html", str(clean / "none" / "a.html")]) == 2
+    assert "none/a.html cannot be written: No such file" in capsys.readouterr().err
+
+
+# Shortcuts
+
+
+def an_image_set(n: int, groups: np.ndarray, labels: np.ndarray, images: np.ndarray, seed: int = 0) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame(
+        {"path": [f"{i}.png" for i in range(n)], "folder": "", "label": labels, "digest": "", "group": groups}
+    )
+    table = table.assign(width=rng.integers(90, 100, n), height=100, mode="L", format="PNG", bytes=5000)
+    return ImageSet(Path("somewhere"), table, images, ("a", "b"), [], [], [], [], "")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rules_are_at_chance_on_noise_even_where_groups_hold_copies(seed: int) -> None:
+    """Ten copies of each image: cross-validation that cut groups would find the class by likeness."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(40), 10)
+    originals = rng.integers(0, 256, (40, 32, 32), dtype=np.uint8)
+    images = an_image_set(400, groups, groups % 2, originals[groups], seed)
+    for name, shortcut in measure_shortcuts(images, np.arange(400)).items():
+        assert 0.2 < shortcut.balanced_accuracy < 0.8, name
+
+
+@pytest.mark.parametrize("rule", ["file", "histogram", "border"])
+def test_each_rule_sees_what_it_is_for(rule: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    pixels = rng.integers(0, 256, (80, 64, 64), dtype=np.uint8)
+    if rule == "histogram":
+        pixels[labels == 1] //= 2
+    if rule == "border":
+        pixels[labels == 1, :4] = 255 - pixels[labels == 1, -4:] // 2
+    images = an_image_set(80, np.arange(80), labels, pixels)
+    if rule == "file":
+        images.table["bytes"] += 100 * labels
+    shortcuts = measure_shortcuts(images, np.arange(80))
+    assert shortcuts[rule].per_class[1] > 0.95
+    name, predicted = best_shortcut(images, np.arange(40), np.arange(40, 80))
+    assert name == rule or rule == "border"  # a border is part of the histogram too
+    assert (predicted == labels[40:]).mean() > 0.9
+
+
+def test_the_best_shortcut_never_learns_from_the_labels_of_the_unseen() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    images = an_image_set(80, np.arange(80), labels, rng.integers(0, 256, (80, 32, 32), dtype=np.uint8))
+    first = best_shortcut(images, np.arange(60), np.arange(60, 80))
+    images.table.loc[60:, "label"] = 1 - images.table.loc[60:, "label"]
+    second = best_shortcut(images, np.arange(60), np.arange(60, 80))
+    assert first[0] == second[0] in RULES
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+@pytest.mark.skipif(not CT_IMAGES.is_dir(), reason=f"the real CT images are not at {CT_IMAGES}")
+def test_what_is_known_of_the_published_images_is_found() -> None:
+    images = read_images(CT_IMAGES, 64)
+    audit = audit_images(images, images.table["folder"].to_numpy(dtype=str), "official")
+    assert audit["verdict"]["level"] == "leaks"
+    across = {(row["part"], row["other"]): row for row in audit["copies"]["across"]}
+    assert across["train", "valid"]["byte_identical"] == 34
+    assert across["train", "valid"]["by_class"].keys() == {"normal"}
+    (conflict,) = audit["conflicts"]
+    assert [Path(path).name for path in conflict["paths"]] == ["l4.png", "sq2.png"]
+    assert {Path(file["path"]).name for file in audit["inventory"]["not_what_the_suffix_says"]} == {
+        *("n7.png", "n7 (2).png", "n7 - Copy.png", "n7 (2) - Copy.png")
+    }
+    sizes = audit["inventory"]["sizes"]
+    assert (sizes["width"]["min"], sizes["width"]["max"]) == (168, 1200)
+    assert (sizes["height"]["min"], sizes["height"]["max"]) == (110, 874)
+    assert {found["class"] for found in audit["shortcuts"]["given_away"]} == {"normal"}
+    (valid,) = audit["split_health"]
+    assert 0.83 < valid["nearest_neighbour_accuracy"] < 0.88
+    assert valid["by_class"]["normal"]["in_a_group_of_train"] == 10
