@@ -90,7 +90,7 @@ def evaluate(asked: argparse.Namespace, console: Console) -> None:
     class_map = read_map(asked.map, classes)
     together = CANCER in class_map.values() and CANCER not in classes
     judged_classes = (CANCER, NORMAL) if together else classes
-    out = asked.out or Path(f"{Path(asked.data).name}-judged")
+    out = asked.out or Path(f"{Path(asked.data).absolute().name}-judged")
     if out.exists():
         raise EvaluateError(f"{out} is there already; choose another --out, or move it away")
 

@@ -21,6 +21,8 @@ Measured on the 685 published train and valid images: JPEG of quality 20 leaves 
 a crop of 2 % 0.981 in 95 of 100; between different groups nothing reaches 0.967.
 """
 
+_BLOCK = 1024  # images compared at once with all that were learned from
+
 SAME_FILE, ALIKE, NEW = "same file", "near-identical", "new"
 
 
@@ -36,7 +38,9 @@ def seen_before(images: ImageSet, learned: bytes) -> np.ndarray:
     """Whether each image is one of those that `list_learned` lists: (N,) of `SAME_FILE`, `ALIKE` and `NEW`."""
     table = pd.read_csv(BytesIO(learned), dtype=str)
     kept_ND = np.array([np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]])
-    correlation_N = (_unit_norm(_thumbnails(images.images_NHW)) @ _unit_norm(kept_ND).T).max(axis=1)
+    theirs_ND, kept_ND = _unit_norm(_thumbnails(images.images_NHW)), _unit_norm(kept_ND)
+    blocks = [theirs_ND[start : start + _BLOCK] for start in range(0, len(theirs_ND), _BLOCK)]
+    correlation_N = np.concatenate([(block_ND @ kept_ND.T).max(axis=1) for block_ND in blocks])
     same_N = images.table["digest"].isin(table["sha256"]).to_numpy()
     return np.select([same_N, correlation_N >= ALIKE_CORRELATION], [SAME_FILE, ALIKE], NEW)
 
