@@ -21,14 +21,14 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from lungct_tune.bundle import CONFIG, METRICS, MODEL, find_bundle
+from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, find_bundle
 from lungct_tune.data import SPLITS
 from lungct_tune.experiment import Experiment
 from lungct_tune.space import SearchSpace, parse_space
 from lungct_tune.study_copy import COPY
 from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial
 
-AUDIT, PREDICTIONS = "audit.json", "predictions.csv"
+PREDICTIONS = "predictions.csv"
 
 
 class NothingHeld(ValueError):
