@@ -122,8 +122,12 @@ class Plan:
                 "put them back as they were, or begin a new search"
             )
 
-    def keep(self, images: ImageSet, split: np.ndarray, fold: np.ndarray | None) -> None:
-        """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists."""
+    def keep(self, images: ImageSet, split: np.ndarray, fold: np.ndarray | None = None) -> None:
+        """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists.
+
+        Args:
+            fold: of the images of train and validation, where there are folds.
+        """
         table = images.table.assign(split=split, label=[images.classes[label] for label in images.table["label"]])
         columns = ["path", "label", "group", "split"]
         if fold is not None:

@@ -30,7 +30,10 @@ def cluster() -> Iterator[None]:
 
     from lungct_tune.tuning.cluster import connect
 
-    connect(None, verbose=False)
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            environment.delenv(name)  # of a test that has a store of its own: the cluster's workers do not know it
+        connect(None, verbose=False)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     ray.shutdown()
