@@ -167,9 +167,10 @@ def print_figures(test: Mapping[str, Any], console: Console, title: str = "test 
         soft_wrap=True,
     )
     for what, other in test["references"].items():
-        better = f"; the model is better by {in_words(other['difference'], '+.3f')}" if what == "published" else ""
         figures = f"{other['accuracy']['value']:.3f}, balanced {other['balanced_accuracy']['value']:.3f}"
-        console.print(f"  {what} ({other['name']}): {figures}{better}", soft_wrap=True, markup=False)
+        if what == "published":
+            figures += f"; the model's accuracy less this {in_words(other['difference'], '+.3f')}"
+        console.print(f"  {what} ({other['name']}): {figures}", soft_wrap=True, markup=False)
     if (two := test["cancer_vs_normal"]) is not None:
         rates = ", ".join(f"{name} {in_words(two[name])}" for name in ("sensitivity", "specificity"))
         console.print(f"cancer against normal: {rates}", soft_wrap=True)
