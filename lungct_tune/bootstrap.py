@@ -34,8 +34,8 @@ class GroupBootstrap:
       rate gets Clopper and Pearson's exact limit for as many independent groups instead: wide rather than wrong.
 
     Coverage, simulated for accuracies of 0.8 and 0.95 with groups of 1 to 4 images, all but alone or all but alike:
-    0.93 to 0.97 from 50 groups on; 0.94 to 1.00 with 5 to 20, where the interval is wider than it need be; with 3
-    groups it can fall to 0.91. With plain percentiles it would be 0.3 to 0.75 there, and 0.5 to 0.9 with 10 groups.
+    0.93 or more from 50 groups on; 0.94 or more with 5 to 20, mostly more, as the interval is wider than it need be;
+    with 3 groups it can fall to 0.91. Plain percentiles would hold 0.1 to 0.75 there, and 0.5 to 0.9 with 10 groups.
 
     Args:
         groups_N: of each image, any integers.
