@@ -152,11 +152,9 @@ def compared_accuracies(found: Findings) -> list[tuple[str, float, list[float] |
 
 def references(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What else was judged on the same test images, by what the report calls it."""
-    titles = {"published": "published configuration", "majority class": "always", "shortcut": "shortcut:"}
-    return [
-        (titles[key] if key == "published" else f"{titles.get(key, key)} {row['name']}", row)
-        for key, row in test["references"].items()
-    ]
+    titles = {"published": "published configuration", "shortcut": "shortcut: {}", "majority class": "always {}"}
+    there = test["references"]
+    return [(title.format(there[key]["name"]), there[key]) for key, title in titles.items() if key in there]
 
 
 def about_the_search(found: Findings) -> list[str]:

@@ -202,6 +202,21 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     assert list(predictions["class"]) == [config["classes"][label] for label in images.table["label"].iloc[rows]]
 
 
+def test_the_report_in_the_bundle_and_one_made_again_say_the_same(finished: Path, tmp_path: Path) -> None:
+    from lungct_tune.report import main as report
+
+    assert report([str(finished), "--out", str(tmp_path / "again.html")]) == 0
+    ours, again = (
+        (folder / name).read_text() for folder, name in ((finished / "best", "report.html"), (tmp_path, "again.html"))
+    )
+    dated = '<p class="soft small">lungct_tune'
+    assert [line for line in ours.splitlines() if dated not in line] == [
+        line for line in again.splitlines() if dated not in line
+    ]
+    assert ours.count("PHANTOMS") >= 2 and "Time line of the slots" in ours and "data:image/webp" in ours
+    assert "Not a medical device" in (finished / "best" / "MODEL_CARD.md").read_text()
+
+
 def test_no_test_image_was_in_the_search(finished: Path) -> None:
     import pandas as pd
 
