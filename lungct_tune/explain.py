@@ -60,33 +60,35 @@ def _stage(name: str) -> str:
 
 
 def look(
-    model: CutResNet, images_NHW: np.ndarray, classes_N: np.ndarray, normalisation: str
+    model: CutResNet, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where a network sees what speaks for a class: Grad-CAM (Selvaraju et al., ICCV 2017) on what the head pools.
 
     Args:
         images_NHW: uint8 grey.
-        classes_N: the class of each image to look for, as indices.
+        classes_NK: the classes to look for in each image, as indices.
         normalisation: a name in `training.NORMALISATIONS`.
 
     Returns:
-        Maps (N, h, w) at the resolution of the features, each from 0 to 1 (all 0 where nothing speaks for the
+        Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 where nothing speaks for the
         class), and the probabilities (N, C) of the same pass.
     """
-
-    def logits(grey_N1HW: Tensor) -> Tensor:
-        return forward(model, grey_N1HW, normalisation)
-
     model.eval()
-    method = LayerGradCam(logits, model.get_submodule("head.pool"))
+    pool = model.get_submodule("head.pool")
+    method = LayerGradCam(model.head, pool)
     maps, probabilities = [], []
     for start in range(0, len(images_NHW), _BATCH):
         batch = slice(start, start + _BATCH)
-        grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])))
-        target_N = torch.as_tensor(classes_N[batch], dtype=torch.int64)
+        pooled: list[Tensor] = []
+        listening = pool.register_forward_pre_hook(lambda _, inputs, pooled=pooled: pooled.append(inputs[0]))
         with torch.no_grad():
-            probabilities.append(logits(grey_N1HW).softmax(dim=1).numpy())
-        map_N1HW = method.attribute(grey_N1HW, target_N, attribute_to_layer_input=True, relu_attributions=True)
-        map_NHW = map_N1HW.detach().squeeze(1).numpy()
-        maps.append(map_NHW / np.maximum(map_NHW.max(axis=(1, 2), keepdims=True), 1e-12))
+            grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])))
+            probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).numpy())
+        listening.remove()
+        of_classes = [
+            method.attribute(pooled[0], target_N, attribute_to_layer_input=True, relu_attributions=True)
+            for target_N in torch.as_tensor(classes_NK[batch], dtype=torch.int64).T
+        ]
+        maps_NKhw = torch.cat(of_classes, dim=1).detach().numpy()
+        maps.append(maps_NKhw / np.maximum(maps_NKhw.max(axis=(2, 3), keepdims=True), 1e-12))
     return np.concatenate(maps), np.concatenate(probabilities)

@@ -141,6 +141,13 @@ class Findings:
         return {str(name): [int(n) for n in row] for name, row in zip(table.index, table.to_numpy(), strict=True)}
 
     @property
+    def searched_on(self) -> dict[str, int]:
+        """Images of each class that trials are judged on: of validation, or with folds of train and validation."""
+        return {
+            name: valid + train * bool(self.settings.get("folds")) for name, (train, valid, _) in self.counts.items()
+        }
+
+    @property
     def totals(self) -> list[int]:
         """Images in train, valid and test."""
         return [sum(column) for column in zip(*self.counts.values(), strict=True)]

@@ -285,14 +285,11 @@ def _add_pictures(cases: list[dict[str, Any]], rows: np.ndarray, found: Findings
     places = pd.Index(images.table["path"]).get_indexer(found.predictions["path"].to_numpy()[rows])
     images_NHW = images.images_NHW[places]
     model, normalisation = build_model(found.config, found.bundle[MODEL]), found.settings["normalisation"]
-    for_said_NHW, again_NC = look(model, images_NHW, found.said_N[rows], normalisation)
-    wrong = found.said_N[rows] != found.labels_N[rows]
-    for_truth_NHW = np.zeros_like(for_said_NHW)
-    if wrong.any():
-        for_truth_NHW[wrong], _ = look(model, images_NHW[wrong], found.labels_N[rows[wrong]], normalisation)
-    for case, image_HW, *maps in zip(cases, images_NHW, for_said_NHW, for_truth_NHW, strict=True):
+    classes_N2 = np.stack([found.said_N[rows], found.labels_N[rows]], axis=1)
+    maps_N2hw, again_NC = look(model, images_NHW, classes_N2, normalisation)
+    for case, image_HW, maps_2hw in zip(cases, images_NHW, maps_N2hw, strict=True):
         case["picture"] = _picture(image_HW)
-        case["maps"] = [_map(map_hw) for map_hw in maps]
+        case["maps"] = [_map(map_hw) for map_hw in maps_2hw[: 1 + (case["said"] != case["truth"])]]
     same = int((again_NC.argmax(axis=1) == found.said_N[rows]).sum())
     return f"The bundle's model, run again for these pictures, named the same class for {same} of {len(rows)}."
 

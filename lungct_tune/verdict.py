@@ -17,6 +17,7 @@ from lungct_tune.findings import Findings
 from lungct_tune.settings import Settings
 from lungct_tune.terminal import PHANTOMS, describe
 from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, best_figures, configuration_of
+from lungct_tune.tuning.trial import OBJECTIVE_SD
 
 EDGE = 0.02
 """A value within this share of a range from its end counts as lying at the edge of the space."""
@@ -71,8 +72,8 @@ def _found_out(found: Findings) -> str:
     if found.test is None:
         return (
             f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "
-            f"{what}, with a {OBJECTIVE_NAME} of {percent(best_figures(found.winner)[OBJECTIVE])} on "
-            f"{found.totals[1]} validation images."
+            f"{what}, with a {OBJECTIVE_NAME} of {percent(best_figures(found.winner)[OBJECTIVE])} on the "
+            f"{sum(found.searched_on.values())} images that trials are judged on."
         )
     majority = found.test["references"]["majority class"]
     return (
@@ -159,25 +160,29 @@ def references(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def about_the_search(found: Findings) -> list[str]:
     """What a sceptical reader asks of a search, a sentence or two each."""
-    smallest, n = min(((name, row[1]) for name, row in found.counts.items()), key=lambda pair: pair[1])
+    folds, judged_on = found.settings.get("folds"), found.searched_on
+    smallest, n = min(judged_on.items(), key=lambda pair: pair[1])
+    how = f"in cross-validation over {folds} folds" if folds else "on validation"
     said = [
         "The rule that chose the winner was fixed before the search began: of the trials that ran to their end "
-        f"without diverging, the one with the highest {OBJECTIVE_NAME} on validation at its best epoch; of equals, the "
-        "one with the lower log loss. No trial was shown a test image.",
+        f"without diverging, the one with the highest {OBJECTIVE_NAME} {how} at its best epoch; of equals, the one "
+        "with the lower log loss. No trial was shown a test image.",
         f"{found.done} of {found.settings['trials']} trials have ended: {how_ended(found)}.",
-        f"Validation has {found.totals[1]} images, the fewest, {n}, of {smallest}: one of these changes the "
-        f"{OBJECTIVE_NAME} by {100 / (len(found.classes) * max(n, 1)):.1f} points. Smaller differences between trials "
-        "say nothing.",
+        f"Trials were judged {how}: on {sum(judged_on.values())} images, the fewest, {n}, of {smallest}. One of these "
+        f"changes the {OBJECTIVE_NAME} by {100 / (len(found.classes) * max(n, 1)):.1f} points; smaller differences "
+        "between trials say nothing.",
     ]
     if found.winner is None:
         return said
+    if spread := best_figures(found.winner).get(OBJECTIVE_SD):
+        said.append(f"Over the folds, the winner's {OBJECTIVE_NAME} has a standard deviation of {percent(spread)}.")
     said += [_edges(found, found.winner), _improving(found, found.winner)]
     if found.winner.number == BASELINE:
-        said.append("Nothing that was tried did better on validation than the published configuration.")
+        said.append("Nothing that was tried did better than the published configuration.")
     elif found.baseline is not None:
         gain = best_figures(found.winner)[OBJECTIVE] - best_figures(found.baseline)[OBJECTIVE]
         said.append(
-            f"On validation the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the published "
+            f"{how.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the published "
             f"configuration: as the best of {found.done} trials, which flatters it."
         )
     return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from optuna.distributions import FloatDistribution
 
 from lungct_tune import bundle
 from lungct_tune.data import read_images, split_images, twins_across
+from lungct_tune.data.audit import audit_images
 from lungct_tune.evaluation import OBJECTIVE, judge
 from lungct_tune.explain import anatomy, look
 from lungct_tune.findings import Findings, read_findings
@@ -58,7 +60,7 @@ class Search:
         self.plan: Plan = plan_search(settings, set())
         self.images = read_images(data, 32, progress=False)
         self.split = split_images(self.images, "grouped", 0)
-        self.plan.keep(self.images, self.split)
+        self.plan.keep(self.images, self.split, None)
         self.study = studies.open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
         self._tune = studies.StudySearch(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
 
@@ -113,6 +115,8 @@ class Search:
             ),
         }
         bundle.write_bundle(self.plan.experiment, files)
+        audit = audit_images(self.images, self.split, "grouped")
+        self.plan.experiment.write(bundle.AUDIT, bundle.as_json(audit))
 
 
 class Page(HTMLParser):
@@ -194,6 +198,14 @@ def test_a_page_says_the_figures_that_were_judged(found: Findings, content: byte
     assert found.settings["fingerprint"] in text
     for row in np.array(test["confusion_matrix"]):
         assert all(f" {n} " in text for n in row)
+
+
+def test_a_page_and_its_card_have_the_audits_verdict(found: Findings, content: bytes) -> None:
+    assert found.audit is not None
+    text, card = Page(content).text, html.unescape(model_card("one", found).decode())
+    for said in [found.audit["verdict"]["headline"], *found.audit["verdict"]["reasons"]]:
+        assert said in text and said in card
+    assert "in grouped cross-validation, by rules" in text  # its figures, folded away
 
 
 def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found: Findings, content: bytes) -> None:
@@ -369,7 +381,8 @@ def test_maps_are_grad_cam_by_its_definition() -> None:
     model = CutResNet(8, classes=3).eval()
     images_NHW = np.random.default_rng(0).integers(0, 255, (3, 32, 32), dtype=np.uint8)
     classes_N = np.array([2, 0, 1])
-    maps_Nhw, probabilities_NC = look(model, images_NHW, classes_N, "unit")
+    maps_NKhw, probabilities_NC = look(model, images_NHW, np.stack([classes_N, 2 - classes_N], axis=1), "unit")
+    other_N1hw, _ = look(model, images_NHW, 2 - classes_N[:, None], "unit")
     grey_N1HW = torch.from_numpy(images_NHW).unsqueeze(1) / 255
     features = model.backbone(grey_N1HW.repeat(1, 3, 1, 1))["features"].detach().requires_grad_()
     logits_NC = model.head(features)
@@ -378,5 +391,6 @@ def test_maps_are_grad_cam_by_its_definition() -> None:
     weights = features.grad.mean(dim=(2, 3), keepdim=True)
     expected = (weights * features).sum(dim=1).relu().detach().numpy()
     expected /= np.maximum(expected.max(axis=(1, 2), keepdims=True), 1e-12)
-    np.testing.assert_allclose(maps_Nhw, expected, atol=1e-4)
+    np.testing.assert_allclose(maps_NKhw[:, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(maps_NKhw[:, 1:], other_N1hw, atol=1e-5)
     np.testing.assert_allclose(probabilities_NC, logits_NC.softmax(dim=1).detach().numpy(), atol=1e-4)
