@@ -66,7 +66,7 @@ def _asked(found: Findings) -> str:
 def _found_out(found: Findings) -> str:
     if found.winner is None:
         if found.has_failed:
-            return f"Nothing: of {found.done} trials ({how_ended(found)}) none ran to its end, so there is no model."
+            return f"Nothing: of {found.done} trials ({how_ended(found)}) none ran to its end."
         return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({how_ended(found)})."
     what = f"trial {found.winner.number} ({describe(configuration_of(found.winner))})"
     if found.test is None:
@@ -89,6 +89,8 @@ def _worth(found: Findings) -> str:
     test = found.test
     if found.phantoms:
         return PHANTOMS
+    if found.winner is None:
+        return "Nothing: there is no model."
     if test is None:
         return (
             "Nothing that may be quoted: validation figures have chosen the trial, so they flatter it, and the test "
