@@ -46,9 +46,11 @@ def near_identical_groups(
             columns_ND = _unit_norm(thumbnails_NHW[other : other + _BLOCK])
             correlations = rows_ND @ columns_ND.T
             for threshold in thresholds:
-                rows, columns = np.nonzero(correlations >= threshold)
                 # Merged block by block, so that memory stays linear even if all images are alike.
-                groups[threshold] = merge(groups[threshold], start + rows, other + columns)
+                rows, columns = np.nonzero(correlations >= threshold)
+                left, right = groups[threshold][start + rows], groups[threshold][other + columns]
+                if (is_new := left != right).any():
+                    groups[threshold] = merge(groups[threshold], start + rows[is_new], other + columns[is_new])
     return groups
 
 

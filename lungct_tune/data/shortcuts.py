@@ -84,7 +84,7 @@ def _border(images: ImageSet, rows: np.ndarray) -> np.ndarray:
     return np.asarray(small_pixels(images, rows)[:, is_border])
 
 
-_FOREST = ExtraTreesClassifier(100, class_weight="balanced", min_samples_leaf=2, random_state=0)
+_FOREST = ExtraTreesClassifier(50, class_weight="balanced", min_samples_leaf=2, random_state=0)
 
 RULES = {
     "file": Rule("the size, mode and bytes per pixel of the file", _file_properties, _FOREST),
