@@ -14,6 +14,7 @@ import pytest
 from conftest import CT_IMAGES
 from PIL import Image
 
+from lungct_tune import search
 from lungct_tune.audit import main
 from lungct_tune.data import DataError, ImageSet, make_phantoms, read_images, split_images
 from lungct_tune.data.audit import audit_images, copy_numbers, refuse_leaks
@@ -129,6 +130,27 @@ def test_strict_refuses_a_split_that_leaks(clean: Path) -> None:
     refuse_leaks(audit_images(images, grouped, "grouped"))
     with pytest.raises(DataError, match=r"4 of .* valid images are copies .*--split grouped"):
         refuse_leaks(audit_images(images, folders, "official"))
+
+
+def test_a_strict_search_ends_before_it_begins(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_across(clean)
+    results = clean.parent / "results"
+    arguments = [
+        "--data",
+        str(clean),
+        "--split",
+        "official",
+        "--strict",
+        "--weights",
+        "none",
+        "--storage",
+        str(results),
+    ]
+    assert search.main([*arguments, "--image-size", "32"]) == 2
+    said = capsys.readouterr()
+    assert "--strict" in said.err
+    assert "4 are copies, byte for byte" in said.out
+    assert not results.exists()
 
 
 def test_copy_numbers_join_what_is_a_copy_of_the_same(clean: Path) -> None:

@@ -151,6 +151,8 @@ def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
     for line in (bundle / "checksums.txt").read_text().splitlines():
         digest, _, name = line.partition("  ")
         assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == digest
+    assert (bundle / "audit.json").read_bytes() == (finished / "audit.json").read_bytes()
+    assert json.loads((bundle / "audit.json").read_text())["groups"]["cut_by_the_split"] == 0
     metrics = json.loads((bundle / "metrics.json").read_text())
     test, effort = metrics["test"], metrics["search"]
     assert "not patients" in metrics["data"]

@@ -340,9 +340,7 @@ def _leaks(audit: dict[str, Any]) -> Iterator[str]:
         part = health["part"]
         across = next(a for a in audit["copies"]["across"] if (a["part"], a["other"]) == (part, "train"))
         alike = [name for name, of in health["by_class"].items() if of["in_a_group_of_train"] >= of["images"] / 2]
-        reason = (
-            f"{n} of {health['images']} {part} images are copies of images in train or look like slices of one series."
-        )
+        reason = f"{n} of {health['images']} {part} images are copies of images in train, or of the same series."
         if copies := across["with_copy"]:
             same = across["byte_identical"]
             how = (
