@@ -111,13 +111,14 @@ def _inventory(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[st
 
 def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[str, Any]:
     part_of = dict(zip(images.table["path"], split, strict=True))
+    files, numbers_N = images.table.set_index("path"), copy_numbers(images)
     pairs = [
         {
             "first": {"path": pair.path, "class": pair.class_name, "split": part_of.get(pair.path, "left out")},
             "second": {"path": pair.other, "class": pair.other_class, "split": part_of.get(pair.other, "left out")},
             "kind": pair.kind,
             "similarity": pair.similarity,
-            "change": _change(images, pair),
+            "change": _change(files, pair),
         }
         for pair in images.copies
     ]
@@ -125,7 +126,9 @@ def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[str, 
         "threshold": COPY_CORRELATION,
         "pairs_by_kind": {kind: sum(pair.kind == kind for pair in images.copies) for kind in KINDS},
         "images_by_class": _with_copy_by_class(images.copies),
-        "across": [_across(images, split, part, other) for part in parts for other in parts if part != other],
+        "across": [
+            _across(images, numbers_N, split, part, other) for part in parts for other in parts if part != other
+        ],
         "pairs": sorted(pairs, key=_badness),
     }
 
@@ -135,11 +138,11 @@ def _with_copy_by_class(copies: list[CopyOf]) -> dict[str, int]:
     return dict(sorted(Counter(name for _, name in with_copy).items()))
 
 
-def _across(images: ImageSet, split: np.ndarray, part: str, other: str) -> dict[str, Any]:
+def _across(images: ImageSet, numbers_N: np.ndarray, split: np.ndarray, part: str, other: str) -> dict[str, Any]:
     """How many images of one part have a copy in another."""
     is_part, is_other = split == part, split == other
     found: dict[str, np.ndarray] = {
-        "with_copy": is_part & np.isin(copy_numbers(images), copy_numbers(images)[is_other]),
+        "with_copy": is_part & np.isin(numbers_N, numbers_N[is_other]),
         "byte_identical": is_part & np.isin(images.table["digest"], images.table["digest"][is_other]),
     }
     counts = Counter(images.classes[label] for label in images.table["label"][found["with_copy"]])
@@ -156,9 +159,8 @@ def copy_numbers(images: ImageSet) -> np.ndarray:
     return merge(np.arange(len(row_of)), *np.array(pairs, dtype=np.intp).reshape(-1, 2).T)
 
 
-def _change(images: ImageSet, pair: CopyOf) -> str:
+def _change(files: pd.DataFrame, pair: CopyOf) -> str:
     """What was done to make one of a near-identical pair from the other, as far as it can be told."""
-    files = images.table.set_index("path")
     changes = [f"flipped {pair.flip}" if pair.flip in ("left-right", "top-bottom") else pair.flip]
     changes.append(f"shifted by {pair.shift:.1%}" if pair.shift else "")
     if pair.path in files.index and pair.other in files.index:
