@@ -82,6 +82,12 @@ def as_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
+    packages = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "pillow")
+    return {"lungct_tune": __version__} | {package: version(package) for package in packages}
+
+
 def describe_model(
     settings: Settings,
     images: ImageSet,
@@ -98,7 +104,6 @@ def describe_model(
     from lungct_tune.training import NORMALISATIONS
 
     mean, deviation = NORMALISATIONS[settings.normalisation]
-    packages = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "pillow")
     return {
         "model": {
             "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
@@ -117,7 +122,7 @@ def describe_model(
         "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
         "settings": yaml.safe_load(settings.as_yaml()),
         "data_fingerprint": images.fingerprint,
-        "versions": {"lungct_tune": __version__} | {package: version(package) for package in packages},
+        "versions": versions(),
     }
 
 

@@ -8,15 +8,17 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import yaml
 
 from lungct_tune.bundle import FOLDER, has_bundle
-from lungct_tune.data import ImageSet
+from lungct_tune.data import ImageSet, fetch_images, fold_images, make_phantoms, read_images, split_images
+from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings, SettingsError, validate
 from lungct_tune.space import SearchSpace, parse_space, read_space
@@ -24,13 +26,47 @@ from lungct_tune.study_copy import StudyCopy
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
-    *("compare_baseline", "resume", "address", "track", "plan", "verbose"),
+    *("compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
 }
 """What a resumed search may be told anew; all else would make it another search."""
 
 
 class PlanError(ValueError):
     """A search that cannot begin or go on: the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dealt:
+    """The images, and which of them are trained on, steer the search, and are asked once."""
+
+    images: ImageSet
+    split: np.ndarray
+    fold: np.ndarray | None
+    """Of the searched images, from 0; None where validation steers the search."""
+
+    @property
+    def searched(self) -> np.ndarray:
+        """Rows of the images that the search may see: train and validation."""
+        return np.flatnonzero(self.split != "test")
+
+    @property
+    def test(self) -> np.ndarray:
+        """Rows of the images that only the final model is asked about."""
+        return np.flatnonzero(self.split == "test")
+
+    @property
+    def judged_on(self) -> np.ndarray:
+        """Rows of the images that a trial is judged on."""
+        return np.flatnonzero(self.split == "valid") if self.fold is None else self.searched
+
+    @property
+    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What a model of a trial is trained on and what judges it, as indices into the searched images."""
+        if self.fold is None:
+            parts = [self.split[self.searched] == "valid"]
+        else:
+            parts = [self.fold == fold for fold in range(self.fold.max() + 1)]
+        return [(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -110,28 +146,39 @@ class Plan:
         held = self.settings.study or self.experiment.is_local
         return nullcontext() if held else StudyCopy(self.experiment, self._study_file)
 
-    def check_data(self, images: ImageSet) -> None:
-        """Refuses to go on with other images than the search began with.
+    def deal(self) -> Dealt:
+        """Finds, decodes (once), groups and splits the images.
 
         Raises:
-            PlanError: they differ.
+            DataError: they cannot be used as they are.
+            PlanError: they are not those that the search began with.
         """
+        settings = self.settings
+        assert settings.image_size is not None  # decided by for_data()
+        root = settings.data or make_phantoms(default_cache(), settings.seed)
+        images = read_images(
+            fetch_images(root) if isinstance(root, str) else root,
+            settings.image_size,
+            class_map=settings.class_map,
+            skip_unreadable=settings.skip_unreadable,
+        )
         if self.fingerprint not in (None, images.fingerprint):
             raise PlanError(
                 f"the images in {images.root} are not those that {self.experiment.name} began with; "
                 "put them back as they were, or begin a new search"
             )
+        split = split_images(images, settings.split, settings.seed)
+        searched = np.flatnonzero(split != "test")
+        fold = fold_images(images, searched, settings.folds, settings.seed) if settings.folds else None
+        return Dealt(images, split, fold)
 
-    def keep(self, images: ImageSet, split: np.ndarray, fold: np.ndarray | None = None) -> None:
-        """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists.
-
-        Args:
-            fold: of the images of train and validation, where there are folds.
-        """
-        table = images.table.assign(split=split, label=[images.classes[label] for label in images.table["label"]])
-        columns = ["path", "label", "group", "split"]
-        if fold is not None:
-            table.loc[split != "test", "fold"] = fold
+    def keep(self, dealt: Dealt) -> None:
+        """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists."""
+        images = dealt.images
+        label = [images.classes[label] for label in images.table["label"]]
+        table, columns = images.table.assign(split=dealt.split, label=label), ["path", "label", "group", "split"]
+        if dealt.fold is not None:
+            table.loc[dealt.split != "test", "fold"] = dealt.fold
             table, columns = table.astype({"fold": "Int64"}), [*columns, "fold"]
         self.experiment.write("split.csv", table[columns].to_csv(index=False).encode())
         self.experiment.write("space.yaml", self.space_text.encode())
@@ -170,16 +217,8 @@ def _new(asked: Settings) -> Plan:
 
 def _resumed(asked: Settings, given: set[str]) -> Plan:
     assert asked.resume is not None
-    experiment = Experiment.at(asked.storage, asked.resume)
-    kept = experiment.read("settings.yaml")
-    if kept is None:
-        raise PlanError(
-            f"there is no search {asked.resume!r} in {asked.storage}; look there for its name, "
-            "and give the --storage that it was begun with"
-        )
-    content = yaml.safe_load(kept)
-    fingerprint = content.pop("fingerprint")
-    begun, asked = validate(content), asked.with_absolute_paths()
+    plan = kept_plan(Experiment.at(asked.storage, asked.resume))
+    begun, experiment, asked = plan.settings, plan.experiment, asked.with_absolute_paths()
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
@@ -189,5 +228,28 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
             "judged, so more trials would be chosen knowing the answer: begin a new search for them"
         )
     settings = validate(begun.model_dump() | {field: getattr(asked, field) for field in given & CHANGEABLE})
+    return replace(plan, settings=settings)
+
+
+def kept_plan(experiment: Experiment, **elsewhere: Any) -> Plan:
+    """The plan of a search that was begun.
+
+    Args:
+        elsewhere: settings that are others here than there, where the data lie for one.
+
+    Raises:
+        PlanError: there is no such search.
+        SettingsError: its settings cannot be used here.
+    """
+    kept = experiment.read("settings.yaml")
+    if kept is None:
+        storage, _, name = experiment.uri.rpartition("/")
+        raise PlanError(
+            f"there is no search {name!r} in {storage}; look there for its name, "
+            "and give the --storage that it was begun with"
+        )
+    content = yaml.safe_load(kept)
+    fingerprint = content.pop("fingerprint")
     text = (experiment.read("space.yaml") or b"").decode()
-    return Plan(settings, experiment, parse_space(text, f"{experiment.uri}/space.yaml"), text, fingerprint)
+    space = parse_space(text, f"{experiment.uri}/space.yaml")
+    return Plan(validate(content | elsewhere), experiment, space, text, fingerprint)

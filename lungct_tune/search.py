@@ -76,10 +76,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
     from lungct_tune import bundle, terminal
     from lungct_tune.calibration import calibrated, fit_temperature
-    from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images, twins_across
+    from lungct_tune.data import twins_across
     from lungct_tune.data.audit import audit_images, refuse_leaks
-    from lungct_tune.data.cache import default_cache
     from lungct_tune.data.learned import list_learned
+    from lungct_tune.data.shortcuts import best_shortcut
     from lungct_tune.evaluation import judge
     from lungct_tune.experiment import VALID, trial_folder
     from lungct_tune.findings import findings_of
@@ -88,9 +88,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.storage import StorageError
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
+    from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, nodes_to_come
     from lungct_tune.tuning.final import FinalPlan, Judged, retrain_and_judge
-    from lungct_tune.tuning.material import Material, object_store_room, share
+    from lungct_tune.tuning.material import Material, material_of
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.slots import SlotPlan
     from lungct_tune.tuning.so_far import BestSoFar
@@ -106,17 +107,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         # ---- images: found, decoded once, grouped, split ----------------------------------------------
         if settings.data is None:
             console.print(terminal.PHANTOMS, style="bold yellow", soft_wrap=True)
-        root = settings.data or make_phantoms(default_cache(), settings.seed)
-        if isinstance(root, str):
-            root = fetch_images(root)
-        images = read_images(
-            root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
-        )
-        plan.check_data(images)
-        split = split_images(images, settings.split, settings.seed)
-        labels_N = images.table["label"].to_numpy()
-        searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
-        fold = fold_images(images, searched, settings.folds, settings.seed) if settings.folds else None
+        dealt = plan.deal()
+        images, split, searched, test = dealt.images, dealt.split, dealt.searched, dealt.test
+        labels_N, groups_N = (images.table[column].to_numpy() for column in ("label", "group"))
         terminal.print_data(images, split, console)
         audit = audit_images(images, split, settings.split)
         terminal.print_verdict(audit, console)
@@ -141,7 +134,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume
         )
         study.set_user_attr("cluster", f"{allotment}, on {machines()}")
-        plan.keep(images, split, fold)
+        plan.keep(dealt)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if mlflow:
             kept_alone.enter_context(mlflow.kept_up(study, console))
@@ -149,41 +142,32 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         # whether every node can open the study's folder, those to come too
         common = experiment.is_local or (len(ray.nodes()) == 1 and nodes_to_come() == [])
 
-        def material(rows: np.ndarray, epochs: int, file: str) -> Material:
+        def material(rows: np.ndarray, file: str, epochs: int | None = None) -> Material:
             path = plan.study_folder / file if common else None
-            return Material(
-                images=share(images.images_NHW, rows, path, object_store_room()),
-                labels_N=labels_N[rows],
-                classes=len(images.classes),
-                backbone=backbone,
-                normalisation=settings.normalisation,
-                batch_size=settings.batch_size or 0,
-                epochs=epochs,
-            )
+            return material_of(settings, images, rows, backbone, epochs, path)
 
-        learned = list_learned(images, np.flatnonzero(split != "test"))
+        learned = list_learned(images, searched)
 
         def calibration(best: FrozenTrial) -> dict[str, Any] | None:
             """The temperature for a trial's configuration, from images that the trial was not trained on."""
             if (kept := experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
                 return None
-            valid, which = (split == "valid", "validation") if fold is None else (split != "test", "out-of-fold")
-            groups_N = images.table["group"].to_numpy()[valid]
+            held_out, which = dealt.judged_on, "out-of-fold" if settings.folds else "validation"
             what = f"the winner's {which} predictions"
-            return fit_temperature(labels_N[valid], np.load(io.BytesIO(kept)), groups_N, what)
+            return fit_temperature(labels_N[held_out], np.load(io.BytesIO(kept)), groups_N[held_out], what)
 
-        def contents(best: FrozenTrial, weights: bytes, test: dict[str, Any] | None = None) -> dict[str, bytes]:
+        def contents(best: FrozenTrial, weights: bytes, **judged: dict[str, Any] | None) -> dict[str, bytes]:
             """A bundle's files; without figures of the test split, one of the best trial so far."""
             configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
             config = bundle.describe_model(settings, images, configuration, epochs, calibration(best))
             table = studies.trials_table(study)
             metrics = {
                 "data": terminal.PHANTOMS if settings.data is None else str(settings.data),
-                "test": test,
+                "test": None,
                 "baseline_trial": studies.row_of(table, studies.BASELINE),
                 "best_trial": studies.row_of(table, best.number),
                 "search": studies.effort(study, table, allotment.slots),
-            }
+            } | judged
             return {
                 bundle.MODEL: weights,
                 bundle.CONFIG: bundle.as_json(config),
@@ -194,18 +178,18 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             }
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
-        parts = [split[searched] == "valid"] if fold is None else [fold == k for k in range(fold.max() + 1)]
+        slot = SlotPlan(
+            experiment=experiment,
+            material=material(searched, "search-images.npy"),
+            folds=tuple(Fold(*fold) for fold in dealt.folds),
+            workers=allotment.workers,
+            resources_per_worker=allotment.resources_per_worker,
+        )
         console.print(f"\nsearching, {allotment.slots} trials at a time", style="bold")
         run_search(
             study,
             plan.space,
-            SlotPlan(
-                experiment=experiment,
-                material=material(searched, settings.epochs, "search-images.npy"),
-                folds=tuple(Fold(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts),
-                workers=allotment.workers,
-                resources_per_worker=allotment.resources_per_worker,
-            ),
+            slot,
             trials=settings.trials,
             slots=allotment.slots,
             seed=settings.seed,
@@ -218,6 +202,14 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             reasons = [f"  trial {trial.number} {trial.user_attrs.get('ended')}" for trial in trials]
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
 
+        # ---- how far the winner's figures are a matter of the seed ------------------------------------
+        seeds, repeats = None, f"{experiment.name}-seeds"
+        if settings.seeds:
+            console.print(f"\ntraining trial {best.number} anew, with {settings.seeds} other seeds", style="bold")
+            others = [{"number": k, "seed": (settings.seed + k) % 2**32} for k in range(1, settings.seeds + 1)]
+            orders = [other | {"configuration": best.user_attrs["configuration"]} for other in others]
+            seeds = studies.over_seeds(train_again(slot, repeats, orders, settings.epochs, allotment.slots))
+
         # ---- retrained on train and validation, judged once on test -----------------------------------
         def retrain(trial: FrozenTrial) -> Judged:
             final = allot_final(settings)  # nodes have come and gone
@@ -226,7 +218,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             return retrain_and_judge(
                 FinalPlan(
                     experiment=experiment,
-                    material=material(np.arange(len(split)), epochs, "all-images.npy"),
+                    material=material(np.arange(len(split)), "all-images.npy", epochs),
                     configuration=configuration,
                     seed=settings.seed,
                     train_indices=searched,
@@ -239,7 +231,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
         judged = retrain(best)
         majority = int(np.bincount(labels_N[searched]).argmax())
-        references = {"majority class": (images.classes[majority], np.full(len(test), majority))}
+        references = {
+            "majority class": (images.classes[majority], np.full(len(test), majority)),
+            "shortcut": best_shortcut(images, searched, test),
+        }
         if settings.compare_baseline:
             published = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
             if published is None:
@@ -256,7 +251,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             labels_N[test],
             probabilities_NC,
             images.classes,
-            images.table["group"].to_numpy()[test],
+            groups_N[test],
             uncalibrated_NC=judged.probabilities_NC if scaling else None,
             calibration=scaling,
             references=references,
@@ -264,7 +259,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         )
         rows = images.table.iloc[test]
         predictions = bundle.list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
-        written = contents(best, judged.weights, figures) | {"predictions.csv": predictions}
+        written = contents(best, judged.weights, test=figures, seeds=seeds) | {"predictions.csv": predictions}
         try:
             written |= pages(experiment.name, findings_of(experiment, study, written), Pictures(images))
         except Exception as error:  # a page that cannot be drawn is no reason to lose a model
@@ -272,6 +267,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         bundle.write_bundle(experiment, written)
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
+            experiment.delete_folder(repeats)
         if mlflow:
             epochs = int(studies.best_figures(best)["epoch"])
             mlflow.add_final(best.number, studies.configuration_of(best), epochs, figures)

@@ -90,6 +90,9 @@ class Settings(BaseModel):
     folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
         "judge a trial by cross-validation over train and validation (off)", "K"
     )
+    seeds: Annotated[int, Field(ge=2, le=100)] | None = _flag(
+        "train the winner anew with N other seeds, for the spread (off)", "N"
+    )
     strict: bool = Field(False, description="refuse a split that leaks: copies or series in several parts")
     weights: str | None = _flag("imagenet, none or a FILE (imagenet; phantoms none)", "W")
     normalisation: Literal["imagenet", "unit"] = Field(

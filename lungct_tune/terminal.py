@@ -129,6 +129,12 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
         f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}",
         soft_wrap=True,
     )
+    if (seeds := metrics["seeds"]) is not None:
+        scores = ", ".join(f"{score:.3f}" for score in seeds[OBJECTIVE])
+        console.print(
+            f"the best found with other seeds: {scores}; mean {seeds['mean']:.3f}, deviation {seeds['sd']:.3f}",
+            soft_wrap=True,
+        )
     _print_worth(metrics, console)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER}", soft_wrap=True, markup=False)
 

@@ -187,7 +187,19 @@ def about_the_search(found: Findings) -> list[str]:
             f"{how.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the published "
             f"configuration: as the best of {found.done} trials, which flatters it."
         )
+    if seeds := found.metrics.get("seeds"):
+        said.append(
+            f"Trained anew with {len(seeds[OBJECTIVE])} other seeds, the winner reached {percent(seeds['mean'])} on "
+            f"average, with a standard deviation of {100 * seeds['sd']:.1f} points"
+            + ("." if found.baseline is None else f": {_seeds_against_the_published(found, seeds)}.")
+        )
     return said
+
+
+def _seeds_against_the_published(found: Findings, seeds: Mapping[str, Any]) -> str:
+    assert found.baseline is not None
+    gain = 100 * (seeds["mean"] - best_figures(found.baseline)[OBJECTIVE])
+    return f"{gain:+.1f} points against the published configuration's one training, without the luck of being chosen"
 
 
 def _edges(found: Findings, winner: FrozenTrial) -> str:

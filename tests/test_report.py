@@ -26,7 +26,7 @@ from lungct_tune.explain import anatomy, look
 from lungct_tune.findings import Findings, read_findings
 from lungct_tune.model import CutResNet
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
-from lungct_tune.plan import Plan, plan_search
+from lungct_tune.plan import Dealt, Plan, plan_search
 from lungct_tune.report import find_pictures, main
 from lungct_tune.settings import Settings
 from lungct_tune.training import as_grey, forward
@@ -60,7 +60,7 @@ class Search:
         self.plan: Plan = plan_search(settings, set())
         self.images = read_images(data, 32, progress=False)
         self.split = split_images(self.images, "grouped", 0)
-        self.plan.keep(self.images, self.split, None)
+        self.plan.keep(Dealt(self.images, self.split, None))
         self.study = studies.open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
         self._tune = studies.StudySearch(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
 

@@ -84,8 +84,7 @@ def nothing_held(within_s: float = 90) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         alive = [a for a in list_actors() if a.state in ("ALIVE", "PENDING_CREATION", "RESTARTING")]
-        # Ray Train's own, without resources: one for the whole cluster, and one that does not hear of the end of what it
-        # watches over when Ray's state API is slow
+        # Ray Train's own, without resources: one for the whole cluster, and one that stays when Ray's state API is slow
         own = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
         actors = [a for a in alive if a.class_name not in own]
         groups = [g for g in list_placement_groups() if g.state != "REMOVED"]

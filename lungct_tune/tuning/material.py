@@ -12,6 +12,8 @@ import numpy as np
 import ray
 
 from lungct_tune.configuration import Configuration
+from lungct_tune.data import ImageSet
+from lungct_tune.settings import Settings
 from lungct_tune.storage import StorageError
 
 if TYPE_CHECKING:
@@ -82,6 +84,36 @@ class Material:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+
+def material_of(
+    settings: Settings,
+    images: ImageSet,
+    rows: np.ndarray,
+    backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None,
+    epochs: int | None = None,
+    path: Path | None = None,
+) -> Material:
+    """Some of the images for the workers.
+
+    Args:
+        rows: which of them; the workers see no others.
+        epochs: the length of the learning-rate schedule; by default that of a trial.
+        path: see `share`.
+
+    Raises:
+        StorageError: see `share`.
+    """
+    assert settings.epochs is not None and settings.batch_size is not None  # decided by for_data()
+    return Material(
+        images=share(images.images_NHW, rows, path, object_store_room()),
+        labels_N=images.table["label"].to_numpy()[rows],
+        classes=len(images.classes),
+        backbone=backbone,
+        normalisation=settings.normalisation,
+        batch_size=settings.batch_size,
+        epochs=epochs or settings.epochs,
+    )
 
 
 def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path | None, room: int) -> ray.ObjectRef[np.ndarray] | Path:

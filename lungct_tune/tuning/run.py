@@ -14,7 +14,7 @@ from rich.console import Console
 from lungct_tune.space import SearchSpace
 from lungct_tune.tuning.metrics import Metrics
 from lungct_tune.tuning.progress import Clock, Progress
-from lungct_tune.tuning.slots import ON_HEAD, SlotPlan, TuneSlot
+from lungct_tune.tuning.slots import ON_HEAD, SlotPlan, TuneSlot, made_with
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
 
 MOST_AT_RANDOM = 10
@@ -44,7 +44,15 @@ def run_search(
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are as they were.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
-    search = StudySearch(study, space, plan.experiment, seed=seed, startup=startup, folds=len(plan.folds))
+    search = StudySearch(
+        study,
+        space,
+        plan.experiment,
+        seed=seed,
+        startup=startup,
+        folds=len(plan.folds),
+        made_with=made_with(plan),
+    )
     remaining = trials - len(finished_trials(study))
     if remaining <= 0:
         return

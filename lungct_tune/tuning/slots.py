@@ -21,6 +21,7 @@ from ray import tune
 from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lungct_tune.bundle import versions
 from lungct_tune.configuration import Configuration
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.experiment import Experiment
@@ -56,6 +57,12 @@ class SlotPlan:
     """One, or several whose mean is what a trial is worth."""
     workers: int
     resources_per_worker: dict[str, float]
+
+
+def made_with(plan: SlotPlan) -> dict[str, Any]:
+    """What a trial's figures depend on beside its configuration, seed and data."""
+    resources = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
+    return versions() | {"workers": plan.workers} | resources
 
 
 class Mailbox:

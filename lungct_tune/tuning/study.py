@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +122,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
     Args:
         startup: how many trials Optuna draws at random before TPE has enough to learn from.
         folds: how many models a trial trains, each of which keeps a state.
+        made_with: noted of every trial that begins or goes on.
     """
 
     def __init__(
@@ -133,10 +134,11 @@ class StudySearch(Searcher):  # type: ignore[misc]
         seed: int,
         startup: int,
         folds: int = 1,
+        made_with: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup, self._folds = startup, folds
+        self._startup, self._folds, self._made_with = startup, folds, dict(made_with or {})
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
         study.sampler = self._sampler()
@@ -160,6 +162,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if configuration is None:
             configuration = self._space.configuration(trial.params).as_dict()
             trial.set_user_attr("configuration", configuration)
+        trial.set_user_attr("made_with", self._made_with)
         self._live[trial_id] = _Live(trial, list(trial.user_attrs.get("history", [])))
         return {"number": trial.number, "seed": self._seed, "configuration": configuration}
 
@@ -278,6 +281,16 @@ def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
         trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == COMPLETED
     ]
     return max(completed, key=lambda trial: rank(best_figures(trial)), default=None)
+
+
+def over_seeds(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The objective of one configuration trained with several seeds, each at its best epoch as a trial is.
+
+    A training that diverged or failed counts with the worst score: it is what a user of that configuration may get.
+    """
+    histories = [[*answer["earlier"], answer] for answer in answers]
+    scores = [max(history, key=rank)[OBJECTIVE] if "epoch" in history[-1] else BAD_SCORE for history in histories]
+    return {OBJECTIVE: scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 
 
 def trials_table(study: optuna.Study) -> pd.DataFrame:

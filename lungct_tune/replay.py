@@ -1,0 +1,168 @@
+"""One trial of a search trained again, from what the experiment recorded of it: the same figures, or how far off.
+
+python -m lungct_tune.replay --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lungct_tune.pull import locate
+
+EXAMPLES = """\
+examples:
+  python -m lungct_tune.replay 2026-11-23-054807-phantoms 3      trial 3 of an experiment in ./results
+  python -m lungct_tune.replay s3://bucket/lungct_tune/NAME 12 --data chest-ctscan
+
+On CPUs with the same versions the figures are the same to the last digit.
+Exit status: 0 the same figures, 1 others, 2 it could not be trained again.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, 1 where figures differ, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lungct_tune.replay",
+        description="Train one trial of a search again, and compare its figures with those that were recorded.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
+    parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
+    parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="the images (where they were for the search)")
+    parser.add_argument("--address", metavar="ADDR", help="a running Ray cluster (the one at hand, else a local one)")
+    try:
+        return _run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def _run(asked: argparse.Namespace) -> int:
+    # imported when the command line is known to be right, so that --help answers at once
+    import ray
+
+    from lungct_tune.data import DataError
+    from lungct_tune.findings import NothingHeld
+    from lungct_tune.plan import PlanError
+    from lungct_tune.settings import SettingsError
+    from lungct_tune.storage import StorageError
+    from lungct_tune.tuning.cluster import ClusterError
+    from lungct_tune.weights import WeightsError
+
+    started_here = not ray.is_initialized()
+    try:
+        return 0 if replay(asked, Console(highlight=False)) else 1
+    except (
+        *(NothingHeld, NotReplayable, PlanError, SettingsError, DataError),
+        *(WeightsError, StorageError, ClusterError),
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+class NotReplayable(RuntimeError):
+    """A trial that cannot be trained again: the message says why."""
+
+
+def replay(asked: argparse.Namespace, console: Console) -> bool:
+    """Trains the trial again and prints each epoch's figures beside those recorded; whether all are the same.
+
+    Raises:
+        NotReplayable: there is no such trial, it ended no epoch, or it could not be trained again.
+        Each room's own error (see `main`), with a message for the user.
+    """
+    import ray
+
+    from lungct_tune.configuration import Configuration
+    from lungct_tune.findings import read_findings
+    from lungct_tune.plan import kept_plan
+    from lungct_tune.terminal import describe
+    from lungct_tune.tuning.again import train_again
+    from lungct_tune.tuning.cluster import allot, connect
+    from lungct_tune.tuning.material import material_of
+    from lungct_tune.tuning.slots import SlotPlan, made_with
+    from lungct_tune.tuning.trial import Fold
+    from lungct_tune.weights import read_covering
+
+    experiment = locate(asked.source, asked.storage)
+    trials = {trial.number: trial for trial in read_findings(experiment).trials}
+    if asked.trial not in trials:
+        raise NotReplayable(f"{experiment.name} has no trial {asked.trial}; it has {min(trials)} to {max(trials)}")
+    recorded = trials[asked.trial].user_attrs
+    history = recorded.get("history", [])
+    if not history:
+        raise NotReplayable(
+            f"trial {asked.trial} of {experiment.name} ended no epoch: there is nothing to compare with"
+        )
+    plan = kept_plan(experiment, **({"data": asked.data} if asked.data else {}))
+    dealt, settings = plan.deal(), plan.settings.model_copy(update={"slots": 1, "address": asked.address})
+    weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
+    connect(settings.address, verbose=False, name=f"{experiment.name} again")
+    allotment = allot(settings)
+    slot = SlotPlan(
+        experiment=experiment,
+        material=material_of(settings, dealt.images, dealt.searched, None if weights is None else ray.put(weights)),
+        folds=tuple(Fold(*fold) for fold in dealt.folds),
+        workers=allotment.workers,
+        resources_per_worker=allotment.resources_per_worker,
+    )
+    order = {"number": asked.trial, "seed": settings.seed, "configuration": recorded["configuration"]}
+    console.print(
+        f"trial {asked.trial} of {experiment.name}: {describe(Configuration(**recorded['configuration']))}; "
+        f"{len(history)} epochs again",
+        soft_wrap=True,
+    )
+    folder = f"{experiment.name}-again"
+    experiment.delete_folder(folder)  # of an interrupted one, perhaps with other versions
+    answer = train_again(slot, folder, [order], len(history), slots=1)[0]
+    experiment.delete_folder(folder)
+    if "epoch" not in answer:
+        raise NotReplayable(f"trial {asked.trial} failed this time: {answer.get('diverged') or answer['failed']}")
+    return _compare(history, [*answer["earlier"], answer], _changed(recorded["made_with"], made_with(slot)), console)
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {then.get(name)}, now {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
+    ]
+
+
+def _compare(
+    then: Sequence[Mapping[str, float]], now: Sequence[Mapping[str, float]], changed: Sequence[str], console: Console
+) -> bool:
+    from lungct_tune.evaluation import OBJECTIVE
+
+    names = ("train_loss", OBJECTIVE, "accuracy", "log_loss")
+    table = Table(
+        "epoch", *(name.replace("_", " ") for name in names), title="recorded, and off by", title_justify="left"
+    )
+    for old, new in zip(then, now, strict=True):
+        table.add_row(str(old["epoch"]), *(f"{old[name]:.6f} {new[name] - old[name]:+.1e}" for name in names))
+    console.print(table)
+    off, name, epoch = max(
+        (abs(new[name] - old[name]), name, old["epoch"]) for old, new in zip(then, now, strict=True) for name in names
+    )
+    if changed:
+        console.print(f"made with others than now: {'; '.join(changed)}", style="yellow", soft_wrap=True, markup=False)
+    if off == 0:
+        console.print(f"the same figures in all {len(then)} epochs, to the last digit")
+    else:
+        console.print(f"figures differ: most by {off:.2g}, in {name.replace('_', ' ')} of epoch {epoch}")
+    return off == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""A search in folds and over seeds, from the command to the bundle; its trials trained again."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from conftest import SMALL, SPACE
+
+from lungct_tune import replay, search
+from lungct_tune.evaluation import OBJECTIVE
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """The folder of a finished search whose trials are judged by two folds."""
+    storage = tmp_path_factory.mktemp("storage")
+    (storage / "space.yaml").write_text(SPACE)
+    arguments = ["--data", str(phantoms), "--space", str(storage / "space.yaml"), "--storage", str(storage), *SMALL]
+    how = ["--trials", "3", "--epochs", "3", "--slots", "2", "--folds", "2", "--seeds", "2"]
+    assert search.main([*arguments, *how, "--name", "folded"]) == 0
+    return storage / "folded"
+
+
+def test_the_split_keeps_its_folds_and_trials_their_spread(searched: Path) -> None:
+    table = pd.read_csv(searched / "split.csv")
+    assert table["fold"].isna().eq(table["split"] == "test").all()
+    assert set(table["fold"].dropna()) == {0, 1}
+    assert table.groupby("group")["fold"].nunique().max() == 1
+    trials = pd.read_csv(searched / "best" / "trials.csv")
+    assert trials[f"best_{OBJECTIVE}_sd"].between(0, 0.71).all()
+    valid_NC = np.load(searched / "trials" / "0000" / "valid.npy")
+    assert len(valid_NC) == (table["split"] != "test").sum()
+    assert not list(searched.glob("trials/*/last*.pt"))
+    config = json.loads((searched / "best" / "config.json").read_text())
+    assert config["calibration"]["temperature"] > 0
+
+
+def test_the_winners_seeds_are_in_the_bundle(searched: Path) -> None:
+    metrics = json.loads((searched / "best" / "metrics.json").read_text())
+    scores = metrics["seeds"][OBJECTIVE]
+    assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
+    assert metrics["seeds"]["mean"] == pytest.approx(np.mean(scores))
+    assert metrics["test"]["calibration"]["fitted_on"]["what"] == "the winner's out-of-fold predictions"
+    assert metrics["test"]["references"]["shortcut"]["name"]
+    assert "with 2 other seeds" in (searched / "best" / "report.html").read_text()
+    assert not (searched / "folded-seeds").exists()
+
+
+def replayed(searched: Path, trial: int, *more: str) -> int:
+    return replay.main([searched.name, str(trial), "--storage", str(searched.parent), *more])
+
+
+def test_a_trial_trained_again_gives_the_same_figures_to_the_last_digit(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(searched.rglob("*"))
+    assert replayed(searched, 1) == 0, capsys.readouterr()
+    assert "to the last digit" in capsys.readouterr().out
+    assert set(searched.rglob("*")) == before
+
+
+def test_figures_that_are_not_those_recorded_are_said(searched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = optuna.load_study(study_name="folded", storage=f"sqlite:///{searched}/study.db").trials[1]
+    first, *later = trial.user_attrs["history"]
+    recorded = {
+        "history": [first | {"log_loss": first["log_loss"] + 0.25}, *later],
+        "made_with": trial.user_attrs["made_with"] | {"torch": "1.0"},
+    }
+    with closing(sqlite3.connect(searched / "study.db")) as study, study:
+        for name, value in recorded.items():
+            changed = "update trial_user_attributes set value_json = ? where trial_id = ? and key = ?"
+            study.execute(changed, (json.dumps(value), trial._trial_id, name))
+    assert replayed(searched, 1) == 1
+    said = capsys.readouterr().out
+    assert "most by 0.25, in log loss of epoch 1" in said and "torch 1.0, now" in said
+
+
+def test_what_cannot_be_trained_again_is_refused(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lungct_tune.data import make_phantoms
+
+    assert replayed(searched, 7) == 2
+    assert "has no trial 7; it has 0 to 2" in capsys.readouterr().err
+    assert replayed(searched, 1, "--data", str(make_phantoms(tmp_path, seed=5, patients=12, size=32))) == 2
+    assert "are not those that folded began with" in capsys.readouterr().err
+    assert replay.main(["nothing", "1", "--storage", str(tmp_path)]) == 2
+    assert "there is no search" in capsys.readouterr().err
