@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -206,15 +207,14 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
 def test_the_report_in_the_bundle_and_one_made_again_say_the_same(finished: Path, tmp_path: Path) -> None:
     from lungct_tune.report import main as report
 
+    def said(page: Path) -> list[str]:
+        without_pictures = re.sub(r"data:image/[^\"]+", "", page.read_text())
+        return [line for line in without_pictures.splitlines() if '<p class="soft small">lungct_tune' not in line]
+
     assert report([str(finished), "--out", str(tmp_path / "again.html")]) == 0
-    ours, again = (
-        (folder / name).read_text() for folder, name in ((finished / "best", "report.html"), (tmp_path, "again.html"))
-    )
-    dated = '<p class="soft small">lungct_tune'
-    assert [line for line in ours.splitlines() if dated not in line] == [
-        line for line in again.splitlines() if dated not in line
-    ]
-    assert ours.count("PHANTOMS") >= 2 and "Time line of the slots" in ours and "data:image/webp" in ours
+    assert said(finished / "best" / "report.html") == said(tmp_path / "again.html")
+    page = (finished / "best" / "report.html").read_text()
+    assert page.count("PHANTOMS") >= 2 and "Time line of the slots" in page and "data:image/webp" in page
     assert "Not a medical device" in (finished / "best" / "MODEL_CARD.md").read_text()
 
 
