@@ -1,67 +1,42 @@
 """The report's charts: still pictures that follow the page's colours, in the light, in the dark and on paper.
 
-matplotlib draws them as SVG with one colour for each role, which is then replaced by the page's CSS variable of that
-role. Optuna's own plots say the same things, but bring 5 MB of JavaScript or a grey background of their own, and
-are of no use in print; what they compute is taken from Optuna.
+Optuna's own plots say the same things, but bring 5 MB of JavaScript or a grey background of their own, and are of
+little use on a phone or in print; what they compute is taken from Optuna.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from lungct_tune.drawing import (
+    BAD,
+    CLASSES,
+    GRID,
+    INK,
+    OTHER,
+    PUBLISHED,
+    SOFT,
+    WIDE,
+    WINNER,
+    Chart,
+    in_percent,
+    plain,
+    styled,
+)
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.terminal import describe
 from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, configuration_of
-
-INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER = (f"#0a0b{role:02x}" for role in range(1, 8))
-CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
-_ROLES = {INK: "ink", SOFT: "soft", GRID: "line", WINNER: "winner", PUBLISHED: "published", BAD: "bad", OTHER: "other"}
-_ROLES |= {colour: f"class{c}" for c, colour in enumerate(CLASSES)}
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
-
-_styled = matplotlib.rc_context(_STYLE)
-"""Decorates whatever draws."""
+from lungct_tune.verdict import OBJECTIVE_NAME
 
 _MARKS = {COMPLETED: "o", STOPPED: "v", DIVERGED: "X", FAILED: "X", "running": "o"}
 _NAMES = {
@@ -71,7 +46,6 @@ _NAMES = {
     "head_lr": "rate, head",
     "weight_decay": "weight decay",
 }
-OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")
 
 
 def parameter_name(name: str) -> str:
@@ -85,69 +59,28 @@ def how_ended(trial: FrozenTrial) -> str:
     return next(word for word in _MARKS if ended.startswith(word))
 
 
-WIDE = 9.6
-"""Inches of a chart as wide as the page; the others are drawn for half of it, or a phone."""
-
-
-class _Chart:
-    """A figure in the page's colours; `svg` is what goes into the page."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self.figure = Figure(figsize=(width, height), layout="constrained")
-        self.axes: Axes = self.figure.subplots()
-        self.tips: dict[str, str] = {}
-
-    def tip(self, text: str) -> str:
-        """A gid for an artist; the text shows when a pointer rests on it."""
-        gid = f"tip-{len(self.tips)}"
-        self.tips[gid] = text
-        return gid
-
-    def svg(self, alt: str) -> Markup:
-        buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": alt}):
-            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
-        drawn = buffer.getvalue()
-        drawn = drawn[drawn.index("<svg") :]
-        drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.S)
-        for gid, text in self.tips.items():
-            drawn = drawn.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>")
-        used = set(re.findall(r"(?:#)([\w-]+)(?=[\")])", drawn))
-        drawn = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", drawn)
-        drawn = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", drawn)
-        for colour, role in _ROLES.items():
-            drawn = drawn.replace(colour, f"var(--{role})")
-        drawn = re.sub(r' (width|height)="[\d.]+pt"', "", drawn, count=2)
-        label = f'<svg role="img" aria-label="{html.escape(alt)}"'
-        return Markup(re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1)))  # of our making, and escaped
-
-
-def _percent(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
-
-
-@_styled
+@styled
 def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
     """Accuracies from 0 to 1 below each other: (name, accuracy, interval, whether it is the model's)."""
-    chart = _Chart(4.4, 0.4 + 0.5 * len(rows))
+    chart = Chart(4.4, 0.4 + 0.5 * len(rows))
     axes = chart.axes
     for row, (name, value, interval, ours) in enumerate(rows):
         colour = WINNER if ours else SOFT
         if interval:
             axes.plot(interval, [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
         axes.plot([value], [row], "o" if ours else "D", color=colour, markersize=8 if ours else 6)
-        axes.text(0, row - 0.3, f"{name}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal")
+        axes.text(0, row - 0.3, f"{plain(name)}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal")
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.6, -0.8), yticks=[])
     axes.spines["left"].set_visible(False)
-    _percent(axes.xaxis)
+    in_percent(axes.xaxis)
     said = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
     return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {said}")
 
 
-@_styled
+@styled
 def history(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
     """Each trial's best epoch, and the best of those that completed so far."""
-    chart = _Chart(4.9, 3.0)
+    chart = Chart(4.9, 3.0)
     axes = chart.axes
     seen = [trial for trial in trials if best_figures(trial)]
     for how, mark in _MARKS.items():
@@ -166,15 +99,15 @@ def history(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
         axes.step([*numbers, trials[-1].number], [*best, best[-1]], where="post", color=WINNER, linewidth=1.2)
     axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}, validation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _percent(axes.yaxis)
+    in_percent(axes.yaxis)
     axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handletextpad=0.1, columnspacing=1)
     return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials on validation, in the order they began")
 
 
-@_styled
+@styled
 def curves(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
     """Every trial's objective by epoch; where a curve ends early, the trial was stopped."""
-    chart = _Chart(4.9, 3.0)
+    chart = Chart(4.9, 3.0)
     axes = chart.axes
     for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
         epochs = trial.user_attrs.get("history", [])
@@ -190,31 +123,31 @@ def curves(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
     _name_colours(axes, winner)
     axes.set(xlabel="epoch", ylabel=f"{OBJECTIVE_NAME}, validation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _percent(axes.yaxis)
+    in_percent(axes.yaxis)
     return chart.svg(f"Learning curves of {len(trials)} trials; those that were stopped early end in a triangle")
 
 
-@_styled
+@styled
 def importances(importance: Mapping[str, float]) -> Markup:
     """How much of the differences between trials each parameter explains, the greatest on top."""
-    chart = _Chart(4.9, 0.6 + 0.3 * len(importance))
+    chart = Chart(4.9, 0.6 + 0.3 * len(importance))
     axes = chart.axes
     names = [parameter_name(name) for name in importance]
     axes.barh(names, list(importance.values()), color=WINNER, height=0.6)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", labelcolor=INK)
-    _percent(axes.xaxis)
+    in_percent(axes.xaxis)
     said = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, importance.values(), strict=True))
     return chart.svg(f"Importance of the parameters: {said}")
 
 
-@_styled
+@styled
 def slice_of(
     trials: Sequence[FrozenTrial], name: str, distribution: BaseDistribution, winner: int | None, *, epochs: int
 ) -> Markup:
     """One parameter against the objective; paler points are of trials that ran for fewer epochs."""
-    chart = _Chart(2.3, 1.9)
+    chart = Chart(2.3, 1.9)
     axes = chart.axes
     for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
         figures = best_figures(trial)
@@ -236,16 +169,16 @@ def slice_of(
         axes.xaxis.set_major_locator(LogLocator(numticks=4))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(parameter_name(name), color=INK, loc="left")
-    _percent(axes.yaxis)
+    in_percent(axes.yaxis)
     return chart.svg(f"{parameter_name(name)} against {OBJECTIVE_NAME}, a point a trial")
 
 
-@_styled
+@styled
 def parallel(
     trials: Sequence[FrozenTrial], distributions: Mapping[str, BaseDistribution], winner: int | None
 ) -> Markup:
     """A line a trial through its parameters to its objective; the better, the darker."""
-    chart = _Chart(WIDE, 3.6)
+    chart = Chart(WIDE, 3.6)
     axes = chart.axes
     seen = [trial for trial in trials if best_figures(trial)]
     names = list(distributions)
@@ -296,7 +229,7 @@ class _Scale:
         return (self._place(value) - self._low) / self._range
 
 
-@_styled
+@styled
 def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None:
     """Which slot was in an epoch of which trial when; None where the study does not know."""
     ran = [
@@ -311,7 +244,7 @@ def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None
     slots = sorted({epoch["slot"] for _, epoch in ran})
     last = max(epoch["at"] for _, epoch in ran) - began
     unit, name = (3600, "hours") if last > 7200 else (60, "minutes") if last > 120 else (1, "seconds")
-    chart = _Chart(WIDE, 0.7 + 0.3 * len(slots))
+    chart = Chart(WIDE, 0.7 + 0.3 * len(slots))
     axes = chart.axes
     for trial, epochs in itertools.groupby(ran, key=lambda pair: pair[0]):
         for slot, of_slot in itertools.groupby((epoch for _, epoch in epochs), key=lambda epoch: epoch["slot"]):
@@ -339,10 +272,10 @@ def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None
     return chart.svg(f"Time line of {len(slots)} slots: when each was in an epoch of which trial")
 
 
-@_styled
+@styled
 def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]) -> Markup:
     """The winner's accuracies on validation by epoch, beside the published configuration's."""
-    chart = _Chart(4.9, 3.0)
+    chart = Chart(4.9, 3.0)
     axes = chart.axes
     x = [epoch["epoch"] for epoch in epochs]
     axes.plot(x, [epoch[OBJECTIVE] for epoch in epochs], color=WINNER, linewidth=2, label="winner, balanced")
@@ -351,16 +284,16 @@ def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping
         xs, ys = [e["epoch"] for e in baseline], [e[OBJECTIVE] for e in baseline]
         axes.plot(xs, ys, color=PUBLISHED, linewidth=1.4, label="published, balanced")
     axes.set(xlabel="epoch", ylabel="accuracy, validation")
-    _percent(axes.yaxis)
+    in_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return chart.svg("The winner's accuracy and balanced accuracy on validation by epoch")
 
 
-@_styled
+@styled
 def losses(epochs: Sequence[Mapping[str, float]]) -> Markup:
     """The winner's losses by epoch."""
-    chart = _Chart(4.9, 3.0)
+    chart = Chart(4.9, 3.0)
     axes = chart.axes
     x = [epoch["epoch"] for epoch in epochs]
     learning = [epoch["train_loss"] for epoch in epochs]
@@ -372,28 +305,28 @@ def losses(epochs: Sequence[Mapping[str, float]]) -> Markup:
     return chart.svg("The winner's log loss in training and on validation by epoch")
 
 
-@_styled
+@styled
 def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
     """Each class against the rest on the test images: sensitivity against false alarms."""
-    chart = _Chart(4.4, 3.6)
+    chart = Chart(4.4, 3.6)
     axes = chart.axes
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
     for c, name in _defined(labels_N, classes):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(false_alarms, sensitivity, color=CLASSES[c % len(CLASSES)], label=name)
+        axes.plot(false_alarms, sensitivity, color=CLASSES[c % len(CLASSES)], label=plain(name))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
     axes.legend(loc="lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
 
 
-@_styled
+@styled
 def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
     """Each class against the rest on the test images: positive predictive value against sensitivity."""
-    chart = _Chart(4.4, 3.6)
+    chart = Chart(4.4, 3.6)
     axes = chart.axes
     for c, name in _defined(labels_N, classes):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=name)
+        axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=plain(name))
     axes.set(xlabel="sensitivity", ylabel="positive predictive value", title="precision and recall", ylim=(0, 1.03))
     axes.legend(loc="lower left")
     return chart.svg("Precision-recall curves of each class against the rest")
@@ -404,14 +337,14 @@ def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, st
     return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
 
 
-@_styled
+@styled
 def reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
     """How often the named class was right, by how sure the model was; a curve before and one after scaling.
 
     Args:
         curves: by name, (mean confidence, accuracy, number of images) of each bin that has images.
     """
-    chart = _Chart(4.4, 3.6)
+    chart = Chart(4.4, 3.6)
     axes = chart.axes
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
     for (name, bins), colour in zip(curves.items(), (SOFT, WINNER), strict=False):
@@ -420,8 +353,8 @@ def reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
         axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
     axes.set(xlabel="how sure the model was", ylabel="how often it was right", title="reliability", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)
-    _percent(axes.xaxis)
-    _percent(axes.yaxis)
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
     axes.legend(loc="upper left")
     return chart.svg("Reliability diagram: how often the named class was right, by how sure the model was")
 

@@ -293,6 +293,17 @@ def test_names_of_files_cannot_become_part_of_the_page(found: Findings) -> None:
     assert b"<script" not in model_card("<script>", found)
 
 
+def test_names_of_classes_are_drawn_as_they_are() -> None:
+    from lungct_tune.charts import precision_recall, roc, worth
+
+    names = ["$\\frac{a$ & <b>", "plain"]
+    labels_N, probabilities_NC = np.array([0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.7, 0.3]])
+    drawn = [draw(labels_N, probabilities_NC, names) for draw in (roc, precision_recall)]
+    for svg in [*drawn, worth([(names[0], 0.5, None, True)])]:
+        text = "".join(ElementTree.fromstring(svg).itertext())
+        assert names[0] in text
+
+
 def test_a_file_of_the_users_is_never_overwritten(
     finished: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,95 @@
+"""Drawing for the report: matplotlib figures as SVG that takes its colours and its font from the page around it."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER = (f"#0a0b{role:02x}" for role in range(1, 8))
+CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
+"""A colour for each role, which stands for nothing but it, and is replaced by the page's CSS variable of that name."""
+
+_ROLES = {INK: "ink", SOFT: "soft", GRID: "line", WINNER: "winner", PUBLISHED: "published", BAD: "bad", OTHER: "other"}
+_ROLES |= {colour: f"class{c}" for c, colour in enumerate(CLASSES)}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+styled = matplotlib.rc_context(_STYLE)
+"""Decorates whatever draws."""
+
+WIDE = 9.6
+"""Inches of a chart as wide as the page; the others are drawn for half of it, or a phone."""
+
+
+class Chart:
+    """A figure in the page's colours; `svg` is what goes into the page."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.axes: Axes = self.figure.subplots()
+        self.tips: dict[str, str] = {}
+
+    def tip(self, text: str) -> str:
+        """A gid for an artist; the text shows when a pointer rests on it."""
+        gid = f"tip-{len(self.tips)}"
+        self.tips[gid] = text
+        return gid
+
+    def svg(self, alt: str) -> Markup:
+        buffer = io.StringIO()
+        with matplotlib.rc_context({"svg.hashsalt": alt}):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None})
+        drawn = buffer.getvalue()
+        drawn = drawn[drawn.index("<svg") :]
+        drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.S)
+        for gid, text in self.tips.items():
+            drawn = drawn.replace(f'<g id="{gid}">', f"<g><title>{html.escape(text)}</title>")
+        used = set(re.findall(r"(?:#)([\w-]+)(?=[\")])", drawn))
+        drawn = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", drawn)
+        drawn = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", drawn)
+        for colour, role in _ROLES.items():
+            drawn = drawn.replace(colour, f"var(--{role})")
+        drawn = re.sub(r' (width|height)="[\d.]+pt"', "", drawn, count=2)
+        label = f'<svg role="img" aria-label="{html.escape(alt)}"'
+        return Markup(re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1)))  # of our making, and escaped
+
+
+def in_percent(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
+
+
+def plain(name: str) -> str:
+    """A user's name for something, for matplotlib to write as it is: it takes dollars for mathematics."""
+    return name.replace("$", r"\$")
