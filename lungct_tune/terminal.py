@@ -136,7 +136,7 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
             soft_wrap=True,
         )
     _print_worth(metrics, console)
-    console.print(f"bundle: {plan.experiment.uri}/{FOLDER}", soft_wrap=True, markup=False)
+    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (begin with its report.html)", soft_wrap=True, markup=False)
 
 
 def transfer_bar(console: Console) -> Progress:
