@@ -328,7 +328,7 @@ def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
         axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=plain(name))
     axes.set(xlabel="sensitivity", ylabel="positive predictive value", title="precision and recall", ylim=(0, 1.03))
-    axes.legend(loc="lower left")
+    axes.legend(loc="best")
     return chart.svg("Precision-recall curves of each class against the rest")
 
 
