@@ -131,7 +131,8 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     experiment.delete_folder(folder)
     if "epoch" not in answer:
         raise NotReplayable(f"trial {asked.trial} failed this time: {answer.get('diverged') or answer['failed']}")
-    return _compare(history, [*answer["earlier"], answer], _changed(recorded["made_with"], made_with(slot)), console)
+    changed = _changed(recorded.get("made_with", {}), made_with(slot))
+    return _compare(history, [*answer["earlier"], answer], changed, console)
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ class Cluster:
 
     def listed(self, what: str, *options: str) -> list[dict[str, Any]]:
         """What Ray's state API on the head says of actors, nodes, ..."""
-        printed = self.head.run("ray", "list", what, "--detail", "--format=json", *options)
+        printed = self.head.run("ray", "list", what, "--detail", "--format=json", "--limit=10000", *options)
         return [] if printed.startswith("No resource") else list(json.loads(printed))
 
     def worker_groups(self) -> list[list[str]]:

@@ -84,11 +84,11 @@ def nothing_held(within_s: float = 90) -> bool:
 
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        alive = [a for a in list_actors() if a.state in ("ALIVE", "PENDING_CREATION", "RESTARTING")]
+        alive = [a for a in list_actors(limit=10_000) if a.state in ("ALIVE", "PENDING_CREATION", "RESTARTING")]
         # Ray Train's own, without resources: one for the whole cluster, and one that stays when Ray's state API is slow
         own = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
         actors = [a for a in alive if a.class_name not in own]
-        groups = [g for g in list_placement_groups() if g.state != "REMOVED"]
+        groups = [g for g in list_placement_groups(limit=10_000) if g.state != "REMOVED"]
         if not actors and not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
             return True
         time.sleep(0.5)
@@ -445,7 +445,7 @@ def wait_for(condition: Any, run: subprocess.Popen[str], within_s: float = 240) 
 def train_workers() -> list[int]:
     from ray.util.state import list_actors
 
-    alive = [a for a in list_actors(detail=True) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+    alive = [a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
     return [worker.pid for worker in alive]
 
 

@@ -127,8 +127,17 @@ def test_a_state_of_another_study_is_not_taken_for_the_trials_own(slot: Any) -> 
     assert slot.train()["epoch"] == 1
 
 
+def test_a_damaged_state_costs_the_epochs_that_it_held_and_not_the_trial(slot: Any) -> None:
+    slot.reset(order(15, SHALLOW))
+    assert slot.train()["epoch"] == 1
+    run(slot, 16, SHALLOW)
+    state = slot.folder / "trials" / "0015" / "last.pt"
+    state.write_bytes(state.read_bytes()[:-1000])
+    assert [result["epoch"] for result in run(slot, 15, SHALLOW)] == [1, 2]
+
+
 def kill_a_worker() -> None:
-    worker, *_ = [a for a in list_actors(detail=True) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+    worker, *_ = [a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
     os.kill(worker.pid, signal.SIGKILL)
 
 

@@ -123,8 +123,14 @@ def watched(
             metrics = {metric["metric"]["__name__"] for metric in prometheus('{__name__=~"ray_lungct_.+"}')}
         wait_for(lambda: mlflow_runs(mlflow_server[0], "attributes.status = 'RUNNING' AND metrics.epoch >= 1"), run)
         mlflow_running = mlflow_runs(mlflow_server[0], "attributes.status = 'RUNNING'")
-        jobs, actors = list_jobs(detail=True), list_actors(detail=True)
-        tasks = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
+        tasks: list[Any] = []
+
+        def known() -> bool:
+            tasks[:] = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
+            return sum(task.name.startswith("trial 0: ") for task in tasks) == EPOCHS
+
+        wait_for(known, run)  # Ray hears of tasks a little later
+        jobs, actors = list_jobs(detail=True), list_actors(detail=True, limit=10_000)
         wait_for(lambda: epochs_in(folder, TrialState.RUNNING), run)
         run.kill()
         run.wait()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -58,10 +60,16 @@ class WorkersTrial:
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._each_alone = len(folds) > 1
         mine = range(self._rank, len(folds), self._world) if self._each_alone else [0]
-        self._models = [
-            _FoldModel(experiment, material, number, folds[number], order, alone=self._each_alone) for number in mine
-        ]
-        self._epoch = min(chain(*self._of_all_workers([model.training.epoch for model in self._models])))
+
+        def models(go_on: bool) -> list[_FoldModel]:
+            how = {"alone": self._each_alone, "go_on": go_on}
+            return [_FoldModel(experiment, material, fold, folds[fold], order, **how) for fold in mine]
+
+        self._models = models(go_on=True)
+        epochs = list(chain(*self._of_all_workers([model.training.epoch for model in self._models])))
+        self._epoch = min(epochs)
+        if max(epochs) > self._epoch + 1:  # a fold's state was damaged: what the others say is of a later epoch
+            self._models, self._epoch = models(go_on=False), 0
         self._in_order = np.argsort(np.concatenate([fold.valid_indices for fold in folds]))
         self._told = 0
 
@@ -142,6 +150,7 @@ class _FoldModel:
         fold: Fold,
         order: dict[str, Any],
         alone: bool,
+        go_on: bool,
     ) -> None:
         import torch
 
@@ -152,11 +161,13 @@ class _FoldModel:
         )
         self._history: list[dict[str, float]] = []
         self._probabilities_NC = np.empty(0)
-        if (kept := experiment.read(state_file(order["number"], number))) is not None:
-            state = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu")
-            if state["order"] == order:  # else it belongs to a trial of that number in another study
-                self.training.load_state_dict(state["training"])
-                self._history = state["history"]
+        kept = experiment.read(state_file(order["number"], number)) if go_on else None
+        state: dict[str, Any] = {}
+        with suppress(RuntimeError, EOFError, UnpicklingError):  # half a file: as if there were none
+            state = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu") if kept else {}
+        if state.get("order") == order:  # else it belongs to a trial of that number in another study
+            self.training.load_state_dict(state["training"])
+            self._history = state["history"]
 
     def run_to(self, epoch: int) -> _Outcome:
         """The model after so many epochs, of which it may have ended some or all before an interruption."""
