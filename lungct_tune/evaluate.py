@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,28 +48,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, help="a folder to make (./DATA-judged)")
     parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
     try:
-        return _run(parser.parse_args(argv))
+        words = sys.argv[1:] if argv is None else argv
+        return _run(parser.parse_args(words), shlex.join(["python", "-m", "lungct_tune.evaluate", *words]))
     except KeyboardInterrupt:
         print("\nstopped; nothing was written", file=sys.stderr)
         return 130
 
 
-def _run(asked: argparse.Namespace) -> int:
+def _run(asked: argparse.Namespace, command: str) -> int:
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune.bundle import BundleError
     from lungct_tune.data import DataError
     from lungct_tune.storage import StorageError
 
     try:
-        evaluate(asked, Console(highlight=False))
+        evaluate(asked, command, Console(highlight=False))
     except (EvaluateError, BundleError, DataError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def evaluate(asked: argparse.Namespace, console: Console) -> None:
-    """Verifies, reads, predicts, judges, writes metrics.json and predictions.csv, and says what was found.
+def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
+    """Verifies, reads, predicts, judges, writes report.html, metrics.json, predictions.csv, and says what was found.
 
     Raises:
         EvaluateError: a class is none of the bundle's, no image is left, or the output folder is there.
@@ -79,6 +81,8 @@ def evaluate(asked: argparse.Namespace, console: Console) -> None:
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.data.learned import ALIKE, NEW, SAME_FILE, seen_before
     from lungct_tune.evaluation import CANCER, NORMAL, cancer_or_normal, judge
+    from lungct_tune.findings import Predictions
+    from lungct_tune.page import REPORT, Network, evaluation_page
     from lungct_tune.prediction import predict
 
     # ---- the bundle, and which classes the images are to be told by -------------------------------------
@@ -137,14 +141,26 @@ def evaluate(asked: argparse.Namespace, console: Console) -> None:
         "learned_from": {what: int((seen_N == what).sum()) for what in (SAME_FILE, ALIKE)},
         "test": figures,
     }
+    model, _ = bundle.load_model(asked.bundle)
+    predictions = bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes)
+    page = evaluation_page(
+        config["settings"]["name"],
+        json.loads(bundle.as_json(metrics)),
+        Predictions(list(judged_classes), predictions),
+        images,
+        Network(model, list(classes), config["settings"]["normalisation"]),
+        command,
+    )
     try:
         out.mkdir(parents=True)
-        (out / "predictions.csv").write_bytes(bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes))
+        (out / "predictions.csv").write_bytes(predictions)
         (out / bundle.METRICS).write_bytes(bundle.as_json(metrics))
+        (out / REPORT).write_bytes(page)
     except OSError as error:
         raise EvaluateError(f"{out} cannot be written ({error}); choose another --out") from error
     terminal.print_judged(images, metrics, console)
-    console.print(f"written: {out}/{bundle.METRICS}, {out}/predictions.csv", soft_wrap=True, markup=False)
+    written = f"{out}/{REPORT}, {out}/{bundle.METRICS}, {out}/predictions.csv"
+    console.print(f"written: {written}", soft_wrap=True, markup=False)
 
 
 def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:

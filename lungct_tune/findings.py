@@ -36,6 +36,38 @@ class NothingHeld(ValueError):
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a model said of images."""
+
+    classes: list[str]
+    csv: bytes
+    """predictions.csv, a row an image."""
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        return pd.read_csv(BytesIO(self.csv), dtype={"path": str})
+
+    @property
+    def paths(self) -> np.ndarray:
+        return self._table["path"].to_numpy()
+
+    @cached_property
+    def labels_N(self) -> np.ndarray:
+        """What the images are, as indices into `classes`."""
+        return self._table["class"].map(self.classes.index).to_numpy()
+
+    @cached_property
+    def said_N(self) -> np.ndarray:
+        """What the model says they are."""
+        return self._table["predicted"].map(self.classes.index).to_numpy()
+
+    @cached_property
+    def probabilities_NC(self) -> np.ndarray:
+        columns = [f"p_{name.replace(' ', '_')}" for name in self.classes]
+        return self._table[columns].to_numpy(dtype=float)
+
+
+@dataclass(frozen=True)
 class Findings:
     """What there is to say about a search, finished or not."""
 
@@ -66,24 +98,9 @@ class Findings:
         return self.metrics.get("test")
 
     @cached_property
-    def predictions(self) -> pd.DataFrame:
-        """predictions.csv: a row a test image. There are none before the search has ended."""
-        return pd.read_csv(BytesIO(self.bundle[PREDICTIONS]), dtype={"path": str})
-
-    @cached_property
-    def labels_N(self) -> np.ndarray:
-        """What the test images are, as indices into `classes`."""
-        return self.predictions["class"].map(self.classes.index).to_numpy()
-
-    @cached_property
-    def said_N(self) -> np.ndarray:
-        """What the model says they are."""
-        return self.predictions["predicted"].map(self.classes.index).to_numpy()
-
-    @cached_property
-    def probabilities_NC(self) -> np.ndarray:
-        columns = [f"p_{name.replace(' ', '_')}" for name in self.classes]
-        return self.predictions[columns].to_numpy(dtype=float)
+    def predictions(self) -> Predictions:
+        """Of the test images. There are none before the search has ended."""
+        return Predictions(self.classes, self.bundle[PREDICTIONS])
 
     @property
     def phantoms(self) -> bool:

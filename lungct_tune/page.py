@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from lungct_tune.configuration import PUBLISHED
 from lungct_tune.data import ImageSet
 from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.explain import Anatomy, anatomy, look
-from lungct_tune.findings import Findings
-from lungct_tune.model import ACTIVATIONS, activation_nodes
+from lungct_tune.findings import Findings, Predictions
+from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes
 from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning.study import best_figures, configuration_of
 
@@ -50,6 +51,15 @@ class Pictures:
     missing: str = ""
 
 
+@dataclass(frozen=True)
+class Network:
+    """A bundle's model, for looking at what it looks at."""
+
+    model: CutResNet
+    classes: list[str]
+    normalisation: str
+
+
 def pages(name: str, found: Findings, pictures: Pictures) -> dict[str, bytes]:
     """The pages of a bundle, by file name."""
     return {REPORT: report_page(name, found, pictures), CARD: model_card(name, found)}
@@ -65,9 +75,10 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
     sections = {"verdict": "verdict", "data": "data", "search": "search"}
     sections |= {"winner": "winner"} if found.winner else {}
     sections |= {"test": "test", "mistakes": "mistakes"} if test else {}
-    rows = verdict.compared_accuracies(found)
+    rows = verdict.compared_accuracies(test) if test else []
     shown: dict[str, Any] = {
         "name": name,
+        "kind": "report",
         "generator": Markup(GENERATOR),
         "version": __version__,
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
@@ -94,8 +105,40 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         else "Made by lungct_tune.",
     }
     if test:
-        shown |= _test_section(found) | {"mistakes": _mistakes(found, pictures)}
+        network = Network(
+            build_model(found.config, found.bundle[MODEL]), found.classes, found.settings["normalisation"]
+        )
+        on = f"The final model, on {test['n']} images in {test['groups']} groups that no trial has seen, once."
+        shown |= _judged(test, found.predictions, pictures, network, found.settings["seed"], on)
     return _environment().get_template(REPORT).render(shown).encode()
+
+
+def evaluation_page(
+    searched: str, metrics: dict[str, Any], said: Predictions, images: ImageSet, network: Network, command: str
+) -> bytes:
+    """report.html of images from elsewhere that a bundle's model was asked about.
+
+    Args:
+        searched: the search that made the model.
+        metrics: metrics.json of `lungct_tune.evaluate`.
+        command: what was typed.
+    """
+    test = metrics["test"]
+    on = f"{test['n']} images in {test['groups']} groups, judged without training."
+    shown = {
+        "name": f"{PurePath(metrics['data']).name}, judged by {searched}",
+        "kind": "evaluation",
+        "generator": Markup(GENERATOR),
+        "version": __version__,
+        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "verdict": verdict.of_others(metrics, searched),
+        "warnings": verdict.left_out_of_others(metrics),
+        "worth_chart": charts.worth(verdict.compared_accuracies(test)),
+        "command": command,
+        "facts": [(what, str(metrics[key])) for key, what in (("data", "images"), ("bundle", "bundle"))],
+    }
+    shown |= _judged(test, said, Pictures(images), network, 0, on)
+    return _environment().get_template("evaluation.html").render(shown).encode()
 
 
 def model_card(name: str, found: Findings) -> bytes:
@@ -212,9 +255,15 @@ def _activations(depth: int, frozen: int) -> tuple[list[dict[str, Any]], list[tu
     return bars, [*labels, ("head", 669.0)]
 
 
-def _test_section(found: Findings) -> dict[str, Any]:
-    test = found.test
-    assert test is not None
+def _judged(
+    test: dict[str, Any], said: Predictions, pictures: Pictures, network: Network, seed: int, on: str
+) -> dict[str, Any]:
+    """What judged.html shows: figures, curves, and every mistake.
+
+    Args:
+        network: for the maps of what spoke for a class; of the same classes as the predictions, else there are none.
+        on: the images, in a sentence.
+    """
     matrix = np.array(test["confusion_matrix"])
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     calibration = test["calibration"]
@@ -222,6 +271,9 @@ def _test_section(found: Findings) -> dict[str, Any]:
     if calibration["after"]:
         curves["after temperature scaling"] = calibration["reliability"]["after"]
     return {
+        "test": test,
+        "classes": said.classes,
+        "judged_on": on,
         "tiles": [
             ("accuracy", test["accuracy"]),
             ("balanced accuracy", test["balanced_accuracy"]),
@@ -236,61 +288,69 @@ def _test_section(found: Findings) -> dict[str, Any]:
                     for column, (n, share) in enumerate(zip(matrix[row], shares[row], strict=True))
                 ],
             )
-            for row, name in enumerate(found.classes)
+            for row, name in enumerate(said.classes)
         ],
         "test_charts": {
-            "roc": charts.roc(found.labels_N, found.probabilities_NC, found.classes),
-            "precision_recall": charts.precision_recall(found.labels_N, found.probabilities_NC, found.classes),
+            "roc": charts.roc(said.labels_N, said.probabilities_NC, said.classes),
+            "precision_recall": charts.precision_recall(said.labels_N, said.probabilities_NC, said.classes),
             "reliability": charts.reliability(curves),
         },
         "calibration": verdict.about_calibration(calibration),
         "cancer": test["cancer_vs_normal"],
         "references": verdict.references(test),
         "difference": verdict.difference(test),
+        "mistakes": _mistakes(said, pictures, network, seed),
     }
 
 
-def _mistakes(found: Findings, pictures: Pictures) -> dict[str, Any]:
-    labels_N, said_N, sureness_N = found.labels_N, found.said_N, found.probabilities_NC.max(axis=1)
+def _mistakes(said: Predictions, pictures: Pictures, network: Network, seed: int) -> dict[str, Any]:
+    labels_N, said_N, sureness_N = said.labels_N, said.said_N, said.probabilities_NC.max(axis=1)
     wrong = np.flatnonzero(said_N != labels_N)
     wrong = wrong[np.argsort(-sureness_N[wrong], kind="stable")]
-    random = np.random.default_rng(found.settings["seed"])
-    recognised = [np.flatnonzero((labels_N == c) & (said_N == c)) for c in range(len(found.classes))]
+    random = np.random.default_rng(seed)
+    recognised = [np.flatnonzero((labels_N == c) & (said_N == c)) for c in range(len(said.classes))]
     right = [row for rows in recognised for row in random.permutation(rows)[:RIGHT_SHOWN]]
     shown = np.array([*wrong[:MOST_SHOWN], *right], dtype=int)
     cases = [
         {
             "id": number,
-            "path": found.predictions["path"][row],
-            "truth": found.classes[labels_N[row]],
-            "said": found.classes[said_N[row]],
-            "probabilities": list(zip(found.classes, found.probabilities_NC[row], strict=True)),
+            "path": said.paths[row],
+            "truth": said.classes[labels_N[row]],
+            "said": said.classes[said_N[row]],
+            "probabilities": list(zip(said.classes, said.probabilities_NC[row], strict=True)),
         }
         for number, row in enumerate(shown)
     ]
-    again = _add_pictures(cases, shown, found, pictures.images) if pictures.images and cases else ""
+    same_classes = said.classes == network.classes
+    again = _add_pictures(cases, shown, said, pictures.images, network) if pictures.images and cases else ""
     few = f" The first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
     return {
-        "summary": f"{len(wrong)} of {len(labels_N)} test images are wrong. What the model was surest of comes first."
-        + few,
+        "summary": f"{len(wrong)} of {len(labels_N)} images are wrong. What the model was surest of comes first." + few,
         "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
+        "no_maps": ""
+        if same_classes
+        else "Where the network looked is not shown: its own classes are finer than these.",
         "again": again,
         "wrong": cases[: len(shown) - len(right)],
         "right": cases[len(shown) - len(right) :],
     }
 
 
-def _add_pictures(cases: list[dict[str, Any]], rows: np.ndarray, found: Findings, images: ImageSet) -> str:
+def _add_pictures(
+    cases: list[dict[str, Any]], rows: np.ndarray, said: Predictions, images: ImageSet, network: Network
+) -> str:
     """Gives each case its picture and maps; says whether the model named the same classes again here."""
-    places = pd.Index(images.table["path"]).get_indexer(found.predictions["path"].to_numpy()[rows])
+    places = pd.Index(images.table["path"]).get_indexer(said.paths[rows])
     images_NHW = images.images_NHW[places]
-    model, normalisation = build_model(found.config, found.bundle[MODEL]), found.settings["normalisation"]
-    classes_N2 = np.stack([found.said_N[rows], found.labels_N[rows]], axis=1)
-    maps_N2hw, again_NC = look(model, images_NHW, classes_N2, normalisation)
-    for case, image_HW, maps_2hw in zip(cases, images_NHW, maps_N2hw, strict=True):
-        case["picture"] = _picture(image_HW)
+    for case, image_HW in zip(cases, images_NHW, strict=True):
+        case["picture"], case["maps"] = _picture(image_HW), []
+    if said.classes != network.classes:
+        return ""
+    classes_N2 = np.stack([said.said_N[rows], said.labels_N[rows]], axis=1)
+    maps_N2hw, again_NC = look(network.model, images_NHW, classes_N2, network.normalisation)
+    for case, maps_2hw in zip(cases, maps_N2hw, strict=True):
         case["maps"] = [_map(map_hw) for map_hw in maps_2hw[: 1 + (case["said"] != case["truth"])]]
-    same = int((again_NC.argmax(axis=1) == found.said_N[rows]).sum())
+    same = int((again_NC.argmax(axis=1) == said.said_N[rows]).sum())
     return f"The bundle's model, run again for these pictures, named the same class for {same} of {len(rows)}."
 
 

@@ -142,14 +142,12 @@ def standing(found: Findings) -> str:
     )
 
 
-def compared_accuracies(found: Findings) -> list[tuple[str, float, list[float] | None, bool]]:
-    """Accuracies on the test images: the model's, then what there is to compare with."""
-    if found.test is None:
-        return []
-    rows = [("this model", found.test["accuracy"], True)]
-    if apart := found.test["leak_free"]:
+def compared_accuracies(test: Mapping[str, Any]) -> list[tuple[str, float, list[float] | None, bool]]:
+    """Accuracies on the same images: the model's, then what there is to compare with."""
+    rows = [("this model", test["accuracy"], True)]
+    if apart := test["leak_free"]:
         rows.append((f"this model, {apart['n']} images without a copy", apart["accuracy"], True))
-    rows += [(name, row["accuracy"], False) for name, row in references(found.test)]
+    rows += [(name, row["accuracy"], False) for name, row in references(test)]
     return [(name, f["value"], f["ci95"], ours) for name, f, ours in rows if f["value"] is not None]
 
 
@@ -158,6 +156,47 @@ def references(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     titles = {"published": "published configuration", "shortcut": "shortcut: {}", "majority class": "always {}"}
     there = test["references"]
     return [(title.format(there[key]["name"]), there[key]) for key, title in titles.items() if key in there]
+
+
+def of_others(metrics: Mapping[str, Any], searched: str) -> list[tuple[str, str]]:
+    """What was asked of a bundle's model on images from elsewhere, what was found, and what it is worth.
+
+    Args:
+        metrics: metrics.json of `evaluate`.
+        searched: the search that made the model.
+    """
+    test, (*classes, last) = metrics["test"], metrics["test"]["per_class"]
+    ((_, largest),) = references(test)
+    majority, interval_of_ours = largest["accuracy"]["value"], test["accuracy"]["ci95"]
+    asked = (
+        f"How does the model of {searched} tell {', '.join(classes)} and {last} apart in images that its search "
+        "did not have?"
+    )
+    found = (
+        f"An accuracy of {figure(test['accuracy'])} on {test['n']} images in {test['groups']} groups, where always "
+        f"naming the largest class scores {percent(majority)}; balanced accuracy {figure(test['balanced_accuracy'])}."
+    )
+    if seen := sum(metrics["learned_from"].values()):
+        worth = f"Little: the model has learned from {seen} of these images, or from copies of them."
+    elif interval_of_ours is None or interval_of_ours[0] <= majority:
+        worth = "Too few images, or too many mistakes: always naming the largest class may do as well."
+    else:
+        worth = "It holds for images like these, of patients like these; of others it says nothing."
+    return [("Asked", asked), ("Found", found), ("Worth", worth)]
+
+
+def left_out_of_others(metrics: Mapping[str, Any]) -> list[str]:
+    """Which images `evaluate` could not judge, a sentence for each reason."""
+    reasons = {
+        "other": "are mapped to other: of no class that the model can name",
+        "unreadable": "could not be read",
+        "under_several_classes": "stand under several classes",
+    }
+    return [
+        f"{metrics['left_out'][key]} images were left out: they {why}."
+        for key, why in reasons.items()
+        if metrics["left_out"][key]
+    ]
 
 
 def about_the_search(found: Findings) -> list[str]:

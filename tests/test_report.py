@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -23,7 +25,7 @@ from lungct_tune.data import read_images, split_images, twins_across
 from lungct_tune.data.audit import audit_images
 from lungct_tune.evaluation import OBJECTIVE, judge
 from lungct_tune.explain import anatomy, look
-from lungct_tune.findings import Findings, read_findings
+from lungct_tune.findings import PREDICTIONS, Findings, read_findings
 from lungct_tune.model import CutResNet
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
 from lungct_tune.plan import Dealt, Plan, plan_search
@@ -209,7 +211,8 @@ def test_a_page_and_its_card_have_the_audits_verdict(found: Findings, content: b
 
 
 def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found: Findings, content: bytes) -> None:
-    wrong = found.predictions[found.said_N != found.labels_N]
+    predictions = pd.read_csv(io.BytesIO(found.bundle[PREDICTIONS]))
+    wrong = predictions[predictions["predicted"] != predictions["class"]]
     page = Page(content)
     assert 0 < len(wrong) < MOST_SHOWN
     for path, truth, said in zip(wrong["path"], wrong["class"], wrong["predicted"], strict=True):

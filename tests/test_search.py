@@ -445,7 +445,9 @@ def wait_for(condition: Any, run: subprocess.Popen[str], within_s: float = 240) 
 def train_workers() -> list[int]:
     from ray.util.state import list_actors
 
-    alive = [a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+    alive = [
+        a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"
+    ]
     return [worker.pid for worker in alive]
 
 

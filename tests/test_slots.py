@@ -137,7 +137,9 @@ def test_a_damaged_state_costs_the_epochs_that_it_held_and_not_the_trial(slot: A
 
 
 def kill_a_worker() -> None:
-    worker, *_ = [a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"]
+    worker, *_ = [
+        a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"
+    ]
     os.kill(worker.pid, signal.SIGKILL)
 
 

@@ -1,0 +1,81 @@
+"""Two folds on two workers: each worker trains one alone, or both train one after the other together.
+
+python benchmarks/folds.py [--depth 20] [--size 64] [--repeats 3]
+
+Worker processes with a Gloo group, as a slot has them, a thread each; the two ways take turns, and the medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from lungct_tune.configuration import Configuration
+from lungct_tune.training import Training
+
+WORKERS, IMAGES, BATCH = 2, 160, 16
+
+
+def worker(rank: int, asked: argparse.Namespace, told: multiprocessing.SimpleQueue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
+    random = np.random.default_rng(0)
+    images_NHW = torch.from_numpy(random.integers(0, 256, (IMAGES, asked.size, asked.size), dtype=np.uint8))
+
+    def training(alone: bool) -> Training:
+        return Training(
+            Configuration(truncation_depth=asked.depth),
+            images_NHW=images_NHW,
+            labels_N=torch.from_numpy(random.integers(0, 4, IMAGES)),
+            train_indices=range(IMAGES),
+            classes=4,
+            epochs=asked.repeats + 1,
+            batch_size=BATCH,
+            seed=0,
+            normalisation="unit",
+            backbone_state=None,
+            device="cpu",
+            alone=alone,
+        )
+
+    own, both = training(alone=True), [training(alone=False) for _ in range(WORKERS)]
+    for repeat in range(asked.repeats + 1):
+        for way, trainings in (("alone", [own]), ("together", both)):
+            dist.barrier()
+            began = time.perf_counter()
+            for one in trainings:
+                one.train_epoch()
+            dist.barrier()
+            if rank == 0 and repeat:  # the first epoch warms up
+                told.put((way, time.perf_counter() - began))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
+    told: multiprocessing.SimpleQueue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(worker, args=(asked, told), nprocs=WORKERS)
+    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    while not told.empty():
+        way, took = told.get()
+        seconds[way].append(took)
+    alone, together = (statistics.median(seconds[way]) for way in ("alone", "together"))
+    print(f"an epoch of two folds, depth {asked.depth}, {IMAGES} images of {asked.size} pixels, batch {BATCH}:")
+    print(f"  a fold a worker          {alone:.2f} s")
+    print(f"  one after another, both  {together:.2f} s  ({together / alone:.2f} times as long)")
+
+
+if __name__ == "__main__":
+    main()
