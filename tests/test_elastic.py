@@ -87,7 +87,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         head.wait()
 
 
-def wait_for(condition: Callable[[], bool], within_s: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], within_s: float = 600) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline

@@ -115,7 +115,7 @@ class Search:
     def _output(self) -> str:
         return self._cluster.head.run("ray", "job", "logs", self._job)
 
-    def wait_for(self, condition: Callable[[], Any], within_s: float = 240) -> None:
+    def wait_for(self, condition: Callable[[], Any], within_s: float = 600) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
             assert self._runs(), f"the search ended early:\n{self._output()}"
@@ -202,7 +202,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def wait_for(condition: Callable[[], Any], within_s: float = 240) -> None:
+def wait_for(condition: Callable[[], Any], within_s: float = 600) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -353,7 +353,7 @@ def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: 
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: train_workers() and victim not in train_workers(), run)
         assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
     study = optuna.load_study(study_name="killed", storage=url)
     trials = [trial for trial in study.trials if trial.state.is_finished()]
@@ -393,7 +393,7 @@ def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space
     assert nothing_held() and not (experiment / "best").exists()
 
     with command(tmp_path, None, None) as run:
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
     at_end = {trial.number: trial for trial in study_of(experiment).trials}
     assert len(finished_numbers(at_end)) == 6
@@ -434,7 +434,7 @@ class command:
         self._process.wait()
 
 
-def wait_for(condition: Any, run: subprocess.Popen[str], within_s: float = 240) -> None:
+def wait_for(condition: Any, run: subprocess.Popen[str], within_s: float = 600) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert run.poll() is None, f"the search ended early:\n{run.stdout and run.stdout.read()}"

@@ -408,7 +408,7 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
         outputs = [first.communicate()[0]]
         before = copied_trials(tmp_path)
         second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one"))
-        outputs.append(second.communicate(timeout=400)[0])
+        outputs.append(second.communicate(timeout=900)[0])
         assert second.returncode == 0, outputs
         print(*outputs, f"requests passed on and faults: {dict(failing.answered)}", sep="\n")
 
@@ -469,7 +469,7 @@ def head(proxy: Faulty, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
                 run.kill()
 
 
-def wait_for(condition: Callable[[], Any], run: subprocess.Popen[str] | None = None, within_s: float = 300) -> None:
+def wait_for(condition: Callable[[], Any], run: subprocess.Popen[str] | None = None, within_s: float = 600) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert run is None or run.poll() is None, f"the search ended early:\n{run and run.stdout and run.stdout.read()}"

@@ -138,7 +138,7 @@ def watched(
     ended = epochs_in(folder, TrialState.COMPLETE) | epochs_in(folder, TrialState.PRUNED)
     trials = len(ended) + len(interrupted) + 1
     with search("--resume", "watched", "--trials", str(trials), *watch) as run:
-        output, _ = run.communicate(timeout=400)
+        output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
     return Watched(folder, jobs, actors, tasks, optuna_epochs, metrics, mlflow_running, ended, interrupted)
 
@@ -403,7 +403,7 @@ def search(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, within_s: float = 240) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, within_s: float = 600) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         if process is not None and process.poll() is not None:
