@@ -126,8 +126,10 @@ def watched(
         tasks: list[Any] = []
 
         def known() -> bool:
-            tasks[:] = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
-            return sum(task.name.startswith("trial 0: ") for task in tasks) == EPOCHS
+            job = next(job.job_id for job in list_jobs(detail=True) if job.metadata.get("job_name") == "watched")
+            of_it = [("job_id", "=", job)]  # of all tasks of a long session no list has room
+            tasks[:] = list_tasks(filters=of_it, detail=True, limit=10_000, raise_on_missing_output=False)
+            return sum(task.name.startswith("trial 0: ") for task in tasks) >= EPOCHS
 
         wait_for(known, run)  # Ray hears of tasks a little later
         jobs, actors = list_jobs(detail=True), list_actors(detail=True, limit=10_000)
