@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ from conftest import REPOSITORY
 from optuna.trial import TrialState
 
 from lungct_tune.bundle import verify
+from lungct_tune.tuning.trial import DIGEST_BYTES
 
 WHY_NOT = hosts.missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
@@ -138,8 +140,8 @@ class Search:
         import torch
 
         with suppress(FileNotFoundError):
-            kept = torch.load(self.folder / "trials" / f"{trial:04d}" / "last.pt", weights_only=True)
-            return list(kept["history"])
+            kept = (self.folder / "trials" / f"{trial:04d}" / "last.pt").read_bytes()
+            return list(torch.load(io.BytesIO(kept[DIGEST_BYTES:]), weights_only=True)["history"])
         return []
 
     def goes_on(self, before: list[dict[str, float]], lost: float, what: str) -> None:

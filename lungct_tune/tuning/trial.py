@@ -6,13 +6,12 @@ models of its own, one a fold, and nothing has to be averaged between their step
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +25,10 @@ T = TypeVar("T")
 
 OBJECTIVE_SD = f"{OBJECTIVE}_sd"
 """The standard deviation of the objective over the folds (n - 1)."""
+
+
+DIGEST_BYTES = 32
+"""A state begins with the sha256 of the rest: torch would load much that is damaged without a word."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +164,14 @@ class _FoldModel:
         )
         self._history: list[dict[str, float]] = []
         self._probabilities_NC = np.empty(0)
-        kept = experiment.read(state_file(order["number"], number)) if go_on else None
-        state: dict[str, Any] = {}
-        with suppress(RuntimeError, EOFError, UnpicklingError):  # half a file: as if there were none
-            state = torch.load(io.BytesIO(kept), weights_only=True, map_location="cpu") if kept else {}
-        if state.get("order") == order:  # else it belongs to a trial of that number in another study
-            self.training.load_state_dict(state["training"])
-            self._history = state["history"]
+        kept = (experiment.read(state_file(order["number"], number)) if go_on else None) or b""
+        digest, content = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
+        # else there is none, or one that was read while a process that is about to die wrote another
+        if digest == hashlib.sha256(content).digest():
+            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            if state["order"] == order:  # else it belongs to a trial of that number in another study
+                self.training.load_state_dict(state["training"])
+                self._history = state["history"]
 
     def run_to(self, epoch: int) -> _Outcome:
         """The model after so many epochs, of which it may have ended some or all before an interruption."""
@@ -199,13 +203,16 @@ class _FoldModel:
         return {"epoch": self.training.epoch, "train_loss": loss} | figures | seconds
 
     def keep(self) -> int:
-        """Writes all that the model needs to go on; the bytes of that."""
+        """Writes all that the model needs to go on, after its sha256; the bytes of that."""
         import torch
 
         stream = io.BytesIO()
         torch.save({"order": self._order, "training": self.training.state_dict(), "history": self._history}, stream)
-        self._experiment.write(state_file(self._order["number"], self._number), stream.getbuffer())
-        return stream.getbuffer().nbytes
+        content = stream.getvalue()
+        self._experiment.write(
+            state_file(self._order["number"], self._number), hashlib.sha256(content).digest() + content
+        )
+        return DIGEST_BYTES + len(content)
 
 
 def _figures_of_epoch(by_worker: Sequence[Sequence[_Outcome]], epoch: int) -> dict[str, float]:
