@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.data import make_phantoms, read_images, split_images
-from lungct_tune.evaluation import validation_figures
 from lungct_tune.experiment import Experiment
+from lungct_tune.objective import validation_figures
 from lungct_tune.space import SearchSpace, parse_space
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.material import Material
 from lungct_tune.tuning.run import run_search
-from lungct_tune.tuning.slots import SlotPlan, scaling
 from lungct_tune.tuning.study import open_study, trials_table
 from lungct_tune.tuning.trial import Fold
+from lungct_tune.tuning.workers import SlotPlan, scaling
 
 EPOCHS = 2
 SPACE = "truncation_depth: 1\naugmentation: 0\ndropout: {low: 0.0, high: 0.5}"

@@ -44,6 +44,7 @@ def rescaled(image: Image.Image, factor: float) -> Image.Image:
 
 
 def shifted(image: Image.Image, x: float, y: float) -> Image.Image:
+    """By shares of its width and height; what comes in is black."""
     matrix = (1, 0, -round(x * image.width), 0, 1, -round(y * image.height))
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 

@@ -9,9 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from lungct_tune.entrance import UserError, command_line, exit_status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,13 +31,11 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lungct_tune.audit",
-        description="Look for copies, conflicts, shortcuts and leaks in images and their split.",
-        epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
+    parser = command_line(
+        "audit",
+        "Look for copies, conflicts, shortcuts and leaks in images and their split.",
+        EXAMPLES,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="images, as for lungct_tune.search; or a URI")
     parser.add_argument(
@@ -48,41 +48,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", metavar="N", help="that the images are read at (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
     parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
-    try:
-        return _run(vars(parser.parse_args(argv)))
-    except KeyboardInterrupt:
-        return 130
+    asked = vars(parser.parse_args(argv))
+    return exit_status(lambda: _run(asked, Console(highlight=False)))
 
 
-def _run(asked: dict[str, object]) -> int:
-    from lungct_tune.audit_view import print_audit, write_page
+def _run(asked: dict[str, Any], console: Console) -> None:
+    # imported when the command line is known to be right, so that --help answers at once
+    from lungct_tune.audit_view import audit_page, print_audit
     from lungct_tune.bundle import as_json
-    from lungct_tune.data import DataError, fetch_images, read_images
+    from lungct_tune.data import fetch_images, read_images
     from lungct_tune.data.audit import audit_images
-    from lungct_tune.settings import SettingsError, validate
+    from lungct_tune.rendering import check_free
+    from lungct_tune.settings import validate
 
-    page, figures, permuted = asked.pop("html", None), asked.pop("json", None), bool(asked.pop("permuted", False))
+    page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
+    if page:
+        check_free(page, "--html")
+    if figures:
+        check_free(figures, "--json", mark='"verdict": {')
+    settings = validate(asked).for_data()
+    assert settings.data and settings.image_size  # --data is required
+    root = fetch_images(settings.data) if isinstance(settings.data, str) else settings.data
+    images = read_images(
+        root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
+    )
+    how, split = _split(images, settings, "split" in asked)
+    audit = audit_images(images, split, how, permuted=permuted)
+    print_audit(audit, console)
     try:
-        settings = validate(asked).for_data()
-        assert settings.data and settings.image_size  # --data is required
-        root = fetch_images(settings.data) if isinstance(settings.data, str) else settings.data
-        images = read_images(
-            root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
-        )
-        how, split = _split(images, settings, "split" in asked)
-        audit = audit_images(images, split, how, permuted=permuted)
-        print_audit(audit, Console(highlight=False))
-        if isinstance(figures, Path):
+        if figures:
             figures.write_bytes(as_json(audit))
-        if isinstance(page, Path):
-            write_page(audit, root, page)
-    except (SettingsError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if page:
+            page.write_bytes(audit_page(audit, root))
     except OSError as error:
-        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
 
 
 def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.ndarray]:

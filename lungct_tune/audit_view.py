@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune import __version__
-from lungct_tune.data.decode import to_grey
+from lungct_tune.rendering import pairs_of_copies, render
 
 STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
 PAIRS_SHOWN = 60
-"""Pairs of copies on a page; each takes some 10 KB."""
-
-_THUMBNAIL = 192  # pixels, the longer side
+"""Pairs of copies on the page."""
 
 
 def print_audit(audit: Mapping[str, Any], console: Console) -> None:
@@ -86,38 +78,22 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         )
 
 
-def write_page(audit: Mapping[str, Any], root: Path, page: Path) -> None:
-    """Writes the audit as HTML, with pairs of copies as thumbnails, worst first.
+def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
+    """The audit as HTML, with pairs of copies as thumbnails, worst first.
 
-    Raises:
-        OSError: the page cannot be written.
+    Args:
+        root: the folder of the images.
     """
-    environment = Environment(
-        loader=PackageLoader("lungct_tune"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    shown = audit["copies"]["pairs"][:PAIRS_SHOWN]
-    thumbnails = {side["path"]: _thumbnail(root / side["path"]) for pair in shown for side in _sides(pair)}
-    template = environment.get_template("audit.html")
-    page.write_text(template.render(audit=audit, pairs=shown, thumbnails=thumbnails, version=__version__))
-
-
-def _sides(pair: Mapping[str, Any]) -> tuple[Any, Any]:
-    return pair["first"], pair["second"]
-
-
-def _thumbnail(path: Path) -> str:
-    """A small copy of an image as a data: URI."""
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")  # the file has been decoded before
-        grey = to_grey(image)
-    grey.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    stream = io.BytesIO()
-    grey.save(stream, "WEBP", quality=70)
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    shown = {
+        "name": f"Audit of {root.name}",
+        "kind": "audit",
+        "warnings": [],
+        "sections": [("verdict", "verdict"), ("there", "what is there"), ("found", "what was found")],
+        "audit": audit,
+        "pairs": (pairs := pairs_of_copies(audit, root, PAIRS_SHOWN)),
+        "shows_images": bool(pairs),
+    }
+    return render("audit.html", shown)
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

@@ -18,6 +18,7 @@ import yaml
 from lungct_tune import __version__
 from lungct_tune.configuration import Configuration
 from lungct_tune.data import ImageSet
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings
 
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 FOLDER = "best"
 SO_FAR = "so_far"
 MODEL, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
-AUDIT, CHECKSUMS = "audit.json", "checksums.txt"
+PREDICTIONS, AUDIT, CHECKSUMS = "predictions.csv", "audit.json", "checksums.txt"
 LEARNED = "learned_from.csv"
 """Which images the model has seen, see `lungct_tune.data.learned`."""
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle that cannot be trusted: the message names the file and what is wrong with it."""
 
 

@@ -33,8 +33,7 @@ from lungct_tune.drawing import (
     plain,
     styled,
 )
-from lungct_tune.evaluation import OBJECTIVE
-from lungct_tune.terminal import describe
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, configuration_of
 from lungct_tune.verdict import OBJECTIVE_NAME
 
@@ -377,6 +376,5 @@ def _name_colours(axes: Axes, winner: int | None) -> None:
 def _tip(trial: FrozenTrial) -> str:
     figures = best_figures(trial)
     figure = f"{figures[OBJECTIVE]:.3f} at epoch {figures['epoch']:.0f}; " if figures else ""
-    return f"trial {trial.number}: {figure}{trial.user_attrs.get('ended', 'running')}; " + describe(
-        configuration_of(trial)
-    )
+    ended = trial.user_attrs.get("ended", "running")
+    return f"trial {trial.number}: {figure}{ended}; {configuration_of(trial)}"

@@ -38,6 +38,13 @@ class Configuration:
         """
         return round(self.frozen_share * self.truncation_depth)
 
+    def __str__(self) -> str:
+        return (
+            f"depth {self.truncation_depth}, {self.frozen_depth} frozen, "
+            f"dropout {self.dropout:.2f}, augmentation {self.augmentation:.2f}, "
+            f"rates {self.backbone_lr:.1e}/{self.head_lr:.1e}, decay {self.weight_decay:.1e}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

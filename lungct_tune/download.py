@@ -1,17 +1,26 @@
 """Fetches the public CT images from Kaggle; needs the extra `kaggle`.
 
-python -m lungct_tune.download [FOLDER]
+python -m lungct_tune.download --help
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from lungct_tune.entrance import UserError, command_line, exit_status
 
 DATASET = "mohamedhanyyy/chest-ctscan-images"
 
+EXAMPLES = """\
+examples:
+  python -m lungct_tune.download                to ./chest-ctscan
+  python -m lungct_tune.download data/lungs     to another folder
+"""
 
-class DownloadError(RuntimeError):
+
+class DownloadError(UserError):
     """The images could not be fetched: the message says why and what else to do."""
 
 
@@ -35,17 +44,20 @@ def download(folder: Path) -> Path:
         ) from error
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns its exit status."""
-    folder = Path(argv[0] if argv else "chest-ctscan")
-    try:
-        found = download(folder)
-    except DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = command_line("download", "Fetch the public CT images from Kaggle.", EXAMPLES)
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, default=Path("chest-ctscan"), help="(./chest-ctscan)"
+    )
+    asked = parser.parse_args(argv)
+    return exit_status(lambda: _run(asked.folder))
+
+
+def _run(folder: Path) -> None:
+    found = download(folder)
     print(f"the images are in {found}; now: python -m lungct_tune.search --data {found}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

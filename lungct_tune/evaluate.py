@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from lungct_tune.entrance import UserError, command_line, exit_status
+
 EXAMPLES = """\
 examples:
   python -m lungct_tune.evaluate results/NAME/best --data hospital
@@ -29,44 +31,21 @@ OTHER = "other"
 """What a folder is mapped to whose images are of no class of the bundle's."""
 
 
-class EvaluateError(ValueError):
+class EvaluateError(UserError):
     """These images cannot be judged by this bundle: the message says why and what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lungct_tune.evaluate",
-        description="Judge a bundle's model on other images, without training.",
-        epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
-        allow_abbrev=False,
-    )
+    parser = command_line("evaluate", "Judge a bundle's model on other images, without training.", EXAMPLES)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="its folder, results/NAME/best or as pulled")
     parser.add_argument("--data", metavar="DIR", required=True, help="images in folders of their classes; or a URI")
     parser.add_argument("--map", metavar="MAP", help="FOLDER=CLASS[,...]; a class, or cancer, or other")
     parser.add_argument("--out", metavar="DIR", type=Path, help="a folder to make (./DATA-judged)")
     parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        return _run(parser.parse_args(words), shlex.join(["python", "-m", "lungct_tune.evaluate", *words]))
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-
-
-def _run(asked: argparse.Namespace, command: str) -> int:
-    # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune.bundle import BundleError
-    from lungct_tune.data import DataError
-    from lungct_tune.storage import StorageError
-
-    try:
-        evaluate(asked, command, Console(highlight=False))
-    except (EvaluateError, BundleError, DataError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    asked, command = parser.parse_args(words), shlex.join(["python", "-m", "lungct_tune.evaluate", *words])
+    return exit_status(lambda: evaluate(asked, command, Console(highlight=False)), "Nothing was written.")
 
 
 def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
@@ -76,6 +55,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         EvaluateError: a class is none of the bundle's, no image is left, or the output folder is there.
         BundleError, DataError, StorageError: bundle or images cannot be used.
     """
+    # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune import bundle, terminal
     from lungct_tune.calibration import calibrated
     from lungct_tune.data import fetch_images, read_images
@@ -153,13 +133,13 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     )
     try:
         out.mkdir(parents=True)
-        (out / "predictions.csv").write_bytes(predictions)
+        (out / bundle.PREDICTIONS).write_bytes(predictions)
         (out / bundle.METRICS).write_bytes(bundle.as_json(metrics))
         (out / REPORT).write_bytes(page)
     except OSError as error:
         raise EvaluateError(f"{out} cannot be written ({error}); choose another --out") from error
     terminal.print_judged(images, metrics, console)
-    written = f"{out}/{REPORT}, {out}/{bundle.METRICS}, {out}/predictions.csv"
+    written = f"{out}/{REPORT}, {out}/{bundle.METRICS}, {out}/{bundle.PREDICTIONS}"
     console.print(f"written: {written}", soft_wrap=True, markup=False)
 
 

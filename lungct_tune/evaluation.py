@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
+from sklearn.metrics import confusion_matrix
 
 from lungct_tune.bootstrap import INTERVAL, GroupBootstrap
 from lungct_tune.calibration import calibration_figures, reliability
 from lungct_tune.data.find import CANONICAL_CLASSES
 from lungct_tune.ranking import auroc, average_precision, sensitivity_at
-
-OBJECTIVE = "balanced_accuracy"
-"""What a search maximises on validation: the mean of the classes' sensitivities. A rule that always
-names the largest class scores 1/C with it, however large that class is; plain accuracy would reward it."""
 
 NORMAL, CANCER = "normal", "cancer"
 CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))
@@ -24,27 +20,6 @@ CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))
 
 SPECIFICITY = 0.95
 """At which the sensitivity for cancer is told too: one threshold that figures of several models can be compared at."""
-
-
-def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> dict[str, float]:
-    """The figures that steer a search.
-
-    `log_loss` weighs every class alike, as the objective does, and breaks its ties: with some ten images
-    of a class many epochs share a balanced accuracy.
-    """
-    predicted_N = probabilities_NC.argmax(axis=1)
-    surprise_N = -np.log(np.clip(probabilities_NC[np.arange(len(labels_N)), labels_N], 1e-12, 1))
-    per_class = [surprise_N[labels_N == label].mean() for label in np.unique(labels_N)]
-    return {
-        "balanced_accuracy": float(balanced_accuracy_score(labels_N, predicted_N)),
-        "accuracy": float(accuracy_score(labels_N, predicted_N)),
-        "log_loss": float(np.mean(per_class)),
-    }
-
-
-def rank(figures: dict[str, float]) -> tuple[float, float]:
-    """Larger is better: by the objective, ties by the loss."""
-    return figures[OBJECTIVE], -figures["log_loss"]
 
 
 def judge(

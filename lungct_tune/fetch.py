@@ -21,6 +21,7 @@ import pyarrow.fs
 from rich.console import Console
 
 from lungct_tune.bundle import CHECKSUMS, BundleError, faults, find_bundle
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.storage import StorageError
 from lungct_tune.terminal import transfer_bar
@@ -35,7 +36,7 @@ TRANSIENT = ("*.part", ".lock", ".probe-*", "study.db-*", "*-images.npy")
 """Names of files and folders that a search keeps for the moment and does not need to go on."""
 
 
-class FetchError(RuntimeError):
+class FetchError(UserError):
     """Nothing was fetched: the message says why and what to do."""
 
 

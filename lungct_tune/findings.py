@@ -21,17 +21,16 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, find_bundle
+from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
 from lungct_tune.data import SPLITS
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.space import SearchSpace, parse_space
 from lungct_tune.study_copy import COPY
 from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial
 
-PREDICTIONS = "predictions.csv"
 
-
-class NothingHeld(ValueError):
+class NothingHeld(UserError):
     """There is no search to report on: the message says where it was looked for and what to do."""
 
 

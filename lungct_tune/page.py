@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
-from lungct_tune import __version__, charts, verdict
+from lungct_tune import charts, verdict
 from lungct_tune.bundle import MODEL, build_model
 from lungct_tune.configuration import PUBLISHED
 from lungct_tune.data import ImageSet
-from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.explain import Anatomy, anatomy, look
 from lungct_tune.findings import Findings, Predictions
 from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes
+from lungct_tune.objective import OBJECTIVE
+from lungct_tune.rendering import data_uri, pairs_of_copies, render
 from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning.study import best_figures, configuration_of
 
 REPORT, CARD = "report.html", "MODEL_CARD.md"
-
-GENERATOR = '<meta name="generator" content="lungct_tune">'
-"""What every report has in its head, and by which it is known."""
 
 MOST_SHOWN = 300
 """Wrong images shown with pictures, at most: 25 KB each."""
 
 RIGHT_SHOWN = 2
 """Of each class, images that were recognised and are shown."""
+
+PAIRS_SHOWN = 6
+"""Of the pairs of copies that the audit found; its own page shows more."""
 
 PIXELS = 224
 """Width of a shown image; smaller ones are shown as they are."""
@@ -72,23 +68,20 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         name: the experiment's.
     """
     test = found.test
-    sections = {"verdict": "verdict", "data": "data", "search": "search"}
-    sections |= {"winner": "winner"} if found.winner else {}
-    sections |= {"test": "test", "mistakes": "mistakes"} if test else {}
+    sections = ["verdict", "data", "search", *(["winner"] if found.winner else [])]
+    sections += ["test", "mistakes"] if test else []
     rows = verdict.compared_accuracies(test) if test else []
     shown: dict[str, Any] = {
         "name": name,
         "kind": "report",
-        "generator": Markup(GENERATOR),
-        "version": __version__,
-        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "found": found,
-        "phantoms": PHANTOMS,
-        "unfinished": verdict.standing(found),
-        "sections": [*sections.items(), ("again", "do it again")],
+        "warnings": [*filter(None, (PHANTOMS if found.phantoms else "", verdict.standing(found)))],
+        "sections": [*((section, section) for section in sections), ("again", "do it again")],
+        "shows_images": pictures.images is not None,
         "verdict": verdict.verdict(found),
         "worth_chart": charts.worth(rows) if rows else "",
         "groups": found.split["group"].nunique(),
+        "pairs": _pairs(found, pictures),
         "about_the_search": verdict.about_the_search(found),
         "failures": verdict.failures(found),
         "search_charts": _search_charts(found),
@@ -100,9 +93,6 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         "command": verdict.command(found.settings),
         "facts": verdict.facts(found),
         "versions": ", ".join(f"{package} {v}" for package, v in found.config.get("versions", {}).items()),
-        "closing": "Made by lungct_tune. The page holds images of the data set: pass it on as you would pass on these."
-        if test and pictures.images
-        else "Made by lungct_tune.",
     }
     if test:
         network = Network(
@@ -110,7 +100,7 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         )
         on = f"The final model, on {test['n']} images in {test['groups']} groups that no trial has seen, once."
         shown |= _judged(test, found.predictions, pictures, network, found.settings["seed"], on)
-    return _environment().get_template(REPORT).render(shown).encode()
+    return render(REPORT, shown)
 
 
 def evaluation_page(
@@ -128,17 +118,17 @@ def evaluation_page(
     shown = {
         "name": f"{PurePath(metrics['data']).name}, judged by {searched}",
         "kind": "evaluation",
-        "generator": Markup(GENERATOR),
-        "version": __version__,
-        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "verdict": verdict.of_others(metrics, searched),
         "warnings": verdict.left_out_of_others(metrics),
+        "sections": [*((section, section) for section in ("verdict", "test", "mistakes")), ("again", "do it again")],
+        "shows_images": True,
         "worth_chart": charts.worth(verdict.compared_accuracies(test)),
         "command": command,
         "facts": [(what, str(metrics[key])) for key, what in (("data", "images"), ("bundle", "bundle"))],
+        "versions": "",
     }
     shown |= _judged(test, said, Pictures(images), network, 0, on)
-    return _environment().get_template("evaluation.html").render(shown).encode()
+    return render("evaluation.html", shown)
 
 
 def model_card(name: str, found: Findings) -> bytes:
@@ -151,8 +141,6 @@ def model_card(name: str, found: Findings) -> bytes:
     network = anatomy(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
     shown = {
         "name": name,
-        "version": __version__,
-        "made": f"{datetime.now().astimezone():%Y-%m-%d}",
         "found": found,
         "phantoms": PHANTOMS,
         "configuration": configuration,
@@ -165,19 +153,11 @@ def model_card(name: str, found: Findings) -> bytes:
         "calibration": verdict.about_calibration(found.test["calibration"]),
         "facts": verdict.facts(found),
     }
-    return _environment().get_template(CARD).render(shown).encode()
+    return render(CARD, shown)
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("lungct_tune"),
-        autoescape=True,  # names of files and classes are the users'
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": verdict.percent, "figure": verdict.figure, "interval": verdict.interval}
-    return environment
+def _pairs(found: Findings, pictures: Pictures) -> list[dict[str, Any]]:
+    return pairs_of_copies(found.audit, pictures.images.root, PAIRS_SHOWN) if found.audit and pictures.images else []
 
 
 def _search_charts(found: Findings) -> dict[str, Any] | None:
@@ -357,7 +337,7 @@ def _add_pictures(
 def _picture(grey_HW: np.ndarray) -> str:
     image = Image.fromarray(grey_HW)
     image.thumbnail((PIXELS, PIXELS))
-    return _data_uri(image, quality=70)
+    return data_uri(image, quality=70)
 
 
 def _map(map_hw: np.ndarray) -> str:
@@ -367,10 +347,4 @@ def _map(map_hw: np.ndarray) -> str:
     alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
     image = Image.new("RGBA", alpha.size, MAP_RED)
     image.putalpha(alpha)
-    return _data_uri(image, quality=50)
-
-
-def _data_uri(image: Image.Image, quality: int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(image, quality=50)

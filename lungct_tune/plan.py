@@ -19,6 +19,7 @@ import yaml
 from lungct_tune.bundle import FOLDER, has_bundle
 from lungct_tune.data import ImageSet, fetch_images, fold_images, make_phantoms, read_images, split_images
 from lungct_tune.data.cache import default_cache
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings, SettingsError, validate
 from lungct_tune.space import SearchSpace, parse_space, read_space
@@ -31,7 +32,7 @@ CHANGEABLE = {
 """What a resumed search may be told anew; all else would make it another search."""
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A search that cannot begin or go on: the message says why and what to do."""
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lungct_tune.entrance import command_line, exit_status
+
 if TYPE_CHECKING:
     from lungct_tune.experiment import Experiment
 
@@ -30,44 +32,24 @@ While the search runs, this pulls its best trial so far. A pull that was cut off
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lungct_tune.pull",
-        description="Fetch the best model of a search, verify it, and say what it is worth.",
-        epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
-        allow_abbrev=False,
-    )
+    parser = command_line("pull", "Fetch the best model of a search, verify it, and say what it is worth.", EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="an experiment's NAME, path or URI")
     parser.add_argument("dest", metavar="DEST", nargs="?", type=Path, help="a folder to make (./NAME)")
     parser.add_argument("--all", action="store_true", help="the whole experiment: trials and study too")
     parser.add_argument("--storage", metavar="URI", help="where NAME lies (./results)")
     parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME lies on the head of this `ray up` cluster")
-    try:
-        return _run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    asked = parser.parse_args(argv)
+    return exit_status(lambda: _run(asked, Console(highlight=False)), "The same command goes on where it was.")
 
 
-def _run(asked: argparse.Namespace) -> int:
-    # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune.bundle import BundleError
-    from lungct_tune.fetch import FetchError
-    from lungct_tune.storage import StorageError
+def _run(asked: argparse.Namespace, console: Console) -> None:
+    if asked.cluster:
+        from lungct_tune.tuning.head import on_head
 
-    console = Console(highlight=False)
-    try:
-        if asked.cluster:
-            from lungct_tune.tuning.head import on_head
-
-            with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
-                pull(experiment, asked.dest, console, everything=asked.all)
-        else:
-            pull(locate(asked.source, asked.storage or "./results"), asked.dest, console, everything=asked.all)
-    except (FetchError, BundleError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
+            pull(experiment, asked.dest, console, everything=asked.all)
+    else:
+        pull(locate(asked.source, asked.storage or "./results"), asked.dest, console, everything=asked.all)
 
 
 def locate(source: str, storage: str) -> Experiment:
@@ -90,6 +72,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     Raises:
         FetchError, BundleError, StorageError: see `fetch`.
     """
+    # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune import terminal
     from lungct_tune.bundle import FOLDER
     from lungct_tune.fetch import fetch

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lungct_tune.entrance import UserError, command_line, exit_status
 from lungct_tune.pull import locate
 
 EXAMPLES = """\
@@ -28,52 +29,31 @@ Exit status: 0 the same figures, 1 others, 2 it could not be trained again.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 1 where figures differ, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lungct_tune.replay",
-        description="Train one trial of a search again, and compare its figures with those that were recorded.",
-        epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
-        allow_abbrev=False,
+    parser = command_line(
+        "replay", "Train one trial of a search again, and compare its figures with those that were recorded.", EXAMPLES
     )
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the images (where they were for the search)")
     parser.add_argument("--address", metavar="ADDR", help="a running Ray cluster (the one at hand, else a local one)")
-    try:
-        return _run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    asked = parser.parse_args(argv)
+    return exit_status(lambda: _run(asked, Console(highlight=False)))
 
 
-def _run(asked: argparse.Namespace) -> int:
+def _run(asked: argparse.Namespace, console: Console) -> int:
     # imported when the command line is known to be right, so that --help answers at once
     import ray
 
-    from lungct_tune.data import DataError
-    from lungct_tune.findings import NothingHeld
-    from lungct_tune.plan import PlanError
-    from lungct_tune.settings import SettingsError
-    from lungct_tune.storage import StorageError
-    from lungct_tune.tuning.cluster import ClusterError
-    from lungct_tune.weights import WeightsError
-
     started_here = not ray.is_initialized()
     try:
-        return 0 if replay(asked, Console(highlight=False)) else 1
-    except (
-        *(NothingHeld, NotReplayable, PlanError, SettingsError, DataError),
-        *(WeightsError, StorageError, ClusterError),
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 0 if replay(asked, console) else 1
     finally:
         if started_here:
             ray.shutdown()
 
 
-class NotReplayable(RuntimeError):
+class NotReplayable(UserError):
     """A trial that cannot be trained again: the message says why."""
 
 
@@ -82,19 +62,19 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
 
     Raises:
         NotReplayable: there is no such trial, it ended no epoch, or it could not be trained again.
-        Each room's own error (see `main`), with a message for the user.
+        UserError: each room's own, with a message for the user.
     """
     import ray
 
     from lungct_tune.configuration import Configuration
     from lungct_tune.findings import read_findings
     from lungct_tune.plan import kept_plan
-    from lungct_tune.terminal import describe
     from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, connect
     from lungct_tune.tuning.material import material_of
-    from lungct_tune.tuning.slots import SlotPlan, made_with
+    from lungct_tune.tuning.run import made_with
     from lungct_tune.tuning.trial import Fold
+    from lungct_tune.tuning.workers import SlotPlan
     from lungct_tune.weights import read_covering
 
     experiment = locate(asked.source, asked.storage)
@@ -121,7 +101,7 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     )
     order = {"number": asked.trial, "seed": settings.seed, "configuration": recorded["configuration"]}
     console.print(
-        f"trial {asked.trial} of {experiment.name}: {describe(Configuration(**recorded['configuration']))}; "
+        f"trial {asked.trial} of {experiment.name}: {Configuration(**recorded['configuration'])}; "
         f"{len(history)} epochs again",
         soft_wrap=True,
     )
@@ -144,7 +124,7 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _compare(
     then: Sequence[Mapping[str, float]], now: Sequence[Mapping[str, float]], changed: Sequence[str], console: Console
 ) -> bool:
-    from lungct_tune.evaluation import OBJECTIVE
+    from lungct_tune.objective import OBJECTIVE
 
     names = ("train_loss", OBJECTIVE, "accuracy", "log_loss")
     table = Table(

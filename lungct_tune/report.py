@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lungct_tune.entrance import UserError, command_line, exit_status
 from lungct_tune.pull import locate
 
 if TYPE_CHECKING:
@@ -31,58 +32,34 @@ While the search runs, the page tells what is known so far.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lungct_tune.report",
-        description="Make the report of a search again, or of one that has not ended.",
-        epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
-        allow_abbrev=False,
-    )
+    parser = command_line("report", "Make the report of a search again, or of one that has not ended.", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
     parser.add_argument("--data", metavar="DIR", type=Path, help="the images (where they were for the search)")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(./report.html)")
-    try:
-        return _run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    asked = parser.parse_args(argv)
+    return exit_status(lambda: _run(asked, Console(highlight=False)))
 
 
-def _run(asked: argparse.Namespace) -> int:
+def _run(asked: argparse.Namespace, console: Console) -> None:
     # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune.findings import NothingHeld, read_findings
+    from lungct_tune.findings import read_findings
     from lungct_tune.page import Pictures, report_page
-    from lungct_tune.storage import StorageError
+    from lungct_tune.rendering import check_free
 
-    console = Console(highlight=False)
+    check_free(asked.out, "--out")
+    experiment = locate(asked.source, asked.storage)
+    found = read_findings(experiment)
+    copies = found.audit["copies"]["pairs"] if found.audit else []
+    pictures = find_pictures(found, asked.data) if found.test or copies else Pictures()
+    page = report_page(experiment.name, found, pictures)
     try:
-        _check_free(asked.out)
-        experiment = locate(asked.source, asked.storage)
-        found = read_findings(experiment)
-        pictures = Pictures() if found.test is None else find_pictures(found, asked.data)
-        page = report_page(experiment.name, found, pictures)
         asked.out.write_bytes(page)
-    except (NothingHeld, StorageError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"error: {asked.out} cannot be written ({error}); choose another --out", file=sys.stderr)
-        return 2
+        raise UserError(f"{asked.out} cannot be written ({error}); choose another --out") from error
     if pictures.missing:
         console.print(f"without pictures: {pictures.missing}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"{asked.out}: {len(page) / 1e6:.1f} MB", soft_wrap=True, markup=False)
-    return 0
-
-
-def _check_free(out: Path) -> None:
-    """Raises FileExistsError where something lies at `out` that is not a report."""
-    from lungct_tune.page import GENERATOR
-
-    if out.is_dir():
-        raise FileExistsError(f"{out} is a folder; give the page a name: --out {out / 'report.html'}")
-    if out.exists() and GENERATOR.encode() not in out.read_bytes()[:4096]:
-        raise FileExistsError(f"{out} is there already, and is no report of lungct_tune; choose another --out")
 
 
 def find_pictures(found: Findings, data: Path | None) -> Pictures:

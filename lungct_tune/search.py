@@ -5,59 +5,31 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from lungct_tune.settings import Settings, SettingsError, read_settings
+from lungct_tune.entrance import UserError, exit_status
+from lungct_tune.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from lungct_tune.tuning.final import Judged
 
-class NothingToRetrain(RuntimeError):
+
+class NothingToRetrain(UserError):
     """No trial of the search ran to its end; the message says how each ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    try:
-        return _run(argv)
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}", file=sys.stderr)
-        return 130
-
-
-def _run(argv: Sequence[str] | None) -> int:
-    try:
-        settings, given = read_settings(argv)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # torch and Ray are imported when the settings are known to be right: --help and slips answer at once
-    from lungct_tune.data import DataError
-    from lungct_tune.plan import PlanError
-    from lungct_tune.space import SpaceError
-    from lungct_tune.storage import StorageError
-    from lungct_tune.track import TrackingError
-    from lungct_tune.tuning.cluster import ClusterError
-    from lungct_tune.tuning.final import RetrainingFailed
-    from lungct_tune.tuning.study import StudyError
-    from lungct_tune.weights import WeightsError
-
-    refused = (SettingsError, SpaceError, PlanError, DataError, WeightsError, StorageError, StudyError, ClusterError)
-    try:
-        search(settings, given, Console(highlight=False))
-    except (*refused, TrackingError, NothingToRetrain, RetrainingFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: search(*read_settings(argv), Console(highlight=False)))
 
 
 def search(settings: Settings, given: set[str], console: Console) -> None:
@@ -69,33 +41,27 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         console: where the user looks.
 
     Raises:
-        Each room's own error (see `main`), with a message for the user.
+        UserError: each room's own, with a message for the user.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on.
     """
+    # imported when the settings are known to be right: --help and slips answer at once
     import ray
 
     from lungct_tune import bundle, terminal
-    from lungct_tune.calibration import calibrated, fit_temperature
-    from lungct_tune.data import twins_across
     from lungct_tune.data.audit import audit_images, refuse_leaks
-    from lungct_tune.data.learned import list_learned
-    from lungct_tune.data.shortcuts import best_shortcut
-    from lungct_tune.evaluation import judge
-    from lungct_tune.experiment import VALID, trial_folder
-    from lungct_tune.findings import findings_of
-    from lungct_tune.page import Pictures, pages
+    from lungct_tune.outcome import Outcome
     from lungct_tune.plan import plan_search
     from lungct_tune.storage import StorageError
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
     from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, nodes_to_come
-    from lungct_tune.tuning.final import FinalPlan, Judged, retrain_and_judge
+    from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
     from lungct_tune.tuning.material import Material, material_of
     from lungct_tune.tuning.run import run_search
-    from lungct_tune.tuning.slots import SlotPlan
     from lungct_tune.tuning.so_far import BestSoFar
     from lungct_tune.tuning.trial import Fold
+    from lungct_tune.tuning.workers import SlotPlan
     from lungct_tune.weights import read_covering
 
     # ---- what is asked for ----------------------------------------------------------------------------
@@ -108,10 +74,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         if settings.data is None:
             console.print(terminal.PHANTOMS, style="bold yellow", soft_wrap=True)
         dealt = plan.deal()
-        images, split, searched, test = dealt.images, dealt.split, dealt.searched, dealt.test
-        labels_N, groups_N = (images.table[column].to_numpy() for column in ("label", "group"))
-        terminal.print_data(images, split, console)
-        audit = audit_images(images, split, settings.split)
+        terminal.print_data(dealt.images, dealt.split, console)
+        audit = audit_images(dealt.images, dealt.split, settings.split)
         terminal.print_verdict(audit, console)
         if settings.strict:
             refuse_leaks(audit)
@@ -144,43 +108,14 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
         def material(rows: np.ndarray, file: str, epochs: int | None = None) -> Material:
             path = plan.study_folder / file if common else None
-            return material_of(settings, images, rows, backbone, epochs, path)
+            return material_of(settings, dealt.images, rows, backbone, epochs, path)
 
-        learned = list_learned(images, searched)
-
-        def calibration(best: FrozenTrial) -> dict[str, Any] | None:
-            """The temperature for a trial's configuration, from images that the trial was not trained on."""
-            if (kept := experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
-                return None
-            held_out, which = dealt.judged_on, "out-of-fold" if settings.folds else "validation"
-            what = f"the winner's {which} predictions"
-            return fit_temperature(labels_N[held_out], np.load(io.BytesIO(kept)), groups_N[held_out], what)
-
-        def contents(best: FrozenTrial, weights: bytes, **judged: dict[str, Any] | None) -> dict[str, bytes]:
-            """A bundle's files; without figures of the test split, one of the best trial so far."""
-            configuration, epochs = studies.configuration_of(best), int(studies.best_figures(best)["epoch"])
-            config = bundle.describe_model(settings, images, configuration, epochs, calibration(best))
-            table = studies.trials_table(study)
-            metrics = {
-                "data": terminal.PHANTOMS if settings.data is None else str(settings.data),
-                "test": None,
-                "baseline_trial": studies.row_of(table, studies.BASELINE),
-                "best_trial": studies.row_of(table, best.number),
-                "search": studies.effort(study, table, allotment.slots),
-            } | judged
-            return {
-                bundle.MODEL: weights,
-                bundle.CONFIG: bundle.as_json(config),
-                bundle.METRICS: bundle.as_json(metrics),
-                bundle.LEARNED: learned,
-                bundle.AUDIT: bundle.as_json(audit),
-                "trials.csv": table.to_csv(index=False).encode(),
-            }
+        outcome = Outcome(plan, dealt, audit, study, allotment.slots)
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
         slot = SlotPlan(
             experiment=experiment,
-            material=material(searched, "search-images.npy"),
+            material=material(dealt.searched, "search-images.npy"),
             folds=tuple(Fold(*fold) for fold in dealt.folds),
             workers=allotment.workers,
             resources_per_worker=allotment.resources_per_worker,
@@ -194,7 +129,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             slots=allotment.slots,
             seed=settings.seed,
             console=console,
-            callbacks=[BestSoFar(study, experiment, contents)],
+            callbacks=[BestSoFar(study, experiment, outcome.so_far)],
         )
         trials = studies.finished_trials(study)
         best = studies.best_trial(trials)
@@ -218,60 +153,40 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             return retrain_and_judge(
                 FinalPlan(
                     experiment=experiment,
-                    material=material(np.arange(len(split)), "all-images.npy", epochs),
+                    material=material(np.arange(len(dealt.split)), "all-images.npy", epochs),
                     configuration=configuration,
                     seed=settings.seed,
-                    train_indices=searched,
-                    test_indices=test,
+                    train_indices=dealt.searched,
+                    test_indices=dealt.test,
                     workers=final.workers,
                     resources_per_worker=final.resources_per_worker,
                 ),
                 name=f"trial_{trial.number:04d}_{epochs:03d}_epochs",
             )
 
-        judged = retrain(best)
-        majority = int(np.bincount(labels_N[searched]).argmax())
-        references = {
-            "majority class": (images.classes[majority], np.full(len(test), majority)),
-            "shortcut": best_shortcut(images, searched, test),
-        }
+        judged, published = retrain(best), None
         if settings.compare_baseline:
-            published = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
-            if published is None:
+            baseline = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
+            if baseline is None:
                 console.print("the published configuration did not run to its end: nothing to compare with")
             else:
-                said_NC = (judged if best.number == published.number else retrain(published)).probabilities_NC
-                references["published"] = terminal.describe(studies.configuration_of(published)), said_NC.argmax(axis=1)
+                published = baseline, judged if baseline.number == best.number else retrain(baseline)
 
         # ---- the bundle -------------------------------------------------------------------------------
-        scaling, probabilities_NC = calibration(best), judged.probabilities_NC
-        if scaling:
-            probabilities_NC = calibrated(judged.probabilities_NC, scaling["temperature"])
-        figures = judge(
-            labels_N[test],
-            probabilities_NC,
-            images.classes,
-            groups_N[test],
-            uncalibrated_NC=judged.probabilities_NC if scaling else None,
-            calibration=scaling,
-            references=references,
-            twins_N=twins_across(images, split),
-        )
-        rows = images.table.iloc[test]
-        predictions = bundle.list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
-        written = contents(best, judged.weights, test=figures, seeds=seeds) | {"predictions.csv": predictions}
+        files = outcome.final(best, judged, published, seeds)
         try:
-            written |= pages(experiment.name, findings_of(experiment, study, written), Pictures(images))
+            files |= outcome.pages(files)
         except Exception as error:  # a page that cannot be drawn is no reason to lose a model
             console.print(f"the bundle is without report.html: {error!r}", style="yellow", soft_wrap=True, markup=False)
-        bundle.write_bundle(experiment, written)
+        bundle.write_bundle(experiment, files)
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(repeats)
+        metrics = json.loads(files[bundle.METRICS])
         if mlflow:
             epochs = int(studies.best_figures(best)["epoch"])
-            mlflow.add_final(best.number, studies.configuration_of(best), epochs, figures)
-        terminal.print_outcome(plan, json.loads(written[bundle.METRICS]), console)
+            mlflow.add_final(best.number, studies.configuration_of(best), epochs, metrics["test"])
+        terminal.print_outcome(plan, metrics, console)
     except KeyboardInterrupt:
         begun = experiment.exists("settings.yaml")
         raise KeyboardInterrupt(f"To go on: {plan.resume_command}" if begun else "") from None

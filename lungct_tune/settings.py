@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from lungct_tune.entrance import UserError, command_line
+
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -28,7 +30,7 @@ examples:
 """
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """A choice that cannot be: the message names the field, the value and what is allowed."""
 
 
@@ -220,14 +222,12 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
     Raises:
         SettingsError: a value is not allowed, a key is unknown, or the file cannot be read.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m lungct_tune.search",
+    parser = command_line(
+        "search",
+        "Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
+        EXAMPLES,
         usage="%(prog)s [--data DIR] [--space FILE] [--trials N] [--epochs N] ...",
-        description="Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
-        epilog=EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--settings", metavar="FILE", help="YAML of these settings; flags win")
     for name, field in Settings.model_fields.items():

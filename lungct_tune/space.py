@@ -16,6 +16,7 @@ from optuna.distributions import (
 )
 
 from lungct_tune.configuration import PUBLISHED, Configuration
+from lungct_tune.entrance import UserError
 
 LIMITS: dict[str, tuple[float, float]] = {
     "truncation_depth": (1, 49),
@@ -29,7 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 """What the model and the training can take; a space may only narrow it."""
 
 
-class SpaceError(ValueError):
+class SpaceError(UserError):
     """A search space that cannot be used: the message names file, key and reason."""
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow.fs
 
+from lungct_tune.entrance import UserError
+
 ATTEMPTS = 10
 """How often S3 is asked again, at once, then after 0.05, 0.1, 0.2 s and so on: 26 s in all."""
 
@@ -30,7 +32,7 @@ CAUSES = {
 """What an error's words say of its likely cause."""
 
 
-class StorageError(RuntimeError):
+class StorageError(UserError):
     """A place cannot be used: the message names the URI, what failed and what to do, and never a secret."""
 
 

@@ -16,20 +16,11 @@ from rich.table import Table
 from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.configuration import Configuration
 from lungct_tune.data import SPLITS, ImageSet
-from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.plan import Plan
 from lungct_tune.space import SearchSpace
 
 PHANTOMS = "These are PHANTOMS, drawn by a program, not patients: no figure here says anything about CT."
-
-
-def describe(configuration: Configuration) -> str:
-    """A configuration in one line."""
-    return (
-        f"depth {configuration.truncation_depth}, {configuration.frozen_depth} frozen, "
-        f"dropout {configuration.dropout:.2f}, augmentation {configuration.augmentation:.2f}, "
-        f"rates {configuration.backbone_lr:.1e}/{configuration.head_lr:.1e}, decay {configuration.weight_decay:.1e}"
-    )
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
@@ -89,7 +80,7 @@ def print_space(space: SearchSpace, console: Console) -> None:
     """The fixed trials, and what Optuna may vary."""
     console.print("\nfixed trials, before Optuna chooses any:")
     for configuration in space.fixed_trials:
-        console.print(f"  {describe(configuration)}", soft_wrap=True)
+        console.print(f"  {configuration}", soft_wrap=True)
     console.print("varied:")
     for name, distribution in space.distributions.items():
         console.print(f"  {name}: {_range(distribution)}", soft_wrap=True)
@@ -151,7 +142,7 @@ def print_bundle(folder: Path, console: Console) -> None:
     config, metrics = (json.loads((folder / name).read_text()) for name in (CONFIG, METRICS))
     best = metrics["best_trial"]
     configuration = Configuration(**config["training"]["configuration"])
-    console.print(f"trial {best['trial']}: {describe(configuration)}", soft_wrap=True)
+    console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
     if metrics["test"] is None:
         console.print(
             f"[bold yellow]The search has not ended[/]: this is the best of {metrics['search']['trials']} trials of "

@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.entrance import UserError
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.study import (
     COMPLETED,
     EPOCH_FIGURES,
@@ -35,7 +36,7 @@ TAG = "lungct_tune"
 """The tag that tells which trial a run is, whatever people rename it to."""
 
 
-class TrackingError(RuntimeError):
+class TrackingError(UserError):
     """MLflow cannot be used: the message says where, why and what to do."""
 
 

@@ -12,10 +12,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from lungct_tune.configuration import PUBLISHED, Configuration
-from lungct_tune.evaluation import OBJECTIVE
 from lungct_tune.findings import Findings
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.settings import Settings
-from lungct_tune.terminal import PHANTOMS, describe
+from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, best_figures, configuration_of
 from lungct_tune.tuning.trial import OBJECTIVE_SD
 
@@ -68,7 +68,7 @@ def _found_out(found: Findings) -> str:
         if found.has_failed:
             return f"Nothing: of {found.done} trials ({how_ended(found)}) none ran to its end."
         return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({how_ended(found)})."
-    what = f"trial {found.winner.number} ({describe(configuration_of(found.winner))})"
+    what = f"trial {found.winner.number} ({configuration_of(found.winner)})"
     if found.test is None:
         return (
             f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
+from lungct_tune.entrance import UserError
 from lungct_tune.model import ACTIVATIONS, CutResNet, cut, layers_before
 
 _IMAGENET = ResNet50_Weights.IMAGENET1K_V2
@@ -19,7 +20,7 @@ _PREFIXES = re.compile(r"^((module|backbone|model)\.)+")
 _NAMED_MISFITS = 5
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights could not be had, or do not fit; the message says why and what can be done."""
 
 

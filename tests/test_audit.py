@@ -190,7 +190,7 @@ def test_the_page_needs_no_network_and_shows_the_pairs(clean: Path, capsys: pyte
     page = clean.parent / "audit.html"
     audit = audited(clean, "--html", str(page))
     text = page.read_text()
-    assert not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|<script", text)
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)|url\(|@import|<script", text)
     assert text.count("<img") == 2 * 3 == text.count("across the split</b>") * 2
     assert all(path in text for path in copied)
     said = capsys.readouterr().out
@@ -224,6 +224,18 @@ def test_slips_are_said(
 def test_a_page_that_cannot_be_written_is_said(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", str(clean), "--image-size", "48", "--html", str(clean / "none" / "a.html")]) == 2
     assert "none/a.html cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--html", "notes.html"), ("--json", "figures.json")])
+def test_a_file_of_the_users_is_never_overwritten_and_an_audit_is(
+    clean: Path, flag: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own := clean.parent / name).write_text('{"mine": 1}')
+    ask = ["--data", str(clean), "--image-size", "48", flag]
+    assert main([*ask, str(own)]) == 2
+    assert f"choose another {flag}" in capsys.readouterr().err and own.read_text() == '{"mine": 1}'
+    for _ in range(2):
+        assert main([*ask, str(clean.parent / f"new-{name}")]) == 0
 
 
 # Shortcuts

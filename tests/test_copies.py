@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,32 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CT_IMAGES
+from near_copies import jpeg, rescaled, shifted, windowed
 from PIL import Image, ImageOps
 
 from lungct_tune.data import make_phantoms, read_images, split_images, twins_across
 from lungct_tune.data.copies import PRINT, Copy, find_copies
-
-
-def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality)
-    return Image.open(stream).convert("L")
-
-
-def rescaled(image: Image.Image, factor: float) -> Image.Image:
-    return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-
-
-def shifted(image: Image.Image, x: float, y: float) -> Image.Image:
-    """By shares of its width and height; what comes in is black."""
-    matrix = (1, 0, -round(x * image.width), 0, 1, -round(y * image.height))
-    return image.transform(image.size, Image.Transform.AFFINE, matrix)
-
-
-def windowed(image: Image.Image, low: float, high: float, gamma: float = 1) -> Image.Image:
-    greys = np.clip((np.arange(256) / 255 - low) / (high - low), 0, 1) ** gamma
-    return image.point(np.round(255 * greys).astype(int).tolist())
-
 
 KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "JPEG of quality 30": lambda image: jpeg(image, 30),
@@ -45,7 +23,7 @@ KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "flipped top-bottom": ImageOps.flip,
     "turned by 180°": lambda image: ImageOps.flip(ImageOps.mirror(image)),
     "shifted": lambda image: shifted(image, 0.04, -0.03),
-    "narrower window": lambda image: windowed(image, 0.1, 0.85),
+    "narrower window": lambda image: windowed(image, 0.1, 0.85, 1),
     "gamma": lambda image: windowed(image, 0, 1, 0.6),
 }
 
@@ -90,7 +68,7 @@ def test_of_copies_changed_in_several_ways_at_once_nine_in_ten_are_found_and_not
 
     def change(image: Image.Image) -> Image.Image:
         image = shifted(image, *random.uniform(-0.03, 0.03, 2))
-        image = windowed(image, random.uniform(0, 0.1), random.uniform(0.9, 1))
+        image = windowed(image, random.uniform(0, 0.1), random.uniform(0.9, 1), 1)
         return jpeg(ImageOps.mirror(image) if random.random() < 0.5 else image, int(random.integers(60, 96)))
 
     found = {(copy.first, copy.second) for copy in copies_among(patients + [change(image) for image in patients])}

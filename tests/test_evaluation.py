@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from sklearn import metrics
 
-from lungct_tune.evaluation import judge, rank, validation_figures
+from lungct_tune.evaluation import judge
+from lungct_tune.objective import rank, validation_figures
 from lungct_tune.ranking import sensitivity_at
 
 CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")

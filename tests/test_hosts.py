@@ -46,7 +46,7 @@ dropout: {low: 0.0, high: 0.5}
 """
 SMALL = ["--weights", "none", "--batch-size", "8", "--space", "lungct_tune/search_spaces/small.yaml"]
 QUICK_TRIALS = [*SMALL, "--image-size", "32", "--trials", "4", "--epochs", "3"]
-SLOW_TRIALS = [*SMALL, "--image-size", "64", "--trials", "2", "--epochs", "18"]  # a second an epoch of trial 0
+SLOW = [*SMALL, "--image-size", "64"]  # a second an epoch of trial 0
 
 
 @dataclass
@@ -249,7 +249,7 @@ def test_slots_on_both_workers_and_the_bundle_on_the_laptop(cluster: Cluster) ->
 def test_a_slot_across_two_hosts_and_the_head_lost(cluster: Cluster) -> None:
     """The head's power fails in the middle of a trial; `ray up` and `--resume` finish the search."""
     search = Search(cluster, "apart")
-    search.begin(*SLOW_TRIALS, "--workers", "2")
+    search.begin(*SLOW, "--trials", "1", "--epochs", "8", "--workers", "2")
     search.wait_for(lambda: len(search.history(0)) >= 2)
     one, two = (trainers(host) for host in cluster.workers)
     assert one and two
@@ -261,7 +261,7 @@ def test_a_slot_across_two_hosts_and_the_head_lost(cluster: Cluster) -> None:
     search.wait_for(lambda: all(trainers(host) - one - two for host in cluster.workers))
     search.goes_on(before, lost, "head")
     search.wait()
-    search.check_nothing_is_missing_or_double(trials=2, epochs=18)
+    search.check_nothing_is_missing_or_double(trials=1, epochs=8)
     assert sorted(host.address for host in cluster.workers) in map(sorted, cluster.worker_groups())
 
 
@@ -269,7 +269,7 @@ def test_a_slot_across_two_hosts_and_the_head_lost(cluster: Cluster) -> None:
 def lost(cluster: Cluster) -> Search:
     """A search whose only slot has one worker. It loses the worker's host again and again."""
     search = Search(cluster, "lost")
-    search.begin(*SLOW_TRIALS, "--slots", "1")
+    search.begin(*SLOW, "--trials", "2", "--epochs", "18", "--slots", "1")
     return search
 
 

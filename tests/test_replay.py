@@ -14,7 +14,7 @@ import pytest
 from conftest import SMALL, SPACE
 
 from lungct_tune import replay, search
-from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.objective import OBJECTIVE
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

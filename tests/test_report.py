@@ -23,10 +23,11 @@ from optuna.distributions import FloatDistribution
 from lungct_tune import bundle
 from lungct_tune.data import read_images, split_images, twins_across
 from lungct_tune.data.audit import audit_images
-from lungct_tune.evaluation import OBJECTIVE, judge
+from lungct_tune.evaluation import judge
 from lungct_tune.explain import anatomy, look
 from lungct_tune.findings import PREDICTIONS, Findings, read_findings
 from lungct_tune.model import CutResNet
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
 from lungct_tune.plan import Dealt, Plan, plan_search
 from lungct_tune.report import find_pictures, main
@@ -314,7 +315,7 @@ def test_a_file_of_the_users_is_never_overwritten(
     sealed = (finished.folder / "best" / "checksums.txt").read_bytes()
     Path("report.html").write_text("<html>my own</html>")
     assert main([str(finished.folder)]) == 2
-    assert "no report of lungct_tune" in capsys.readouterr().err
+    assert "was not made by lungct_tune" in capsys.readouterr().err
     assert Path("report.html").read_text() == "<html>my own</html>"
     assert main([str(finished.folder), "--out", "."]) == 2
     assert main([str(finished.folder), "--out", "nowhere/page.html"]) == 2

@@ -14,7 +14,7 @@ import pytest
 from ray.util.state import list_actors
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.objective import OBJECTIVE
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -33,8 +33,9 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
     from lungct_tune.data import fold_images, read_images, split_images
     from lungct_tune.experiment import Experiment
     from lungct_tune.tuning.material import Material, share
-    from lungct_tune.tuning.slots import SlotPlan, TuneSlot
+    from lungct_tune.tuning.slots import TuneSlot
     from lungct_tune.tuning.trial import Fold
+    from lungct_tune.tuning.workers import SlotPlan
 
     images = read_images(phantoms, 32, progress=False)
     split = split_images(images, "grouped", seed=0)
@@ -98,7 +99,7 @@ def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alo
 def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any) -> None:
     from safetensors import safe_open
 
-    from lungct_tune.evaluation import rank
+    from lungct_tune.objective import rank
 
     results = run(slot, 5, SHALLOW)
     best = max(results, key=rank)
@@ -171,7 +172,7 @@ def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms:
 def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges_them(slot_of_folds: Any) -> None:
     import torch
 
-    from lungct_tune.evaluation import rank, validation_figures
+    from lungct_tune.objective import rank, validation_figures
     from lungct_tune.training import Training
     from lungct_tune.tuning.trial import OBJECTIVE_SD
 

@@ -31,7 +31,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from lungct_tune.configuration import PUBLISHED
-from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main
 from lungct_tune.track import MLflowCopy, TrackingError
 

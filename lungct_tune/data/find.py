@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from lungct_tune.entrance import UserError
+
 CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 
 _SPLIT_FOLDERS = {
@@ -33,7 +35,7 @@ _NOT_IMAGES = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be used as they are; the message says which files, why, and what to do."""
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from lungct_tune.experiment import Experiment
-from lungct_tune.tuning.slots import Slot, SlotPlan
+from lungct_tune.tuning.slots import Slot
+from lungct_tune.tuning.workers import SlotPlan
 
 
 def train_again(

@@ -17,12 +17,13 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings
 from lungct_tune.storage import StorageError
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError):
     """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
 
 

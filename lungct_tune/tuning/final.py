@@ -13,15 +13,16 @@ import numpy as np
 from ray import train
 
 from lungct_tune.configuration import Configuration
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.tuning.material import Material
-from lungct_tune.tuning.slots import START_ATTEMPTS, scaling
+from lungct_tune.tuning.workers import START_ATTEMPTS, scaling
 
 MAX_FAILURES = 3
 """How many times the retraining may lose a worker and go on from its last epoch."""
 
 
-class RetrainingFailed(RuntimeError):
+class RetrainingFailed(UserError):
     """The final retraining failed for good: the message says why and how to go on."""
 
 

@@ -14,7 +14,7 @@ import optuna
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
-from lungct_tune.evaluation import OBJECTIVE
+from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.progress import Clock
 from lungct_tune.tuning.study import COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, best_trial, finished_trials
 

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from lungct_tune.evaluation import OBJECTIVE
-from lungct_tune.terminal import describe
-from lungct_tune.tuning.slots import SlotPlan, waiting_for_room
+from lungct_tune.objective import OBJECTIVE
+from lungct_tune.tuning.slots import waiting_for_room
 from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
+from lungct_tune.tuning.workers import SlotPlan
 
 COUNT_EVERY_S = 1.0
 
@@ -97,7 +97,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._done = len(finished)
         if (best := best_trial(finished)) is not None:
             figures = best_figures(best)
-            self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {describe(configuration_of(best))})"
+            self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {configuration_of(best)})"
         if self._console.is_terminal:
             return
         number = trial.config["number"]

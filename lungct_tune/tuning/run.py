@@ -11,11 +11,13 @@ from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from rich.console import Console
 
+from lungct_tune.bundle import versions
 from lungct_tune.space import SearchSpace
 from lungct_tune.tuning.metrics import Metrics
 from lungct_tune.tuning.progress import Clock, Progress
-from lungct_tune.tuning.slots import ON_HEAD, SlotPlan, TuneSlot, made_with
+from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
+from lungct_tune.tuning.workers import SlotPlan
 
 MOST_AT_RANDOM = 10
 """How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""
@@ -90,6 +92,12 @@ def run_search(
             signal.signal(signal.SIGINT, before)
     if stopped or len(finished_trials(study)) < trials:
         raise KeyboardInterrupt
+
+
+def made_with(plan: SlotPlan) -> dict[str, Any]:
+    """What a trial's figures depend on beside its configuration, seed and data."""
+    resources = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
+    return versions() | {"workers": plan.workers} | resources
 
 
 def _trial_name(trial: Any) -> str:

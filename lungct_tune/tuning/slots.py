@@ -8,12 +8,9 @@ process group and CUDA context are set up once a slot. (Measured in benchmarks/f
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import uuid
-from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,16 +18,9 @@ from ray import tune
 from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lungct_tune.bundle import versions
 from lungct_tune.configuration import Configuration
-from lungct_tune.evaluation import OBJECTIVE
-from lungct_tune.experiment import Experiment
-from lungct_tune.terminal import describe
-from lungct_tune.tuning.material import Material
-from lungct_tune.tuning.trial import Fold, WorkersTrial
-
-START_ATTEMPTS = 20
-"""How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
+from lungct_tune.objective import OBJECTIVE
+from lungct_tune.tuning.workers import START_ATTEMPTS, Mailbox, SlotPlan, run_worker, scaling
 
 PATIENCE_S = 7 * 24 * 3600
 """How long a slot waits for room for its workers. What waits is what the autoscaler sees, and brings nodes for."""
@@ -45,38 +35,6 @@ that the other nodes may come and go."""
 
 class WorkersLost(RuntimeError):
     """A group of workers ended that should not have: the message says why."""
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """All that a slot needs to know: the same for every slot of a search."""
-
-    experiment: Experiment
-    material: Material
-    folds: tuple[Fold, ...]
-    """One, or several whose mean is what a trial is worth."""
-    workers: int
-    resources_per_worker: dict[str, float]
-
-
-def made_with(plan: SlotPlan) -> dict[str, Any]:
-    """What a trial's figures depend on beside its configuration, seed and data."""
-    resources = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
-    return versions() | {"workers": plan.workers} | resources
-
-
-class Mailbox:
-    """Where a slot leaves orders and its workers leave answers; a letter is read once it is there."""
-
-    def __init__(self) -> None:
-        self._letters: defaultdict[tuple[str, int], asyncio.Future[Any]] = defaultdict(asyncio.Future)
-
-    async def put(self, kind: str, turn: int, letter: Any) -> None:
-        self._letters[kind, turn].set_result(letter)
-        self._letters.pop((kind, turn - 2), None)  # everybody has read it, or nobody would have come this far
-
-    async def get(self, kind: str, turn: int) -> Any:
-        return await asyncio.shield(self._letters[kind, turn])
 
 
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
@@ -156,7 +114,7 @@ class Group:
         """
         self._turn += 1
         self._mailbox.put.remote("order", self._turn, order)
-        what = f"trial {order['number']}: {describe(Configuration(**order['configuration']))}"
+        what = f"trial {order['number']}: {Configuration(**order['configuration'])}"
         answer = self._mailbox.get.options(name=what).remote("answer", self._turn)
         while not ray.wait([answer], timeout=1)[0]:
             if not self._run.is_alive():
@@ -217,38 +175,8 @@ def _numbered_mailbox(search: str) -> tuple[int, Any]:
             number += 1
 
 
-def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
-    """Ray Train's description of a group of workers."""
-    from ray.train import ScalingConfig
-
-    gpu = resources_per_worker.get("GPU", 0) > 0
-    return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources_per_worker)
-
-
 def waiting_for_room(plan: SlotPlan) -> int:
     """How many groups of workers of this shape the cluster has no room for at present."""
     shape = [plan.resources_per_worker] * plan.workers
     groups = ray.util.placement_group_table().values()
     return sum(group["state"] == "PENDING" and list(group["bundles"].values()) == shape for group in groups)
-
-
-def run_worker(config: dict[str, Any]) -> None:
-    """A worker's life in a slot: take an order, run an epoch of that trial, answer, until there is no order."""
-    import torch
-
-    plan, mailbox = config["plan"], config["mailbox"]
-    torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
-    if (device := ray.train.torch.get_device()).type == "cuda":
-        torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
-    first = ray.train.get_context().get_world_rank() == 0
-    trial: WorkersTrial | None = None
-    for turn in range(1, 2**62):
-        order = ray.get(mailbox.get.remote("order", turn))
-        if order is None:
-            return
-        if trial is None or trial.number != order["number"]:
-            trial = None  # the model that was is gone before the next one comes
-            trial = WorkersTrial(plan.experiment, plan.material, plan.folds, order)
-        answer = trial.run_epoch()
-        if first:
-            ray.get(mailbox.put.remote("answer", turn, answer))

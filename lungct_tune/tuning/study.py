@@ -27,14 +27,15 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.evaluation import OBJECTIVE, rank
+from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
+from lungct_tune.objective import OBJECTIVE, rank
 from lungct_tune.space import SearchSpace
 from lungct_tune.storage import StorageError
 from lungct_tune.tuning.trial import OBJECTIVE_SD, state_file
 
 
-class StudyError(RuntimeError):
+class StudyError(UserError):
     """The Optuna study cannot be used: the message names study and storage and says what to do."""
 
 

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.evaluation import OBJECTIVE, rank, validation_figures
 from lungct_tune.experiment import VALID, Experiment, trial_folder
+from lungct_tune.objective import OBJECTIVE, rank, validation_figures
 from lungct_tune.tuning.material import Material
 
 T = TypeVar("T")

@@ -1,0 +1,127 @@
+"""What a search has come to, as a bundle: of its best trial so far, or of the final model when that has been judged."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
+
+from lungct_tune import bundle
+from lungct_tune.calibration import calibrated, fit_temperature
+from lungct_tune.data import twins_across
+from lungct_tune.data.learned import list_learned
+from lungct_tune.data.shortcuts import best_shortcut
+from lungct_tune.evaluation import judge
+from lungct_tune.experiment import VALID, trial_folder
+from lungct_tune.findings import findings_of
+from lungct_tune.page import Pictures, pages
+from lungct_tune.plan import Dealt, Plan
+from lungct_tune.terminal import PHANTOMS
+from lungct_tune.tuning import study as studies
+from lungct_tune.tuning.final import Judged
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Makes the bundles of a search."""
+
+    plan: Plan
+    dealt: Dealt
+    audit: Mapping[str, Any]
+    study: optuna.Study
+    slots: int
+
+    def so_far(self, best: FrozenTrial, weights: bytes) -> dict[str, bytes]:
+        """The files of a trial's bundle, which says nothing about the test split.
+
+        Args:
+            weights: the trial's best epoch's, safetensors.
+        """
+        return self._files(best, weights, self._calibration(best), test=None)
+
+    def final(
+        self,
+        best: FrozenTrial,
+        judged: Judged,
+        published: tuple[FrozenTrial, Judged] | None = None,
+        seeds: Mapping[str, Any] | None = None,
+    ) -> dict[str, bytes]:
+        """The files of the search's bundle, but for its pages.
+
+        Args:
+            judged: the best trial's configuration, retrained.
+            published: the trial of the published configuration, and that retrained too.
+            seeds: of `studies.over_seeds`.
+        """
+        images, test, searched = self.dealt.images, self.dealt.test, self.dealt.searched
+        labels_N, groups_N = (images.table[column].to_numpy() for column in ("label", "group"))
+        majority = int(np.bincount(labels_N[searched]).argmax())
+        references = {
+            "majority class": (images.classes[majority], np.full(len(test), majority)),
+            "shortcut": best_shortcut(images, searched, test),
+        }
+        if published:
+            name, other = str(studies.configuration_of(published[0])), published[1]
+            references["published"] = name, other.probabilities_NC.argmax(axis=1)
+        scaling, probabilities_NC = self._calibration(best), judged.probabilities_NC
+        if scaling:
+            probabilities_NC = calibrated(judged.probabilities_NC, scaling["temperature"])
+        figures = judge(
+            labels_N[test],
+            probabilities_NC,
+            images.classes,
+            groups_N[test],
+            uncalibrated_NC=judged.probabilities_NC if scaling else None,
+            calibration=scaling,
+            references=references,
+            twins_N=twins_across(images, self.dealt.split),
+        )
+        rows = images.table.iloc[test]
+        predictions = bundle.list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
+        files = self._files(best, judged.weights, scaling, test=figures, seeds=seeds)
+        return files | {bundle.PREDICTIONS: predictions}
+
+    def pages(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """report.html and the model card of the search's bundle."""
+        name = self.plan.experiment.name
+        return pages(name, findings_of(self.plan.experiment, self.study, files), Pictures(self.dealt.images))
+
+    def _calibration(self, best: FrozenTrial) -> dict[str, Any] | None:
+        """The temperature for a trial's configuration, from images that the trial was not trained on."""
+        if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
+            return None
+        table = self.dealt.images.table.iloc[self.dealt.judged_on]
+        what = f"the winner's {'out-of-fold' if self.plan.settings.folds else 'validation'} predictions"
+        return fit_temperature(table["label"].to_numpy(), np.load(io.BytesIO(kept)), table["group"].to_numpy(), what)
+
+    def _files(
+        self, best: FrozenTrial, weights: bytes, calibration: Mapping[str, Any] | None, **judged: Any
+    ) -> dict[str, bytes]:
+        settings, configuration = self.plan.settings, studies.configuration_of(best)
+        epochs = int(studies.best_figures(best)["epoch"])
+        config = bundle.describe_model(settings, self.dealt.images, configuration, epochs, calibration)
+        table = studies.trials_table(self.study)
+        metrics = {
+            "data": PHANTOMS if settings.data is None else str(settings.data),
+            "baseline_trial": studies.row_of(table, studies.BASELINE),
+            "best_trial": studies.row_of(table, best.number),
+            "search": studies.effort(self.study, table, self.slots),
+        } | judged
+        return {
+            bundle.MODEL: weights,
+            bundle.CONFIG: bundle.as_json(config),
+            bundle.METRICS: bundle.as_json(metrics),
+            bundle.LEARNED: self._learned,
+            bundle.AUDIT: bundle.as_json(self.audit),
+            "trials.csv": table.to_csv(index=False).encode(),
+        }
+
+    @cached_property
+    def _learned(self) -> bytes:
+        return list_learned(self.dealt.images, self.dealt.searched)

@@ -1,0 +1,92 @@
+"""Templates and pictures into pages that need no network, and no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from lungct_tune import __version__, verdict
+from lungct_tune.data.decode import to_grey
+from lungct_tune.entrance import UserError
+
+GENERATOR = '<meta name="generator" content="lungct_tune">'
+"""What every page has in its head, and by which it is known."""
+
+THUMBNAIL = 192
+"""Of a copy's picture the longer side, in pixels."""
+
+
+def render(template: str, shown: Mapping[str, Any]) -> bytes:
+    """A page from one of the package's templates."""
+    environment = Environment(
+        loader=PackageLoader("lungct_tune"),
+        autoescape=True,  # names of files and classes are the users'
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": verdict.percent, "figure": verdict.figure, "interval": verdict.interval}
+    common = {
+        "generator": Markup(GENERATOR),
+        "version": __version__,
+        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+    }
+    return environment.get_template(template).render({**common, **shown}).encode()
+
+
+def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
+    """Keeps what a user made from being written over.
+
+    Args:
+        flag: the option that named it.
+        mark: what a file begins with that may be written over, since this program made it.
+
+    Raises:
+        UserError: something lies at `out` that is not ours.
+    """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
+    if out.exists() and mark.encode() not in out.read_bytes()[:4096]:
+        raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
+
+
+def data_uri(image: Image.Image, quality: int) -> str:
+    """An image for a page: WebP, as a data: URI."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def pairs_of_copies(audit: Mapping[str, Any], root: Path, most: int) -> list[dict[str, Any]]:
+    """The worst pairs of copies that an audit found, with pictures.
+
+    Args:
+        root: the folder of the images.
+        most: how many pairs; each takes some 10 KB.
+    """
+    pairs: Sequence[Mapping[str, Any]] = audit["copies"]["pairs"][:most]
+    return [
+        {**pair, "sides": [{**side, "picture": _thumbnail(root / side["path"])} for side in _sides(pair)]}
+        for pair in pairs
+    ]
+
+
+def _sides(pair: Mapping[str, Any]) -> tuple[Any, Any]:
+    return pair["first"], pair["second"]
+
+
+def _thumbnail(path: Path) -> str:
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")  # the file has been decoded before
+        grey = to_grey(image)
+    grey.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_uri(grey, quality=70)

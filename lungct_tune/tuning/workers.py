@@ -1,0 +1,79 @@
+"""Groups of Ray Train workers, and what each worker of a slot does.
+
+Kept apart from Ray Tune and from all that a worker does not need: Ray imports this in the process of every mailbox,
+of every Train controller and of every worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from lungct_tune.experiment import Experiment
+from lungct_tune.tuning.material import Material
+from lungct_tune.tuning.trial import Fold, WorkersTrial
+
+START_ATTEMPTS = 20
+"""How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """All that a slot needs to know: the same for every slot of a search."""
+
+    experiment: Experiment
+    material: Material
+    folds: tuple[Fold, ...]
+    """One, or several whose mean is what a trial is worth."""
+    workers: int
+    resources_per_worker: dict[str, float]
+
+
+class Mailbox:
+    """Where a slot leaves orders and its workers leave answers; a letter is read once it is there."""
+
+    def __init__(self) -> None:
+        self._letters: defaultdict[tuple[str, int], asyncio.Future[Any]] = defaultdict(asyncio.Future)
+
+    async def put(self, kind: str, turn: int, letter: Any) -> None:
+        self._letters[kind, turn].set_result(letter)
+        self._letters.pop((kind, turn - 2), None)  # everybody has read it, or nobody would have come this far
+
+    async def get(self, kind: str, turn: int) -> Any:
+        return await asyncio.shield(self._letters[kind, turn])
+
+
+def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
+    """Ray Train's description of a group of workers."""
+    from ray.train import ScalingConfig
+
+    gpu = resources_per_worker.get("GPU", 0) > 0
+    return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources_per_worker)
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """A worker's life in a slot: take an order, run an epoch of that trial, answer, until there is no order."""
+    import torch
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    plan, mailbox = config["plan"], config["mailbox"]
+    torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
+    if (device := get_device()).type == "cuda":
+        torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
+    first = get_context().get_world_rank() == 0
+    trial: WorkersTrial | None = None
+    for turn in range(1, 2**62):
+        order = ray.get(mailbox.get.remote("order", turn))
+        if order is None:
+            return
+        if trial is None or trial.number != order["number"]:
+            trial = None  # the model that was is gone before the next one comes
+            trial = WorkersTrial(plan.experiment, plan.material, plan.folds, order)
+        answer = trial.run_epoch()
+        if first:
+            ray.get(mailbox.put.remote("answer", turn, answer))
