@@ -25,7 +25,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     storage = tmp_path_factory.mktemp("storage")
     (storage / "space.yaml").write_text(SPACE)
     arguments = ["--data", str(phantoms), "--space", str(storage / "space.yaml"), "--storage", str(storage), *SMALL]
-    how = ["--trials", "3", "--epochs", "3", "--slots", "2", "--folds", "2", "--seeds", "2"]
+    how = ["--trials", "3", "--epochs", "3", "--slots", "1", "--final-workers", "1", "--folds", "2", "--seeds", "2"]
     assert search.main([*arguments, *how, "--name", "folded"]) == 0
     return storage / "folded"
 

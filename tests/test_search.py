@@ -346,7 +346,7 @@ def test_real_images_and_real_weights(tmp_path: Path) -> None:
 
 def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: Path, space: Path) -> None:
     url = f"sqlite:///{tmp_path}/elsewhere.db"
-    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "3", *SLOW, "--study", url) as run:
+    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "2", *SLOW, "--study", url) as run:
         experiment = tmp_path / "killed"
         wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
         victim = train_workers()[-1]
@@ -362,7 +362,7 @@ def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: 
         epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
         assert epochs == list(range(1, len(epochs) + 1))  # every epoch once
         assert (trial.user_attrs["ended"] == "completed") == (len(epochs) == 8) == (trial.state == TrialState.COMPLETE)
-    assert len(trials) == 3 and nothing_held()
+    assert len(trials) == 2 and nothing_held()
 
 
 def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import pickle
 import random
@@ -51,9 +52,16 @@ class Faulty(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def now_and_then(self, rates: dict[int | str, float], seed: int) -> None:
-        chance = random.Random(seed)
-        self.fault = lambda request: next((fault for fault, rate in rates.items() if chance.random() < rate), None)
+    def now_and_then(self, rates: dict[int | str, float], seed: int, stalls: set[int]) -> None:
+        """Errors at these rates, and no answer at all to the requests of these numbers."""
+        chance, number = random.Random(seed), itertools.count(1)
+
+        def fault(request: BaseHTTPRequestHandler) -> int | str | None:
+            if next(number) in stalls:
+                return "stall"
+            return next((error for error, rate in rates.items() if chance.random() < rate), None)
+
+        self.fault = fault
 
     def first(self, fault: int | str, times: int) -> None:
         left = iter([fault] * times)
@@ -398,7 +406,7 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
             put(f"bucket/ct/{image.relative_to(phantoms)}", image.read_bytes())
     (tmp_path / "space.yaml").write_text(SPACE)
     failing = Faulty(s3.port)
-    failing.now_and_then({500: 0.05, 503: 0.05, "stall": 0.005}, seed=1)
+    failing.now_and_then({500: 0.05, 503: 0.05}, seed=1, stalls={100, 300, 500})
     store = ["--storage", "s3://bucket/searches"]
     begin = ["--name", "one", "--data", "s3://bucket/ct", "--space", str(tmp_path / "space.yaml"), *SMALL]
     with contextlib.ExitStack() as heads:
@@ -526,11 +534,11 @@ def test_a_study_in_postgresql_is_read_by_others_meanwhile_and_no_password_is_wr
     threading.Thread(target=look_on, daemon=True).start()
     (tmp_path / "space.yaml").write_text(SPACE)
     arguments = ["--data", str(phantoms), "--space", str(tmp_path / "space.yaml"), "--storage", str(tmp_path), *SMALL]
-    one_long = ["--trials", "1", "--epochs", "20"]
+    one_long = ["--trials", "1", "--epochs", "10"]
     assert main([*arguments, *one_long, "--study", postgresql, "--name", "shared"]) == 0
     assert seen == [TrialState.RUNNING]
     trial, *_ = optuna.load_study(study_name="shared", storage=postgresql).trials
-    assert trial.state == TrialState.COMPLETE and len(trial.intermediate_values) == 20
+    assert trial.state == TrialState.COMPLETE and len(trial.intermediate_values) == 10
 
     monkeypatch.setenv("PGPASSWORD", "not it")
     assert main([*arguments, "--study", postgresql, "--name", "other"]) == 2
