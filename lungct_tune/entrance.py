@@ -36,5 +36,5 @@ def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop or stopped}".rstrip(), file=sys.stderr)
+        print(f"\nstopped. {str(stop) or stopped}".rstrip(), file=sys.stderr)
         return 130

@@ -34,6 +34,12 @@ class NothingHeld(UserError):
     """There is no search to report on: the message says where it was looked for and what to do."""
 
 
+def _read_table(csv: bytes) -> pd.DataFrame:
+    """Names are as they were written: a class may be called 1, None or NA."""
+    names = dict.fromkeys(("path", "label", "class", "predicted"), str)
+    return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model said of images."""
@@ -44,7 +50,7 @@ class Predictions:
 
     @cached_property
     def _table(self) -> pd.DataFrame:
-        return pd.read_csv(BytesIO(self.csv), dtype={"path": str})
+        return _read_table(self.csv)
 
     @property
     def paths(self) -> np.ndarray:
@@ -201,7 +207,7 @@ def findings_of(experiment: Experiment, study: optuna.Study, bundle: Mapping[str
         space=parse_space(space.decode(), f"{experiment.uri}/space.yaml"),
         study=study.user_attrs,
         trials=[t for t in study.get_trials() if t.state != TrialState.WAITING and "configuration" in t.user_attrs],
-        split=pd.read_csv(BytesIO(split), dtype={"path": str, "label": str}),
+        split=_read_table(split),
         audit=json.loads(audit) if audit else None,
         bundle=bundle,
     )

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from lungct_tune import __version__, verdict
+from lungct_tune.bundle import CHECKSUMS
 from lungct_tune.data.decode import to_grey
 from lungct_tune.entrance import UserError
 
@@ -26,10 +27,13 @@ THUMBNAIL = 192
 
 
 def render(template: str, shown: Mapping[str, Any]) -> bytes:
-    """A page from one of the package's templates."""
+    """A page from one of the package's templates: HTML, or Markdown."""
+    is_html = template.endswith(".html")
     environment = Environment(
         loader=PackageLoader("lungct_tune"),
-        autoescape=True,  # names of files and classes are the users'
+        # names of files and classes are the users'; in Markdown only < could begin something
+        autoescape=is_html,
+        finalize=None if is_html else lambda value: value.replace("<", "&lt;") if isinstance(value, str) else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -51,11 +55,13 @@ def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
         mark: what a file begins with that may be written over, since this program made it.
 
     Raises:
-        UserError: something lies at `out` that is not ours.
+        UserError: something lies at `out` that is not ours, or it would be in a bundle.
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
-    if out.exists() and mark.encode() not in out.read_bytes()[:4096]:
+    if (out.absolute().parent / CHECKSUMS).exists():
+        raise UserError(f"{out.absolute().parent} is a bundle, whose checksums are final; choose another {flag}")
+    if out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
         raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
 
 
@@ -85,6 +91,9 @@ def _sides(pair: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _thumbnail(path: Path) -> str:
+    """The picture of a file; "" if it is gone, as the audit asks of one of two that contradict each other."""
+    if not path.is_file():
+        return ""
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")  # the file has been decoded before
         grey = to_grey(image)

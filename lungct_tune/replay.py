@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     from lungct_tune.findings import read_findings
     from lungct_tune.plan import kept_plan
     from lungct_tune.tuning.again import train_again
-    from lungct_tune.tuning.cluster import allot, connect
+    from lungct_tune.tuning.cluster import allot, connect, sees_one_file_system
     from lungct_tune.tuning.material import material_of
     from lungct_tune.tuning.run import made_with
     from lungct_tune.tuning.trial import Fold
@@ -92,22 +93,24 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
     connect(settings.address, verbose=False, name=f"{experiment.name} again")
     allotment = allot(settings)
-    slot = SlotPlan(
-        experiment=experiment,
-        material=material_of(settings, dealt.images, dealt.searched, None if weights is None else ray.put(weights)),
-        folds=tuple(Fold(*fold) for fold in dealt.folds),
-        workers=allotment.workers,
-        resources_per_worker=allotment.resources_per_worker,
+    configuration = Configuration(**recorded["configuration"])
+    console.print(
+        f"trial {asked.trial} of {experiment.name}: {configuration}; {len(history)} epochs again", soft_wrap=True
     )
     order = {"number": asked.trial, "seed": settings.seed, "configuration": recorded["configuration"]}
-    console.print(
-        f"trial {asked.trial} of {experiment.name}: {Configuration(**recorded['configuration'])}; "
-        f"{len(history)} epochs again",
-        soft_wrap=True,
-    )
     folder = f"{experiment.name}-again"
     experiment.delete_folder(folder)  # of an interrupted one, perhaps with other versions
-    answer = train_again(slot, folder, [order], len(history), slots=1)[0]
+    with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
+        path = Path(common, "images.npy") if sees_one_file_system(experiment) else None
+        backbone = None if weights is None else ray.put(weights)
+        slot = SlotPlan(
+            experiment=experiment,
+            material=material_of(settings, dealt.images, dealt.searched, backbone, path=path),
+            folds=tuple(Fold(*fold) for fold in dealt.folds),
+            workers=allotment.workers,
+            resources_per_worker=allotment.resources_per_worker,
+        )
+        answer = train_again(slot, folder, [order], len(history), slots=1)[0]
     experiment.delete_folder(folder)
     if "epoch" not in answer:
         raise NotReplayable(f"trial {asked.trial} failed this time: {answer.get('diverged') or answer['failed']}")

@@ -55,7 +55,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
     from lungct_tune.tuning.again import train_again
-    from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, nodes_to_come
+    from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, sees_one_file_system
     from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
     from lungct_tune.tuning.material import Material, material_of
     from lungct_tune.tuning.run import run_search
@@ -103,8 +103,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         if mlflow:
             kept_alone.enter_context(mlflow.kept_up(study, console))
         backbone = None if weights is None else ray.put(weights)
-        # whether every node can open the study's folder, those to come too
-        common = experiment.is_local or (len(ray.nodes()) == 1 and nodes_to_come() == [])
+        common = sees_one_file_system(experiment)
 
         def material(rows: np.ndarray, file: str, epochs: int | None = None) -> Material:
             path = plan.study_folder / file if common else None

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from lungct_tune.configuration import PUBLISHED, Configuration
+from lungct_tune.data.shortcuts import RULES
 from lungct_tune.findings import Findings
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.settings import Settings
@@ -109,13 +110,14 @@ def _worth(found: Findings) -> str:
         return f"Nothing: its interval reaches down to what always saying {majority['name']} scores."
     if shortcut and low <= shortcut["accuracy"]["value"]:
         return (
-            f"Little: {shortcut['name']}, which looks at no lung, scores {percent(shortcut['accuracy']['value'])} on "
-            "the same images, so the figure does not show that the model sees disease."
+            f"Little: a rule that knows only {RULES[shortcut['name']].title} scores "
+            f"{percent(shortcut['accuracy']['value'])} on the same images, so the figure does not show that the model "
+            "sees disease."
         )
     if given := sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])}):
         return (
-            f"Less for {' and '.join(given)}, which can be recognised in these data without looking at a lung (see "
-            "below); for the rest it holds for images from the same source, and is no diagnosis."
+            f"Less for {' and '.join(given)}, which a trivial rule recognises in these data (see below); for the rest "
+            "it holds for images from the same source, and is no diagnosis."
         )
     return (
         "It holds for images from the same source as these; it says nothing of other scanners, hospitals or patients, "
@@ -383,7 +385,7 @@ def command(settings: Mapping[str, Any]) -> str:
     words = ["python", "-m", "lungct_tune.search"]
     for name, field in Settings.model_fields.items():
         value = settings.get(name, field.default)
-        if name in ("name", "storage", "study") or value in (None, False) or str(value) == str(field.default):
+        if name in ("name", "storage", "study") or value is None or value is False or str(value) == str(field.default):
             continue
         if isinstance(value, dict):
             value = ",".join(f"{folder}={label}" for folder, label in value.items())

@@ -17,8 +17,9 @@ from PIL import Image
 from lungct_tune import search
 from lungct_tune.audit import main
 from lungct_tune.data import DataError, ImageSet, make_phantoms, read_images, split_images
-from lungct_tune.data.audit import audit_images, copy_numbers, refuse_leaks
+from lungct_tune.data.audit import audit_images, copy_numbers, refuse_leaks, too_alike
 from lungct_tune.data.shortcuts import RULES, best_shortcut, measure_shortcuts
+from lungct_tune.rendering import pairs_of_copies
 
 
 @pytest.fixture
@@ -238,6 +239,32 @@ def test_a_file_of_the_users_is_never_overwritten_and_an_audit_is(
         assert main([*ask, str(clean.parent / f"new-{name}")]) == 0
 
 
+def test_a_pair_whose_files_were_removed_since_is_named_without_pictures(clean: Path) -> None:
+    copied = copy_across(clean, 2)
+    audit = audited(clean)
+    (clean / copied[0]).unlink()
+    pictures = {
+        side["path"]: side["picture"] for pair in pairs_of_copies(audit, clean, most=9) for side in pair["sides"]
+    }
+    assert pictures[copied[0]] == "" and pictures[copied[1]].startswith("data:image/webp")
+
+
+def test_folders_without_train_have_nothing_to_learn_permuted_labels_from(clean: Path) -> None:
+    shutil.rmtree(clean / "train")
+    (clean / "groups.csv").unlink()
+    assert audited(clean, "--permuted")["permuted"] == []
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(16, 0.6), (45, 0.6), (16, 0.35)])
+def test_unseen_groups_are_not_called_too_alike_however_alike_their_own_images_are(
+    groups: int, expected: float
+) -> None:
+    rng, of_groups = np.random.default_rng(0), np.repeat(np.arange(groups), 3)
+    alarms = [too_alike((rng.random(groups) < expected)[of_groups], of_groups, expected) for _ in range(400)]
+    assert sum(alarms) <= 12  # 4 are to be expected at 1 %
+    assert too_alike(np.ones(len(of_groups), dtype=bool), of_groups, expected)
+
+
 # Shortcuts
 
 
@@ -278,6 +305,17 @@ def test_each_rule_sees_what_it_is_for(rule: str) -> None:
     name, predicted = best_shortcut(images, np.arange(40), np.arange(40, 80))
     assert name == rule or rule == "border"  # a border is part of the histogram too
     assert (predicted == labels[40:]).mean() > 0.8
+
+
+@pytest.mark.parametrize(("rare", "of_each"), [(3, 1), (2, 30), (400, 1)])
+def test_a_sample_has_every_class_in_several_groups(rare: int, of_each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one group is larger than the sample, and where a class is rare."""
+    monkeypatch.setattr("lungct_tune.data.shortcuts.MOST_IMAGES", 100)
+    groups = np.concatenate([np.zeros(300, int), np.arange(1, 301), np.repeat(np.arange(301, 301 + rare), of_each)])
+    labels = (groups > 300).astype(int)
+    images = an_image_set(len(groups), groups, labels, np.zeros((len(groups), 32, 32), dtype=np.uint8))
+    scores = measure_shortcuts(images, np.arange(len(groups)))
+    assert all(shortcut.per_class.keys() == {0, 1} for shortcut in scores.values()) and scores
 
 
 def test_the_best_shortcut_never_learns_from_the_labels_of_the_unseen() -> None:

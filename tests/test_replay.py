@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -82,6 +86,24 @@ def test_figures_that_are_not_those_recorded_are_said(searched: Path, capsys: py
     assert replayed(searched, 1) == 1
     said = capsys.readouterr().out
     assert "most by 0.25, in log loss of epoch 1" in said and "torch 1.0, now" in said
+
+
+def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:
+    import ray
+
+    bundle = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    ray.get(bundle.ready())
+    command = [sys.executable, "-m", "lungct_tune.replay", searched.name, "1", "--storage", str(searched.parent)]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+            assert run.stdout and "epochs again" in run.stdout.readline()
+            time.sleep(5)  # while it waits
+            run.send_signal(signal.SIGINT)
+            _, said = run.communicate(timeout=90)
+    finally:
+        ray.util.remove_placement_group(bundle)
+    assert run.returncode == 130 and "stopped" in said
+    assert not list(searched.rglob("images.npy"))
 
 
 def test_what_cannot_be_trained_again_is_refused(

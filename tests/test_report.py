@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -25,7 +26,7 @@ from lungct_tune.data import read_images, split_images, twins_across
 from lungct_tune.data.audit import audit_images
 from lungct_tune.evaluation import judge
 from lungct_tune.explain import anatomy, look
-from lungct_tune.findings import PREDICTIONS, Findings, read_findings
+from lungct_tune.findings import PREDICTIONS, Findings, Predictions, read_findings
 from lungct_tune.model import CutResNet
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
@@ -308,6 +309,17 @@ def test_names_of_classes_are_drawn_as_they_are() -> None:
         assert names[0] in text
 
 
+def test_classes_may_be_called_what_tables_take_for_something_else() -> None:
+    names = ["1", "None", "True"]
+    rows = pd.DataFrame({"path": ["NA", "a, b.png", "nan"], "group": [0, 1, 1]})
+    said = Predictions(names, bundle.list_predictions(rows, np.arange(3), np.eye(3), names))
+    assert [list(said.labels_N), list(said.said_N), list(said.paths)] == [[0, 1, 2], [0, 1, 2], list(rows["path"])]
+
+
+def test_the_card_has_no_entities_of_html(found: Findings) -> None:
+    assert not re.search("&(?!lt;)", model_card("one", found).decode())
+
+
 def test_a_file_of_the_users_is_never_overwritten(
     finished: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +332,8 @@ def test_a_file_of_the_users_is_never_overwritten(
     assert main([str(finished.folder), "--out", "."]) == 2
     assert main([str(finished.folder), "--out", "nowhere/page.html"]) == 2
     assert "choose another --out" in capsys.readouterr().err
+    assert main([str(finished.folder), "--out", str(finished.folder / "best" / "report.html")]) == 2
+    assert "is a bundle, whose checksums are final" in capsys.readouterr().err
     assert main(["one", "--storage", str(finished.folder.parent), "--out", "page.html"]) == 0
     first = Path("page.html").stat().st_mtime_ns
     assert main([str(finished.folder / "best"), "--out", "page.html"]) == 0  # the page that was made before
@@ -344,8 +358,9 @@ def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: 
 def test_the_command_runs_the_same_search_again(found: Findings) -> None:
     from lungct_tune.settings import read_settings
 
-    settings, _ = read_settings(command(found.settings).split()[3:])
-    kept = {name: value for name, value in found.settings.items() if name not in ("name", "storage", "fingerprint")}
+    on_cpu = found.settings | {"gpus_per_worker": 0.0}  # not what is decided where nothing is said
+    settings, _ = read_settings(command(on_cpu).split()[3:])
+    kept = {name: value for name, value in on_cpu.items() if name not in ("name", "storage", "fingerprint")}
     assert {name: value for name, value in settings.model_dump(mode="json").items() if name in kept} == kept
 
 
@@ -365,9 +380,9 @@ def test_the_verdict_names_the_gravest_objection(found: Findings) -> None:
     assert "no diagnosis" in verdict(better)[2]
     chance = with_test(found, accuracy={"value": 0.5, "ci95": [0.2, 0.7]}, references={"majority class": rules})
     assert verdict(chance)[2].startswith("Nothing")
-    shortcut = {"name": "size of the file", "accuracy": {"value": 0.85, "ci95": None}}
+    shortcut = {"name": "file", "accuracy": {"value": 0.85, "ci95": None}}
     easy = with_test(found, accuracy=good, references={"majority class": rules, "shortcut": shortcut})
-    assert "size of the file, which looks at no lung" in verdict(easy)[2]
+    assert "Little: a rule that knows only the size, mode and bytes per pixel of the file scores 85" in verdict(easy)[2]
     leaking = found.split.assign(group=0)
     seen = replace(with_test(found, accuracy=good, references={"majority class": rules}), split=leaking)
     assert "12 of the 12 test images have a near copy" in verdict(seen)[2]

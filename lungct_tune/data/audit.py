@@ -247,9 +247,7 @@ def _likeness(images: ImageSet, split: np.ndarray, part: str, unseen: Mapping[in
             "images": len(others_N),
             "nearest_neighbour_right": right,
             "expected_of_unseen_groups": expected,
-            "too_alike": bool(
-                len(others_N) and binomtest(right, len(others_N), expected, alternative="greater").pvalue < TOO_ALIKE
-            ),
+            "too_alike": too_alike(is_right_N[others_N], groups_N[asked[others_N]], expected),
         },
         "by_class": {
             name: {
@@ -261,6 +259,17 @@ def _likeness(images: ImageSet, split: np.ndarray, part: str, unseen: Mapping[in
             if (is_class_N := labels_N[asked] == label).any()
         },
     }
+
+
+def too_alike(right_N: np.ndarray, groups_N: np.ndarray, expected: float) -> bool:
+    """Whether more are right than is to be expected of groups that were not seen, by more than chance (`TOO_ALIKE`).
+
+    The images of a group are right or wrong together, so a group counts once, with the share of it that is right.
+    """
+    right_G = pd.Series(right_N).groupby(groups_N).mean()
+    if not len(right_G):
+        return False
+    return bool(binomtest(round(right_G.sum()), len(right_G), expected, alternative="greater").pvalue < TOO_ALIKE)
 
 
 def _nearest(images: ImageSet, asked: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -283,6 +292,8 @@ def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dic
 
     Recall is averaged over all classes, those without an image counting 0, so that chance is at most 1 in C.
     """
+    if parts[0] != "train":
+        return []
     labels_N, groups_N = images.table["label"].to_numpy(), pd.factorize(images.table["group"])[0]
     label_of_group = pd.Series(labels_N).groupby(groups_N).agg(lambda labels: labels.mode().iloc[0]).to_numpy()
     classes, rng = range(len(images.classes)), np.random.default_rng(0)
@@ -388,8 +399,10 @@ def _cautions(audit: dict[str, Any]) -> Iterator[str]:
             )
     given = audit["shortcuts"]["given_away"]
     for name in dict.fromkeys(found["class"] for found in given):
-        ways = [f"{found['by']} (AUROC {found['auroc']:.2f})" for found in given if found["class"] == name]
-        yield f"{name} is given away by {' and by '.join(ways)}: it can be recognised without looking at a lung."
+        by = {found["by"]: found["auroc"] for found in given if found["class"] == name}
+        ways = " and by ".join(f"{what} (AUROC {auroc:.2f})" for what, auroc in by.items())
+        without = "knowing more than similar pictures" if set(by) == {RULES["pixels"].title} else "looking at a lung"
+        yield f"{name} is given away by {ways}: it can be recognised without {without}."
     for conflict in audit["conflicts"]:
         where, classes = " and ".join(conflict["paths"]), " and ".join(conflict["classes"])
         yield f"The same image stands under {classes}: {where}. They are left out."

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from sklearn.base import ClassifierMixin, clone
 from sklearn.ensemble import ExtraTreesClassifier
@@ -27,6 +26,9 @@ GIVEN_AWAY = 0.97
 
 MOST_IMAGES = 4000
 """Of more images a random sample is learnt from: the question is whether there is a shortcut, not its third digit."""
+
+LEAST_OF_CLASS = 50
+"""Images of a class, where it has as many, that a sample holds at least."""
 
 SMALL = 32  # pixels, each way
 _BORDER = 2  # of those, on each side
@@ -144,10 +146,12 @@ def best_shortcut(images: ImageSet, known: np.ndarray, unseen: np.ndarray) -> tu
 
 
 def _sample(images: ImageSet, rows: np.ndarray) -> np.ndarray:
-    """At most about `MOST_IMAGES` of the rows, in whole groups, in order."""
+    """About `MOST_IMAGES` of the rows at most, in order: of each class its share, from as many groups as can be."""
     if len(rows) <= MOST_IMAGES:
         return rows
-    groups_N = pd.Series(images.table["group"].to_numpy()[rows])
-    sizes = groups_N.value_counts(sort=False).sample(frac=1, random_state=0)
-    chosen = sizes.index[sizes.cumsum() <= MOST_IMAGES]
-    return np.asarray(rows[groups_N.isin(chosen).to_numpy()])
+    shuffled = images.table.iloc[rows][["label", "group"]].assign(row=rows).sample(frac=1, random_state=0)
+    # first an image of every group, then a second one of those that have one, ...
+    in_turn = shuffled.iloc[np.argsort(shuffled.groupby("group").cumcount(), kind="stable")]
+    of_class = in_turn["label"].map(in_turn["label"].value_counts())
+    share = np.maximum(LEAST_OF_CLASS, of_class * MOST_IMAGES / len(rows))
+    return np.sort(in_turn["row"][in_turn.groupby("label").cumcount() < share].to_numpy())

@@ -28,19 +28,17 @@ def train_again(
     at_once = min(slots, len(orders))
     stopped = threading.Event()
 
-    def run(mine: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        slot = Slot(plan)
-        try:
-            return [_last_answer(slot, order, epochs, stopped) for order in mine]
-        finally:
-            slot.release()
+    def run(slot: Slot, mine: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [_last_answer(slot, order, epochs, stopped) for order in mine]
 
     with ThreadPoolExecutor(at_once) as pool:
+        running = [Slot(plan) for _ in range(at_once)]
         try:
-            by_slot = list(pool.map(run, [orders[slot::at_once] for slot in range(at_once)]))
-        except BaseException:
-            stopped.set()  # the pool waits for its threads
-            raise
+            by_slot = list(pool.map(run, running, [orders[slot::at_once] for slot in range(at_once)]))
+        finally:  # where this was interrupted, the pool waits for its threads, and they for workers
+            stopped.set()
+            for slot in running:
+                slot.release()
     return [by_slot[i % at_once][i // at_once] for i in range(len(orders))]
 
 

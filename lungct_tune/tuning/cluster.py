@@ -137,6 +137,11 @@ def allot_final(settings: Settings) -> FinalAllotment:
     return divide_final(settings, _nodes(), nodes_to_come())
 
 
+def sees_one_file_system(experiment: Experiment) -> bool:
+    """Whether every node, those to come too, can open a file where the study lies."""
+    return experiment.is_local or (len(ray.nodes()) == 1 and nodes_to_come() == [])
+
+
 def machines() -> str:
     """The nodes that are there, alike ones together: "1 node with 2 CPU, 3 nodes with 16 CPU and 1 GPU (H200)"."""
     alike = Counter(_machine(node) for node in _nodes())

@@ -70,7 +70,7 @@ class Slot:
 
     def __init__(self, plan: SlotPlan) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
-        self._plan = plan
+        self._plan, self._released = plan, False
         self._group = Group(plan)
 
     @property
@@ -86,12 +86,16 @@ class Slot:
             try:
                 return self._group.run_epoch(order) | {"slot": self._group.number}
             except WorkersLost as loss:
+                if self._released:
+                    raise
                 reason = str(loss)
                 self._group.release()
                 self._group = Group(self._plan)
         return {OBJECTIVE: 0.0, "failed": reason, "done": True}
 
     def release(self) -> None:
+        """Lets the workers go, and whoever waits for them, with an error."""
+        self._released = True
         self._group.release()
 
 
