@@ -81,13 +81,12 @@ def pairs_of_copies(audit: Mapping[str, Any], root: Path, most: int) -> list[dic
     """
     pairs: Sequence[Mapping[str, Any]] = audit["copies"]["pairs"][:most]
     return [
-        {**pair, "sides": [{**side, "picture": _thumbnail(root / side["path"])} for side in _sides(pair)]}
+        {
+            **pair,
+            "sides": [{**side, "picture": _thumbnail(root / side["path"])} for side in (pair["first"], pair["second"])],
+        }
         for pair in pairs
     ]
-
-
-def _sides(pair: Mapping[str, Any]) -> tuple[Any, Any]:
-    return pair["first"], pair["second"]
 
 
 def _thumbnail(path: Path) -> str:

@@ -32,6 +32,19 @@ def test_always_naming_the_largest_class_gains_nothing() -> None:
     assert figures["balanced_accuracy"] == 0.25
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_figures_that_steer_are_scikit_learns(seed: int) -> None:
+    """Also where a class has no image, and where it is named all the same."""
+    rng = np.random.default_rng(seed)
+    labels, probabilities = rng.integers(rng.integers(1, 5), size=rng.integers(1, 60)), rng.dirichlet(np.ones(4), 60)
+    probabilities = probabilities[: len(labels)]
+    predicted, recall = probabilities.argmax(axis=1), metrics.recall_score
+    figures = validation_figures(labels, probabilities)
+    assert figures["accuracy"] == pytest.approx(metrics.accuracy_score(labels, predicted))
+    balanced = recall(labels, predicted, labels=np.unique(labels), average="macro")
+    assert figures["balanced_accuracy"] == pytest.approx(balanced)
+
+
 def test_log_loss_weighs_classes_alike() -> None:
     labels = np.array([0] * 9 + [1])
     probabilities = np.full((10, 2), 0.5)
