@@ -1,15 +1,22 @@
 # make search: the main job on phantoms.  make test: the tests.  Both set up .venv on first use.
+# make test-packages: what of Debian some tests need; without it they are skipped.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
+TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 
-.PHONY: search test lint setup lock
+.PHONY: search test test-packages lint setup lock
 
 search: .venv/.ready
 	$(BIN)/python -m lungct_tune.search
 
 test: .venv/.ready lint
 	$(BIN)/python -m pytest
+
+test-packages:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(TEST_PACKAGES) > /dev/null
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -129,7 +129,7 @@ def test_slots_wait_for_nodes_that_come_and_go(
             run.kill()
     assert run.returncode == 0, log.read_text()
     assert "2 slots of 1 worker with 1 CPU each (room for 0 now; the others start as nodes come)" in log.read_text()
-    assert most == 1 + NODES
+    assert most >= 1 + NODES  # at times more: the autoscaler replaces a node that it ended before the head missed it
     study = optuna.load_study(study_name="elastic", storage=f"sqlite:///{tmp_path}/elastic/study.db")
     assert [trial.number for trial in study.trials if trial.state.is_finished()] == list(range(6))
     for trial in study.trials:
