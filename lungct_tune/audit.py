@@ -68,7 +68,7 @@ def _run(asked: dict[str, Any], console: Console) -> None:
         check_free(figures, "--json", mark='"verdict": {')
     settings = validate(asked).for_data()
     assert settings.data and settings.image_size  # --data is required
-    root = fetch_images(settings.data) if isinstance(settings.data, str) else settings.data
+    root = fetch_images(settings.data)
     images = read_images(
         root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
     )
@@ -87,10 +87,15 @@ def _run(asked: dict[str, Any], console: Console) -> None:
 def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.ndarray]:
     """The split to audit and its name: the folders as they are, with or without test, unless asked otherwise.
 
+    Images that make no split are still worth an audit, unless a split was asked for.
+
     Raises:
         DataError: the official split is asked for where there are no folders of one, or a grouped one cannot be made.
     """
+    import numpy as np
+
     from lungct_tune.data import DataError, split_images
+    from lungct_tune.data.audit import UNSPLIT
 
     folders = images.table["folder"].to_numpy(dtype=str)
     has_folders = len(set(folders)) > 1
@@ -98,7 +103,12 @@ def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.n
         raise DataError(f"{images.root} has no two of the folders train, valid and test; choose --split grouped")
     if has_folders and (settings.split == "official" or not asked):
         return "official", folders
-    return "grouped", split_images(images, "grouped", settings.seed)
+    try:
+        return "grouped", split_images(images, "grouped", settings.seed)
+    except DataError:
+        if asked:
+            raise
+        return "no", np.full(len(folders), UNSPLIT)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lungct_tune.data.audit import counted
 from lungct_tune.rendering import pairs_of_copies, render
 
 STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
@@ -36,7 +37,7 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         with_copy = copies["images_by_class"].get(name, 0)
         table.add_row(name, *(str(counts[part]) for part in parts), str(with_copy))
     console.print(table)
-    say(f"formats: {_counted(inventory['formats'])}; modes: {_counted(inventory['modes'])}")
+    say(f"formats: {counted(inventory['formats'])}; modes: {counted(inventory['modes'])}")
     width, height = inventory["sizes"]["width"], inventory["sizes"]["height"]
     say(
         f"widths {width['min']} to {width['max']}, heights {height['min']} to {height['max']}, "
@@ -47,17 +48,19 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
     for file in inventory["unreadable"]:
         say(f"  {file['path']} cannot be read: {file['reason']}")
 
-    say(f"\npairs of copies: {_counted(copies['pairs_by_kind'])}", "bold")
-    for across in copies["across"]:
-        if across["with_copy"]:
+    say(f"\npairs of copies: {counted(copies['pairs_by_kind'])}", "bold")
+    for row in (*copies["across"], *copies["inside"]):
+        if row["with_copy"]:
             say(
-                f"  {across['with_copy']} of {across['images']} {across['part']} images have a copy in "
-                f"{across['other']} ({across['byte_identical']} byte-identical): {_counted(across['by_class'])}"
+                f"  {row['with_copy']} of {row['images']} {row['part']} images have a copy in "
+                f"{row.get('other', 'the same part')} ({row['byte_identical']} byte-identical): "
+                f"{counted(row['by_class'])}"
             )
     by_threshold = ", ".join(f"{row['groups']} at {row['threshold']:g}" for row in groups["by_threshold"])
     say(
         f"groups: {groups['groups']} at a likeness of {groups['threshold']:g}, the largest of "
-        f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split; by threshold {by_threshold}"
+        f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split, {groups['of_several_classes']} of "
+        f"several classes; by threshold {by_threshold}"
     )
 
     if shortcuts["rules"]:
@@ -102,7 +105,3 @@ def _table(title: str, first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())

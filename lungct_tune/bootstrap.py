@@ -32,6 +32,8 @@ class GroupBootstrap:
     - A figure that rests on less than two groups has no interval.
     - Where all groups are right (or wrong) so are all resamples, and their percentiles would claim certainty. Such a
       rate gets Clopper and Pearson's exact limit for as many independent groups instead: wide rather than wrong.
+    - Any other figure on which all resamples agree, such as the difference of two models that name the same images
+      rightly, has no interval: that they agree says nothing of other images.
 
     Coverage, simulated for accuracies of 0.8 and 0.95 with groups of 1 to 4 images, all but alone or all but alike:
     0.93 or more from 50 groups on; 0.94 or more with 5 to 20, mostly more, as the interval is wider than it need be;
@@ -77,7 +79,7 @@ class GroupBootstrap:
         if is_rate and (np.isclose(value, 0) or np.isclose(value, 1)):
             exact = binomtest(round(value) * groups, groups).proportion_ci(method="exact")
             low, high = min(low, exact.low), max(high, exact.high)
-        return {"value": value, "ci95": [float(low), float(high)]}
+        return {"value": value, "ci95": None if np.isclose(low, high) else [float(low), float(high)]}
 
     def rate(self, hit_N: np.ndarray, among_N: np.ndarray) -> dict[str, Any]:
         """The share of hits among these images."""

@@ -31,7 +31,8 @@ def calibrated(probabilities_NC: np.ndarray, temperature: float) -> np.ndarray:
     """The probabilities (float64) of the same logits divided by a temperature; a class keeps its place.
 
     Above 1 they become less sure, below 1 surer; `1 / temperature` undoes it. The predicted class, the largest of
-    float32 probabilities or the first of equals, stays what it was for any temperature in `TEMPERATURES`.
+    float32 probabilities or the first of equals, stays what it was for any temperature in `TEMPERATURES`. What is said
+    of several classes together may not: below 1, three cancers at 0.2 each lose against normal at 0.4.
 
     Source: Guo et al., ICML 2017.
     """

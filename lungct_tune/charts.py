@@ -34,7 +34,16 @@ from lungct_tune.drawing import (
     styled,
 )
 from lungct_tune.objective import OBJECTIVE
-from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, configuration_of
+from lungct_tune.tuning.study import (
+    BASELINE,
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    STOPPED,
+    best_figures,
+    configuration_of,
+    how_ended,
+)
 from lungct_tune.verdict import OBJECTIVE_NAME
 
 _MARKS = {COMPLETED: "o", STOPPED: "v", DIVERGED: "X", FAILED: "X", "running": "o"}
@@ -50,12 +59,6 @@ _NAMES = {
 def parameter_name(name: str) -> str:
     """A parameter as people call it."""
     return _NAMES.get(name, name.replace("_", " "))
-
-
-def how_ended(trial: FrozenTrial) -> str:
-    """COMPLETED, STOPPED, DIVERGED, FAILED or "running"."""
-    ended = trial.user_attrs.get("ended", "running")
-    return next(word for word in _MARKS if ended.startswith(word))
 
 
 @styled
@@ -77,8 +80,12 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Ma
 
 
 @styled
-def history(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
-    """Each trial's best epoch, and the best of those that completed so far."""
+def history(trials: Sequence[FrozenTrial], winner: int | None, judged: str) -> Markup:
+    """Each trial's best epoch, and the best of those that completed so far.
+
+    Args:
+        judged: on what, in words ("on validation").
+    """
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     seen = [trial for trial in trials if best_figures(trial)]
@@ -96,15 +103,15 @@ def history(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
         best = list(itertools.accumulate((best_figures(trial)[OBJECTIVE] for trial in done), max))
         numbers = [trial.number for trial in done]
         axes.step([*numbers, trials[-1].number], [*best, best[-1]], where="post", color=WINNER, linewidth=1.2)
-    axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}, validation")
+    axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     in_percent(axes.yaxis)
     axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handletextpad=0.1, columnspacing=1)
-    return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials on validation, in the order they began")
+    return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials {judged}, in the order they began")
 
 
 @styled
-def curves(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
+def curves(trials: Sequence[FrozenTrial], winner: int | None, judged: str) -> Markup:
     """Every trial's objective by epoch; where a curve ends early, the trial was stopped."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
@@ -120,7 +127,7 @@ def curves(trials: Sequence[FrozenTrial], winner: int | None) -> Markup:
         if how_ended(trial) != COMPLETED:
             axes.plot(x[-1:], y[-1:], _MARKS[how_ended(trial)], color=colour, markersize=4)
     _name_colours(axes, winner)
-    axes.set(xlabel="epoch", ylabel=f"{OBJECTIVE_NAME}, validation")
+    axes.set(xlabel="epoch", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     in_percent(axes.yaxis)
     return chart.svg(f"Learning curves of {len(trials)} trials; those that were stopped early end in a triangle")
@@ -272,8 +279,8 @@ def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None
 
 
 @styled
-def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]) -> Markup:
-    """The winner's accuracies on validation by epoch, beside the published configuration's."""
+def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]], judged: str) -> Markup:
+    """The winner's accuracies by epoch, beside the published configuration's."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     x = [epoch["epoch"] for epoch in epochs]
@@ -282,26 +289,26 @@ def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping
     if baseline:
         xs, ys = [e["epoch"] for e in baseline], [e[OBJECTIVE] for e in baseline]
         axes.plot(xs, ys, color=PUBLISHED, linewidth=1.4, label="published, balanced")
-    axes.set(xlabel="epoch", ylabel="accuracy, validation")
+    axes.set(xlabel="epoch", ylabel=f"accuracy {judged}")
     in_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    return chart.svg("The winner's accuracy and balanced accuracy on validation by epoch")
+    return chart.svg(f"The winner's accuracy and balanced accuracy {judged} by epoch")
 
 
 @styled
-def losses(epochs: Sequence[Mapping[str, float]]) -> Markup:
+def losses(epochs: Sequence[Mapping[str, float]], judged: str) -> Markup:
     """The winner's losses by epoch."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     x = [epoch["epoch"] for epoch in epochs]
     learning = [epoch["train_loss"] for epoch in epochs]
-    axes.plot(x, [epoch["log_loss"] for epoch in epochs], color=WINNER, linewidth=2, label="validation")
-    axes.plot(x, learning, color=WINNER, linestyle=":", label="training (smoothed labels)")
+    axes.plot(x, [epoch["log_loss"] for epoch in epochs], color=WINNER, linewidth=2, label=judged)
+    axes.plot(x, learning, color=WINNER, linestyle=":", label="in training (smoothed labels)")
     axes.set(xlabel="epoch", ylabel="log loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    return chart.svg("The winner's log loss in training and on validation by epoch")
+    return chart.svg(f"The winner's log loss in training and {judged} by epoch")
 
 
 @styled

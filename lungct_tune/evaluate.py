@@ -63,23 +63,24 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.evaluation import CANCER, NORMAL, cancer_or_normal, judge
     from lungct_tune.findings import Predictions
     from lungct_tune.page import REPORT, Network, evaluation_page
-    from lungct_tune.prediction import predict
+    from lungct_tune.prediction import uncalibrated
+    from lungct_tune.rendering import check_outside_bundles
 
     # ---- the bundle, and which classes the images are to be told by -------------------------------------
-    bundle.verify(asked.bundle)
+    model, config = bundle.load_model(asked.bundle)
     if not (asked.bundle / bundle.LEARNED).exists():
         raise EvaluateError(f"{asked.bundle} has no {bundle.LEARNED}: an earlier version made it; make it again")
-    config = json.loads((asked.bundle / bundle.CONFIG).read_text())
     classes, scaling = tuple(config["classes"]), config["calibration"]
     class_map = read_map(asked.map, classes)
     together = CANCER in class_map.values() and CANCER not in classes
     judged_classes = (CANCER, NORMAL) if together else classes
     out = asked.out or Path(f"{Path(asked.data).absolute().name}-judged")
+    check_outside_bundles(out, "--out")
     if out.exists():
         raise EvaluateError(f"{out} is there already; choose another --out, or move it away")
 
     # ---- the images: read as those were that it learned from --------------------------------------------
-    root = fetch_images(asked.data) if "://" in asked.data else Path(asked.data)
+    root = fetch_images(asked.data)
     size = config["preprocessing"]["image_size"]
     images = read_images(root, size, class_map=class_map, skip_unreadable=asked.skip_unreadable)
     names_N = np.array(images.classes)[images.table["label"]]
@@ -93,18 +94,17 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     seen_N = seen_before(images, (asked.bundle / bundle.LEARNED).read_bytes())[judged]
 
     # ---- predicted and judged ---------------------------------------------------------------------------
-    probabilities_NC = predict(asked.bundle, images.images_NHW[judged])
-    plain_NC = calibrated(probabilities_NC, 1 / scaling["temperature"]) if scaling else None
-    if together:
-        probabilities_NC = cancer_or_normal(probabilities_NC, classes)
-        plain_NC = None if plain_NC is None else cancer_or_normal(plain_NC, classes)
+    plain_NC = uncalibrated(model, config, images.images_NHW[judged])
+    probabilities_NC = calibrated(plain_NC, scaling["temperature"]) if scaling else plain_NC
+    if together:  # summed last, as whoever uses the bundle would: a sum has no temperature of its own
+        plain_NC, probabilities_NC = (cancer_or_normal(said_NC, classes) for said_NC in (plain_NC, probabilities_NC))
     largest, rows = int(np.bincount(labels_N).argmax()), images.table.iloc[judged]
     figures = judge(
         labels_N,
         probabilities_NC,
         judged_classes,
         rows["group"].to_numpy(),
-        uncalibrated_NC=plain_NC,
+        uncalibrated_NC=plain_NC if scaling else None,
         calibration=scaling,
         references={"majority class": (judged_classes[largest], np.full(len(judged), largest))},
         twins_N=seen_N != NEW,
@@ -121,7 +121,6 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         "learned_from": {what: int((seen_N == what).sum()) for what in (SAME_FILE, ALIKE)},
         "test": figures,
     }
-    model, _ = bundle.load_model(asked.bundle)
     predictions = bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes)
     page = evaluation_page(
         config["settings"]["name"],

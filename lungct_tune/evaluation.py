@@ -43,7 +43,7 @@ def judge(
         uncalibrated_NC: the same without temperature scaling, where there was any.
         calibration: what `fit_temperature` has found, where there was any.
         references: other ways to name the classes of these images, each with its name and what it predicts (N,).
-        twins_N: which of the images have a copy among those that were learned from, where that is known.
+        twins_N: which of the images were learned from, they or others of their group, where that is known.
 
     Returns:
         A dictionary for metrics.json. Every figure is `{"value": float, "ci95": [low, high]}` (see
@@ -82,7 +82,14 @@ def judge(
         },
         "leak_free": None
         if twins_N is None or not twins_N.any()
-        else {"n": int((~twins_N).sum()), "accuracy": bootstrap.rate(labels_N == predicted_N, ~twins_N)},
+        else {
+            "n": int((~twins_N).sum()),
+            "accuracy": bootstrap.rate(labels_N == predicted_N, ~twins_N),
+            "references": {
+                key: {"name": name, "accuracy": bootstrap.rate(labels_N == other_N, ~twins_N)}
+                for key, (name, other_N) in (references or {}).items()
+            },
+        },
     }
 
 
@@ -149,7 +156,11 @@ def _ranking(is_N: np.ndarray, score_N: np.ndarray, bootstrap: GroupBootstrap) -
 def _cancer_against_normal(
     labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], bootstrap: GroupBootstrap
 ) -> dict[str, Any] | None:
-    """The two-class question: cancer is said where the cancers together are likelier than normal."""
+    """The two-class question: cancer is said where the cancers together are likelier than normal.
+
+    That is asked of the probabilities that the bundle gives: temperature scaling may have changed the answer, which it
+    never does for the likeliest of all classes (see `calibrated`).
+    """
     if not are_cancer_and_normal(classes):
         return None
     score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]

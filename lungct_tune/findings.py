@@ -25,9 +25,10 @@ from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_
 from lungct_tune.data import SPLITS
 from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
+from lungct_tune.objective import judged
 from lungct_tune.space import SearchSpace, parse_space
 from lungct_tune.study_copy import COPY
-from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial
+from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
 
 
 class NothingHeld(UserError):
@@ -132,8 +133,7 @@ class Findings:
     @cached_property
     def ended(self) -> dict[str, int]:
         """How many trials ended how."""
-        how = [str(t.user_attrs.get("ended", "unknown")) for t in self.trials if t.state in FINISHED]
-        return dict(Counter(words.partition(" after")[0].partition(":")[0] for words in how).most_common())
+        return dict(Counter(how_ended(trial) for trial in self.trials if trial.state in FINISHED).most_common())
 
     @property
     def done(self) -> int:
@@ -156,11 +156,21 @@ class Findings:
         elsewhere = set(self.split["group"][self.split["split"] != "test"])
         return int(self.split["group"][self.split["split"] == "test"].isin(elsewhere).sum())
 
+    @property
+    def listed(self) -> int:
+        """Of how many images groups.csv names the group."""
+        return self.audit["groups"]["images_in_groups_csv"] if self.audit else 0
+
     @cached_property
     def counts(self) -> dict[str, list[int]]:
         """Images of each class in train, valid and test."""
         table = pd.crosstab(self.split["label"], self.split["split"]).reindex(columns=list(SPLITS), fill_value=0)
         return {str(name): [int(n) for n in row] for name, row in zip(table.index, table.to_numpy(), strict=True)}
+
+    @property
+    def judged(self) -> str:
+        """On what trials are judged, in words."""
+        return judged(self.settings.get("folds"))
 
     @property
     def searched_on(self) -> dict[str, int]:

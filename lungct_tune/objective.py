@@ -28,6 +28,11 @@ def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> di
     }
 
 
+def judged(folds: int | None) -> str:
+    """On what a trial's figures were measured, in words: for axes, tables and sentences."""
+    return f"in {folds}-fold cross-validation" if folds else "on validation"
+
+
 def rank(figures: dict[str, float]) -> tuple[float, float]:
     """Larger is better: by the objective, ties by the loss."""
     return figures[OBJECTIVE], -figures["log_loss"]

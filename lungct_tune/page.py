@@ -79,6 +79,7 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         "sections": [*((section, section) for section in sections), ("again", "do it again")],
         "shows_images": pictures.images is not None,
         "verdict": verdict.verdict(found),
+        "same_group": verdict.SAME_GROUP,
         "worth_chart": charts.worth(rows) if rows else "",
         "groups": found.split["group"].nunique(),
         "pairs": _pairs(found, pictures),
@@ -98,7 +99,11 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
         network = Network(
             build_model(found.config, found.bundle[MODEL]), found.classes, found.settings["normalisation"]
         )
-        on = f"The final model, on {test['n']} images in {test['groups']} groups that no trial has seen, once."
+        on = f"The final model, on {test['n']} images in {test['groups']} groups, once. " + (
+            f"Of {found.seen} of them, trials have seen {verdict.SAME_GROUP}."
+            if found.seen
+            else "No trial has seen an image of these groups."
+        )
         shown |= _judged(test, found.predictions, pictures, network, found.settings["seed"], on)
     return render(REPORT, shown)
 
@@ -147,6 +152,7 @@ def model_card(name: str, found: Findings) -> bytes:
         "sums": _sums(network),
         "groups": found.split["group"].nunique(),
         "verdict": verdict.verdict(found),
+        "same_group": verdict.SAME_GROUP,
         "about_the_search": verdict.about_the_search(found),
         "test": found.test,
         "references": verdict.references(found.test),
@@ -167,8 +173,8 @@ def _search_charts(found: Findings) -> dict[str, Any] | None:
     winner = found.winner.number if found.winner else None
     importance, varied = verdict.importance(found), found.space.distributions
     return {
-        "history": charts.history(trials, winner),
-        "curves": charts.curves(trials, winner),
+        "history": charts.history(trials, winner, found.judged),
+        "curves": charts.curves(trials, winner, found.judged),
         "importances": charts.importances(importance) if importance else "",
         "parallel": charts.parallel(trials, varied, winner),
         "slices": [
@@ -194,7 +200,7 @@ def _winner(found: Findings) -> dict[str, Any] | None:
     return {
         "compared": verdict.compared(configuration),
         "reached": [
-            (f"{what}, validation", verdict.percent(baseline[key]) if baseline else "", verdict.percent(best[key]))
+            (f"{what} {found.judged}", verdict.percent(baseline[key]) if baseline else "", verdict.percent(best[key]))
             for key, what in ((OBJECTIVE, "balanced accuracy"), ("accuracy", "accuracy"))
         ],
         "depth": configuration.truncation_depth,
@@ -208,8 +214,8 @@ def _winner(found: Findings) -> dict[str, Any] | None:
             ("all 49 activations", *_sums(whole)),
         ],
         "best_epoch": int(best["epoch"]),
-        "validation": charts.validation(history, published_history),
-        "losses": charts.losses(history),
+        "validation": charts.validation(history, published_history, found.judged),
+        "losses": charts.losses(history, found.judged),
     }
 
 
@@ -258,7 +264,7 @@ def _judged(
             ("accuracy", test["accuracy"]),
             ("balanced accuracy", test["balanced_accuracy"]),
             ("macro F1", test["macro_f1"]),
-            *([("accuracy without copies", test["leak_free"]["accuracy"])] if test.get("leak_free") else []),
+            *([("accuracy on images new to it", test["leak_free"]["accuracy"])] if test.get("leak_free") else []),
         ],
         "confusion": [
             (

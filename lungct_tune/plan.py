@@ -19,6 +19,7 @@ import yaml
 from lungct_tune.bundle import FOLDER, has_bundle
 from lungct_tune.data import ImageSet, fetch_images, fold_images, make_phantoms, read_images, split_images
 from lungct_tune.data.cache import default_cache
+from lungct_tune.data.split import POOLED
 from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings, SettingsError, validate
@@ -44,6 +45,11 @@ class Dealt:
     split: np.ndarray
     fold: np.ndarray | None
     """Of the searched images, from 0; None where validation steers the search."""
+
+    @property
+    def parts(self) -> np.ndarray:
+        """The split as the audit takes it: with folds, which cut no group, train and validation are one part."""
+        return self.split if self.fold is None else np.where(self.split == "test", "test", POOLED)
 
     @property
     def searched(self) -> np.ndarray:
@@ -158,7 +164,7 @@ class Plan:
         assert settings.image_size is not None  # decided by for_data()
         root = settings.data or make_phantoms(default_cache(), settings.seed)
         images = read_images(
-            fetch_images(root) if isinstance(root, str) else root,
+            fetch_images(root),
             settings.image_size,
             class_map=settings.class_map,
             skip_unreadable=settings.skip_unreadable,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lungct_tune.bundle import load_model
 from lungct_tune.calibration import calibrated
+from lungct_tune.model import CutResNet
 from lungct_tune.training import as_grey, forward
 
 BATCH = 32
 
 
-def predict(folder: Path, images_NHW: np.ndarray) -> np.ndarray:
+def predict(folder: Path | str, images_NHW: np.ndarray) -> np.ndarray:
     """A bundle's calibrated probabilities, float64 (N, classes), in the order of its config.json's classes.
 
     Args:
@@ -25,6 +28,17 @@ def predict(folder: Path, images_NHW: np.ndarray) -> np.ndarray:
         BundleError: the bundle is incomplete or altered.
     """
     model, config = load_model(folder)
+    probabilities_NC, calibration = uncalibrated(model, config, images_NHW), config["calibration"]
+    return calibrated(probabilities_NC, calibration["temperature"]) if calibration else probabilities_NC
+
+
+def uncalibrated(model: CutResNet, config: Mapping[str, Any], images_NHW: np.ndarray) -> np.ndarray:
+    """The probabilities as the network gives them, (N, classes).
+
+    Args:
+        model, config: of `load_model`; the model is on the CPU again afterwards.
+        images_NHW: as for `predict`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     probabilities = [np.empty((0, len(config["classes"])))]
@@ -33,5 +47,5 @@ def predict(folder: Path, images_NHW: np.ndarray) -> np.ndarray:
             grey_N1HW = as_grey(torch.tensor(images_NHW[start : start + BATCH]).to(device))
             logits_NC = forward(model, grey_N1HW, config["settings"]["normalisation"])
             probabilities.append(logits_NC.softmax(dim=1).cpu().numpy())
-    probabilities_NC, calibration = np.concatenate(probabilities), config["calibration"]
-    return calibrated(probabilities_NC, calibration["temperature"]) if calibration else probabilities_NC
+    model.cpu()
+    return np.concatenate(probabilities)

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from lungct_tune import __version__, verdict
-from lungct_tune.bundle import CHECKSUMS
+from lungct_tune.bundle import CHECKSUMS, CONFIG
+from lungct_tune.data.audit import counted
 from lungct_tune.data.decode import to_grey
 from lungct_tune.entrance import UserError
 
@@ -39,6 +40,7 @@ def render(template: str, shown: Mapping[str, Any]) -> bytes:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": verdict.percent, "figure": verdict.figure, "interval": verdict.interval}
+    environment.filters["counted"] = counted
     common = {
         "generator": Markup(GENERATOR),
         "version": __version__,
@@ -59,10 +61,23 @@ def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
-    if (out.absolute().parent / CHECKSUMS).exists():
-        raise UserError(f"{out.absolute().parent} is a bundle, whose checksums are final; choose another {flag}")
+    check_outside_bundles(out, flag)
     if out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
         raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
+
+
+def check_outside_bundles(out: Path, flag: str) -> None:
+    """Keeps bundles as they were written.
+
+    Args:
+        flag: the option that named what is to be written.
+
+    Raises:
+        UserError: it would be in a bundle, or in a folder of one.
+    """
+    for folder in out.absolute().parents:
+        if (folder / CHECKSUMS).exists() and (folder / CONFIG).exists():
+            raise UserError(f"{folder} is a bundle, whose checksums are final; choose another {flag}")
 
 
 def data_uri(image: Image.Image, quality: int) -> str:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the images (where they were for the search)")
+    parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
     parser.add_argument("--address", metavar="ADDR", help="a running Ray cluster (the one at hand, else a local one)")
     asked = parser.parse_args(argv)
     return exit_status(lambda: _run(asked, Console(highlight=False)))
@@ -81,7 +81,8 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     experiment = locate(asked.source, asked.storage)
     trials = {trial.number: trial for trial in read_findings(experiment).trials}
     if asked.trial not in trials:
-        raise NotReplayable(f"{experiment.name} has no trial {asked.trial}; it has {min(trials)} to {max(trials)}")
+        has = f"it has {min(trials)} to {max(trials)}" if trials else "none has begun"
+        raise NotReplayable(f"{experiment.name} has no trial {asked.trial}; {has}")
     recorded = trials[asked.trial].user_attrs
     history = recorded.get("history", [])
     if not history:

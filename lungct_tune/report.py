@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line("report", "Make the report of a search again, or of one that has not ended.", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
-    parser.add_argument("--data", metavar="DIR", type=Path, help="the images (where they were for the search)")
+    parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(./report.html)")
     asked = parser.parse_args(argv)
     return exit_status(lambda: _run(asked, Console(highlight=False)))
@@ -62,7 +62,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     console.print(f"{asked.out}: {len(page) / 1e6:.1f} MB", soft_wrap=True, markup=False)
 
 
-def find_pictures(found: Findings, data: Path | None) -> Pictures:
+def find_pictures(found: Findings, data: str | Path | None) -> Pictures:
     """The images of a search, from `data` or where the search had them; why not, if they are not there."""
     from lungct_tune.data import DataError, fetch_images, make_phantoms, read_images
     from lungct_tune.data.cache import default_cache
@@ -72,7 +72,7 @@ def find_pictures(found: Findings, data: Path | None) -> Pictures:
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:
         images = read_images(
-            fetch_images(str(root)) if "://" in str(root) else Path(root),
+            fetch_images(root),
             settings["image_size"],
             class_map=settings["class_map"],
             skip_unreadable=settings["skip_unreadable"],

@@ -75,8 +75,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             console.print(terminal.PHANTOMS, style="bold yellow", soft_wrap=True)
         dealt = plan.deal()
         terminal.print_data(dealt.images, dealt.split, console)
-        audit = audit_images(dealt.images, dealt.split, settings.split)
-        terminal.print_verdict(audit, console)
+        audit = audit_images(dealt.images, dealt.parts, settings.split)
+        terminal.print_verdict(audit, settings, console)
         if settings.strict:
             refuse_leaks(audit)
 
@@ -164,12 +164,12 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             )
 
         judged, published = retrain(best), None
-        if settings.compare_baseline:
+        if settings.compare_baseline and best.number != studies.BASELINE:
             baseline = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
             if baseline is None:
                 console.print("the published configuration did not run to its end: nothing to compare with")
             else:
-                published = baseline, judged if baseline.number == best.number else retrain(baseline)
+                published = baseline, retrain(baseline)
 
         # ---- the bundle -------------------------------------------------------------------------------
         files = outcome.final(best, judged, published, seeds)

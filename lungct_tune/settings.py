@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -241,6 +241,20 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
     flags = vars(parser.parse_args(argv))
     given = _read_yaml(Path(path)) | flags if (path := flags.pop("settings", None)) else flags
     return validate(given), set(given)
+
+
+def flags(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The words of a command line that give these settings, where they are not the defaults."""
+    words = []
+    for name in names:
+        default = Settings.model_fields[name].default
+        value = values.get(name, default)
+        if value is None or value is False or str(value) == str(default):
+            continue
+        if isinstance(value, dict):
+            value = ",".join(f"{folder}={label}" for folder, label in value.items())
+        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
 
 
 def validate(values: dict[str, Any]) -> Settings:

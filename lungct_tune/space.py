@@ -58,6 +58,16 @@ class SearchSpace:
         return max([*depths, int(self.constants.get("truncation_depth", 1))])
 
 
+def in_range(distribution: BaseDistribution) -> str:
+    """What a parameter may be, in words."""
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return " or ".join(map(str, choices))
+        case IntDistribution(low=low, high=high, log=log) | FloatDistribution(low=low, high=high, log=log):
+            return f"{low:g} to {high:g}{', logarithmic' if log else ''}"
+    return str(distribution)
+
+
 def read_space(path: Path) -> str:
     """The text of a space's file.
 

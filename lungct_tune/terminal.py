@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -16,9 +16,10 @@ from rich.table import Table
 from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.configuration import Configuration
 from lungct_tune.data import SPLITS, ImageSet
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.objective import OBJECTIVE, judged
 from lungct_tune.plan import Plan
-from lungct_tune.space import SearchSpace
+from lungct_tune.settings import Settings, flags
+from lungct_tune.space import SearchSpace, in_range
 
 PHANTOMS = "These are PHANTOMS, drawn by a program, not patients: no figure here says anything about CT."
 
@@ -47,15 +48,17 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
 
 
-def print_verdict(audit: Mapping[str, Any], console: Console) -> None:
-    """What the audit found, in its own words; nothing where it found nothing."""
+def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console) -> None:
+    """What the audit found, in its own words, and how to see all of it; nothing where it found nothing."""
     verdict = audit["verdict"]
     if verdict["level"] == "clean":
         return
     console.print(verdict["headline"], style="bold yellow", soft_wrap=True, markup=False)
     for reason in verdict["reasons"]:
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
-    console.print("  all of it: python -m lungct_tune.audit", soft_wrap=True, markup=False)
+    same = flags(settings.model_dump(), ("image_size", "class_map", "skip_unreadable", "seed"))
+    words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], "--split", audit["split"]["how"], *same]
+    console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 
 def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
@@ -83,18 +86,9 @@ def print_space(space: SearchSpace, console: Console) -> None:
         console.print(f"  {configuration}", soft_wrap=True)
     console.print("varied:")
     for name, distribution in space.distributions.items():
-        console.print(f"  {name}: {_range(distribution)}", soft_wrap=True)
+        console.print(f"  {name}: {in_range(distribution)}", soft_wrap=True)
     for name, value in space.constants.items():
         console.print(f"  {name}: {value} in every other trial")
-
-
-def _range(distribution: BaseDistribution) -> str:
-    match distribution:
-        case CategoricalDistribution(choices=choices):
-            return f"one of {', '.join(map(str, choices))}"
-        case IntDistribution(low=low, high=high, log=log) | FloatDistribution(low=low, high=high, log=log):
-            return f"{low:g} to {high:g}{', logarithmic' if log else ''}"
-    return str(distribution)
 
 
 def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> None:
@@ -108,7 +102,7 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
         "epochs": ("epochs", "d"),
         "balanced accuracy": (f"best_{OBJECTIVE}", ".3f"),
     }
-    table = Table("", *columns, title="best epoch on validation", title_justify="left")
+    table = Table("", *columns, title=f"best epoch {judged(plan.settings.folds)}", title_justify="left")
     for title, trial in (("published", metrics["baseline_trial"]), ("best found", metrics["best_trial"])):
         if trial is not None:
             table.add_row(title, *(format(trial[key], style) for key, style in columns.values()))
@@ -146,14 +140,20 @@ def print_bundle(folder: Path, console: Console) -> None:
     if metrics["test"] is None:
         console.print(
             f"[bold yellow]The search has not ended[/]: this is the best of {metrics['search']['trials']} trials of "
-            f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} on "
-            "validation. It has not been judged on the test split; pull again when the search has ended.",
+            f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} "
+            f"{judged(config['settings'].get('folds'))}. It has not been judged on the test split; pull again when the "
+            "search has ended.",
             soft_wrap=True,
         )
     _print_worth(metrics, console)
     console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
-    console.print("use it:   from lungct_tune.bundle import load_model", markup=False)
-    console.print(f"          model, config = load_model({str(folder)!r})", soft_wrap=True, markup=False)
+    size = config["preprocessing"]["image_size"]
+    console.print("use it:   from lungct_tune.prediction import predict", markup=False)
+    console.print(
+        f"          predict({str(folder)!r}, images_NHW)  # uint8 grey, {size} x {size} pixels",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def print_figures(test: Mapping[str, Any], console: Console, title: str = "test accuracy") -> None:
@@ -173,7 +173,7 @@ def print_figures(test: Mapping[str, Any], console: Console, title: str = "test 
         console.print(f"cancer against normal: {rates}", soft_wrap=True)
     if (apart := test["leak_free"]) is not None:
         accuracy = in_words(apart["accuracy"])
-        console.print(f"the {apart['n']} images without a copy among those learned from: {accuracy}", soft_wrap=True)
+        console.print(f"the {apart['n']} images that are new to the model: {accuracy}", soft_wrap=True)
 
 
 def print_judged(images: ImageSet, metrics: Mapping[str, Any], console: Console) -> None:

@@ -15,9 +15,18 @@ from lungct_tune.configuration import PUBLISHED, Configuration
 from lungct_tune.data.shortcuts import RULES
 from lungct_tune.findings import Findings
 from lungct_tune.objective import OBJECTIVE
-from lungct_tune.settings import Settings
+from lungct_tune.settings import Settings, flags
+from lungct_tune.space import in_range
 from lungct_tune.terminal import PHANTOMS
-from lungct_tune.tuning.study import BASELINE, COMPLETED, DIVERGED, FAILED, best_figures, configuration_of
+from lungct_tune.tuning.study import (
+    BASELINE,
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    best_figures,
+    configuration_of,
+    how_ended,
+)
 from lungct_tune.tuning.trial import OBJECTIVE_SD
 
 EDGE = 0.02
@@ -28,6 +37,9 @@ LATE = 0.1
 
 FEWEST = 4
 """Completed trials that it takes to ask which parameter matters."""
+
+SAME_GROUP = "an image of the same group (a copy, or of the same series or patient)"
+"""What a test image has in train or validation that has been seen."""
 
 OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")
 
@@ -67,8 +79,8 @@ def _asked(found: Findings) -> str:
 def _found_out(found: Findings) -> str:
     if found.winner is None:
         if found.has_failed:
-            return f"Nothing: of {found.done} trials ({how_ended(found)}) none ran to its end."
-        return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({how_ended(found)})."
+            return f"Nothing: of {found.done} trials ({endings(found)}) none ran to its end."
+        return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({endings(found)})."
     what = f"trial {found.winner.number} ({configuration_of(found.winner)})"
     if found.test is None:
         return (
@@ -86,7 +98,7 @@ def _found_out(found: Findings) -> str:
 
 
 def _worth(found: Findings) -> str:
-    """The gravest thing that there is to say against what was found."""
+    """The gravest thing that there is to say against what was found; of what leaks, by the figures without it."""
     test = found.test
     if found.phantoms:
         return PHANTOMS
@@ -97,24 +109,29 @@ def _worth(found: Findings) -> str:
             "Nothing that may be quoted: validation figures have chosen the trial, so they flatter it, and the test "
             "split has not been looked at."
         )
-    if found.seen:
-        apart = test["leak_free"]
-        without = f"; on the {apart['n']} others it is {figure(apart['accuracy'])}" if apart else ""
-        return (
-            f"Less than it looks: {found.seen} of the {test['n']} test images have a near copy in train or "
-            f"validation, so the figure is too high{without}."
-        )
-    low = (test["accuracy"]["ci95"] or [0])[0]
-    majority, shortcut = test["references"]["majority class"], test["references"].get("shortcut")
+    seen = f"{found.seen} of the {test['n']} test images have {SAME_GROUP} in train or validation"
+    new = test["leak_free"] or test
+    accuracy, low = new["accuracy"], (new["accuracy"]["ci95"] or [0])[0]
+    majority, shortcut = new["references"]["majority class"], new["references"].get("shortcut")
+    on_the_others = f" On the {new['n']} others it is {figure(accuracy)}." if found.seen else ""
+    if not new["n"]:
+        return f"Nothing: {seen}."
     if low <= majority["accuracy"]["value"]:
-        return f"Nothing: its interval reaches down to what always saying {majority['name']} scores."
+        return (
+            f"Nothing: {seen}.{on_the_others} Its" if found.seen else "Nothing: its"
+        ) + f" interval reaches down to what always saying {majority['name']} scores."
     if shortcut and low <= shortcut["accuracy"]["value"]:
         return (
             f"Little: a rule that knows only {RULES[shortcut['name']].title} scores "
             f"{percent(shortcut['accuracy']['value'])} on the same images, so the figure does not show that the model "
-            "sees disease."
+            f"sees disease.{f' Also, {seen}.{on_the_others}' if found.seen else ''}"
         )
-    if given := sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])}):
+    given = sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])})
+    if given == found.classes:
+        return f"Little: a trivial rule recognises {' and '.join(given)} in these data (see below)."
+    if found.seen:
+        return f"Less than it looks: {seen}, so the figure is too high.{on_the_others}"
+    if given:
         return (
             f"Less for {' and '.join(given)}, which a trivial rule recognises in these data (see below); for the rest "
             "it holds for images from the same source, and is no diagnosis."
@@ -125,7 +142,7 @@ def _worth(found: Findings) -> str:
     )
 
 
-def how_ended(found: Findings) -> str:
+def endings(found: Findings) -> str:
     """How many trials ended how, in words."""
     return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"
 
@@ -148,7 +165,7 @@ def compared_accuracies(test: Mapping[str, Any]) -> list[tuple[str, float, list[
     """Accuracies on the same images: the model's, then what there is to compare with."""
     rows = [("this model", test["accuracy"], True)]
     if apart := test["leak_free"]:
-        rows.append((f"this model, {apart['n']} images without a copy", apart["accuracy"], True))
+        rows.append((f"this model, {apart['n']} images new to it", apart["accuracy"], True))
     rows += [(name, row["accuracy"], False) for name, row in references(test)]
     return [(name, f["value"], f["ci95"], ours) for name, f, ours in rows if f["value"] is not None]
 
@@ -169,21 +186,27 @@ def of_others(metrics: Mapping[str, Any], searched: str) -> list[tuple[str, str]
     """
     test, (*classes, last) = metrics["test"], metrics["test"]["per_class"]
     ((_, largest),) = references(test)
-    majority, interval_of_ours = largest["accuracy"]["value"], test["accuracy"]["ci95"]
+    new = test["leak_free"] or test
     asked = (
         f"How does the model of {searched} tell {', '.join(classes)} and {last} apart in images that its search "
         "did not have?"
     )
     found = (
         f"An accuracy of {figure(test['accuracy'])} on {test['n']} images in {test['groups']} groups, where always "
-        f"naming the largest class scores {percent(majority)}; balanced accuracy {figure(test['balanced_accuracy'])}."
+        f"naming the largest class scores {percent(largest['accuracy']['value'])}; balanced accuracy "
+        f"{figure(test['balanced_accuracy'])}."
     )
     if seen := sum(metrics["learned_from"].values()):
-        worth = f"Little: the model has learned from {seen} of these images, or from copies of them."
-    elif interval_of_ours is None or interval_of_ours[0] <= majority:
-        worth = "Too few images, or too many mistakes: always naming the largest class may do as well."
+        learned = f"The model has learned from {seen} of the {test['n']} images, or from images that look like them"
+        worth = f"{learned}; on the {new['n']} others its accuracy is {figure(new['accuracy'])}. "
     else:
-        worth = "It holds for images like these, of patients like these; of others it says nothing."
+        worth = ""
+    if not new["n"]:
+        worth = "Nothing: the model has learned from all of these images, or from images that look like them."
+    elif (new["accuracy"]["ci95"] or [0])[0] <= new["references"]["majority class"]["accuracy"]["value"]:
+        worth += "Too few images, or too many mistakes: always naming the largest class may do as well."
+    else:
+        worth += "It holds for images like these, of patients like these; of others it says nothing."
     return [("Asked", asked), ("Found", found), ("Worth", worth)]
 
 
@@ -203,17 +226,18 @@ def left_out_of_others(metrics: Mapping[str, Any]) -> list[str]:
 
 def about_the_search(found: Findings) -> list[str]:
     """What a sceptical reader asks of a search, a sentence or two each."""
-    folds, judged_on = found.settings.get("folds"), found.searched_on
+    judged_on = {name: n for name, n in found.searched_on.items() if n}
     smallest, n = min(judged_on.items(), key=lambda pair: pair[1])
-    how = f"in cross-validation over {folds} folds" if folds else "on validation"
+    without = [name for name in found.classes if name not in judged_on]
+    seen = f", but of {found.seen} test images {SAME_GROUP}" if found.seen else ""
     said = [
         "The rule that chose the winner was fixed before the search began: of the trials that ran to their end "
-        f"without diverging, the one with the highest {OBJECTIVE_NAME} {how} at its best epoch; of equals, the one "
-        "with the lower log loss. No trial was shown a test image.",
-        f"{found.done} of {found.settings['trials']} trials have ended: {how_ended(found)}.",
-        f"Trials were judged {how}: on {sum(judged_on.values())} images, the fewest, {n}, of {smallest}. One of these "
-        f"changes the {OBJECTIVE_NAME} by {100 / (len(found.classes) * max(n, 1)):.1f} points; smaller differences "
-        "between trials say nothing.",
+        f"without diverging, the one with the highest {OBJECTIVE_NAME} {found.judged} at its best epoch; of equals, "
+        f"the one with the lower log loss. No trial was shown a test image{seen}.",
+        f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}.",
+        f"Trials were judged {found.judged}: on {sum(judged_on.values())} images, the fewest, {n}, of {smallest}. One "
+        f"of these changes the {OBJECTIVE_NAME} by {100 / (len(judged_on) * n):.1f} points; smaller differences "
+        "between trials say nothing." + (f" There was none of {' and '.join(without)}." if without else ""),
     ]
     if found.winner is None:
         return said
@@ -221,12 +245,15 @@ def about_the_search(found: Findings) -> list[str]:
         said.append(f"Over the folds, the winner's {OBJECTIVE_NAME} has a standard deviation of {percent(spread)}.")
     said += [_edges(found, found.winner), _improving(found, found.winner)]
     if found.winner.number == BASELINE:
-        said.append("Nothing that was tried did better than the published configuration.")
+        said.append(
+            "The winner is the published configuration: "
+            + ("nothing else was tried." if found.done == 1 else "nothing else that was tried did better.")
+        )
     elif found.baseline is not None:
         gain = best_figures(found.winner)[OBJECTIVE] - best_figures(found.baseline)[OBJECTIVE]
         said.append(
-            f"{how.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the published "
-            f"configuration: as the best of {found.done} trials, which flatters it."
+            f"{found.judged.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the "
+            f"published configuration: as the best of {found.done} trials, which flatters it."
         )
     if seeds := found.metrics.get("seeds"):
         said.append(
@@ -238,14 +265,16 @@ def about_the_search(found: Findings) -> list[str]:
 
 
 def _seeds_against_the_published(found: Findings, seeds: Mapping[str, Any]) -> str:
-    assert found.baseline is not None
-    gain = 100 * (seeds["mean"] - best_figures(found.baseline)[OBJECTIVE])
-    return f"{gain:+.1f} points against the published configuration's one training, without the luck of being chosen"
+    assert found.baseline is not None and found.winner is not None
+    gain = f"{100 * (seeds['mean'] - best_figures(found.baseline)[OBJECTIVE]):+.1f} points against"
+    if found.winner.number == BASELINE:
+        return f"{gain} its own training in the search"
+    return f"{gain} the published configuration's one training, without the luck of being chosen"
 
 
 def _edges(found: Findings, winner: FrozenTrial) -> str:
     at = [
-        f"{name.replace('_', ' ')} {value:.3g} ({where} of {_range(distribution)})"
+        f"{name.replace('_', ' ')} {value:.3g} ({where} of {in_range(distribution)})"
         for name, distribution in found.space.distributions.items()
         for value in [getattr(configuration_of(winner), name)]
         if (where := edge(value, distribution))
@@ -275,18 +304,9 @@ def edge(value: float, distribution: BaseDistribution) -> str:
     return "" if low == high or EDGE < place < 1 - EDGE else "the lower end" if place <= EDGE else "the upper end"
 
 
-def _range(distribution: BaseDistribution) -> str:
-    match distribution:
-        case CategoricalDistribution(choices=choices):
-            return ", ".join(map(str, choices))
-        case IntDistribution(low=low, high=high) | FloatDistribution(low=low, high=high):
-            return f"{low:g} to {high:g}"
-    return str(distribution)
-
-
 def _improving(found: Findings, winner: FrozenTrial) -> str:
     epochs, best = found.settings["epochs"], int(best_figures(winner)["epoch"])
-    late = sum(t.user_attrs.get("ended") == COMPLETED and _is_late(t, epochs) for t in found.trials)
+    late = sum(how_ended(trial) == COMPLETED and _is_late(trial, epochs) for trial in found.trials)
     if _is_late(winner, epochs):
         about = f"The winner was still improving when it ended (best at epoch {best} of {epochs})"
     else:
@@ -310,7 +330,7 @@ def importance(found: Findings) -> dict[str, float]:
     completed = [
         trial
         for trial in found.trials
-        if trial.user_attrs.get("ended") == COMPLETED and not _is_outside(trial)  # as a fixed one may be
+        if how_ended(trial) == COMPLETED and not _is_outside(trial)  # as a fixed one may be
     ]
     if len(completed) < FEWEST or len({trial.value for trial in completed}) < 2:
         return {}
@@ -339,15 +359,17 @@ def trial_rows(found: Findings) -> list[list[str | int]]:
         best = best_figures(trial)
         figures = [f"{best[key]:.3f}" if best else "" for key in (OBJECTIVE, "accuracy", "log_loss")]
         values = [f"{value:.3g}" for value in configuration_of(trial).as_dict().values()]
-        ended = str(trial.user_attrs.get("ended", "not ended")).partition(":")[0].partition(" after")[0]
-        rows.append([trial.number, ended, len(trial.user_attrs.get("history", [])), *figures, *values])
+        rows.append([trial.number, how_ended(trial), len(trial.user_attrs.get("history", [])), *figures, *values])
     return rows
 
 
 def failures(found: Findings) -> list[tuple[int, str]]:
     """The trials that diverged or failed, and why."""
-    ended = ((trial.number, str(trial.user_attrs.get("ended", ""))) for trial in found.trials)
-    return [(number, how) for number, how in ended if how.startswith((DIVERGED, FAILED))]
+    return [
+        (trial.number, trial.user_attrs.get("ended", FAILED))
+        for trial in found.trials
+        if how_ended(trial) in (DIVERGED, FAILED)
+    ]
 
 
 def about_calibration(calibration: Mapping[str, Any]) -> str:
@@ -382,15 +404,8 @@ def difference(test: Mapping[str, Any]) -> str:
 
 def command(settings: Mapping[str, Any]) -> str:
     """What to type to run the same search again."""
-    words = ["python", "-m", "lungct_tune.search"]
-    for name, field in Settings.model_fields.items():
-        value = settings.get(name, field.default)
-        if name in ("name", "storage", "study") or value is None or value is False or str(value) == str(field.default):
-            continue
-        if isinstance(value, dict):
-            value = ",".join(f"{folder}={label}" for folder, label in value.items())
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return shlex.join(words)
+    names = [name for name in Settings.model_fields if name not in ("name", "storage", "study")]
+    return shlex.join(["python", "-m", "lungct_tune.search", *flags(settings, names)])
 
 
 def facts(found: Findings) -> list[tuple[str, str]]:

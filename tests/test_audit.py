@@ -16,9 +16,10 @@ from PIL import Image
 
 from lungct_tune import search
 from lungct_tune.audit import main
-from lungct_tune.data import DataError, ImageSet, make_phantoms, read_images, split_images
-from lungct_tune.data.audit import audit_images, copy_numbers, refuse_leaks, too_alike
+from lungct_tune.data import DataError, ImageSet, fold_images, make_phantoms, read_images
+from lungct_tune.data.audit import audit_images, conclude, copy_numbers, refuse_leaks, too_alike
 from lungct_tune.data.shortcuts import RULES, best_shortcut, measure_shortcuts
+from lungct_tune.plan import Dealt
 from lungct_tune.rendering import pairs_of_copies
 
 
@@ -51,19 +52,22 @@ def test_clean_data_have_no_leak(tmp_path: Path, seed: int, split: str) -> None:
     assert not any(across["with_copy"] for across in audit["copies"]["across"])
     assert audit["conflicts"] == []
     for health in audit["split_health"]:
-        assert health["in_a_group_of_train"] == 0
+        assert health["seen"] == 0
 
 
 def test_copies_across_the_split_are_a_leak_and_counted(clean: Path) -> None:
     copied = copy_across(clean)
+    shutil.copy(clean / copied[0], clean / "test" / "normal" / "copy.png")
     audit = audited(clean, "--split", "official")
     assert audit["verdict"]["level"] == "leaks"
+    assert [(health["part"], health["seen"]) for health in audit["split_health"]] == [("valid", 4), ("test", 1)]
+    assert not any(row["with_copy"] for row in audit["copies"]["inside"])
     across = {(row["part"], row["other"]): row for row in audit["copies"]["across"]}
     assert across["valid", "train"]["byte_identical"] == across["valid", "train"]["with_copy"] == len(copied)
     assert across["valid", "train"]["by_class"] == {"normal": 4}
-    assert across["test", "train"]["with_copy"] == 0
-    shown = {pair["second"]["path"] for pair in audit["copies"]["pairs"]}
-    assert shown == set(copied)
+    assert across["test", "train"]["with_copy"] == across["test", "valid"]["with_copy"] == 1
+    shown = {pair[side]["path"] for pair in audit["copies"]["pairs"] for side in ("first", "second")}
+    assert shown >= {*copied, "test/normal/copy.png"}
     assert any("4 are copies, byte for byte (4 normal)" in reason for reason in audit["verdict"]["reasons"])
 
 
@@ -79,6 +83,7 @@ def test_copies_inside_a_part_are_shown_and_are_no_leak(clean: Path) -> None:
     Image.open(original).resize((50, 50)).save(original.with_name("small.png"))
     audit = audited(clean, "--split", "official")
     assert audit["verdict"]["level"] != "leaks"
+    assert {row["part"]: row["by_class"] for row in audit["copies"]["inside"]}["train"] == {"normal": 2}
     (pair,) = audit["copies"]["pairs"]
     assert (pair["kind"], pair["change"]) == ("near-identical", "64x64 and 50x50 pixels")
 
@@ -127,8 +132,9 @@ def test_images_under_two_classes_and_files_that_are_something_else_are_named(cl
 def test_strict_refuses_a_split_that_leaks(clean: Path) -> None:
     copy_across(clean)
     images = read_images(clean, 32, cache=clean.parent)
-    folders, grouped = images.table["folder"].to_numpy(dtype=str), split_images(images, "grouped", 0)
-    refuse_leaks(audit_images(images, grouped, "grouped"))
+    folders = images.table["folder"].to_numpy(dtype=str)
+    fold = fold_images(images, np.flatnonzero(folders != "test"), 2, 0)
+    refuse_leaks(audit_images(images, Dealt(images, folders, fold).parts, "official"))  # folds cut no group
     with pytest.raises(DataError, match=r"4 of .* valid images are copies .*--split grouped"):
         refuse_leaks(audit_images(images, folders, "official"))
 
@@ -172,7 +178,9 @@ def test_parts_may_be_missing(clean: Path, folders: tuple[str, ...]) -> None:
     assert [health["part"] for health in audit["split_health"]] == [folders[1]]
 
 
-def test_bare_class_folders_are_split_as_a_search_would(clean: Path) -> None:
+def test_bare_class_folders_are_split_as_a_search_would_or_audited_without_a_split(
+    clean: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (clean / "groups.csv").unlink()
     for part in ("valid", "test"):
         shutil.rmtree(clean / part)
@@ -181,6 +189,86 @@ def test_bare_class_folders_are_split_as_a_search_would(clean: Path) -> None:
     (clean / "train").rmdir()
     assert audited(clean)["split"]["how"] == "grouped"
     assert main(["--data", str(clean), "--split", "official"]) == 2
+    assert "choose --split grouped" in capsys.readouterr().err
+    for path in sorted((clean / "normal").iterdir())[1:]:
+        path.unlink()
+    audit = audited(clean)
+    assert audit["split"] == {"how": "no", "parts": ["unsplit"]}
+    assert audit["verdict"]["headline"].startswith("These images make no split")
+    assert "Images of normal: 1, in groups: 1" in " ".join(audit["verdict"]["reasons"])
+    assert main(["--data", str(clean), "--split", "grouped", "--image-size", "48"]) == 2
+    assert "--split official" not in capsys.readouterr().err
+
+
+# The verdict
+
+
+def figures_of(leaks: tuple[str, ...] = (), alike: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    """The figures of an audit of two classes that has nothing to say, but for what is asked."""
+    none = {"with_copy": 0, "byte_identical": 0, "by_class": {}}
+    others = {"images": 9, "nearest_neighbour_right": 8, "expected_of_unseen_groups": 0.5}
+    health = [
+        {
+            "part": part,
+            "before": before,
+            "images": 10,
+            "seen": int(part in leaks),
+            "copies": none,
+            "by_class": {},
+            "nearest_neighbour_accuracy": 0.8,
+            "others": others | {"too_alike": part in alike},
+        }
+        for part, before in (("valid", ["train"]), ("test", ["train", "valid"]))
+    ]
+    audit = {
+        "images": 60,
+        "classes": ["cancer", "normal"],
+        "split": {"parts": ["train", "valid", "test"]},
+        "split_health": health,
+        "permuted": None,
+        "conflicts": [],
+        "shortcuts": {"given_away": []},
+        "groups": {"by_class": {"cancer": 9, "normal": 9}, "images_in_groups_csv": 60},
+        "inventory": {"unreadable": [], "by_class": {"cancer": {"train": 9, "valid": 9, "test": 9}}},
+    }
+    return audit | more
+
+
+def test_a_verdict_is_about_what_really_leaks() -> None:
+    assert conclude(figures_of())["headline"] == "Nothing was found that speaks against test accuracy on this split."
+    valid, test = conclude(figures_of(leaks=("valid",))), conclude(figures_of(leaks=("test",)))
+    assert valid["level"] == test["level"] == "leaks"
+    assert valid["headline"].startswith("Valid leaks, test does not") and "--folds" in valid["advice"][0]
+    assert test["headline"].startswith("This split leaks. Don't conclude from test accuracy")
+    assert "1 of 10 test images are copies of images in train or valid" in test["reasons"][0]
+
+
+def test_what_only_looks_like_a_leak_is_not_called_none() -> None:
+    verdict = conclude(figures_of(alike=("valid",)))
+    assert verdict["level"] == "caution" and "No leak was found" not in verdict["headline"]
+    assert "Of the 9 valid images" in verdict["reasons"][0] and "valid probably shows patients" in verdict["reasons"][0]
+
+
+def test_a_file_that_is_left_out_says_nothing_about_lungs() -> None:
+    inventory = figures_of()["inventory"] | {"unreadable": ["a.png"]}
+    verdict = conclude(figures_of(inventory=inventory))
+    assert verdict["level"] == "caution" and "lungs" not in verdict["headline"]
+
+
+def test_a_shortcut_to_one_of_two_classes_is_said_once() -> None:
+    given = [{"class": name, "by": "the histogram of greys", "auroc": 0.99} for name in ("cancer", "normal")]
+    verdict = conclude(figures_of(shortcuts={"given_away": given}))
+    assert verdict["headline"].startswith("No leak was found in this split, but test accuracy on it is not all about")
+    (reason,), (advice,) = verdict["reasons"], verdict["advice"]
+    assert reason.startswith("cancer and normal are given away by") and "other classes" not in advice
+
+
+def test_a_class_without_images_in_a_part_is_named() -> None:
+    counts = {"cancer": {"train": 9, "valid": 0, "test": 0}}
+    verdict = conclude(figures_of(inventory={"unreadable": [], "by_class": counts}))
+    assert verdict["level"] == "caution" and "lacks images of a class" in verdict["headline"]
+    for part, reason in zip(("valid", "test"), verdict["reasons"], strict=True):
+        assert reason.startswith(f"No image of cancer is in {part}: ")
 
 
 # The page
@@ -272,7 +360,7 @@ def an_image_set(n: int, groups: np.ndarray, labels: np.ndarray, images: np.ndar
     rng = np.random.default_rng(seed)
     table = pd.DataFrame(
         {"path": [f"{i}.png" for i in range(n)], "folder": "", "label": labels, "digest": "", "group": groups}
-    )
+    ).assign(is_listed=False)
     table = table.assign(width=rng.integers(90, 100, n), height=100, mode="L", format="PNG", bytes=5000)
     return ImageSet(Path("somewhere"), table, images, ("a", "b"), [], [], [], [], "")
 
@@ -348,4 +436,10 @@ def test_what_is_known_of_the_published_images_is_found() -> None:
     assert {found["class"] for found in audit["shortcuts"]["given_away"]} == {"normal"}
     (valid,) = audit["split_health"]
     assert 0.83 < valid["nearest_neighbour_accuracy"] < 0.88
-    assert valid["by_class"]["normal"]["in_a_group_of_train"] == 10
+    assert valid["by_class"]["normal"]["seen"] == 10
+    # told by its file almost perfectly, as long as copies may be told by their copies: grouped, the width, mode and
+    # bytes of the file say less than the greys do
+    of_normal = {rule["rule"]: rule["auroc"]["normal"] for rule in audit["shortcuts"]["rules"]}
+    assert 0.85 < of_normal["file"] < 0.95 and of_normal["histogram"] > 0.98
+    inside = {row["part"]: row for row in audit["copies"]["inside"]}
+    assert inside["train"]["by_class"]["normal"] > 100

@@ -81,6 +81,12 @@ def test_a_class_that_was_all_right_is_not_called_certain() -> None:
     assert high == pytest.approx(1 - 0.025 ** (1 / 20)) and low == 0
 
 
+def test_what_all_resamples_agree_on_has_no_interval() -> None:
+    bootstrap = GroupBootstrap(np.arange(20))
+    for difference in (0.0, 1.0):
+        assert bootstrap.mean(np.full(20, difference)) == {"value": difference, "ci95": None}
+
+
 def test_one_group_has_no_interval_and_no_image_no_value() -> None:
     bootstrap = GroupBootstrap(np.array([7, 7, 9]))
     assert bootstrap.rate(np.array([True, False, True]), np.array([True, True, False])) == {"value": 0.5, "ci95": None}

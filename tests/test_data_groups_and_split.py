@@ -214,6 +214,11 @@ def test_the_official_split_says_which_folder_is_missing() -> None:
         split_images(an_image_set([0, 1], [0, 1]), "official", 0)
 
 
+def test_the_official_split_has_all_classes_to_learn_from() -> None:
+    with pytest.raises(DataError, match=r"train/ in .* has no image of class 1, .*--split grouped"):
+        split_images(an_image_set([0, 1, 1], [0, 1, 2], ["train", "valid", "test"]), "official", 0)
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real CT images are not at {REAL}")
 def test_the_published_images_split_70_10_20_in_every_class() -> None:
     image_set = read_images(REAL, 64)

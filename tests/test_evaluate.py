@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lungct_tune.bundle import CONFIG, LEARNED, METRICS, MODEL, as_json, describe_model, load_model, write_bundle
 from lungct_tune.calibration import calibrated
@@ -158,10 +158,13 @@ def test_images_that_it_has_learned_from_are_told(
     same, saved_again = sorted((phantoms / "train").glob("normal/*.png"))[::6][:2]
     shutil.copy(same, data / "normal" / "same.png")
     with Image.open(saved_again) as image:
-        image.convert("L").resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
+        flipped = ImageOps.mirror(image.convert("L"))
+    flipped.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
     assert "learned from 1 of these files, and from images that look like 1 more" in capsys.readouterr().out
     metrics, _ = judged(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The model has learned from 2 of the 62 images, or from images that look like them; on the 60 others" in page
     assert metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 1}
     assert metrics["test"]["leak_free"]["n"] == metrics["test"]["n"] - 2
 
@@ -187,6 +190,7 @@ def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Pat
         (["--data", "EMPTY"], "found no images"),
         (["--data", "nowhere"], "nowhere is not a folder"),
         (["--out", "."], "is there already; choose another --out"),
+        (["--out", "BUNDLE/judged/again"], "is a bundle, whose checksums are final; choose another --out"),
         (["--out", "/proc/judged"], "/proc/judged cannot be written"),
     ],
 )
@@ -197,6 +201,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(
     (tmp_path / "UNKNOWN" / "normal").rename(tmp_path / "UNKNOWN" / "healthy")
     (tmp_path / "EMPTY").mkdir()
     arguments = [str(tmp_path / word) if word in ("UNKNOWN", "EMPTY") else word for word in arguments]
+    arguments = [word.replace("BUNDLE", str(bundle)) for word in arguments]
     assert main([str(bundle), "--data", str(elsewhere), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from sklearn import metrics
 
+from lungct_tune.calibration import calibrated
 from lungct_tune.evaluation import judge
 from lungct_tune.objective import rank, validation_figures
 from lungct_tune.ranking import sensitivity_at
@@ -86,6 +87,19 @@ def test_cancer_is_what_the_cancers_together_say() -> None:
     assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 1]]  # but not likelier than not
 
 
+def test_cancer_against_normal_is_asked_of_the_probabilities_that_a_user_gets() -> None:
+    """A temperature keeps the likeliest of all classes, and may change what several classes say together."""
+    plain, calibration = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]]), {"temperature": 0.5, "fitted_on": None}
+    labels, scaled = np.array([0, 2]), calibrated(plain, 0.5)
+    figures = judge(labels, scaled, CLASSES, np.arange(2), uncalibrated_NC=plain, calibration=calibration)
+    as_trained = judge(labels, plain, CLASSES, np.arange(2))
+    assert figures["confusion_matrix"] == as_trained["confusion_matrix"]
+    assert as_trained["cancer_vs_normal"]["table"] == [[1, 0], [0, 1]]
+    assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 0]]
+    assert figures["calibration"]["before"] == as_trained["calibration"]["before"]
+    assert figures["calibration"]["after"] == judge(labels, scaled, CLASSES, np.arange(2))["calibration"]["before"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(8, 40), st.booleans())
 def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool) -> None:
@@ -137,7 +151,9 @@ def test_a_figure_that_the_split_does_not_define_is_none_and_json() -> None:
 
 def test_images_without_a_twin_elsewhere_are_judged_apart() -> None:
     labels, twins = np.array([0, 1, 2, 3]), np.array([True, True, False, False])
-    figures = judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins)
+    rule = {"majority class": ("normal", np.full(4, 2))}
+    figures = judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins, references=rule)
+    assert figures["leak_free"]["references"]["majority class"]["accuracy"]["value"] == 0.5
     assert figures["accuracy"]["value"] == 0.75
     assert figures["leak_free"]["n"] == 2 and figures["leak_free"]["accuracy"]["value"] == 0.5
     assert judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins & False)["leak_free"] is None

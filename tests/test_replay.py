@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,11 +26,39 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
-    """The folder of a finished search whose trials are judged by two folds."""
+    """The folder of a finished search of the official split, judged by two folds; a copy from train is in test."""
     storage = tmp_path_factory.mktemp("storage")
+    leaking = shutil.copytree(phantoms, storage / "leaking")
+    for part in ("valid", "test"):
+        shutil.copy(min((leaking / "train" / "normal").iterdir()), leaking / part / "normal" / "copy.png")
     (storage / "space.yaml").write_text(SPACE)
-    arguments = ["--data", str(phantoms), "--space", str(storage / "space.yaml"), "--storage", str(storage), *SMALL]
-    how = ["--trials", "3", "--epochs", "3", "--slots", "1", "--final-workers", "1", "--folds", "2", "--seeds", "2"]
+    arguments = [
+        "--data",
+        str(leaking),
+        "--split",
+        "official",
+        "--space",
+        str(storage / "space.yaml"),
+        "--storage",
+        str(storage),
+        *SMALL,
+    ]
+    how = [
+        "--space",
+        str(storage / "space.yaml"),
+        "--trials",
+        "3",
+        "--epochs",
+        "3",
+        "--slots",
+        "1",
+        "--final-workers",
+        "1",
+        "--folds",
+        "2",
+        "--seeds",
+        "2",
+    ]
     assert search.main([*arguments, *how, "--name", "folded"]) == 0
     return storage / "folded"
 
@@ -57,6 +86,26 @@ def test_the_winners_seeds_are_in_the_bundle(searched: Path) -> None:
     assert metrics["test"]["references"]["shortcut"]["name"]
     assert "with 2 other seeds" in (searched / "best" / "report.html").read_text()
     assert not (searched / "folded-seeds").exists()
+
+
+def test_what_leaks_into_test_is_judged_apart_and_said_wherever_the_figures_are(searched: Path) -> None:
+    best = searched / "best"
+    metrics, audit = (json.loads((best / name).read_text()) for name in ("metrics.json", "audit.json"))
+    test, table = metrics["test"], pd.read_csv(searched / "split.csv")
+    seen = int(table["group"][table["split"] == "test"].isin(table["group"][table["split"] != "test"]).sum())
+    assert seen >= 1 and test["leak_free"]["n"] == test["n"] - seen
+    assert test["leak_free"]["references"].keys() == test["references"].keys()
+    assert audit["split"]["parts"] == ["train+valid", "test"]  # within which folds cut no group
+    assert f"{seen} of {test['n']} test images are copies of images in train+valid" in audit["verdict"]["reasons"][0]
+    said = f"{seen} of the {test['n']} test images have an image of the same group"
+    page, card = ((best / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
+    assert said in page or "PHANTOMS" in page
+    for text in (page, card):
+        assert f"No trial was shown a test image, but of {seen} test images an image of the same group" in text
+        assert "in 2-fold cross-validation" in text and "on validation" not in text
+    assert f"Of {seen} of them, trials have seen an image of the same group" in page
+    assert "No trial has seen" not in page and "The test figures flatter it too" in card
+    assert "Of 1 test images" not in card and "groups.csv names those of" in card
 
 
 def replayed(searched: Path, trial: int, *more: str) -> int:

@@ -35,7 +35,7 @@ from lungct_tune.report import find_pictures, main
 from lungct_tune.settings import Settings
 from lungct_tune.training import as_grey, forward
 from lungct_tune.tuning import study as studies
-from lungct_tune.verdict import command, edge, verdict
+from lungct_tune.verdict import about_the_search, command, edge, verdict
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}
@@ -253,7 +253,7 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Findi
         (3, [lambda s: s.run(), lambda s: s.run(1)], "has not ended: 1 of 3", ["winner"]),
         (2, [lambda s: s.run(0, "no <room>")] * 2, "The search failed", []),
         (1, [lambda s: s.run()], "has not been retrained and judged", ["winner"]),
-        (1, [lambda s: s.run(), Search.finish], "published configuration", ["winner", "test", "mistakes"]),
+        (1, [lambda s: s.run(), Search.finish], "nothing else was tried", ["winner", "test", "mistakes"]),
     ],
     ids=["no trial completed yet", "interrupted", "failed", "not judged", "one trial"],
 )
@@ -383,9 +383,33 @@ def test_the_verdict_names_the_gravest_objection(found: Findings) -> None:
     shortcut = {"name": "file", "accuracy": {"value": 0.85, "ci95": None}}
     easy = with_test(found, accuracy=good, references={"majority class": rules, "shortcut": shortcut})
     assert "Little: a rule that knows only the size, mode and bytes per pixel of the file scores 85" in verdict(easy)[2]
-    leaking = found.split.assign(group=0)
-    seen = replace(with_test(found, accuracy=good, references={"majority class": rules}), split=leaking)
-    assert "12 of the 12 test images have a near copy" in verdict(seen)[2]
+    leaking = found.split.assign(group=found.split["path"].where(found.split["path"].rank() % 2 == 0, "one"))
+    n, references = replace(found, split=leaking).seen, {"majority class": rules, "shortcut": shortcut}
+    for accuracy, said in (
+        (
+            good,
+            f"Less than it looks: {n} of the 12 test images have an image of the same group (a copy, or of the same",
+        ),
+        ({"value": 0.7, "ci95": [0.4, 0.8]}, "Little: a rule that knows only the size, mode and bytes"),
+        ({"value": 0.5, "ci95": [0.2, 0.7]}, f"Nothing: {n} of the 12 test images have"),
+    ):
+        clean = {"n": 12 - n, "accuracy": accuracy, "references": {"majority class": rules}}
+        clean["references"] |= {"shortcut": shortcut} if said.startswith("Little") else {}
+        seen = replace(with_test(found, accuracy=good, references=references, leak_free=clean), split=leaking)
+        assert verdict(seen)[2].startswith(said) and f"On the {12 - n} others it is" in verdict(seen)[2]
+    nothing = {"n": 0, "accuracy": {"value": None, "ci95": None}, "references": references}
+    all_seen = replace(with_test(found, leak_free=nothing), split=found.split.assign(group=0))
+    assert verdict(all_seen)[2].startswith("Nothing: 12 of the 12 test images have")
+
+
+def test_a_class_that_trials_were_not_judged_on_is_named(found: Findings) -> None:
+    from dataclasses import replace
+
+    split = found.split[(found.split["label"] != "normal") | (found.split["split"] != "valid")]
+    (judged,) = [
+        said for said in about_the_search(replace(found, split=split)) if said.startswith("Trials were judged")
+    ]
+    assert "There was none of normal." in judged and "the fewest, 0" not in judged
 
 
 @given(st.floats(1e-4, 1e-2))

@@ -4,18 +4,18 @@ The audit is a plain dictionary of names, numbers and texts, for audit.json and 
 
     verdict       level ("leaks", "caution" or "clean"), headline, reasons and advice, in plain words
     inventory     images by class and split, formats, modes, sizes, what was left out
-    copies        by kind and by class; across splits; the pairs, worst first
+    copies        by kind and by class; across parts and inside them; the pairs, worst first
     conflicts     copies under several classes
     groups        how many, at the threshold in force and at others; how many the split cuts
     shortcuts     what each rule scores beside chance; which classes are given away by which
-    split_health  how alike each part is to train
+    split_health  how alike each part is to those before it, which a model judged on it has learned from
     permuted      only where asked for: what is learnt from labels that mean nothing
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -31,7 +31,10 @@ from lungct_tune.data.find import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, merge
 from lungct_tune.data.images import CopyOf, ImageSet
 from lungct_tune.data.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
-from lungct_tune.data.split import SPLITS
+from lungct_tune.data.split import POOLED, SPLITS
+
+UNSPLIT = "unsplit"
+"""The one part of images that are too few to be split."""
 
 KINDS = ("byte-identical", "pixel-identical", "near-identical")
 PERMUTATIONS = 10
@@ -39,7 +42,7 @@ PROOF = 0.001
 """Chance of a false alarm for the whole of the permuted runs (Bonferroni over rules and parts)."""
 
 TOO_ALIKE = 0.01
-"""Chance of a false alarm when a part is called more alike to train than unseen groups are."""
+"""Chance of a false alarm when a part is called more alike to what was learned from than unseen groups are."""
 
 _SUFFIXES = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm", ".pnm"}}
 
@@ -49,11 +52,12 @@ def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: boo
 
     Args:
         images: as they were read.
-        split: (N,) str, "train", "valid" or "test" for each image; valid or test may be missing.
-        how: what the split is called: "grouped" or "official".
+        split: (N,) str, the part of each image: "train", "valid" or "test", of which any may be missing; `POOLED`
+            instead of the first two where folds cure what train and valid have in common; or all `UNSPLIT`.
+        how: what the split is called: "grouped", "official" or "no".
         permuted: also train the rules on permuted labels (a minute for 1,000 images).
     """
-    parts = [part for part in SPLITS if (split == part).any()]
+    parts = [part for part in (UNSPLIT, POOLED, *SPLITS) if (split == part).any()]
     shortcuts = measure_shortcuts(images, np.arange(len(split)))
     unseen = shortcuts["pixels"].sensitivity if shortcuts else {}
     audit: dict[str, Any] = {
@@ -67,10 +71,10 @@ def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: boo
         "conflicts": _conflicts(images),
         "groups": _groups(images, split),
         "shortcuts": _shortcuts(images, shortcuts),
-        "split_health": [_likeness(images, split, part, unseen) for part in parts[1:] if parts[0] == "train"],
+        "split_health": [_likeness(images, split, parts[: i + 1], unseen) for i in range(1, len(parts))],
         "permuted": _permuted(images, split, parts) if permuted else None,
     }
-    return {"verdict": _verdict(audit)} | audit
+    return {"verdict": conclude(audit)} | audit
 
 
 def refuse_leaks(audit: dict[str, Any]) -> None:
@@ -105,13 +109,12 @@ def _inventory(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[st
             if PurePosixPath(path).suffix.lower() not in _SUFFIXES.get(found, {f".{found.lower()}"})
         ],
         "unreadable": [{"path": path, "reason": reason} for path, reason in images.unreadable],
-        "left_out": len(images.unreadable) + sum(map(len, images.conflicts)),
     }
 
 
 def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[str, Any]:
     part_of = dict(zip(images.table["path"], split, strict=True))
-    files, numbers_N = images.table.set_index("path"), copy_numbers(images)
+    files = images.table.set_index("path")
     pairs = [
         {
             "first": {"path": pair.path, "class": pair.class_name, "split": part_of.get(pair.path, "left out")},
@@ -125,31 +128,41 @@ def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[str, 
     return {
         "threshold": COPY_CORRELATION,
         "pairs_by_kind": {kind: sum(pair.kind == kind for pair in images.copies) for kind in KINDS},
-        "images_by_class": _with_copy_by_class(images.copies),
+        "images_by_class": _copied_by_class(images.copies),
         "across": [
-            _across(images, numbers_N, split, part, other) for part in parts for other in parts if part != other
+            {"part": part, "other": other} | _with_copy(images, split == part, split == other)
+            for part in parts
+            for other in parts
+            if part != other
         ],
+        "inside": [{"part": part} | _with_copy(images, split == part, split == part) for part in parts],
         "pairs": sorted(pairs, key=_badness),
     }
 
 
-def _with_copy_by_class(copies: list[CopyOf]) -> dict[str, int]:
+def _copied_by_class(copies: list[CopyOf]) -> dict[str, int]:
     with_copy = {(c.path, c.class_name) for c in copies} | {(c.other, c.other_class) for c in copies}
-    return dict(sorted(Counter(name for _, name in with_copy).items()))
+    return _by_class(name for _, name in with_copy)
 
 
-def _across(images: ImageSet, numbers_N: np.ndarray, split: np.ndarray, part: str, other: str) -> dict[str, Any]:
-    """How many images of one part have a copy in another."""
-    is_part, is_other = split == part, split == other
-    found: dict[str, np.ndarray] = {
-        "with_copy": is_part & np.isin(numbers_N, numbers_N[is_other]),
-        "byte_identical": is_part & np.isin(images.table["digest"], images.table["digest"][is_other]),
+def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) -> dict[str, Any]:
+    """How many images of a part have a copy in another part, or in the same: none is a copy of itself."""
+
+    def found(keys_N: np.ndarray) -> np.ndarray:
+        there_N = pd.Series(keys_N).map(pd.Series(keys_N[is_other_N]).value_counts()).fillna(0).to_numpy()
+        return np.asarray(is_part_N & (there_N > (is_part_N & is_other_N)))
+
+    with_copy_N = found(copy_numbers(images))
+    return {
+        "images": int(is_part_N.sum()),
+        "with_copy": int(with_copy_N.sum()),
+        "byte_identical": int(found(images.table["digest"].to_numpy()).sum()),
+        "by_class": _by_class(images.classes[label] for label in images.table["label"][with_copy_N]),
     }
-    counts = Counter(images.classes[label] for label in images.table["label"][found["with_copy"]])
-    return {"part": part, "other": other, "images": int(is_part.sum())} | {
-        **{name: int(is_found.sum()) for name, is_found in found.items()},
-        "by_class": dict(sorted(counts.items())),
-    }
+
+
+def _by_class(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
 
 
 def copy_numbers(images: ImageSet) -> np.ndarray:
@@ -189,11 +202,13 @@ def _conflicts(images: ImageSet) -> list[dict[str, Any]]:
 
 
 def _groups(images: ImageSet, split: np.ndarray) -> dict[str, Any]:
-    groups = images.table["group"]
+    groups, of_class = images.table["group"], images.table.groupby("label")["group"].nunique()
     return {
         "threshold": SERIES_CORRELATION,
         "groups": int(groups.nunique()),
         "largest": int(groups.value_counts().max()),
+        "by_class": {name: int(of_class[label]) for label, name in enumerate(images.classes)},
+        "images_in_groups_csv": int(images.table["is_listed"].sum()),
         "of_several_classes": int((images.table.groupby("group")["label"].nunique() > 1).sum()),
         "cut_by_the_split": int((pd.Series(split).groupby(groups.to_numpy()).nunique() > 1).sum()),
         "by_threshold": [{"threshold": threshold, "groups": count} for threshold, count in images.group_counts],
@@ -222,26 +237,30 @@ def _shortcuts(images: ImageSet, measured: Mapping[str, Shortcut]) -> dict[str, 
     }
 
 
-def _likeness(images: ImageSet, split: np.ndarray, part: str, unseen: Mapping[int, float]) -> dict[str, Any]:
-    """How alike a part is to train, by its images' nearest neighbours there at 32 x 32 pixels.
+def _likeness(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Mapping[int, float]) -> dict[str, Any]:
+    """How alike a part is to those before it, by its images' nearest neighbours there at 32 x 32 pixels.
 
     Args:
         images: all of them.
-        split: the split of each.
-        part: the part asked.
+        split: the part of each.
+        parts: the part asked last, before it those that a model which is judged on it has learned from.
         unseen: by label, how often the nearest neighbour names it rightly in groups that it has not seen.
     """
+    *before, part = parts
+    is_known_N, is_asked_N = np.isin(split, before), split == part
     labels_N, groups_N = (images.table[name].to_numpy() for name in ("label", "group"))
-    asked, known = np.flatnonzero(split == part), np.flatnonzero(split == "train")
+    asked, known = np.flatnonzero(is_asked_N), np.flatnonzero(is_known_N)
     similarity_N, nearest_N = _nearest(images, asked, known)
-    is_in_train_N, is_right_N = np.isin(groups_N[asked], groups_N[known]), labels_N[nearest_N] == labels_N[asked]
-    others_N = np.flatnonzero(~is_in_train_N)
+    is_seen_N, is_right_N = np.isin(groups_N[asked], groups_N[known]), labels_N[nearest_N] == labels_N[asked]
+    others_N = np.flatnonzero(~is_seen_N)
     expected = float(np.mean([unseen[label] for label in labels_N[asked[others_N]]])) if unseen and len(others_N) else 1
     right = int(is_right_N[others_N].sum())
     return {
         "part": part,
+        "before": before,
         "images": len(asked),
-        "in_a_group_of_train": int(is_in_train_N.sum()),
+        "seen": int(is_seen_N.sum()),
+        "copies": _with_copy(images, is_asked_N, is_known_N),
         "nearest_neighbour_accuracy": float(is_right_N.mean()),
         "others": {
             "images": len(others_N),
@@ -252,7 +271,7 @@ def _likeness(images: ImageSet, split: np.ndarray, part: str, unseen: Mapping[in
         "by_class": {
             name: {
                 "images": int(is_class_N.sum()),
-                "in_a_group_of_train": int(is_in_train_N[is_class_N].sum()),
+                "seen": int(is_seen_N[is_class_N].sum()),
                 "median_similarity": float(np.median(similarity_N[is_class_N])),
             }
             for label, name in enumerate(images.classes)
@@ -292,12 +311,12 @@ def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dic
 
     Recall is averaged over all classes, those without an image counting 0, so that chance is at most 1 in C.
     """
-    if parts[0] != "train":
+    if parts[0] not in (POOLED, "train"):
         return []
     labels_N, groups_N = images.table["label"].to_numpy(), pd.factorize(images.table["group"])[0]
     label_of_group = pd.Series(labels_N).groupby(groups_N).agg(lambda labels: labels.mode().iloc[0]).to_numpy()
     classes, rng = range(len(images.classes)), np.random.default_rng(0)
-    known, held = np.flatnonzero(split == "train"), {part: np.flatnonzero(split == part) for part in parts[1:]}
+    known, held = np.flatnonzero(split == parts[0]), {part: np.flatnonzero(split == part) for part in parts[1:]}
     figures: dict[tuple[str, str], list[float]] = {}
     features = {name: rule.features(images, np.arange(len(split))) for name, rule in RULES.items()}
     for _ in range(PERMUTATIONS):
@@ -327,54 +346,79 @@ def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dic
     ]
 
 
-def _verdict(audit: dict[str, Any]) -> dict[str, Any]:
-    """What may be concluded from a figure on the held-out images of this split, and what to do instead."""
-    leaks, cautions = list(_leaks(audit)), list(_cautions(audit))
-    judged = "test accuracy" if "test" in audit["split"]["parts"] else "validation accuracy"
-    if leaks:
-        level = "leaks"
+def conclude(audit: dict[str, Any]) -> dict[str, Any]:
+    """The verdict: what an accuracy on the held-out images of this split is worth, why, and what to do instead.
+
+    Args:
+        audit: all the rest of it.
+    """
+    judged = audit["split"]["parts"][-1]
+    accuracy = "test accuracy" if judged == "test" else "validation accuracy"
+    leaking, alike = _leaking(audit), [health["part"] for health in _too_alike(audit)]
+    leaks, gaps, lost = list(_leaks(audit)), list(_gaps(audit)), list(_lost(audit))
+    likenesses, shortcuts = list(_likenesses(audit)), list(_shortcuts_taken(audit))
+    level = "leaks" if leaking else "caution" if likenesses + shortcuts + gaps + lost else "clean"
+    if judged == UNSPLIT:
+        headline = "These images make no split, so there is no accuracy to believe or not: a class has too few groups."
+    elif judged in leaking:
         headline = (
-            f"This split leaks. Don't conclude from {judged} on it how a model would do on new patients: it also "
+            f"This split leaks. Don't conclude from {accuracy} on it how a model would do on new patients: it also "
             "says how well the model remembers images that it was trained on."
         )
-    elif cautions:
-        level = "caution"
-        headline = f"No leak was found in this split, but {judged} on it is not all about lungs: read it with this."
+    elif leaking:
+        headline = (
+            f"Valid leaks, {judged} does not as far as can be told: {accuracy} may be read with what follows, but "
+            "validation accuracy also says how well a model remembers images that it was trained on, and the model "
+            "that it chooses may be the wrong one."
+        )
+    elif alike:
+        headline = (
+            f"No copy and no series was found across this split, but {' and '.join(alike)} may show patients that a "
+            "model has learned from in further slices: accuracy there may be too high."
+        )
+    elif shortcuts:
+        headline = f"No leak was found in this split, but {accuracy} on it is not all about lungs: read it with this."
+    elif gaps:
+        headline = f"No leak was found in this split, but it lacks images of a class: read {accuracy} with this."
+    elif lost:
+        headline = f"Nothing was found that speaks against {accuracy} on this split, once some files are left out."
     else:
-        level = "clean"
-        headline = f"Nothing was found that speaks against {judged} on this split."
-    return {"level": level, "headline": headline, "reasons": leaks + cautions, "advice": list(_advice(audit, level))}
+        headline = f"Nothing was found that speaks against {accuracy} on this split."
+    reasons = leaks + likenesses + shortcuts + gaps + lost
+    return {"level": level, "headline": headline, "reasons": reasons, "advice": list(_advice(audit, leaking))}
+
+
+def _leaking(audit: dict[str, Any]) -> set[str]:
+    """The parts of which images, or images of their group, are in parts before them."""
+    proofs = {run["part"] for run in audit["permuted"] or [] if run["proves_a_leak"]}
+    return proofs | {health["part"] for health in audit["split_health"] if health["seen"]}
 
 
 def _leaks(audit: dict[str, Any]) -> Iterator[str]:
     for health in audit["split_health"]:
-        if not (n := health["in_a_group_of_train"]):
+        if not (n := health["seen"]):
             continue
-        part = health["part"]
-        across = next(a for a in audit["copies"]["across"] if (a["part"], a["other"]) == (part, "train"))
-        alike = [name for name, of in health["by_class"].items() if of["in_a_group_of_train"] >= of["images"] / 2]
-        reason = f"{n} of {health['images']} {part} images are copies of images in train, or of the same series."
-        if copies := across["with_copy"]:
-            same = across["byte_identical"]
+        part, before, copied = health["part"], health["before"], health["copies"]
+        alike = [name for name, of in health["by_class"].items() if of["seen"] >= of["images"] / 2]
+        reason = (
+            f"{n} of {health['images']} {part} images are copies of images in {' or '.join(before)}, or of the same "
+            "series or patient."
+        )
+        if copies := copied["with_copy"]:
+            same = copied["byte_identical"]
             how = (
                 "byte for byte" if same == copies else f"{same} of them byte for byte" if same else "none byte for byte"
             )
-            reason += (
-                f" {copies} {'is a copy' if copies == 1 else 'are copies'}, {how} ({_counted(across['by_class'])})."
-            )
+            are = "is a copy" if copies == 1 else "are copies"
+            reason += f" {copies} {are}, {how} ({counted(copied['by_class'])})."
         if n >= health["images"] / 2:
-            reason += f" As a whole, {part} is a near copy of train."
+            reason += f" As a whole, {part} is a near copy of {' and '.join(before)}."
         elif alike:
-            reason += f" For {' and '.join(alike)}, {part} is a near copy of train."
-        reason += f" The most similar image in train names the class of {health['nearest_neighbour_accuracy']:.0%}."
-        yield reason
-    for across in audit["copies"]["across"]:
-        if (across["part"], across["other"]) == ("test", "valid") and across["with_copy"]:
-            yield f"{across['with_copy']} of {across['images']} test images are copies of images in valid."
-    if (cut := audit["groups"]["cut_by_the_split"]) and not any(
-        h["in_a_group_of_train"] for h in audit["split_health"]
-    ):
-        yield f"The split cuts through {cut} groups of copies or series."
+            reason += f" For {' and '.join(alike)}, {part} is a near copy of {' and '.join(before)}."
+        yield (
+            f"{reason} The most similar image in {' or '.join(before)} names the class of "
+            f"{health['nearest_neighbour_accuracy']:.0%}."
+        )
     for run in audit["permuted"] or []:
         if run["proves_a_leak"]:
             yield (
@@ -383,26 +427,60 @@ def _leaks(audit: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _counted(by_class: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in by_class.items())
+def counted(counts: Mapping[str, int]) -> str:
+    """How many of what, in words."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _cautions(audit: dict[str, Any]) -> Iterator[str]:
-    for health in audit["split_health"]:
-        others, part = health["others"], health["part"]
-        if others["too_alike"]:
-            right = others["nearest_neighbour_right"] / others["images"]
-            yield (
-                f"Of the {others['images']} other {part} images, the most similar image in train names the class of "
-                f"{right:.0%}; of images in groups not seen it names {others['expected_of_unseen_groups']:.0%}. "
-                f"So {part} probably shows patients of train in further slices."
-            )
-    given = audit["shortcuts"]["given_away"]
-    for name in dict.fromkeys(found["class"] for found in given):
+def _too_alike(audit: dict[str, Any]) -> list[dict[str, Any]]:
+    return [health for health in audit["split_health"] if health["others"]["too_alike"]]
+
+
+def _likenesses(audit: dict[str, Any]) -> Iterator[str]:
+    for health in _too_alike(audit):
+        others, before = health["others"], " or ".join(health["before"])
+        right = others["nearest_neighbour_right"] / others["images"]
+        yield (
+            f"Of the {others['images']} {'other ' if health['seen'] else ''}{health['part']} images, the most similar "
+            f"image in {before} names the class of {right:.0%}; of images in groups not seen it names "
+            f"{others['expected_of_unseen_groups']:.0%}. So {health['part']} probably shows patients of {before} in "
+            "further slices."
+        )
+
+
+def _shortcuts_taken(audit: dict[str, Any]) -> Iterator[str]:
+    """Classes that are given away in the same ways share a sentence, as both of two classes always do."""
+    given, classes_by_ways = audit["shortcuts"]["given_away"], dict[tuple[str, str], list[str]]()
+    for name in _given_away(audit):
         by = {found["by"]: found["auroc"] for found in given if found["class"] == name}
         ways = " and by ".join(f"{what} (AUROC {auroc:.2f})" for what, auroc in by.items())
         without = "knowing more than similar pictures" if set(by) == {RULES["pixels"].title} else "looking at a lung"
-        yield f"{name} is given away by {ways}: it can be recognised without {without}."
+        classes_by_ways.setdefault((ways, without), []).append(name)
+    for (ways, without), names in classes_by_ways.items():
+        are, they = ("is", "it") if len(names) == 1 else ("are", "they")
+        yield f"{' and '.join(names)} {are} given away by {ways}: {they} can be recognised without {without}."
+
+
+def _given_away(audit: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(found["class"] for found in audit["shortcuts"]["given_away"]))
+
+
+def _gaps(audit: dict[str, Any]) -> Iterator[str]:
+    first, groups = audit["split"]["parts"][0], audit["groups"]["by_class"]
+    what_follows = {
+        "valid": "trials are compared without regard to it",
+        "test": "how well it is recognised stays unknown",
+        first: "no model can learn it",
+    }
+    for name, counts in audit["inventory"]["by_class"].items():
+        for part, images in counts.items():
+            if part == UNSPLIT and groups[name] < len(SPLITS):
+                yield f"Images of {name}: {images}, in groups: {groups[name]}. Each part of a split needs one at least."
+            elif not images:
+                yield f"No image of {name} is in {part}: {what_follows[part]}."
+
+
+def _lost(audit: dict[str, Any]) -> Iterator[str]:
     for conflict in audit["conflicts"]:
         where, classes = " and ".join(conflict["paths"]), " and ".join(conflict["classes"])
         yield f"The same image stands under {classes}: {where}. They are left out."
@@ -410,13 +488,19 @@ def _cautions(audit: dict[str, Any]) -> Iterator[str]:
         yield f"{unreadable} files cannot be read and are left out."
 
 
-def _advice(audit: dict[str, Any], level: str) -> Iterator[str]:
-    if level == "leaks":
-        yield "Use --split grouped, which keeps copies and series on one side."
-        if "test" in audit["split"]["parts"]:
-            yield "To compare with figures published for this split, judge test images without a twin apart."
-    for name in dict.fromkeys(found["class"] for found in audit["shortcuts"]["given_away"]):
-        yield f"Judge the other classes among themselves: recognising {name} is no achievement here."
+def _advice(audit: dict[str, Any], leaking: set[str]) -> Iterator[str]:
+    if leaking:
+        folds = "; --folds does so within train and valid" if "valid" in leaking else ""
+        yield f"Use --split grouped, which keeps copies and series on one side{folds}."
+    if "test" in leaking:
+        yield "To compare with figures published for this split, judge the test images apart that are of no such group."
+    if easy := _given_away(audit):
+        names = " and ".join(easy)
+        if len(easy) < len(audit["classes"]) - 1:
+            yield f"Judge the other classes among themselves: recognising {names} is no achievement here."
+        else:
+            yield f"Get images of all classes from one source: recognising {names} is no achievement here."
     if audit["conflicts"]:
         yield "Find out which class the images under several classes belong to, and remove the wrong copies."
-    yield "Slices of a patient that don't look alike go unrecognised: list patients, where known, in groups.csv."
+    if audit["groups"]["images_in_groups_csv"] < audit["images"]:
+        yield "Slices of a patient that don't look alike go unrecognised: list patients, where known, in groups.csv."

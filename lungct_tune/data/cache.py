@@ -35,8 +35,8 @@ _COPY_BLOCK = 1024  # images held in memory while the kept ones are copied
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What decoding showed; images are named by their position in the list that was decoded."""
+class Reading:
+    """What reading the images showed; images are named by their position in the list that was decoded."""
 
     kept: list[int]
     """The images whose pixels are in the array, in its order."""
@@ -74,7 +74,7 @@ def decode_all(
     size: int,
     cache: Path,
     progress: bool,
-) -> tuple[np.ndarray, Findings]:
+) -> tuple[np.ndarray, Reading]:
     """The decoded images, (N, size, size) uint8, read-only and memory-mapped, and what was found.
 
     Taken from `cache` if it has an intact entry for this content, else decoded into it. Unreadable images and
@@ -99,7 +99,7 @@ def decode_all(
     del entry["sha256"]
     entry["copies"] = [Copy(*pair) for pair in entry["copies"]]
     entry["properties"] = [FileProperties(*file) for file in entry["properties"]]
-    return np.load(pixels, mmap_mode="r"), Findings(**entry)
+    return np.load(pixels, mmap_mode="r"), Reading(**entry)
 
 
 def _is_intact(pixels: Path, findings: Path) -> bool:
@@ -134,7 +134,7 @@ def _decode_into(
     labels: Sequence[str],
     size: int,
     progress: bool,
-) -> Findings:
+) -> Reading:
     """Writes the usable images to `scratch`/kept.npy, with as little in memory as the threads need."""
     n = len(paths)
     images_NHW = open_memmap(scratch / "all.npy", "w+", np.uint8, (n, size, size))
@@ -171,7 +171,7 @@ def _decode_into(
         for start in range(0, len(kept), _COPY_BLOCK):
             block = slice(start, start + _COPY_BLOCK)
             kept_NHW[block] = images_NHW[kept[block]]
-    return Findings(
+    return Reading(
         kept=kept.tolist(),
         groups=groups[SERIES_CORRELATION][is_kept].tolist(),
         group_counts=[(threshold, len(np.unique(groups_N[is_kept]))) for threshold, groups_N in groups.items()],

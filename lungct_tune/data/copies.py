@@ -40,7 +40,7 @@ _REACH = 1 / 16  # of the width or height: the shift that is looked for
 _LOW = 7  # cycles over the width or height that the description goes up to
 _BLOCK = 512  # images or pairs that are in memory as float at once
 
-_FLIPS = {"": (1, 1), "left-right": (1, -1), "top-bottom": (-1, 1), "turned by 180°": (-1, -1)}
+FLIPS = {"": (1, 1), "left-right": (1, -1), "top-bottom": (-1, 1), "turned by 180°": (-1, -1)}
 
 
 class Copy(NamedTuple):
@@ -92,7 +92,7 @@ def _near_copies(prints_NHW: np.ndarray, distinct: np.ndarray) -> list[Copy]:
     for block in _blocks(len(pairs_P2)):
         left, right = pairs_P2[block].T
         flipped_FP = np.stack(
-            [_aligned(coarse_NHW[left], coarse_NHW[right][:, ::y, ::x])[0] for y, x in _FLIPS.values()]
+            [_aligned(coarse_NHW[left], coarse_NHW[right][:, ::y, ::x])[0] for y, x in FLIPS.values()]
         )
         kept = np.flatnonzero(flipped_FP.max(axis=0) >= _COARSE_CORRELATION)
         similar += list(zip(left[kept], right[kept], flipped_FP.argmax(axis=0)[kept], strict=True))
@@ -103,7 +103,7 @@ def _near_copies(prints_NHW: np.ndarray, distinct: np.ndarray) -> list[Copy]:
         first, second = distinct[left], distinct[right]
         here, at = np.unique(np.concatenate([first, second]), return_inverse=True)
         detail_NHW = _detail(_equalised(prints_NHW[here]), 1.0)
-        ways = [list(_FLIPS.values())[flip] for flip in flips]
+        ways = [list(FLIPS.values())[flip] for flip in flips]
         other_PHW = np.stack([detail_NHW[i][::y, ::x] for i, (y, x) in zip(at[len(first) :], ways, strict=True)])
         similarity_P, shift_P = _aligned(detail_NHW[at[: len(first)]], other_PHW)
         copies += [
@@ -112,7 +112,7 @@ def _near_copies(prints_NHW: np.ndarray, distinct: np.ndarray) -> list[Copy]:
                 int(j),
                 "near-identical",
                 round(float(similarity), 4),
-                list(_FLIPS)[flip],
+                list(FLIPS)[flip],
                 round(float(shift), 3),
             )
             for i, j, similarity, flip, shift in zip(first, second, similarity_P, flips, shift_P, strict=True)

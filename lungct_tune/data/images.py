@@ -41,7 +41,7 @@ class ImageSet:
     table: pd.DataFrame
     """One row an image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
     as published), label (index into classes), digest (sha256 of the file), group (images of one group must
-    stay in one split), and the fields of `FileProperties`."""
+    stay in one split), is_listed (whether groups.csv names it), and the fields of `FileProperties`."""
     images_NHW: np.ndarray
     """uint8 grey, square, memory-mapped, read-only."""
     classes: tuple[str, ...]
@@ -102,6 +102,7 @@ def read_images(
         }
     )
     identity = f"{DECODER_VERSION} {size} {classes}\n{table.to_csv(index=False)}"
+    table["is_listed"] = [known[i] is not None for i in found.kept]
     table = pd.concat([table, pd.DataFrame(found.properties, columns=FileProperties._fields)], axis=1)
     if lost := [name for label, name in enumerate(classes) if label not in table["label"].to_numpy()]:
         raise DataError(

@@ -24,14 +24,16 @@ DOWNLOADS = 16
 """Files fetched at once."""
 
 
-def fetch_images(uri: str, cache: Path | None = None, *, progress: bool = True) -> Path:
-    """The folder with a copy of all files below `uri`: new and changed ones are fetched, those gone there go here.
+def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool = True) -> Path:
+    """A folder as it is; of a URI a copy of all files below it: new and changed are fetched, those gone there go here.
 
     A file is the same if its size and its time are. Of an interrupted run, the files that had come stay.
 
     Raises:
         DataError: the place cannot be read, holds no files, or the cache cannot take them.
     """
+    if isinstance(uri, Path) or "://" not in uri:
+        return Path(uri)
     try:
         filesystem, root = open_place(uri)
         found: Any = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))

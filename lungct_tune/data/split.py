@@ -13,6 +13,9 @@ from lungct_tune.data.images import ImageSet
 
 SPLITS = ("train", "valid", "test")
 
+POOLED = "train+valid"
+"""What train and valid are together where folds are cut from them."""
+
 _SHARES = {"train": 0.7, "test": 0.2, "valid": 0.1}  # largest first: ties go to the largest
 
 
@@ -23,10 +26,12 @@ def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed:
     on the seed, the paths and the groups, and on nothing else. "official" is the published folders.
 
     Raises:
-        DataError: "grouped": a class that cannot be in every split. "official": a folder is missing.
+        DataError: "grouped": a class that cannot be in every split. "official": a folder is missing, or train has
+            no image of a class.
     """
     if how == "official":
         return _official(image_set)
+    has_folders = set(image_set.table["folder"]) >= set(SPLITS)
     split = _deal(image_set.table, _SHARES, seed).astype(str)
     for label, name in enumerate(image_set.classes):
         of_class = image_set.table["label"] == label
@@ -35,7 +40,7 @@ def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed:
                 f"no image of {name!r} would be in {' or '.join(missing)}: its {of_class.sum()} images in "
                 f"{image_set.root} form {image_set.table['group'][of_class].nunique()} groups of copies or "
                 "series, which a split may not cut, and at least 3 that are not tied to other classes are "
-                "needed; add images of that class, or choose --split official"
+                "needed; add images of that class" + (", or choose --split official" if has_folders else "")
             )
     return split
 
@@ -99,5 +104,12 @@ def _official(image_set: ImageSet) -> np.ndarray:
         raise DataError(
             f"the official split needs the folders train/, valid/ and test/ in {image_set.root}; "
             f"missing: {', '.join(missing)}; found: {found}. Add what is missing, or choose --split grouped"
+        )
+    is_train = image_set.table["folder"] == "train"
+    if lost := sorted(set(image_set.table["label"]) - set(image_set.table["label"][is_train])):
+        names = ", ".join(image_set.classes[label] for label in lost)
+        raise DataError(
+            f"train/ in {image_set.root} has no image of {names}, which no model can learn then; move images of that "
+            "class there, or choose --split grouped"
         )
     return image_set.table["folder"].to_numpy(dtype=str)

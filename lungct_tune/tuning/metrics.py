@@ -16,7 +16,16 @@ from ray.util.metrics import Counter, Gauge, Metric
 
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.progress import Clock
-from lungct_tune.tuning.study import COMPLETED, DIVERGED, FAILED, STOPPED, best_figures, best_trial, finished_trials
+from lungct_tune.tuning.study import (
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    STOPPED,
+    best_figures,
+    best_trial,
+    finished_trials,
+    how_ended,
+)
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""
@@ -82,10 +91,8 @@ class Metrics(tune.Callback):  # type: ignore[misc]
 
     def _count_finished(self) -> None:
         trials = finished_trials(self._study)
-        ended = [trial.user_attrs.get("ended", FAILED) for trial in trials]
-        self._finished = {
-            how: sum(end.startswith(how) for end in ended) for how in (COMPLETED, STOPPED, DIVERGED, FAILED)
-        }
+        ended = Tally(map(how_ended, trials))
+        self._finished = {how: ended[how] for how in (COMPLETED, STOPPED, DIVERGED, FAILED)}
         if (best := best_trial(trials)) is not None:
             self._values[self._best, ""] = best_figures(best)[OBJECTIVE]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -262,6 +262,12 @@ def configuration_of(trial: FrozenTrial) -> Configuration:
     return Configuration(**trial.user_attrs["configuration"])
 
 
+def how_ended(trial: FrozenTrial) -> str:
+    """COMPLETED, STOPPED, DIVERGED or FAILED; "running" for a trial that has not ended."""
+    ended = trial.user_attrs.get("ended", FAILED if trial.state in FINISHED else "running")
+    return next(how for how in (COMPLETED, STOPPED, DIVERGED, FAILED, "running") if ended.startswith(how))
+
+
 def best_figures(trial: FrozenTrial) -> dict[str, float]:
     """The figures of a trial's best epoch, the first of several equals; none where no epoch ended."""
     return max(trial.user_attrs.get("history", []), key=rank, default={})
@@ -278,9 +284,7 @@ def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     One that was stopped early may have shown a better epoch, but in the middle of its schedule, at a high learning
     rate, where neighbouring epochs differ by luck.
     """
-    completed = [
-        trial for trial in trials if trial.state == TrialState.COMPLETE and trial.user_attrs.get("ended") == COMPLETED
-    ]
+    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE and how_ended(trial) == COMPLETED]
     return max(completed, key=lambda trial: rank(best_figures(trial)), default=None)
 
 
@@ -334,5 +338,5 @@ def effort(study: optuna.Study, table: pd.DataFrame, slots: int) -> dict[str, An
         "training_s": training_s,
         "slots": slots,
         "overhead_ratio": slot_s / training_s if training_s else None,
-        "ended": table["ended"].str.split(r" after|:", regex=True).str[0].value_counts().to_dict(),
+        "ended": dict(Counter(map(how_ended, finished_trials(study))).most_common()),
     }
