@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.data import make_phantoms, near_identical_groups, phantoms
+from lungct_tune.data import groups_by_likeness, make_phantoms, phantoms
 from lungct_tune.data.copies import PRINT, find_copies
 from lungct_tune.data.decode import THUMBNAIL, to_grey
 from lungct_tune.data.find import find_images
@@ -144,7 +144,7 @@ def _search_copies(folder: str, n: int) -> int:
 
 
 def _search_groups(folder: str, n: int) -> int:
-    (groups_N,) = near_identical_groups(
+    (groups_N,) = groups_by_likeness(
         np.load(f"{folder}/thumbnails.npy", mmap_mode="r")[:n], [str(i) for i in range(n)]
     ).values()
     return int(groups_N.max()) + 1

@@ -164,7 +164,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             )
 
         judged, published = retrain(best), None
-        if settings.compare_baseline and best.number != studies.BASELINE:
+        if settings.compare_baseline and best.number == studies.BASELINE:
+            console.print("the winner is the published configuration: there is nothing to compare it with")
+        elif settings.compare_baseline:
             baseline = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
             if baseline is None:
                 console.print("the published configuration did not run to its end: nothing to compare with")

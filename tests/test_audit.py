@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,9 @@ def test_a_strict_search_ends_before_it_begins(clean: Path, capsys: pytest.Captu
     said = capsys.readouterr()
     assert "--strict" in said.err
     assert "4 are copies, byte for byte" in said.out
+    (hint,) = [line for line in said.out.splitlines() if "all of it: " in line]
+    assert main(shlex.split(hint.partition("lungct_tune.audit ")[2])) == 0
+    assert "4 are copies, byte for byte" in capsys.readouterr().out
     assert not results.exists()
 
 

@@ -20,6 +20,9 @@ from conftest import SMALL, SPACE
 
 from lungct_tune import replay, search
 from lungct_tune.objective import OBJECTIVE
+from lungct_tune.plan import plan_search
+from lungct_tune.settings import Settings
+from lungct_tune.tuning import study as studies
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -153,6 +156,19 @@ def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:
         ray.util.remove_placement_group(bundle)
     assert run.returncode != 0  # 130, or what Ray ends a process with that leaves while a thread waits for workers
     assert not list(searched.rglob("images.npy"))
+
+
+def test_before_a_trial_has_begun_there_is_none_to_train_again(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = Settings(
+        data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=str(tmp_path), name="new"
+    )
+    plan = plan_search(begun, set())
+    plan.keep(plan.deal())
+    studies.open_study(plan.study_url, "new", plan.space, 1, new=True)
+    assert replay.main(["new", "0", "--storage", str(tmp_path)]) == 2
+    assert "new has no trial 0; none has begun" in capsys.readouterr().err
 
 
 def test_what_cannot_be_trained_again_is_refused(

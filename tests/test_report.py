@@ -236,6 +236,7 @@ def test_other_images_than_the_searchs_are_not_shown(found: Findings, phantoms: 
     copy = shutil.copytree(phantoms, tmp_path / "copy")
     shutil.copy(next(copy.glob("train/normal/*")), next(copy.glob("test/normal/*")))
     assert "are not those of the search" in find_pictures(found, copy).missing
+    assert find_pictures(found, f"file://{phantoms}").images is not None
 
 
 def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Findings) -> None:

@@ -2,7 +2,7 @@
 
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.find import DataError
-from lungct_tune.data.groups import SERIES_CORRELATION, near_identical_groups
+from lungct_tune.data.groups import SERIES_CORRELATION, groups_by_likeness
 from lungct_tune.data.images import ImageSet, read_images
 from lungct_tune.data.phantoms import make_phantoms
 from lungct_tune.data.remote import fetch_images
@@ -16,8 +16,8 @@ __all__ = [
     "ImageSet",
     "fetch_images",
     "fold_images",
+    "groups_by_likeness",
     "make_phantoms",
-    "near_identical_groups",
     "read_images",
     "split_images",
     "twins_across",

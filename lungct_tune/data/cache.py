@@ -29,7 +29,7 @@ from lungct_tune.data import copies
 from lungct_tune.data.copies import PRINT, Copy, find_copies
 from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, FileProperties, decode
 from lungct_tune.data.find import DataError
-from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, label_conflicts, merge, near_identical_groups
+from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
 
 _COPY_BLOCK = 1024  # images held in memory while the kept ones are copied
 
@@ -159,7 +159,7 @@ def _decode_into(
     pairs_P2 = np.array([pair[:2] for pair in found], dtype=np.intp).reshape(-1, 2)
     groups = {
         threshold: merge(groups_N, *pairs_P2.T)
-        for threshold, groups_N in near_identical_groups(thumbnails_NHW, digests_N, CORRELATIONS).items()
+        for threshold, groups_N in groups_by_likeness(thumbnails_NHW, digests_N, CORRELATIONS).items()
     }
     conflicts = [readable[alike] for alike in label_conflicts(merge(np.arange(len(readable)), *pairs_P2.T), labels_N)]
     is_kept = ~np.isin(readable, np.concatenate([*conflicts, np.empty(0, dtype=int)]))

@@ -25,7 +25,7 @@ CORRELATIONS = (0.80, 0.85, SERIES_CORRELATION, 0.95, 0.98)
 _BLOCK = 2048  # images compared with as many others at once: 16 MB of correlations
 
 
-def near_identical_groups(
+def groups_by_likeness(
     thumbnails_NHW: np.ndarray, digests: Sequence[str], thresholds: Sequence[float] = (SERIES_CORRELATION,)
 ) -> dict[float, np.ndarray]:
     """Connected components of "same bytes, or Pearson correlation of pixels at least the threshold", for each.
