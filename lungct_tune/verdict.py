@@ -106,31 +106,30 @@ def _worth(found: Findings) -> str:
         return "Nothing: there is no model."
     if test is None:
         return (
-            "Nothing that may be quoted: validation figures have chosen the trial, so they flatter it, and the test "
-            "split has not been looked at."
+            f"Nothing that may be quoted: figures {found.judged} have chosen the trial, so they flatter it, and the "
+            "test split has not been looked at."
         )
-    seen = f"{found.seen} of the {test['n']} test images have {SAME_GROUP} in train or validation"
     new = test["leak_free"] or test
-    accuracy, low = new["accuracy"], (new["accuracy"]["ci95"] or [0])[0]
+    low = (new["accuracy"]["ci95"] or [0])[0]
     majority, shortcut = new["references"]["majority class"], new["references"].get("shortcut")
-    on_the_others = f" On the {new['n']} others it is {figure(accuracy)}." if found.seen else ""
+    given = sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])})
+    seen = f"{found.seen} of the {test['n']} test images have {SAME_GROUP} in train or validation"
     if not new["n"]:
         return f"Nothing: {seen}."
+    seen += f"; on the {new['n']} others the accuracy is {figure(new['accuracy'])}"
+    also, its = (f"; {seen}", "without what has been seen, its") if found.seen else ("", "its")
     if low <= majority["accuracy"]["value"]:
-        return (
-            f"Nothing: {seen}.{on_the_others} Its" if found.seen else "Nothing: its"
-        ) + f" interval reaches down to what always saying {majority['name']} scores."
+        return f"Nothing: {its} interval reaches down to what always saying {majority['name']} scores{also}."
     if shortcut and low <= shortcut["accuracy"]["value"]:
         return (
             f"Little: a rule that knows only {RULES[shortcut['name']].title} scores "
             f"{percent(shortcut['accuracy']['value'])} on the same images, so the figure does not show that the model "
-            f"sees disease.{f' Also, {seen}.{on_the_others}' if found.seen else ''}"
+            f"sees disease{also}."
         )
-    given = sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])})
     if given == found.classes:
-        return f"Little: a trivial rule recognises {' and '.join(given)} in these data (see below)."
+        return f"Little: trivial rules recognise {' and '.join(given)} in these data (see below){also}."
     if found.seen:
-        return f"Less than it looks: {seen}, so the figure is too high.{on_the_others}"
+        return f"Less than it looks: {seen}."
     if given:
         return (
             f"Less for {' and '.join(given)}, which a trivial rule recognises in these data (see below); for the rest "
