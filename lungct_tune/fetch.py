@@ -24,6 +24,7 @@ from lungct_tune.bundle import CHECKSUMS, BundleError, faults, find_bundle
 from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.storage import StorageError
+from lungct_tune.study_copy import COPY, read_copy
 from lungct_tune.terminal import transfer_bar
 
 AT_ONCE = 8
@@ -34,6 +35,10 @@ LOCK, BEGUN = ".lock", ".begun"
 
 TRANSIENT = ("*.part", ".lock", ".probe-*", "study.db-*", "*-images.npy")
 """Names of files and folders that a search keeps for the moment and does not need to go on."""
+
+STATES = "last*.pt"
+"""Files that a running trial may replace faster than they come. What has come of two of them is as none to `--resume`,
+which sees by their own sha256 that it is no state."""
 
 
 class FetchError(UserError):
@@ -175,13 +180,13 @@ def _fetch_all(
             bar.advance(task, size)
 
         begun.mkdir(exist_ok=True)
+        if COPY in targets:  # before the trials' files, so that those it knows as ended have all of theirs
+            _fetch_study(experiment, targets[COPY])
+            arrived(sizes[COPY])
         fetches = []
         for path, target in targets.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path == "study.db" and experiment.is_local:
-                _copy_study(Path(experiment.uri, path), target)
-                arrived(sizes[path])
-            else:
+            if path != COPY:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 fetches.append(pool.submit(_fetch_file, experiment, path, target, begun, arrived))
         try:
             for fetched in as_completed(fetches):
@@ -213,6 +218,8 @@ def _fetch_file(experiment: Experiment, path: str, target: Path, begun: Path, ar
             os.fsync(file.fileno())
         os.utime(part, ns=(written, written))
         part.replace(target)
+        if fnmatchcase(target.name, STATES):
+            return
     target.unlink(missing_ok=True)
 
 
@@ -221,8 +228,11 @@ def beginning(begun: Path, info: pyarrow.fs.FileInfo) -> Path:
     return begun / hashlib.sha256(f"{info.path} {info.size} {info.mtime_ns}".encode()).hexdigest()
 
 
-def _copy_study(source: Path, target: Path) -> None:
+def _fetch_study(experiment: Experiment, target: Path) -> None:
     """Copies an SQLite study as it is between two writes of the search that may be at it."""
-    target.unlink(missing_ok=True)
-    with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(target)) as copy:
-        live.backup(copy)
+    if experiment.is_local:
+        target.unlink(missing_ok=True)
+        with closing(sqlite3.connect(Path(experiment.uri, COPY))) as live, closing(sqlite3.connect(target)) as copy:
+            live.backup(copy)
+    elif (content := read_copy(experiment)) is not None:
+        target.write_bytes(content)

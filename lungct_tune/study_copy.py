@@ -34,7 +34,7 @@ class StudyCopy:
         self._failure: Exception | None = None
 
     def __enter__(self) -> StudyCopy:
-        copy = self._experiment.read(COPY)
+        copy = read_copy(self._experiment)
         # nobody here has it open yet: a file's second closing would take the locks of SQLite's own
         here = self._database.read_bytes() if self._database.exists() else b""
         if copy is not None and _changes(copy) > _changes(here):
@@ -65,6 +65,25 @@ class StudyCopy:
                     self._failure = error
             if last:
                 return
+
+
+def read_copy(experiment: Experiment) -> bytes | None:
+    """The study as one upload left it; None where no copy is.
+
+    Whoever reads an object learns its size first: where a longer copy has come by then, only its beginning is read.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    copy = experiment.read(COPY)
+    while copy is not None and len(copy) < _size(copy) and (again := experiment.read(COPY)) != copy:
+        copy = again
+    return copy
+
+
+def _size(database: bytes) -> int:
+    """In bytes, as the database's header has it: https://sqlite.org/fileformat.html#the_database_header."""
+    return int.from_bytes(database[16:18], "big") * int.from_bytes(database[28:32], "big")
 
 
 def _changes(database: bytes) -> int:

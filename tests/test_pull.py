@@ -512,6 +512,41 @@ def test_a_bundle_comes_from_an_object_store_and_what_is_not_there_is_said(
     assert "no-such-bucket" in capsys.readouterr().err
 
 
+def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rests(
+    bucket: str, line: Line, tmp_path: Path
+) -> None:
+    """The study's copy and a running trial's state change faster than anybody can fetch them."""
+    experiment, ended = finished(bucket), threading.Event()
+    experiment.write("trials/0003/best.safetensors", b"weights")
+
+    def search() -> None:
+        with contextlib.closing(sqlite3.connect(":memory:")) as study:
+            study.executescript("CREATE TABLE epochs (filler); INSERT INTO epochs VALUES (zeroblob(500000))")
+            stop = time.monotonic() + 60
+            while not ended.is_set() and time.monotonic() < stop:
+                study.execute("INSERT INTO epochs VALUES (zeroblob(5000))")
+                study.commit()
+                experiment.write("study.db", study.serialize())
+                experiment.write("trials/0004/last.pt", os.urandom(500_000))
+
+    running = threading.Thread(target=search)
+    running.start()
+    try:
+        while not experiment.exists("trials/0004/last.pt"):
+            time.sleep(0.01)
+        line.slow_after = 0
+        for dest in (tmp_path / "1", tmp_path / "2"):
+            assert main([f"{bucket}/one", str(dest), "--all"]) == 0
+            assert running.is_alive()
+            verify(dest / "best")
+            assert (dest / "trials" / "0003" / "best.safetensors").read_bytes() == b"weights"
+            with contextlib.closing(sqlite3.connect(dest / "study.db")) as copy:
+                assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    finally:
+        ended.set()
+        running.join()
+
+
 def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
     bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

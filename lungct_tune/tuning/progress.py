@@ -28,7 +28,7 @@ class Clock(tune.Callback):  # type: ignore[misc]
     def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
         self._study, self._plan, self._slots = study, plan, slots
         self._wall_s, self.slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
-        self._counted = time.monotonic()
+        self._counted = self._kept = time.monotonic()
         self.waiting = 0
         """How many slots wait for room on the cluster."""
 
@@ -37,10 +37,16 @@ class Clock(tune.Callback):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self._count()
+        self._keep()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         if time.monotonic() - self._counted >= COUNT_EVERY_S:
             self._count()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        # only with an epoch, which changes the study anyway: each change is another copy of it on remote storage
+        if self._counted > self._kept:
+            self._keep()
 
     def _count(self) -> None:
         self.waiting = min(waiting_for_room(self._plan), self._slots)
@@ -48,6 +54,9 @@ class Clock(tune.Callback):  # type: ignore[misc]
         self._wall_s += now - self._counted
         self.slot_s += (now - self._counted) * (self._slots - self.waiting)
         self._counted = now
+
+    def _keep(self) -> None:
+        self._kept = self._counted
         self._study.set_user_attr("wall_s", self._wall_s)
         self._study.set_user_attr("slot_s", self.slot_s)
 
