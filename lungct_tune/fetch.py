@@ -33,7 +33,7 @@ AT_ONCE = 8
 LOCK, BEGUN = ".lock", ".begun"
 """In `DEST.part`: the mark of the pull that is at it, and a folder for the files that have not come whole."""
 
-TRANSIENT = ("*.part", ".lock", ".probe-*", "study.db-*", "*-images.npy")
+TRANSIENT = ("*.part", ".lock", ".probe*", "study.db-*", "*-images.npy")
 """Names of files and folders that a search keeps for the moment and does not need to go on."""
 
 STATES = "last*.pt"

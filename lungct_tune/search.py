@@ -61,7 +61,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.so_far import BestSoFar
     from lungct_tune.tuning.trial import Fold
-    from lungct_tune.tuning.workers import SlotPlan
+    from lungct_tune.tuning.workers import NodeRefused, SlotPlan
     from lungct_tune.weights import read_covering
 
     # ---- what is asked for ----------------------------------------------------------------------------
@@ -188,9 +188,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             epochs = int(studies.best_figures(best)["epoch"])
             mlflow.add_final(best.number, studies.configuration_of(best), epochs, metrics["test"])
         terminal.print_outcome(plan, metrics, console)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NodeRefused) as stop:
         begun = experiment.exists("settings.yaml")
-        raise KeyboardInterrupt(f"To go on: {plan.resume_command}" if begun else "") from None
+        raise type(stop)(f"{stop}\nTo go on: {plan.resume_command}".lstrip() if begun else str(stop)) from None
     finally:
         kept_alone.close()
         if started_here:

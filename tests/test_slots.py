@@ -162,6 +162,35 @@ def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pyte
     assert [result["epoch"] for result in run(slot, 14, SHALLOW)] == [1, 2]
 
 
+def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: Any) -> None:
+    import optuna
+    import ray
+    from optuna.trial import TrialState
+    from rich.console import Console
+
+    from lungct_tune.space import parse_space
+    from lungct_tune.tuning.run import run_search
+    from lungct_tune.tuning.workers import NodeRefused
+
+    slot.stop()  # its worker's CPU is needed
+    study = optuna.create_study(direction="maximize")
+    # as if the node had come when the search had begun: what it would write is in the way of itself
+    (slot.folder / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir()
+    space = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
+    with pytest.raises(NodeRefused, match=rf"^node [\d.]+: {slot.folder}: cannot write \.probe-"):
+        run_search(study, space, slot.plan, trials=2, slots=1, seed=0, console=Console(), callbacks=[])
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+    assert "ended" not in study.trials[0].user_attrs
+
+
+def test_groups_of_workers_wait_for_nodes_for_a_week_in_slots_as_in_the_retraining() -> None:
+    from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    assert int(os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) == 7 * 24 * 3600
+    assert WORKER_GROUP_START_TIMEOUT_S_ENV_VAR in ENV_VARS_TO_PROPAGATE  # which Tune tells the slots' actors
+
+
 @pytest.fixture(scope="module")
 def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
     slot.stop()  # its worker's CPU is needed

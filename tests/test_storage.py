@@ -248,12 +248,19 @@ def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_node_that_has_no_right_to_the_storage_is_named(s3: Faulty, tmp_path: Path) -> None:
+def test_a_node_that_has_no_right_to_the_storage_or_gets_no_answer_is_named(
+    s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The workers of the cluster were started without the credentials that this process has since."""
     from lungct_tune.tuning.cluster import check_storage
 
     with pytest.raises(StorageError, match=r"^node [\d.]+: s3://bucket/\S+: cannot read \.probe: no right to"):
         check_storage(Experiment.at("s3://bucket/searches", "checked"))
+    monkeypatch.setattr("lungct_tune.tuning.cluster.ANSWER_S", 3.0)
+    s3.fault = lambda request: None if "Authorization" in request.headers else "stall"
+    with pytest.raises(StorageError, match=r"^node [\d.]+: s3://bucket/\S+: neither written nor refused within 3 s"):
+        check_storage(Experiment.at("s3://bucket/searches", "checked"))
+    assert s3.answered["stall"]
     assert not Experiment.at("s3://bucket/searches", "checked").files()
     check_storage(Experiment.at(str(tmp_path), "checked"))
     assert not list((tmp_path / "checked").iterdir())

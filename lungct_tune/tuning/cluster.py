@@ -21,17 +21,21 @@ from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings
 from lungct_tune.storage import StorageError
+from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
 
 
 class ClusterError(UserError):
     """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
 
 
+PATIENCE_S = 7 * 24 * 3600
+"""How long a group of workers waits for room. What waits is what the autoscaler sees, and brings nodes for."""
+
 FINAL_SHARE = 16
 """Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
 
-PROBE = ".probe"
-"""What is written and read where the search is to keep its files, before it begins."""
+ANSWER_S = 120.0
+"""How long a node may take to read and write a small file, before the search begins: S3 alone is asked for a minute."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             f"--address {address}: Ray Tune does not run through Ray's client; give the head's HOST:PORT (6379) on a "
             "node of the cluster, or send the command there with `ray job submit`"
         )
+    # read where groups of workers are started: in the slots, to which Tune sends it on, and here
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # run_search listens to that handler for Ctrl-C
     # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -272,36 +278,36 @@ def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, f
 def check_storage(experiment: Experiment) -> None:
     """Reads and writes a small object from every node of the cluster, all of them at once.
 
+    Nodes that come later do so themselves, each time that workers of a slot start on them.
+
     Raises:
-        StorageError: a node cannot, or they do not see the same storage.
+        StorageError: a node cannot, or does not see what this one writes, or says nothing.
     """
-
-    @ray.remote(num_cpus=0)
-    def probe(own: str) -> bool:
-        seen = experiment.read(PROBE) == PROBE.encode()
-        experiment.write(own, own.encode())
-        return seen
-
+    probe = ray.remote(num_cpus=0, max_retries=0)(check_from_here)
     experiment.write(PROBE, PROBE.encode())
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    probes = {
-        f"{PROBE}-{node}": probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            f"{PROBE}-{node}"
-        )
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    answers = [
+        probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(experiment)
         for node in nodes
-    }
+    ]
     try:
-        for address, (own, seen) in zip(nodes.values(), probes.items(), strict=True):
+        ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
+        for node, answer in zip(nodes, answers, strict=True):
+            name = f"node {node['NodeManagerAddress']}"
             try:
-                shared = ray.get(seen) and experiment.read(own) == own.encode()
+                ray.get(answer, timeout=0)
             except ray.exceptions.RayTaskError as error:
-                raise StorageError(f"node {address}: {error.cause}") from error
-            if not shared:
+                refused = isinstance(error.cause, NodeRefused)
+                raise error.cause if refused else StorageError(f"{name}: {error.cause}") from error
+            except ray.exceptions.GetTimeoutError as error:
                 raise StorageError(
-                    f"{experiment.uri}: node {address} and this one do not see what the other writes there; with "
-                    "several nodes --storage must be a shared file system or an object store (s3://, gs://)"
-                )
+                    f"{name}: {experiment.uri}: neither written nor refused within {ANSWER_S:g} s; look there whether "
+                    "it is mounted and answers"
+                ) from error
+            except ray.exceptions.RayError as error:
+                raise StorageError(
+                    f"{name} was lost while it looked at {experiment.uri}; `ray status` says what is left: {error}"
+                ) from error
     finally:
-        for path in (PROBE, *probes):
-            with suppress(StorageError):
-                experiment.delete(path)
+        with suppress(StorageError):
+            experiment.delete(PROBE)

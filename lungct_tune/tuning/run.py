@@ -17,7 +17,7 @@ from lungct_tune.tuning.metrics import Metrics
 from lungct_tune.tuning.progress import Clock, Progress
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
-from lungct_tune.tuning.workers import SlotPlan
+from lungct_tune.tuning.workers import NodeRefused, SlotPlan
 
 MOST_AT_RANDOM = 10
 """How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""
@@ -44,6 +44,7 @@ def run_search(
 
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are as they were.
+        NodeRefused: a node that came later cannot use the storage; they are as they were then too.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
     search = StudySearch(
@@ -86,6 +87,10 @@ def run_search(
         before = signal.getsignal(signal.SIGINT)
         try:
             tuner.fit()
+        except tune.TuneError as error:  # made by Tune of what its scheduler raises
+            if isinstance(error.__context__, NodeRefused):
+                raise error.__context__ from None
+            raise
         finally:
             # Tune's own handler gives way to this one when it has heard a Ctrl-C, and else stays in its place
             stopped = signal.getsignal(signal.SIGINT) is before

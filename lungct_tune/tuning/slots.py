@@ -8,7 +8,6 @@ process group and CUDA context are set up once a slot. (Measured in benchmarks/f
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from typing import Any
@@ -20,10 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.objective import OBJECTIVE
-from lungct_tune.tuning.workers import START_ATTEMPTS, Mailbox, SlotPlan, run_worker, scaling
-
-PATIENCE_S = 7 * 24 * 3600
-"""How long a slot waits for room for its workers. What waits is what the autoscaler sees, and brings nodes for."""
+from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker, scaling
 
 MAX_LOSSES = 3
 """How many groups of workers may be lost over one epoch of a trial before the trial counts as failed."""
@@ -55,7 +51,10 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        return self._slot.run_epoch(self._order)
+        try:
+            return self._slot.run_epoch(self._order)
+        except NodeRefused as refusal:  # raised, it would count as a failure of the trial, and be tried again
+            return {OBJECTIVE: 0.0, "refused": str(refusal)}
 
     def cleanup(self) -> None:
         self._slot.release()
@@ -69,7 +68,6 @@ class Slot:
     """
 
     def __init__(self, plan: SlotPlan) -> None:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
         self._plan, self._released = plan, False
         self._group = Group(plan)
 
@@ -81,6 +79,9 @@ class Slot:
         """Has the workers run the trial's next epoch; others take their place when they are lost.
 
         They wait for room as long as it takes: for a node that comes, or for another slot's end.
+
+        Raises:
+            NodeRefused: they started on a node that cannot use the storage.
         """
         for _ in range(MAX_LOSSES):
             try:
@@ -115,6 +116,7 @@ class Group:
 
         Raises:
             WorkersLost: they ended instead; promptly, whatever ended them.
+            NodeRefused: they ended because one of them is where the storage cannot be used.
         """
         self._turn += 1
         self._mailbox.put.remote("order", self._turn, order)
@@ -122,6 +124,8 @@ class Group:
         answer = self._mailbox.get.options(name=what).remote("answer", self._turn)
         while not ray.wait([answer], timeout=1)[0]:
             if not self._run.is_alive():
+                if isinstance(self._error, NodeRefused):
+                    raise self._error
                 raise WorkersLost(f"the workers ended: {self._error or 'without an error'}") from self._error
         return dict(ray.get(answer))
 
@@ -154,9 +158,11 @@ class Group:
             ),
         )
         try:
+            plan.experiment.write(PROBE, PROBE.encode())
             trainer.fit()
         except Exception as error:  # kept for run_epoch(), which raises it where the slot sees it
-            self._error = error
+            of_workers = getattr(error, "worker_failures", {}).values()
+            self._error = next((each for each in of_workers if isinstance(each, NodeRefused)), error)
 
 
 def slot_name(search: str, number: int) -> str:

@@ -33,6 +33,7 @@ from lungct_tune.objective import OBJECTIVE, rank
 from lungct_tune.space import SearchSpace
 from lungct_tune.storage import StorageError
 from lungct_tune.tuning.trial import OBJECTIVE_SD, state_file
+from lungct_tune.tuning.workers import NodeRefused
 
 
 class StudyError(UserError):
@@ -248,6 +249,14 @@ class StudyPruning(FIFOScheduler):  # type: ignore[misc]
         self._search = search
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on.
+
+        Raises:
+            NodeRefused: a slot's workers started on a node that cannot use the storage. The study keeps its trials as
+                they are.
+        """
+        if "refused" in result:
+            raise NodeRefused(result["refused"])
         self._search.record(trial.trial_id, result)
         stop = self._search.should_stop(trial.trial_id)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from lungct_tune.experiment import Experiment
+from lungct_tune.storage import StorageError
 from lungct_tune.tuning.material import Material
 from lungct_tune.tuning.trial import Fold, WorkersTrial
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
+
+PROBE = ".probe"
+"""What the head writes where the search keeps its files, for every node to find; the nodes write files beside it."""
+
+
+class NodeRefused(StorageError):
+    """A node cannot use the search's storage, nor would it for another trial: the message names it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,28 @@ class Mailbox:
         return await asyncio.shield(self._letters[kind, turn])
 
 
+def check_from_here(experiment: Experiment) -> None:
+    """Looks from this node for what the head wrote on the storage, and writes there.
+
+    Raises:
+        NodeRefused: one of them cannot be done.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    try:
+        seen = experiment.read(PROBE) is not None
+        experiment.write(f"{PROBE}-{node}", b"")
+    except StorageError as error:
+        raise NodeRefused(f"node {ray.util.get_node_ip_address()}: {error}") from error
+    finally:
+        with suppress(StorageError):
+            experiment.delete(f"{PROBE}-{node}")
+    if not seen:
+        raise NodeRefused(
+            f"{experiment.uri}: node {ray.util.get_node_ip_address()} and the head do not see what the other writes "
+            "there; with several nodes --storage must be a shared file system or an object store (s3://, gs://)"
+        )
+
+
 def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
     """Ray Train's description of a group of workers."""
     from ray.train import ScalingConfig
@@ -56,12 +87,17 @@ def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
 
 
 def run_worker(config: dict[str, Any]) -> None:
-    """A worker's life in a slot: take an order, run an epoch of that trial, answer, until there is no order."""
+    """A worker's life in a slot: take an order, run an epoch of that trial, answer, until there is no order.
+
+    Raises:
+        NodeRefused: it runs on a node that may have come since the search began, and cannot use its storage.
+    """
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device
 
     plan, mailbox = config["plan"], config["mailbox"]
+    check_from_here(plan.experiment)
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
