@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +27,17 @@ GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
 def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str) -> None:
     with pytest.raises(ClusterError, match=says):
         connect(address, verbose=False)
+
+
+def test_a_token_that_is_missing_here_is_said_with_how_to_get_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        join = f"from lungct_tune.tuning.cluster import connect; connect({address!r}, verbose=False)"
+        here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        here |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+        said = subprocess.run([sys.executable, "-c", join], env=here, capture_output=True, text=True).stderr
+    assert f"ClusterError: the Ray cluster at {address} asks for a token: " in said
+    assert "Run `ray get-auth-token` on its head" in said
 
 
 def settings(**values: Any) -> Any:

@@ -115,6 +115,12 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
             ignore_reinit_error=True,
         )
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(
+            f"the Ray cluster {f'at {at}' if at else 'at hand'} asks for a token: {error.message}\n"
+            "Run `ray get-auth-token` on its head, and put what it prints into ~/.ray/auth_token here (or into "
+            "RAY_AUTH_TOKEN); RAY_AUTH_MODE must be the same here as there."
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         where = f"at {at}" if at else "at hand (the last one started here)"
         raise ClusterError(
