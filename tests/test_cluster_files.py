@@ -24,7 +24,7 @@ from lungct_tune.settings import read_settings, validate
 
 CLUSTERS = REPOSITORY / "clusters"
 LAUNCHER_FILES = ["cluster.yaml", "clusters/gcp.yaml"]
-KUBERAY, SLURM = "clusters/kuberay.yaml", "clusters/slurm.sh"
+ONPREM, KUBERAY, SLURM = "clusters/onprem.yaml", "clusters/kuberay.yaml", "clusters/slurm.sh"
 
 
 def text(file: str) -> str:
@@ -51,20 +51,37 @@ def test_nodes_have_the_pinned_ray_and_the_python_that_the_lock_is_for(file: str
 
 def searches(file: str, data: Path) -> list[list[str]]:
     """The arguments of every search that a file shows; the images are to be found in `data`."""
-    lines = text(file).replace("\\\n", "")
+    lines = re.sub(r"\\\n#? *", "", text(file))
     shown = re.findall(r"ray job submit .*-- python -m lungct_tune\.search (.+)'", lines)
     shown += re.findall(r"sbatch clusters/slurm\.sh (.+?)(?:   |`)", lines)
     shown += re.findall(r"entrypoint: >-\n\s+python -m lungct_tune\.search ((?:.+\n)+?)  #", lines)
     return [shlex.split(re.sub(r"--data \S+", f"--data {data}", arguments)) for arguments in shown]
 
 
-@pytest.mark.parametrize("file", ["README.md", *LAUNCHER_FILES, KUBERAY, SLURM])
+@pytest.mark.parametrize("file", ["README.md", *LAUNCHER_FILES, ONPREM, KUBERAY, SLURM])
 def test_every_search_that_a_file_shows_is_one_that_the_settings_take(file: str, tmp_path: Path) -> None:
     shown = searches(file, data=tmp_path)
     assert shown
     for arguments in shown:
         _, given = read_settings(arguments)
         assert given == {word[2:].replace("-", "_") for word in arguments if word.startswith("--")}
+
+
+@pytest.mark.parametrize("file", [*LAUNCHER_FILES, ONPREM, "clusters/Dockerfile"])
+def test_what_track_and_study_take_is_installed_where_the_search_runs(file: str) -> None:
+    extras = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]
+    installed = re.findall(r"--extra (\S+)", text(file))
+    assert installed == ["mlflow", "postgresql"] and set(installed) < set(extras)
+
+
+def test_amazons_and_googles_clusters_are_set_up_alike() -> None:
+    """But for the cloud's own: prices, machines, network, and what the head asks the cloud with."""
+    aws, google = (load(file) for file in LAUNCHER_FILES)
+    same = ("cluster_name", "max_workers", "idle_timeout_minutes", "auth", "docker", "file_mounts", "rsync_exclude")
+    same += ("initialization_commands", "setup_commands", "worker_start_ray_commands")
+    assert {key: aws[key] for key in same} == {key: google[key] for key in same}
+    (aws_head,), (google_head,) = aws["head_setup_commands"], google["head_setup_commands"]
+    assert aws_head.removesuffix("boto3") == google_head.removesuffix("google-api-python-client")
 
 
 @pytest.mark.parametrize("file", LAUNCHER_FILES)
