@@ -50,7 +50,8 @@ class Metrics(tune.Callback):  # type: ignore[misc]
         self._bytes = metric(Counter, "lungct_checkpoint_bytes_total", "Written by a slot's checkpoints", "slot")
         self._seconds = metric(Counter, "lungct_checkpoint_seconds_total", "A slot's time on checkpoints", "slot")
 
-        self._values: dict[tuple[Gauge, str], float] = {}
+        self._of_search: dict[Gauge, float] = {}
+        self._of_slots: dict[tuple[Gauge, str], float] = {}
         self._refreshed = 0.0
         epochs = [epoch for trial in study.get_trials(deepcopy=False) for epoch in trial.user_attrs.get("history", [])]
         self._training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in epochs)
@@ -59,17 +60,23 @@ class Metrics(tune.Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Sets all gauges anew now and then; Tune calls this some ten times a second."""
         if time.monotonic() >= self._refreshed + REFRESH_S:
-            self.on_experiment_end(trials)
+            self._set_gauges(trials)
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        self._set_gauges(trials)
+
+    def _set_gauges(self, trials: list[Any]) -> None:
         self._refreshed = time.monotonic()
-        states = Tally(self._finished)
-        states["running"] = sum(trial.status == "RUNNING" for trial in trials)
+        states, in_slots = Tally(self._finished), sum(trial.status == "RUNNING" for trial in trials)
+        states["waiting for room"] = min(self._clock.waiting, in_slots)
+        states["running"] = in_slots - states["waiting for room"]
         states["waiting"] = max(0, self._asked - states.total())
         for state, count in states.items():
             self._trials.set(count, {"state": state})
-        for (gauge, slot), value in self._values.items():
-            gauge.set(value, {"slot": slot} if slot else {})
+        for gauge, value in self._of_search.items():
+            gauge.set(value)
+        for (gauge, slot), value in self._of_slots.items():
+            gauge.set(value, {"slot": slot})
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "images" not in result:  # no epoch was run: the training diverged, or had been at its end
@@ -78,10 +85,10 @@ class Metrics(tune.Callback):  # type: ignore[misc]
         self._bytes.inc(result["checkpoint_bytes"], {"slot": slot})
         self._seconds.inc(result["checkpoint_s"], {"slot": slot})
         self._training_s += epoch_s
-        self._values[self._epoch, slot] = epoch_s
-        self._values[self._speed, slot] = result["images"] / result["train_s"]
+        self._of_slots[self._epoch, slot] = epoch_s
+        self._of_slots[self._speed, slot] = result["images"] / result["train_s"]
         if self._clock.slot_s:
-            self._values[self._share, ""] = self._training_s / self._clock.slot_s
+            self._of_search[self._share] = self._training_s / self._clock.slot_s
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._count_finished()
@@ -94,7 +101,7 @@ class Metrics(tune.Callback):  # type: ignore[misc]
         ended = Tally(map(how_ended, trials))
         self._finished = {how: ended[how] for how in (COMPLETED, STOPPED, DIVERGED, FAILED)}
         if (best := best_trial(trials)) is not None:
-            self._values[self._best, ""] = best_figures(best)[OBJECTIVE]
+            self._of_search[self._best] = best_figures(best)[OBJECTIVE]
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its configuration; what is bound to this process does not travel

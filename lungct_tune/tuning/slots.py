@@ -186,7 +186,10 @@ def _numbered_mailbox(search: str) -> tuple[int, Any]:
 
 
 def waiting_for_room(plan: SlotPlan) -> int:
-    """How many groups of workers of this shape the cluster has no room for at present."""
+    """How many of this search's groups of workers the cluster has no room for at present."""
     shape = [plan.resources_per_worker] * plan.workers
-    groups = ray.util.placement_group_table().values()
-    return sum(group["state"] == "PENDING" and list(group["bundles"].values()) == shape for group in groups)
+    job = ray.get_runtime_context().get_job_id()  # the end of the id of all that the search and its actors make
+    return sum(
+        key.endswith(job) and group["state"] == "PENDING" and list(group["bundles"].values()) == shape
+        for key, group in ray.util.placement_group_table().items()
+    )
