@@ -21,7 +21,7 @@ CHUNK = 4 * 2**20
 VALID = "valid.npy"
 """In a trial's folder: what its best epoch says of validation."""
 
-WRITTEN_IN_PLACE = ("s3", "gcs", "abfs", "hdfs")
+WRITTEN_IN_PLACE = ("s3", "gcs", "abfs")
 """File systems, by pyarrow's names, that need no folder made; an object there is seen when it is whole."""
 
 
@@ -98,6 +98,8 @@ class Experiment:
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             part = f"{target}.{uuid4().hex[:8]}.part"
             self._write(part, content)
+            if self.filesystem.type_name == "hdfs":  # where a move leaves what is in its way, and says nothing
+                self.delete(path)
             self.filesystem.move(part, target)
 
     def _write(self, target: str, content: bytes | memoryview) -> None:
