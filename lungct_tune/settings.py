@@ -20,6 +20,9 @@ from lungct_tune.entrance import UserError, command_line
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
+SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
+"""In the names of a database URL's options: drivers have many for a password, such as sslpassword."""
+
 SPACES = Path(__file__).parent.parent / "search_spaces"
 
 EXAMPLES = """\
@@ -161,7 +164,7 @@ class Settings(BaseModel):
             database = make_url(url or "sqlite://")
         except (ArgumentError, ValueError):
             raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
-        if database.password is not None or database.query.keys() & {"password", "passwd"}:
+        if database.password is not None or any(re.search(SECRETS, key, re.IGNORECASE) for key in database.query):
             raise ValueError(
                 "a password in a command is seen by others, in Ray's dashboard for one; leave it to what the "
                 "database's driver reads (PostgreSQL: PGPASSWORD or ~/.pgpass)"
@@ -279,7 +282,8 @@ def _explain(problem: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        with path.open() as file:  # of a file, not of its text, YAML's errors quote nothing
+            values = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"settings file {path} cannot be read: {_without_secrets(str(error))}") from error
     if not isinstance(values, dict):

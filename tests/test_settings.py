@@ -105,6 +105,8 @@ def test_the_kept_settings_give_the_same_settings() -> None:
         "postgresql://me:hush@db/x",
         "postgresql://me:hu@sh@db/x",
         "postgresql://me@db/x?password=hush",
+        "postgresql://me@db/x?sslmode=require&sslpassword=hush",
+        "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dhush",
         "postgresql//me:hush@db/x",
         "postgresql://me:hush@db:port/x",
     ],
@@ -117,6 +119,11 @@ def test_a_password_in_the_studys_url_is_refused_and_not_repeated(url: str, tmp_
             with pytest.raises(SettingsError) as refusal:
                 read_settings(arguments)
             assert "hu" not in str(refusal.value) and "sh" not in str(refusal.value).replace("dashboard", "")
+
+
+def test_other_options_in_the_studys_url_are_kept() -> None:
+    url = "postgresql://me@db/x?sslmode=verify-full&sslkey=/keys/me&passfile=/keys/pgpass"
+    assert validate({"study": url}).study == url
 
 
 def test_images_may_be_a_uri_and_a_folder_may_be_written_as_one(tmp_path: Path) -> None:
