@@ -32,7 +32,7 @@ from lungct_tune.bundle import verify
 from lungct_tune.data import DataError, fetch_images
 from lungct_tune.experiment import Experiment
 from lungct_tune.search import main
-from lungct_tune.storage import StorageError
+from lungct_tune.storage import StorageError, open_place
 from lungct_tune.study_copy import StudyCopy
 
 KEY, SECRET = "A-KEY-OF-THE-TESTS", "a-secret-of-the-tests"
@@ -284,6 +284,19 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(
     said = capsys.readouterr()
     assert "credentials or a query" in said.err and "AWS_ENDPOINT_URL" in said.err
     assert "hu" not in said.out + said.err.replace("such", "") and not list(tmp_path.rglob("*"))
+
+
+def test_a_path_may_have_a_colon_and_an_at_sign(s3: Faulty) -> None:
+    experiment = Experiment.at("s3://bucket/x:y@z", "one")
+    experiment.write("a", b"kept")
+    assert experiment.read("a") == b"kept"
+
+
+def test_google_is_asked_again_for_half_a_minute_and_named_as_the_user_did() -> None:
+    for filesystem in (open_place("gs://bucket/x")[0], pickle.loads(pickle.dumps(open_place("gs://bucket/x")[0]))):
+        assert filesystem.__reduce__()[1][0]["retry_time_limit"].total_seconds() == 30
+    with pytest.raises(StorageError, match=r"^gs://bad%zz/x: not understood \(Cannot parse URI: 'gs://bad%zz/x' due"):
+        open_place("gs://bad%zz/x")
 
 
 # ---- images by URI ------------------------------------------------------------------------------------
