@@ -41,6 +41,9 @@ STATES = "last*.pt"
 which sees by their own sha256 that it is no state."""
 
 
+TAKEN = "{} is there already, and left as it is; name another DEST, or move it away first"
+
+
 class FetchError(UserError):
     """Nothing was fetched: the message says why and what to do."""
 
@@ -70,6 +73,16 @@ def fetch(experiment: Experiment, dest: Path, console: Console, *, everything: b
         raise FetchError(f"{part} cannot be filled ({error}); the same command goes on when that is mended") from error
 
 
+def check_free(dest: Path, everything: bool) -> None:
+    """What can be said of a destination before anything is fetched.
+
+    Raises:
+        FetchError: there is something that cannot be what would be fetched.
+    """
+    if os.path.lexists(dest) and (everything or not (dest / CHECKSUMS).is_file()):
+        raise FetchError(TAKEN.format(dest))
+
+
 def is_transient(path: str) -> bool:
     """Whether a path in an experiment is none of what it takes to read or resume it."""
     return any(fnmatchcase(part, pattern) for part in path.split("/") for pattern in TRANSIENT)
@@ -81,11 +94,10 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
         found = find_bundle(experiment)
         if found is None and not (everything and experiment.exists("settings.yaml")):
             raise FetchError(_nothing(experiment))
+        check_free(dest, everything)
         if os.path.lexists(dest):
-            if everything or not _same(dest, experiment, f"{found}/{CHECKSUMS}"):
-                raise FetchError(
-                    f"{dest} is there already, and left as it is; name another DEST, or move it away first"
-                )
+            if not _same(dest, experiment, f"{found}/{CHECKSUMS}"):
+                raise FetchError(TAKEN.format(dest))
             return found
         with _alone(part):
             prefix = "" if everything else f"{found}/"

@@ -44,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
     if asked.cluster:
+        from lungct_tune.fetch import check_free
         from lungct_tune.tuning.head import on_head
 
+        check_free(asked.dest or Path(asked.source), asked.all)
         with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
             pull(experiment, asked.dest, console, everything=asked.all)
     else:

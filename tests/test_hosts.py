@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 CLUSTER = "clusters/onprem.yaml"
 PROJECT = f"{hosts.HOME}/lungct_tune"
 STORAGE = f"{hosts.SHARED}/results"
+PULL = ["python", "-m", "lungct_tune.pull"]
 SMALL_STORE = "--object-store-memory=150000000"
 QUICK = (
     "RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_worker_niceness=0 "
@@ -70,6 +71,10 @@ class Cluster:
     def ray(self, *command: str) -> str:
         """Runs `ray ...` on the laptop, in the project's folder."""
         return self.laptop.run("ray", *command, folder=PROJECT)
+
+    def pull(self, *arguments: str) -> str:
+        """What the product's own pull says on the laptop."""
+        return self.laptop.run(*PULL, *arguments, "--cluster", CLUSTER, folder=PROJECT)
 
     def listed(self, what: str, *options: str) -> list[dict[str, Any]]:
         """What Ray's state API on the head says of actors, nodes, ..."""
@@ -240,10 +245,28 @@ def test_slots_on_both_workers_and_the_bundle_on_the_laptop(cluster: Cluster) ->
     search.check_nothing_is_missing_or_double(trials=4, epochs=3)
     one, two = ([host.address] for host in cluster.workers)
     assert sorted(cluster.worker_groups()) in ([one, one, two], [one, two, two])  # two slots and the retraining
-    pulled = cluster.laptop.home / "best"
-    cluster.ray("rsync-down", CLUSTER, f"{STORAGE}/slots/best/", f"{hosts.HOME}/best/")
+    said = cluster.pull("slots", "model", "--storage", STORAGE)
+    assert "verified" in said and "test accuracy" in said
+    pulled = cluster.laptop.home / "lungct_tune" / "model"
     verify(pulled)
     assert digests(pulled) == digests(search.folder / "best")
+
+
+def test_all_of_a_search_comes_from_where_a_job_leaves_it_and_what_is_not_there_is_said(cluster: Cluster) -> None:
+    (cluster.head.home / "results").symlink_to(STORAGE)
+    cluster.pull("slots", "everything", "--all")
+    everything = cluster.laptop.home / "lungct_tune" / "everything"
+    study = optuna.load_study(study_name="slots", storage=f"sqlite:///{everything}/study.db")
+    assert len(study.trials) == 4
+    verify(everything / "best")
+    with pytest.raises(AssertionError, match=r"no experiment 'other' on the head in ~/results .* there are: slots"):
+        cluster.pull("other", "other")
+
+
+def test_a_storage_that_hosts_do_not_share_is_refused(cluster: Cluster) -> None:
+    command = ["python", "-m", "lungct_tune.search", "--name", "alone", "--storage", "alone", *QUICK_TRIALS]
+    with pytest.raises(AssertionError, match=r"node 10\.77\.0\.[34] and this one do not see what the other writes"):
+        cluster.ray("exec", CLUSTER, shlex.join(command))
 
 
 def test_a_slot_across_two_hosts_and_the_head_lost(cluster: Cluster) -> None:

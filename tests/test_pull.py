@@ -608,24 +608,24 @@ def test_a_pull_that_is_stopped_leaves_no_dest_and_goes_on(
 # ---- the head of a cluster ------------------------------------------------------------------------------
 
 
-def test_experiments_on_a_head_lie_where_the_cluster_file_puts_the_project(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from conftest import REPOSITORY
+def test_a_relative_storage_on_a_head_begins_where_a_search_may_have_been_run() -> None:
+    from lungct_tune.tuning.head import places_on_head
 
-    from lungct_tune.tuning.head import results_on_head
-
-    monkeypatch.chdir(REPOSITORY)
-    config = {"file_mounts": {"/etc/keys": str(tmp_path), "~/project": "."}}
-    assert results_on_head(config, None) == "~/project/results"
-    assert results_on_head(config, "./elsewhere") == "~/project/elsewhere"
-    assert results_on_head(config, "/shared/results") == "/shared/results"
-    assert results_on_head({}, "~/results") == "~/results"
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="file_mounts"):
-        results_on_head(config, None)
+    assert places_on_head(None) == ["~/results", "~/lungct_tune/results"]
+    assert places_on_head("./else where") == ["~/'else where'", "~/lungct_tune/'else where'"]
+    assert places_on_head("/shared/results") == ["/shared/results"]
+    assert places_on_head("~/results") == ["~/results"]
     with pytest.raises(ValueError, match="leave --cluster out"):
-        results_on_head(config, "s3://bucket/results")
+        places_on_head("s3://bucket/results")
+
+
+def test_a_destination_that_is_taken_is_said_before_a_head_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    for more in ([], ["--all"]):
+        assert main(["one", str(tmp_path / "model"), "--cluster", str(tmp_path / "no.yaml"), *more]) == 2
+        assert "is there already, and left as it is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -633,18 +633,15 @@ def test_experiments_on_a_head_lie_where_the_cluster_file_puts_the_project(
     [
         (None, "No such file"),
         ("a: [", "while parsing"),
-        ("cluster_name: x\nfile_mounts: {}", "--storage"),
-        ("cluster_name: x\nfile_mounts: {~/p: REPOSITORY}\nprovider: {type: local, head_ip: h}", "ray exec"),
+        ("cluster_name: x\nprovider: {type: local, head_ip: h}", "ray exec"),
     ],
 )
 def test_a_cluster_that_cannot_be_asked_is_said(
     tmp_path: Path, content: str | None, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from conftest import REPOSITORY
-
     cluster = tmp_path / "cluster.yaml"
     if content is not None:
-        cluster.write_text(content.replace("REPOSITORY", str(REPOSITORY)))
+        cluster.write_text(content)
     assert main(["one", str(tmp_path / "model"), "--cluster", str(cluster)]) == 2
     said = capsys.readouterr().err
     assert str(cluster) in said and says in said

@@ -8,11 +8,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -36,14 +35,14 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
 
     Args:
         cluster: the file that `ray up` was given.
-        storage: the folder of the experiments as the head sees it; by default `results` in the project's folder.
+        storage: the folder of the experiments, as the search was given it there; by default `results`.
 
     Raises:
         StorageError: the head cannot be reached, or has no such experiment.
     """
     try:
         config = yaml.safe_load(cluster.read_text())
-        folder = results_on_head(config, storage)
+        places = places_on_head(storage)
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")
         copy = default_cache() / "pulled" / str(config["cluster_name"]) / name
@@ -51,42 +50,86 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
             # rsync-down leaves out what the file has `ray up` leave out
             yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, "study.db"], "rsync_filter": []}, own)
             own.flush()
-            _Head(own.name, folder, name).fetch(copy, everything, console)
+            _find(Head(own.name), places, name).fetch(copy, everything, console)
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError, StorageError) as error:
         raise StorageError(f"--cluster {cluster}: {error}") from error
     yield Experiment(str(copy))
     shutil.rmtree(copy)
 
 
-def results_on_head(config: dict[str, Any], storage: str | None) -> str:
-    """The folder of the experiments on the head of a `ray up` cluster.
+def places_on_head(storage: str | None) -> list[str]:
+    """The folders that a search's --storage may mean on the head, for a shell there.
 
-    Args:
-        config: the cluster file's content.
-        storage: what the search was given there; relative to the project's folder.
+    A relative one begins where the search was run: a job's at home, another's in the project's folder, as a rule.
 
     Raises:
-        ValueError: it cannot be told; the message says what to do.
+        ValueError: it is not on the head.
     """
     if storage and "://" in storage:
         raise ValueError(f"{storage} is not on the head; leave --cluster out to pull from there")
-    if storage and storage.startswith(("/", "~")):
-        return storage
-    for there, here in (config.get("file_mounts") or {}).items():
-        if Path(here).expanduser().joinpath("lungct_tune").is_dir():
-            return str(PurePosixPath(there, storage or "results"))
-    raise ValueError(
-        "none of its file_mounts is this project, as seen from here; run this in the folder that you run `ray up` in, "
-        "or say where the experiments lie on the head: --storage /FOLDER"
+    if storage and storage.startswith("/"):
+        return [shlex.quote(storage)]
+    folder = shlex.quote(PurePosixPath((storage or "results").removeprefix("~/")).as_posix())
+    return [f"~/{folder}"] if storage and storage.startswith("~/") else [f"~/{folder}", f"~/lungct_tune/{folder}"]
+
+
+def _find(head: Head, places: Sequence[str], name: str) -> _OnHead:
+    """The experiment of that name in the first of the places that has one."""
+    look = f"for kept in {' '.join(f'{place}/*/settings.yaml' for place in places)}; do echo found $kept; done"
+    found = re.findall(r"^found (.+)/([^/*]+)/settings\.yaml\r*$", head.run(look), re.MULTILINE)
+    for folder, there in found:
+        if there == name:
+            return _OnHead(head, folder, name)
+    names = sorted({there for _, there in found})
+    there = f"there are: {', '.join(names)}" if names else "there is none at all"
+    raise StorageError(
+        f"no experiment {name!r} on the head in {' or '.join(places)}; {there}. If the search was given a --storage, "
+        "give it here too"
     )
 
 
 @dataclass(frozen=True)
-class _Head:
-    """An experiment on the head of a cluster."""
+class Head:
+    """The head of a cluster, reached by Ray's launcher."""
 
     cluster: str
+    """A cluster file."""
+
+    def run(self, command: str) -> str:
+        """A command's output, and whatever a login shell says besides."""
+        return self.ray("exec", command)
+
+    def ray(self, command: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> str:
+        """What one of the launcher's commands prints.
+
+        Raises:
+            StorageError: it failed; with the last that it said.
+        """
+        options = ("--log-style", "pretty", "--log-color", "false")
+        words = [sys.executable, "-m", "ray.scripts.scripts", command, *options, self.cluster, *arguments]
+        with (
+            tempfile.TemporaryFile("w+", errors="replace") as said,  # no pipe: ssh's master keeps it open for 10 s more
+            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT) as process,
+        ):
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
+                meanwhile()
+            said.seek(0)
+            output = said.read()
+        if process.returncode:
+            lines = [line for line in output.splitlines() if line.strip() and "StrictHostKeyChecking" not in line]
+            raise StorageError("\n".join([f"nothing was fetched from the head; `ray {command}` says", *lines[-3:]]))
+        return output
+
+
+@dataclass(frozen=True)
+class _OnHead:
+    """An experiment on the disk of a head."""
+
+    head: Head
     folder: str
+    """Of the experiments."""
     name: str
 
     @property
@@ -126,50 +169,22 @@ class _Head:
         study, copy = f"{self.name}/study.db", self._study_copy
         program = f'import sqlite3; sqlite3.connect("{study}").execute("VACUUM INTO ?", ["{copy}"])'
         copying = f"if test -f {study}; then rm -f {copy} && python3 -c '{program}' || exit 1; fi; "
-        files = rf"find . -type f \( -path './{self.name}/*' -o -path './*/settings.yaml' \) -printf 'found %s %P\n'"
+        files = rf"cd {self.name} && find . -type f -printf 'found %s %P\n'"
         found = re.findall(r"^found (\d+) (.+?)\r*$", self._run((copying if copy_study else "") + files), re.MULTILINE)
-        sizes = {path: int(size) for size, path in found}
-        if f"{self.name}/settings.yaml" not in sizes:
-            names = sorted(path.split("/")[0] for path in sizes if path.endswith("/settings.yaml"))
-            there = f"there are: {', '.join(names)}" if names else "there is none at all"
-            raise StorageError(f"no experiment {self.name!r} in {self.folder} on the head; {there}")
-        inside = f"{self.name}/"
-        own = {path.removeprefix(inside): size for path, size in sizes.items() if path.startswith(inside)}
-        return {path: size for path, size in own.items() if not is_transient(path)}
+        return {path: int(size) for size, path in found if not is_transient(path)}
 
     def _run(self, command: str) -> str:
-        """A command's output, and whatever a login shell says besides; in the experiments' folder, if there is one."""
-        home, rest = ("~/", self.folder[2:]) if self.folder.startswith("~/") else ("", self.folder)
-        return self._ray("exec", f"cd {home}{shlex.quote(rest)} || exit 0; {command}")
+        """A command's output in the experiments' folder."""
+        return self.head.run(f"cd {shlex.quote(self.folder)} && {{ {command}; }}")
 
     def _rsync(self, source: str, target: str, size: int, console: Console) -> None:
         with transfer_bar(console) as bar:
             task = bar.add_task(self.name, total=size)
             folder = Path(target).parent
-            self._ray(
+            self.head.ray(
                 *("rsync-down", "--verbose", f"{self.folder}/{source}", target),
                 meanwhile=lambda: bar.update(task, completed=_size(folder)),
             )
-
-    def _ray(self, command: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> str:
-        options = ("--log-style", "pretty", "--log-color", "false")
-        words = [sys.executable, "-m", "ray.scripts.scripts", command, *options, self.cluster, *arguments]
-        with (
-            tempfile.TemporaryFile("w+", errors="replace") as said,  # no pipe: ssh's master keeps it open for 10 s more
-            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT) as process,
-        ):
-            while process.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.2)
-                meanwhile()
-            said.seek(0)
-            output = said.read()
-        if process.returncode:
-            lines = [line for line in output.splitlines() if line.strip() and "StrictHostKeyChecking" not in line]
-            raise StorageError(
-                "\n".join([f"{self.folder}/{self.name}: not fetched from the head; `ray {command}` says", *lines[-3:]])
-            )
-        return output
 
 
 def _size(folder: Path) -> int:
