@@ -16,7 +16,7 @@ from lungct_tune.configuration import Configuration
 from lungct_tune.entrance import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.tuning.material import Material
-from lungct_tune.tuning.workers import START_ATTEMPTS, scaling
+from lungct_tune.tuning.workers import START_ATTEMPTS
 
 MAX_FAILURES = 3
 """How many times the retraining may lose a worker and go on from its last epoch."""
@@ -64,16 +64,14 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
         RetrainingFailed: workers failed more than MAX_FAILURES times, or could not be started.
         KeyboardInterrupt: the user pressed Ctrl-C; the run's last checkpoint is kept.
     """
-    from ray.train.torch import TorchTrainer
+    from lungct_tune.tuning.trainer import GroupTrainer
 
-    from lungct_tune.tuning.process_group import ProcessGroup
-
-    trainer = TorchTrainer(
+    trainer = GroupTrainer(
         _run_worker,
-        train_loop_config={"plan": plan},
-        torch_config=ProcessGroup(),
-        scaling_config=scaling(plan.workers, plan.resources_per_worker),
-        run_config=train.RunConfig(
+        {"plan": plan},
+        plan.workers,
+        plan.resources_per_worker,
+        train.RunConfig(
             name=name,
             storage_path=f"{plan.experiment.root}/final",
             storage_filesystem=plan.experiment.filesystem,

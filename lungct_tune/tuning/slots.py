@@ -8,6 +8,7 @@ process group and CUDA context are set up once a slot. (Measured in benchmarks/f
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from typing import Any
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.objective import OBJECTIVE
-from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker, scaling
+from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker
 
 MAX_LOSSES = 3
 """How many groups of workers may be lost over one epoch of a trial before the trial counts as failed."""
@@ -68,6 +69,8 @@ class Slot:
     """
 
     def __init__(self, plan: SlotPlan) -> None:
+        # one process less for each group: a notice that a node will go ends an epoch no sooner than its going does
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         self._plan, self._released = plan, False
         self._group = Group(plan)
 
@@ -138,22 +141,21 @@ class Group:
 
     def _fit(self, plan: SlotPlan) -> None:
         from ray.train import FailureConfig, RunConfig
-        from ray.train.torch import TorchTrainer
 
-        from lungct_tune.tuning.process_group import ProcessGroup
+        from lungct_tune.tuning.trainer import GroupTrainer
 
-        trainer = TorchTrainer(
+        trainer = GroupTrainer(
             run_worker,
-            train_loop_config={"plan": plan, "mailbox": self._mailbox},
-            torch_config=ProcessGroup(),
-            scaling_config=scaling(plan.workers, plan.resources_per_worker),
-            run_config=RunConfig(
+            {"plan": plan, "mailbox": self._mailbox},
+            plan.workers,
+            plan.resources_per_worker,
+            RunConfig(
                 name=f"{self.name.replace(' ', '-')}-{uuid.uuid4().hex[:8]}",
                 storage_path=f"{plan.experiment.root}/slots",
                 storage_filesystem=plan.experiment.filesystem,
                 # one owner of recovery: a group that loses a worker ends, and the slot makes the next one
                 failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
+                    max_failures=0, controller_failure_limit=START_ATTEMPTS
                 ),
             ),
         )
