@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from conftest import SMALL, SPACE
 from optuna.trial import TrialState
+from processes import free_port, wait_for
 
 NODES = 2
 WORKER = {"resources": {"CPU": 1, "object_store_memory": 10**8}, "node_config": {}, "min_workers": 0}
@@ -40,9 +40,7 @@ SILENT: dict[str, object] = {
 @pytest.fixture
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster that is a head without CPUs, with an autoscaler that may add two nodes of one CPU each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     config = tmp_path_factory.mktemp("autoscaler") / "cluster.yaml"
     provider = {
@@ -86,13 +84,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
             process.kill()
         head.wait()
-
-
-def wait_for(condition: Callable[[], bool], within_s: float = 600) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(1)
 
 
 def nodes(address: str) -> list[dict[str, float]]:

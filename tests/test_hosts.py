@@ -23,6 +23,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 from optuna.trial import TrialState
+from processes import wait_for
 
 from lungct_tune.bundle import verify
 from lungct_tune.tuning.trial import DIGEST_BYTES
@@ -139,7 +140,7 @@ class Search:
             assert "failed" not in status, self._output()
             return "succeeded" in status
 
-        wait_for(lambda: not self._runs(), within_s)
+        wait_for(lambda: not self._runs(), within_s=within_s)
         wait_for(succeeded)
 
     def history(self, trial: int) -> list[dict[str, float]]:
@@ -209,13 +210,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.ray("get-auth-token", "--generate")
         cluster.ray("up", CLUSTER, "-y")
         yield cluster
-
-
-def wait_for(condition: Callable[[], Any], within_s: float = 600) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.5)
 
 
 def digests(folder: Path) -> dict[str, str]:

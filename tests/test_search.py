@@ -11,8 +11,8 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import optuna
 import pytest
 from conftest import CT_IMAGES, CT_WEIGHTS, SMALL, SPACE
 from optuna.trial import TrialState
+from processes import searching, wait_for
 
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main
@@ -410,32 +411,14 @@ def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space
 # ---- a search in a process of its own -----------------------------------------------------------------
 
 
-class command:
+def command(
+    storage: Path, data: Path | None, space: Path | None, *arguments: str
+) -> AbstractContextManager[subprocess.Popen[str]]:
     """The search's command line in a process of its own; without data it resumes."""
-
-    def __init__(self, storage: Path, data: Path | None, space: Path | None, *arguments: str) -> None:
-        which = ["--resume", "killed"]
-        if data is not None:
-            which = ["--name", "killed", "--data", str(data), "--space", str(space), *SMALL, *arguments]
-        self._arguments = [sys.executable, "-m", "lungct_tune.search", "--storage", str(storage), *which]
-
-    def __enter__(self) -> subprocess.Popen[str]:
-        self._process = subprocess.Popen(
-            self._arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        return self._process
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def wait_for(condition: Any, run: subprocess.Popen[str], within_s: float = 600) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert run.poll() is None, f"the search ended early:\n{run.stdout and run.stdout.read()}"
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
+    which = ["--resume", "killed"]
+    if data is not None:
+        which = ["--name", "killed", "--data", str(data), "--space", str(space), *SMALL, *arguments]
+    return searching("--storage", str(storage), *which)
 
 
 def train_workers() -> list[int]:

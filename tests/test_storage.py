@@ -10,7 +10,6 @@ import pickle
 import random
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,12 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pyarrow.fs
 import pytest
+from conftest import SMALL, SPACE
 from optuna.trial import TrialState
+from processes import free_port, searching, wait_for
 
 from lungct_tune.bundle import verify
 from lungct_tune.data import DataError, fetch_images
@@ -122,8 +122,7 @@ class _Passing(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
     """The port of an S3 server with the bucket `bucket`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -408,13 +407,7 @@ def test_the_studys_copy_follows_it_through_a_failing_storage_and_replaces_an_ol
 
 # ---- whole searches -----------------------------------------------------------------------------------
 
-SPACE = """
-truncation_depth: {low: 1, high: 8}
-dropout: {low: 0.0, high: 0.5}
-backbone_lr: {low: 1e-4, high: 1e-2, log: true}
-fixed_trials: [{truncation_depth: 4}]
-"""
-SMALL = ["--weights", "none", "--image-size", "32", "--batch-size", "8", "--trials", "3", "--epochs", "4"]
+TRIALS = ["--trials", "3", "--epochs", "4"]
 
 
 def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_head(
@@ -428,7 +421,7 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
     failing = Faulty(s3.port)
     failing.now_and_then({500: 0.05, 503: 0.05}, seed=1, stalls={100, 300, 500})
     store = ["--storage", "s3://bucket/searches"]
-    begin = ["--name", "one", "--data", "s3://bucket/ct", "--space", str(tmp_path / "space.yaml"), *SMALL]
+    begin = ["--name", "one", "--data", "s3://bucket/ct", "--space", str(tmp_path / "space.yaml"), *SMALL, *TRIALS]
     with contextlib.ExitStack() as heads:
         first, first_disk = heads.enter_context(head(failing, *store, *begin))
         wait_for(lambda: any(trial.user_attrs.get("history") for trial in copied_trials(tmp_path)), first)
@@ -483,26 +476,8 @@ def head(proxy: Faulty, *arguments: str) -> Iterator[tuple[subprocess.Popen[str]
     """A search on a machine of its own: its process, and the disk with its results, its cache and its Ray."""
     with tempfile.TemporaryDirectory(dir="/tmp") as disk:  # a short path, for the names of Ray's sockets
         own = {"RAY_ADDRESS": "local", "RAY_TMPDIR": disk, "XDG_CACHE_HOME": f"{disk}/cache"}
-        with subprocess.Popen(
-            [sys.executable, "-m", "lungct_tune.search", *arguments],
-            env=os.environ | environment(proxy) | own,
-            cwd=disk,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as run:
-            try:
-                yield run, Path(disk)
-            finally:
-                run.kill()
-
-
-def wait_for(condition: Callable[[], Any], run: subprocess.Popen[str] | None = None, within_s: float = 600) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert run is None or run.poll() is None, f"the search ended early:\n{run and run.stdout and run.stdout.read()}"
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
+        with searching(*arguments, environment=os.environ | environment(proxy) | own, folder=Path(disk)) as run:
+            yield run, Path(disk)
 
 
 @pytest.fixture
@@ -522,8 +497,7 @@ def postgresql(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             subprocess.run([programs[-1] / program, *arguments], user=user, cwd=folder, check=True, capture_output=True)
 
         run("initdb", "-D", f"{folder}/data", "-U", "me", "-A", "scram-sha-256", f"--pwfile={password}")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
         run("pg_ctl", "start", "-w", "-D", f"{folder}/data", "-l", f"{folder}/log", "-o", options)
         monkeypatch.setenv("PGPASSWORD", SECRET)

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import struct
 import subprocess
@@ -28,6 +27,7 @@ import optuna
 import pytest
 from conftest import REPOSITORY
 from optuna.trial import TrialState
+from processes import free_port, searching, wait_for
 from rich.console import Console
 
 from lungct_tune.configuration import PUBLISHED
@@ -112,7 +112,7 @@ def watched(
     new = ["--name", "watched", "--data", str(phantoms), "--space", str(storage / "space.yaml"), "--slots", "2"]
     new += ["--image-size", "64", "--batch-size", str(BATCH), "--epochs", str(EPOCHS)]
     watch = ["--storage", str(storage), "--track", f"mlflow:{mlflow_server[0]}"]
-    with search(*new, "--weights", "none", "--trials", "99", *watch) as run:
+    with searching(*new, "--weights", "none", "--trials", "99", *watch) as run:
         wait_for(lambda: epochs_in(folder, TrialState.COMPLETE), run)
         optuna_epochs = look_twice_with_optuna_dashboard(folder, run)
         metrics = set()
@@ -139,7 +139,7 @@ def watched(
     interrupted = epochs_in(folder, TrialState.RUNNING)
     ended = epochs_in(folder, TrialState.COMPLETE) | epochs_in(folder, TrialState.PRUNED)
     trials = len(ended) + len(interrupted) + 1
-    with search("--resume", "watched", "--trials", str(trials), *watch) as run:
+    with searching("--resume", "watched", "--trials", str(trials), *watch) as run:
         output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
     return Watched(folder, jobs, actors, tasks, optuna_epochs, metrics, mlflow_running, ended, interrupted)
@@ -363,9 +363,7 @@ def mlflow_history(url: str, run: Any, metric: str) -> list[tuple[int, float]]:
 @contextlib.contextmanager
 def server(command: Callable[[int], list[str]], ready: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server on loopback, when it answers at the path `ready`: its address and its process, a group of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(
         command(port), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -390,28 +388,6 @@ def answers(url: str) -> bool:
 def get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=30) as answer:
         return str(answer.read().decode())
-
-
-@contextlib.contextmanager
-def search(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "lungct_tune.search", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, within_s: float = 600) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        if process is not None and process.poll() is not None:
-            raise AssertionError(f"it ended early:\n{process.stdout and process.stdout.read()}")
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.3)
 
 
 def epochs_in(folder: Path, state: TrialState) -> set[int]:

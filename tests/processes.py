@@ -1,0 +1,52 @@
+"""Searches and servers in processes of their own, and waiting for what they do."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, within_s: float = 600) -> None:
+    """Waits until the condition holds.
+
+    Raises:
+        AssertionError: the process ended first, with what it had printed; or that takes too long.
+    """
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"it ended early:\n{process.stdout and process.stdout.read()}")
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.3)
+
+
+@contextmanager
+def searching(
+    *arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A search, with what it prints in its pipe; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lungct_tune.search", *arguments],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
