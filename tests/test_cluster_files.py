@@ -362,11 +362,11 @@ def test_the_head_of_cluster_yaml_asks_for_a_token_and_grows_the_cluster(tmp_pat
 
 
 @machine
-def test_a_slurm_job_is_one_cluster_of_all_its_nodes(tmp_path: Path) -> None:
+def test_a_slurm_job_is_one_cluster_of_all_its_nodes_and_ends_as_its_search(tmp_path: Path) -> None:
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
     said = on_a_machine_of_its_own(
-        ["bash", "-c", f'PATH="{tmp_path}:$PATH" bash {SLURM} --name lung --plan'],
+        ["bash", "-c", f'PATH="{tmp_path}:$PATH" bash {SLURM} --name lung --storage /proc/none || echo "ended with $?"'],
         tmp_path / "home",
         SLURM_SUBMIT_DIR=str(REPOSITORY),
         SLURM_JOB_ID="7",
@@ -375,3 +375,4 @@ def test_a_slurm_job_is_one_cluster_of_all_its_nodes(tmp_path: Path) -> None:
         RAY_gcs_rpc_server_reconnect_timeout_s="3",  # how long the head has gone when a node leaves; else 60
     )
     assert "2 slots of 1 worker with 1 CPU each" in said
+    assert said.endswith("ended with 2\n")  # nobody can write to that storage
