@@ -366,7 +366,7 @@ def test_a_slurm_job_is_one_cluster_of_all_its_nodes_and_ends_as_its_search(tmp_
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
     said = on_a_machine_of_its_own(
-        ["bash", "-c", f'PATH="{tmp_path}:$PATH" bash {SLURM} --name lung --storage /proc/none || echo "ended with $?"'],
+        ["bash", "-c", f'PATH="{tmp_path}:$PATH" bash {SLURM} --storage /proc/none || echo "ended with $?"'],
         tmp_path / "home",
         SLURM_SUBMIT_DIR=str(REPOSITORY),
         SLURM_JOB_ID="7",

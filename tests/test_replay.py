@@ -35,34 +35,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     for part in ("valid", "test"):
         shutil.copy(min((leaking / "train" / "normal").iterdir()), leaking / part / "normal" / "copy.png")
     (storage / "space.yaml").write_text(SPACE)
-    arguments = [
-        "--data",
-        str(leaking),
-        "--split",
-        "official",
-        "--space",
-        str(storage / "space.yaml"),
-        "--storage",
-        str(storage),
-        *SMALL,
-    ]
-    how = [
-        "--space",
-        str(storage / "space.yaml"),
-        "--trials",
-        "3",
-        "--epochs",
-        "3",
-        "--slots",
-        "1",
-        "--final-workers",
-        "1",
-        "--folds",
-        "2",
-        "--seeds",
-        "2",
-    ]
-    assert search.main([*arguments, *how, "--name", "folded"]) == 0
+    of_what = ["--data", str(leaking), "--split", "official", "--space", str(storage / "space.yaml"), *SMALL]
+    how = ["--trials", "3", "--epochs", "3", "--slots", "1", "--final-workers", "1", "--folds", "2", "--seeds", "2"]
+    assert search.main([*of_what, *how, "--storage", str(storage), "--name", "folded"]) == 0
     return storage / "folded"
 
 
