@@ -41,7 +41,11 @@ JUDGED = judge(
 
 
 def files_of_a_bundle(model: bytes = b"weights", test: dict[str, Any] | None = JUDGED) -> dict[str, bytes]:
-    config = {"training": {"configuration": PUBLISHED.as_dict()}, "settings": {"trials": 8}}
+    config = {
+        "training": {"configuration": PUBLISHED.as_dict()},
+        "preprocessing": {"image_size": 64},
+        "settings": {"trials": 8},
+    }
     best = {"trial": 3, "best_balanced_accuracy": 0.875}
     metrics = {"data": PHANTOMS, "test": test, "best_trial": best, "search": {"trials": 5}}
     return {
