@@ -30,6 +30,7 @@ own. Starting and losing processes is mostly waiting, so the two run side by sid
 CT_WEIGHTS = REPOSITORY.parent / "shared" / "weights" / "resnet_ct_k22.pth"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for lane, files in LANES.items():
