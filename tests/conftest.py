@@ -20,22 +20,7 @@ backbone_lr: {low: 1e-4, high: 1e-2, log: true}
 fixed_trials: [{truncation_depth: 4}]
 """
 SMALL = ["--weights", "none", "--image-size", "32", "--batch-size", "8"]
-LANES = {
-    "cluster": ("pull", "replay", "search", "slots", "storage", "watching"),
-    "hosts": ("cluster_files", "elastic", "hosts"),
-}
-"""Test files that run in one process each: those of the first share a Ray, those of the second make clusters of their
-own. Starting and losing processes is mostly waiting, so the two run side by side; other tests run where there is time.
-"""
 CT_WEIGHTS = REPOSITORY.parent / "shared" / "weights" / "resnet_ct_k22.pth"
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own, which reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for lane, files in LANES.items():
-            if item.path.stem.removeprefix("test_") in files:
-                item.add_marker(pytest.mark.xdist_group(lane))
 
 
 @pytest.fixture(scope="session")
