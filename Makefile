@@ -15,7 +15,7 @@ search: .venv/.ready
 
 # Two lanes side by side, since losing processes and waiting for others is much of what the tests do.
 test: .venv/.ready lint
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-one-ray test-others
+	$(MAKE) --jobs=2 --keep-going test-one-ray test-others
 
 test-one-ray:
 	$(BIN)/python -m pytest $(ONE_RAY)
