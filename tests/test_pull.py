@@ -380,9 +380,11 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
     for transient in ("trials/0003/last.pt.12ab.part", ".lock", "best.part/x", "search-images.npy", "study.db-journal"):
         experiment.write(transient, b"")
 
+    with contextlib.closing(sqlite3.connect(f"{experiment.uri}/study.db")) as study:
+        study.executescript("CREATE TABLE trials (filler); CREATE TABLE epochs (filler)")
+
     def write_trials() -> None:
         with contextlib.closing(sqlite3.connect(f"{experiment.uri}/study.db", timeout=60)) as study:
-            study.executescript("CREATE TABLE trials (filler); CREATE TABLE epochs (filler)")
             while not ended.wait(0.001):
                 with study:
                     study.execute("INSERT INTO trials VALUES (zeroblob(3000))")
@@ -391,8 +393,6 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
     search = threading.Thread(target=write_trials)
     search.start()
     try:
-        while not (tmp_path / "results" / "one" / "study.db").exists():
-            time.sleep(0.01)
         for i in range(5):
             dest = tmp_path / str(i) / "one"
             assert main([experiment.uri, str(dest), "--all"]) == 0
