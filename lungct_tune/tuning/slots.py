@@ -155,7 +155,7 @@ class Group:
                 storage_filesystem=plan.experiment.filesystem,
                 # one owner of recovery: a group that loses a worker ends, and the slot makes the next one
                 failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=0, controller_failure_limit=START_ATTEMPTS
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
                 ),
             ),
         )
