@@ -5,23 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 # for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
 TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
-# tests that share one Ray; the others make clusters of their own, or need none
-ONE_RAY := $(foreach what,pull replay search slots storage watching,tests/test_$(what).py)
 
-.PHONY: search test test-one-ray test-others test-packages lint setup lock
+.PHONY: search test test-packages lint setup lock
 
 search: .venv/.ready
 	$(BIN)/python -m lungct_tune.search
 
-# Two lanes side by side, since losing processes and waiting for others is much of what the tests do.
 test: .venv/.ready lint
-	$(MAKE) --jobs=2 --keep-going test-one-ray test-others
-
-test-one-ray:
-	$(BIN)/python -m pytest $(ONE_RAY)
-
-test-others:
-	$(BIN)/python -m pytest tests $(ONE_RAY:%=--ignore=%)
+	$(BIN)/python -m pytest
 
 test-packages:
 	apt-get update -qq
