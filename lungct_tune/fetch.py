@@ -40,8 +40,8 @@ STATES = "last*.pt"
 """Files that a running trial may replace faster than they come. What has come of two of them is as none to `--resume`,
 which sees by their own sha256 that it is no state."""
 
-
 TAKEN = "{} is there already, and left as it is; name another DEST, or move it away first"
+"""What is said of a destination, with its name."""
 
 
 class FetchError(UserError):

@@ -50,7 +50,7 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
             # rsync-down leaves out what the file has `ray up` leave out
             yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, "study.db"], "rsync_filter": []}, own)
             own.flush()
-            _find(Head(own.name), places, name).fetch(copy, everything, console)
+            _find(_Head(own.name), places, name).fetch(copy, everything, console)
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError, StorageError) as error:
         raise StorageError(f"--cluster {cluster}: {error}") from error
     yield Experiment(str(copy))
@@ -73,10 +73,10 @@ def places_on_head(storage: str | None) -> list[str]:
     return [f"~/{folder}"] if storage and storage.startswith("~/") else [f"~/{folder}", f"~/lungct_tune/{folder}"]
 
 
-def _find(head: Head, places: Sequence[str], name: str) -> _OnHead:
+def _find(head: _Head, places: Sequence[str], name: str) -> _OnHead:
     """The experiment of that name in the first of the places that has one."""
     look = f"for kept in {' '.join(f'{place}/*/settings.yaml' for place in places)}; do echo found $kept; done"
-    found = re.findall(r"^found (.+)/([^/*]+)/settings\.yaml\r*$", head.run(look), re.MULTILINE)
+    found = re.findall(r"^found (.+)/([^/*]+)/settings\.yaml\r*$", head.ray("exec", look), re.MULTILINE)
     for folder, there in found:
         if there == name:
             return _OnHead(head, folder, name)
@@ -89,18 +89,14 @@ def _find(head: Head, places: Sequence[str], name: str) -> _OnHead:
 
 
 @dataclass(frozen=True)
-class Head:
+class _Head:
     """The head of a cluster, reached by Ray's launcher."""
 
     cluster: str
     """A cluster file."""
 
-    def run(self, command: str) -> str:
-        """A command's output, and whatever a login shell says besides."""
-        return self.ray("exec", command)
-
     def ray(self, command: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> str:
-        """What one of the launcher's commands prints.
+        """What one of the launcher's commands prints, and whatever a login shell says besides.
 
         Raises:
             StorageError: it failed; with the last that it said.
@@ -127,7 +123,7 @@ class Head:
 class _OnHead:
     """An experiment on the disk of a head."""
 
-    head: Head
+    head: _Head
     folder: str
     """Of the experiments."""
     name: str
@@ -175,7 +171,7 @@ class _OnHead:
 
     def _run(self, command: str) -> str:
         """A command's output in the experiments' folder."""
-        return self.head.run(f"cd {shlex.quote(self.folder)} && {{ {command}; }}")
+        return self.head.ray("exec", f"cd {shlex.quote(self.folder)} && {{ {command}; }}")
 
     def _rsync(self, source: str, target: str, size: int, console: Console) -> None:
         with transfer_bar(console) as bar:
