@@ -515,14 +515,14 @@ def test_a_study_in_postgresql_is_read_by_others_meanwhile_and_no_password_is_wr
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    optuna.storages.RDBStorage(postgresql)  # so that the two do not both make its tables
+    watched = optuna.storages.RDBStorage(postgresql)  # before the search, so that the two do not both make its tables
     seen: list[TrialState] = []
 
     def look_on() -> None:
         while not seen:
             time.sleep(0.2)
             with contextlib.suppress(KeyError):  # not begun yet
-                trials = optuna.load_study(study_name="shared", storage=postgresql).trials
+                trials = optuna.load_study(study_name="shared", storage=watched).trials
                 seen.extend(trial.state for trial in trials if trial.intermediate_values)
 
     threading.Thread(target=look_on, daemon=True).start()
