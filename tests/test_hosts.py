@@ -38,9 +38,11 @@ PULL = ["python", "-m", "lungct_tune.pull"]
 SMALL_STORE = "--object-store-memory=150000000"
 QUICK = (
     "RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_worker_niceness=0 "
-    "RAY_worker_maximum_startup_concurrency=8 RAY_gcs_rpc_server_reconnect_timeout_s=10"
+    "RAY_worker_maximum_startup_concurrency=8 RAY_gcs_rpc_server_reconnect_timeout_s=10 "
+    "AUTOSCALER_UPDATE_INTERVAL_S=1 AUTOSCALER_HEARTBEAT_TIMEOUT_S=10"
 )
-"""A host that is cut off is lost after 20 s; and Ray's processes are not the last to get a turn on two cores."""
+"""A host that is cut off is lost after 20 s, and Ray is started again on it 10 s later; and Ray's processes are not the
+last to get a turn on two cores."""
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}

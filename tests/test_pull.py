@@ -565,8 +565,9 @@ def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
 
 
 def test_after_a_break_in_the_line_a_pull_goes_on_where_it_was(
-    bucket: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bucket: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lungct_tune.storage.ATTEMPTS", 3)
     model = os.urandom(16 * MIB)
     finished(bucket, model)
     line.carried, line.broken_after = 0, 10 * MIB

@@ -31,6 +31,9 @@ class ClusterError(UserError):
 PATIENCE_S = 7 * 24 * 3600
 """How long a group of workers waits for room. What waits is what the autoscaler sees, and brings nodes for."""
 
+POLL_S = 0.25
+"""How often Ray Train looks for what a worker of the final retraining reports, which waits for that each epoch."""
+
 FINAL_SHARE = 16
 """Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
 
@@ -94,6 +97,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
         )
     # read where groups of workers are started: in the slots, to which Tune sends it on, and here
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # run_search listens to that handler for Ctrl-C
     # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
