@@ -298,9 +298,15 @@ def lost(cluster: Cluster) -> Search:
 def in_the_middle(cluster: Cluster, search: Search) -> Iterator[hosts.Host]:
     """Yields the host that trains, to be lost in the middle of a trial; then waits for it to go on on the other one."""
     reached = len(search.history(0))
-    search.wait_for(lambda: len(search.history(0)) > reached)
-    one, two = cluster.workers
-    host, other = (one, two) if trainers(one) else (two, one)
+    training: list[hosts.Host] = []
+
+    def one_of_them_trains() -> bool:
+        training[:] = [host for host in cluster.workers if trainers(host)]
+        return len(training) == 1 and len(search.history(0)) > reached
+
+    search.wait_for(one_of_them_trains)  # and the one that was lost before has heard of it
+    (host,) = training
+    (other,) = (each for each in cluster.workers if each is not host)
     before, began = search.history(0), time.monotonic()
     yield host
     search.wait_for(lambda: trainers(other))
@@ -320,8 +326,8 @@ def test_a_cut_network_costs_an_epoch_at_most(cluster: Cluster, lost: Search) ->
 
 
 def test_a_spot_notice_costs_an_epoch_at_most(cluster: Cluster, lost: Search) -> None:
-    nodes = {node["node_ip"]: node["node_id"] for node in cluster.listed("nodes", "--filter", "state=ALIVE")}
     with in_the_middle(cluster, lost) as host:
+        nodes = {node["node_ip"]: node["node_id"] for node in cluster.listed("nodes", "--filter", "state=ALIVE")}
         notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         notice += ["--node-id", nodes[host.address], "--deadline-remaining-seconds", "3"]
         cluster.head.run("ray", "drain-node", *notice)
