@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import optuna
 import pandas as pd
 import pytest
 from conftest import SMALL, SPACE
+from processes import wait_for
 
 from lungct_tune import replay, search
 from lungct_tune.objective import OBJECTIVE
@@ -124,7 +124,7 @@ def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
             assert run.stdout and "epochs again" in run.stdout.readline()
-            time.sleep(5)  # while it waits
+            wait_for(lambda: "PENDING" in [each["state"] for each in ray.util.placement_group_table().values()], run)
             run.send_signal(signal.SIGINT)
             run.communicate(timeout=300)
     finally:

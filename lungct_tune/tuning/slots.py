@@ -107,7 +107,7 @@ class Group:
     """One Ray Train run whose workers take orders until there are no more."""
 
     def __init__(self, plan: SlotPlan) -> None:
-        self._turn = 0
+        self._turn, self._answered = 0, False
         self._error: Exception | None = None
         self.number, self._mailbox = _numbered_mailbox(plan.experiment.name)
         self.name = slot_name(plan.experiment.name, self.number)
@@ -130,14 +130,21 @@ class Group:
                 if isinstance(self._error, NodeRefused):
                     raise self._error
                 raise WorkersLost(f"the workers ended: {self._error or 'without an error'}") from self._error
-        return dict(ray.get(answer))
+        said = dict(ray.get(answer))
+        self._answered = True
+        return said
 
     def release(self) -> None:
-        """Lets the workers go. Those that do not leave in time lose their mailbox, and with it their run."""
-        self._mailbox.put.remote("order", self._turn + 1, None)
-        self._run.join(timeout=10)
+        """Lets the workers go. Those that do not leave in time lose their mailbox, and with it their run.
+
+        Those that have not started, or are in their first epoch, lose it at once: a run that waits for room hears of
+        nothing, and ends with this process.
+        """
+        if self._answered:
+            self._mailbox.put.remote("order", self._turn + 1, None)
+            self._run.join(timeout=10)
         ray.kill(self._mailbox)
-        self._run.join(timeout=10)
+        self._run.join(timeout=10 if self._answered else 1)
 
     def _fit(self, plan: SlotPlan) -> None:
         from ray.train import FailureConfig, RunConfig
