@@ -113,7 +113,7 @@ def _worth(found: Findings) -> str:
     low = (new["accuracy"]["ci95"] or [0])[0]
     majority, shortcut = new["references"]["majority class"], new["references"].get("shortcut")
     given = sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])})
-    seen = f"{found.seen} of the {test['n']} test images have {SAME_GROUP} in train or validation"
+    seen = f"for {found.seen} of the {test['n']} test images {SAME_GROUP} is in train or validation"
     if not new["n"]:
         return f"Nothing: {seen}."
     seen += f"; on the {new['n']} others the accuracy is {figure(new['accuracy'])}"

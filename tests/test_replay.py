@@ -75,7 +75,7 @@ def test_what_leaks_into_test_is_judged_apart_and_said_wherever_the_figures_are(
     assert test["leak_free"]["references"].keys() == test["references"].keys()
     assert audit["split"]["parts"] == ["train+valid", "test"]  # within which folds cut no group
     assert f"{seen} of {test['n']} test images are copies of images in train+valid" in audit["verdict"]["reasons"][0]
-    said = f"{seen} of the {test['n']} test images have an image of the same group"
+    said = f"for {seen} of the {test['n']} test images an image of the same group"
     page, card = ((best / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
     assert said in page or "PHANTOMS" in page
     for text in (page, card):

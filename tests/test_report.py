@@ -395,11 +395,11 @@ def test_the_verdict_names_the_gravest_objection(found: Findings) -> None:
         clean["references"] |= {"shortcut": shortcut} if said.startswith("Little") else {}
         seen = replace(with_test(found, accuracy=good, references=references, leak_free=clean), split=leaking)
         assert verdict(seen)[2].startswith(said)
-        assert f"{n} of the 12 test images have an image of the same group (a copy, or of the same" in verdict(seen)[2]
+        assert f"for {n} of the 12 test images an image of the same group (a copy, or of the same" in verdict(seen)[2]
         assert f"on the {12 - n} others the accuracy is {100 * accuracy['value']:.1f}" in verdict(seen)[2]
     nothing = {"n": 0, "accuracy": {"value": None, "ci95": None}, "references": references}
     all_seen = replace(with_test(found, leak_free=nothing), split=found.split.assign(group=0))
-    assert verdict(all_seen)[2].startswith("Nothing: 12 of the 12 test images have")
+    assert verdict(all_seen)[2].startswith("Nothing: for 12 of the 12 test images an image of the same group")
 
 
 def test_a_class_that_trials_were_not_judged_on_is_named(found: Findings) -> None:
