@@ -36,7 +36,8 @@ mount --bind "$home" /mnt/home
 mount --bind "$shared" /mnt/storage
 mount --bind /mnt/storage /mnt/shared
 for folder in "${kept[@]}"; do mount --bind "$folder" "/mnt/kept$folder"; done
-for file in passwd shadow hosts resolv.conf; do mount --bind "$home/.etc/$file" "/etc/$file"; done
+for file in passwd shadow hosts; do mount --bind "$home/.etc/$file" "/etc/$file"; done
+mount --bind /dev/null /etc/resolv.conf  # a name server out of reach would be waited for, 10 s a question
 for hidden in "$repository" /tmp /run /dev/shm; do mount -t tmpfs tmpfs "$hidden"; done
 chmod 1777 /tmp /dev/shm
 for folder in "${kept[@]}"; do  # what lay under a hidden folder comes back
@@ -99,7 +100,6 @@ class Host:
         (etc / "passwd").write_text("".join(":".join(user) + "\n" for user in moved))
         (etc / "shadow").write_text("".join(f"{user[0]}:*:19000:0:99999:7:::\n" for user in users))
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
-        (etc / "resolv.conf").write_text("# none: a name server out of reach would be waited for, 10 s a question\n")
         (etc / "sshd_config").write_text(SSHD)
         shutil.copy(key, etc / "host_key")
         shutil.copy(key, ssh / "id_ed25519")
