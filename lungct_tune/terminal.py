@@ -69,7 +69,7 @@ def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> No
     )
     lines = {
         "cluster": cluster,
-        "dashboard": f"{dashboard} (its token: ray get-auth-token)" if dashboard else "none",
+        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none",
         "experiment": plan.experiment.uri,
         "study": plan.study_url,
     }
