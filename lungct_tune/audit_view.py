@@ -52,7 +52,7 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
     for row in (*copies["across"], *copies["inside"]):
         if row["with_copy"]:
             say(
-                f"  of {row['with_copy']} of {row['images']} {row['part']} images there is a copy in "
+                f"  for {row['with_copy']} of {row['images']} {row['part']} images there is a copy in "
                 f"{row.get('other', 'the same part')} ({row['byte_identical']} byte-identical): "
                 f"{counted(row['by_class'])}"
             )

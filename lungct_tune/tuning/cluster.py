@@ -32,7 +32,7 @@ PATIENCE_S = 7 * 24 * 3600
 """How long a group of workers waits for room. What waits is what the autoscaler sees, and brings nodes for."""
 
 POLL_S = 0.25
-"""How often Ray Train looks for what a worker of the final retraining reports, which waits for that each epoch."""
+"""Seconds between Ray Train's looks at a group of workers. Those of the final retraining wait for one each epoch."""
 
 FINAL_SHARE = 16
 """Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
