@@ -18,8 +18,8 @@ import multiprocessing
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -31,6 +31,9 @@ from lungct_tune.data import groups_by_likeness, make_phantoms, phantoms
 from lungct_tune.data.copies import PRINT, find_copies
 from lungct_tune.data.decode import THUMBNAIL, to_grey
 from lungct_tune.data.find import find_images
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:

@@ -12,9 +12,9 @@ cores about 5 minutes; on a GPU, if there is one, with `--steps 50`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from statistics import median
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from lungct_tune.configuration import Configuration
 from lungct_tune.model import CutResNet
 from lungct_tune.training import Training
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def main() -> None:

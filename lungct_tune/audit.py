@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lungct_tune.entrance import UserError, command_line, exit_status
+from lungct_tune.cli import command_line, exit_status
+from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     from lungct_tune.data import ImageSet

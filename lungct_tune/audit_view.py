@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.data.audit import counted
 from lungct_tune.rendering import pairs_of_copies, render
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from rich.console import Console
 
 STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
 PAIRS_SHOWN = 60

@@ -6,24 +6,26 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from lungct_tune import __version__
-from lungct_tune.configuration import Configuration
-from lungct_tune.data import ImageSet
-from lungct_tune.entrance import UserError
-from lungct_tune.experiment import Experiment
-from lungct_tune.settings import Settings
+from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import numpy as np
+
+    from lungct_tune.configuration import Configuration
+    from lungct_tune.data import ImageSet
+    from lungct_tune.experiment import Experiment
     from lungct_tune.model import CutResNet
+    from lungct_tune.settings import Settings
 
 FOLDER = "best"
 SO_FAR = "so_far"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
-from lungct_tune.bootstrap import GroupBootstrap
+if TYPE_CHECKING:
+    from lungct_tune.bootstrap import GroupBootstrap
 
 TEMPERATURES = (0.2, 5.0)
 """The range that is searched."""

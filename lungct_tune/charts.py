@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lungct_tune.drawing import (
@@ -45,6 +41,14 @@ from lungct_tune.tuning.study import (
     how_ended,
 )
 from lungct_tune.verdict import OBJECTIVE_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 _MARKS = {COMPLETED: "o", STOPPED: "v", DIVERGED: "X", FAILED: "X", "running": "o"}
 _NAMES = {

@@ -5,17 +5,21 @@ python -m lungct_tune.evaluate --help
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from lungct_tune.entrance import UserError, command_line, exit_status
+from lungct_tune.cli import command_line, exit_status
+from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 EXAMPLES = """\
 examples:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -13,6 +12,9 @@ from lungct_tune.bootstrap import INTERVAL, GroupBootstrap
 from lungct_tune.calibration import calibration_figures, reliability
 from lungct_tune.data.find import CANONICAL_CLASSES
 from lungct_tune.ranking import auroc, average_precision, sensitivity_at
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NORMAL, CANCER = "normal", "cancer"
 CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))

@@ -11,21 +11,25 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-
-import pyarrow.fs
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from lungct_tune.bundle import CHECKSUMS, BundleError, faults, find_bundle
-from lungct_tune.entrance import UserError
-from lungct_tune.experiment import Experiment
-from lungct_tune.storage import StorageError
+from lungct_tune.errors import UserError
+from lungct_tune.filesystem import StorageError
 from lungct_tune.study_copy import COPY, read_copy
 from lungct_tune.terminal import transfer_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import pyarrow.fs
+    from rich.console import Console
+
+    from lungct_tune.experiment import Experiment
 
 AT_ONCE = 8
 """Files that are fetched at the same time."""

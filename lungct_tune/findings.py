@@ -6,15 +6,13 @@ import json
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
 import pandas as pd
 import yaml
@@ -23,12 +21,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
 from lungct_tune.data import SPLITS
-from lungct_tune.entrance import UserError
-from lungct_tune.experiment import Experiment
+from lungct_tune.errors import UserError
 from lungct_tune.objective import judged
 from lungct_tune.space import SearchSpace, parse_space
 from lungct_tune.study_copy import COPY
 from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from lungct_tune.experiment import Experiment
 
 
 class NothingHeld(UserError):

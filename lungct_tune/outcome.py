@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
-from optuna.trial import FrozenTrial
 
 from lungct_tune import bundle
 from lungct_tune.calibration import calibrated, fit_temperature
@@ -21,10 +18,17 @@ from lungct_tune.evaluation import judge
 from lungct_tune.experiment import VALID, trial_folder
 from lungct_tune.findings import findings_of
 from lungct_tune.page import Pictures, pages
-from lungct_tune.plan import Dealt, Plan
 from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning import study as studies
-from lungct_tune.tuning.final import Judged
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from lungct_tune.plan import Dealt, Plan
+    from lungct_tune.tuning.final import Judged
 
 
 @dataclass(frozen=True, eq=False)

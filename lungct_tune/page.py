@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,14 +13,16 @@ from PIL import Image
 from lungct_tune import charts, verdict
 from lungct_tune.bundle import MODEL, build_model
 from lungct_tune.configuration import PUBLISHED
-from lungct_tune.data import ImageSet
 from lungct_tune.explain import Anatomy, anatomy, look
-from lungct_tune.findings import Findings, Predictions
 from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.rendering import data_uri, pairs_of_copies, render
 from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning.study import best_figures, configuration_of
+
+if TYPE_CHECKING:
+    from lungct_tune.data import ImageSet
+    from lungct_tune.findings import Findings, Predictions
 
 REPORT, CARD = "report.html", "MODEL_CARD.md"
 

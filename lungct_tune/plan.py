@@ -6,12 +6,11 @@ import fcntl
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -20,11 +19,14 @@ from lungct_tune.bundle import FOLDER, has_bundle
 from lungct_tune.data import ImageSet, fetch_images, fold_images, make_phantoms, read_images, split_images
 from lungct_tune.data.cache import default_cache
 from lungct_tune.data.split import POOLED
-from lungct_tune.entrance import UserError
+from lungct_tune.errors import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.settings import Settings, SettingsError, validate
 from lungct_tune.space import SearchSpace, parse_space, read_space
 from lungct_tune.study_copy import StudyCopy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),

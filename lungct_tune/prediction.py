@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lungct_tune.bundle import load_model
 from lungct_tune.calibration import calibrated
-from lungct_tune.model import CutResNet
 from lungct_tune.training import as_grey, forward
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from lungct_tune.model import CutResNet
 
 BATCH = 32
 

@@ -5,18 +5,19 @@ python -m lungct_tune.pull --help
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lungct_tune.entrance import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from lungct_tune.experiment import Experiment
 
 EXAMPLES = """\

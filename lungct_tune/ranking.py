@@ -6,9 +6,12 @@ resamples of a dozen figures that is a minute where this is a second.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from lungct_tune.bootstrap import Statistic
+if TYPE_CHECKING:
+    from lungct_tune.bootstrap import Statistic
 
 
 def auroc(is_N: np.ndarray, score_N: np.ndarray) -> Statistic:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -18,7 +16,11 @@ from lungct_tune import __version__, verdict
 from lungct_tune.bundle import CHECKSUMS, CONFIG
 from lungct_tune.data.audit import counted
 from lungct_tune.data.decode import to_grey
-from lungct_tune.entrance import UserError
+from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 GENERATOR = '<meta name="generator" content="lungct_tune">'
 """What every page has in its head, and by which it is known."""

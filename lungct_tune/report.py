@@ -5,18 +5,20 @@ python -m lungct_tune.report --help
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lungct_tune.entrance import UserError, command_line, exit_status
+from lungct_tune.cli import command_line, exit_status
+from lungct_tune.errors import UserError
 from lungct_tune.pull import locate
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from lungct_tune.findings import Findings
     from lungct_tune.page import Pictures
 

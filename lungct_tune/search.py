@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from lungct_tune.entrance import UserError, exit_status
+from lungct_tune.cli import exit_status
+from lungct_tune.errors import UserError
 from lungct_tune.settings import Settings, read_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from optuna.trial import FrozenTrial
 
     from lungct_tune.tuning.final import Judged
@@ -49,9 +51,9 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
     from lungct_tune import bundle, terminal
     from lungct_tune.data.audit import audit_images, refuse_leaks
+    from lungct_tune.filesystem import StorageError
     from lungct_tune.outcome import Outcome
     from lungct_tune.plan import plan_search
-    from lungct_tune.storage import StorageError
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning import study as studies
     from lungct_tune.tuning.again import train_again

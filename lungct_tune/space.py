@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from optuna.distributions import (
@@ -16,7 +14,11 @@ from optuna.distributions import (
 )
 
 from lungct_tune.configuration import PUBLISHED, Configuration
-from lungct_tune.entrance import UserError
+from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 LIMITS: dict[str, tuple[float, float]] = {
     "truncation_depth": (1, 49),

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -17,9 +13,17 @@ from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.configuration import Configuration
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.objective import OBJECTIVE, judged
-from lungct_tune.plan import Plan
 from lungct_tune.settings import Settings, flags
 from lungct_tune.space import SearchSpace, in_range
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from rich.console import Console
+
+    from lungct_tune.plan import Plan
 
 PHANTOMS = "These are PHANTOMS, drawn by a program, not patients: no figure here says anything about CT."
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 from optuna.trial import TrialState
-from rich.console import Console
 
-from lungct_tune.configuration import Configuration
-from lungct_tune.entrance import UserError
+from lungct_tune.errors import UserError
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.study import (
     COMPLETED,
@@ -25,6 +21,14 @@ from lungct_tune.tuning.study import (
     best_figures,
     configuration_of,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import optuna
+    from rich.console import Console
+
+    from lungct_tune.configuration import Configuration
 
 PERIOD_S = 5
 """How often the copy is brought up to date."""

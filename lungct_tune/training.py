@@ -8,8 +8,7 @@ state: an interrupted training that goes on gives what an uninterrupted one give
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from lungct_tune.augment import Augmentation
-from lungct_tune.configuration import Configuration
 from lungct_tune.model import CutResNet
 from lungct_tune.weights import load_backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lungct_tune.configuration import Configuration
 
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

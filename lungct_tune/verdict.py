@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial
 
 from lungct_tune.configuration import PUBLISHED, Configuration
 from lungct_tune.data.shortcuts import RULES
-from lungct_tune.findings import Findings
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.settings import Settings, flags
 from lungct_tune.space import in_range
@@ -28,6 +25,13 @@ from lungct_tune.tuning.study import (
     how_ended,
 )
 from lungct_tune.tuning.trial import OBJECTIVE_SD
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from optuna.trial import FrozenTrial
+
+    from lungct_tune.findings import Findings
 
 EDGE = 0.02
 """A value within this share of a range from its end counts as lying at the edge of the space."""

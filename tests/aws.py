@@ -6,13 +6,15 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 REPOSITORY = Path(__file__).parents[1]
 TEMPLATE = REPOSITORY / "clusters" / "aws-access.yaml"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Ray runs its workers at nice 15; beside the test runner on two cores they would starve
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -6,8 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +14,9 @@ from hypothesis import strategies as st
 
 from lungct_tune.settings import validate
 from lungct_tune.tuning.cluster import ClusterError, connect, divide, divide_final, workers_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LAPTOP = [{"CPU": 2.0}]
 GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]

@@ -11,9 +11,8 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -21,6 +20,9 @@ from aws import MY_ADDRESS, REPOSITORY, TEMPLATE, Aws, bootstrap, launch_head, s
 from packaging.specifiers import SpecifierSet
 
 from lungct_tune.settings import read_settings, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CLUSTERS = REPOSITORY / "clusters"
 LAUNCHER_FILES = ["cluster.yaml", "clusters/gcp.yaml"]

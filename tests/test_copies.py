@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,10 @@ from PIL import Image, ImageOps
 
 from lungct_tune.data import make_phantoms, read_images, split_images, twins_across
 from lungct_tune.data.copies import PRINT, Copy, find_copies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "JPEG of quality 30": lambda image: jpeg(image, 30),

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 import psutil
@@ -17,6 +17,9 @@ import pytest
 from conftest import SMALL, SPACE
 from optuna.trial import TrialState
 from processes import free_port, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NODES = 2
 WORKER = {"resources": {"CPU": 1, "object_store_memory": 10**8}, "node_config": {}, "min_workers": 0}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lungct_tune.entrance import UserError, exit_status
+from lungct_tune.cli import exit_status
+from lungct_tune.errors import UserError
 
 
 def test_what_the_user_can_mend_is_said_and_gives_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,9 @@ from lungct_tune.calibration import calibrated
 from lungct_tune.evaluation import judge
 from lungct_tune.objective import rank, validation_figures
 from lungct_tune.ranking import sensitivity_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lungct_tune.bundle import BundleError, as_json, has_bundle, verify, write_bundle
 from lungct_tune.experiment import Experiment
-from lungct_tune.storage import StorageError
+from lungct_tune.filesystem import StorageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILES = {"model.safetensors": b"weights", "config.json": as_json({"a": 1})}
 

@@ -11,11 +11,9 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hosts
 import optuna
@@ -27,6 +25,10 @@ from processes import wait_for
 
 from lungct_tune.bundle import verify
 from lungct_tune.tuning.trial import DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 WHY_NOT = hosts.missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
@@ -11,6 +11,9 @@ from test_data_images import FOUR
 
 from lungct_tune.data import ImageSet, make_phantoms, read_images, split_images
 from lungct_tune.data.phantoms import SLICES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

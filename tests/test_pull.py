@@ -14,9 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -30,6 +29,9 @@ from lungct_tune.experiment import Experiment
 from lungct_tune.fetch import BEGUN, beginning
 from lungct_tune.pull import main
 from lungct_tune.terminal import PHANTOMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 JUDGED = judge(
     np.arange(8) % 4,
@@ -567,7 +569,7 @@ def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
 def test_after_a_break_in_the_line_a_pull_goes_on_where_it_was(
     bucket: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.storage.ATTEMPTS", 3)
+    monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 3)
     model = os.urandom(16 * MIB)
     finished(bucket, model)
     line.carried, line.broken_after = 0, 10 * MIB

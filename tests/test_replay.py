@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import optuna
@@ -23,6 +23,9 @@ from lungct_tune.objective import OBJECTIVE
 from lungct_tune.plan import plan_search
 from lungct_tune.settings import Settings
 from lungct_tune.tuning import study as studies
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

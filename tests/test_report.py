@@ -6,10 +6,9 @@ import html
 import io
 import re
 import shutil
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -36,6 +35,9 @@ from lungct_tune.settings import Settings
 from lungct_tune.training import as_grey, forward
 from lungct_tune.tuning import study as studies
 from lungct_tune.verdict import about_the_search, command, edge, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}

@@ -10,11 +10,9 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
 import time
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -25,6 +23,10 @@ from processes import searching, wait_for
 
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lungct_tune.settings import Settings, SettingsError, read_settings, validate
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_every_field_is_a_flag_and_help_fits_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 import pyarrow.fs
@@ -31,9 +31,12 @@ from processes import free_port, searching, wait_for
 from lungct_tune.bundle import verify
 from lungct_tune.data import DataError, fetch_images
 from lungct_tune.experiment import Experiment
+from lungct_tune.filesystem import StorageError, open_place
 from lungct_tune.search import main
-from lungct_tune.storage import StorageError, open_place
 from lungct_tune.study_copy import StudyCopy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 KEY, SECRET = "A-KEY-OF-THE-TESTS", "a-secret-of-the-tests"
 
@@ -229,7 +232,7 @@ def test_another_s3_than_amazons_is_not_waited_for_at_amazons_metadata_service(
 def test_a_storage_that_refuses_is_named_with_the_likely_cause(
     s3: Faulty, monkeypatch: pytest.MonkeyPatch, storage: str, fault: int | None, says: str
 ) -> None:
-    monkeypatch.setattr("lungct_tune.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 2)
     s3.fault = lambda request: fault
     with pytest.raises(StorageError, match=rf"^{storage}/one: cannot write a: {says}") as refusal:
         Experiment.at(storage, "one").write("a", b"")
@@ -239,7 +242,7 @@ def test_a_storage_that_refuses_is_named_with_the_likely_cause(
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lungct_tune.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 2)
     for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "eu-north-1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(StorageError, match="nobody answers there; look at the network, and at AWS_ENDPOINT_URL"):
@@ -326,7 +329,7 @@ def test_remote_images_are_fetched_once_and_followed(s3: Faulty, tmp_path: Path)
 def test_an_interrupted_fetch_leaves_whole_files_and_goes_on(
     s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.storage.ATTEMPTS", 0)
+    monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 0)
     names = [f"a/{n:02d}.png" for n in range(40)]
     for name in names:
         put(f"bucket/interrupted/{name}", name.encode() * 1000)
@@ -363,7 +366,7 @@ def test_remote_images_that_cannot_be_are_named(s3: Faulty, tmp_path: Path) -> N
 def test_the_studys_copy_follows_it_through_a_failing_storage_and_replaces_an_older_study_only(
     s3: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.storage.ATTEMPTS", 0)
+    monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 0)
     experiment = Experiment.at("s3://bucket/searches", "copied")
     here, there = tmp_path / "here.db", tmp_path / "there.db"
 

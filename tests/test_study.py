@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -24,6 +23,9 @@ from lungct_tune.tuning.study import (
     row_of,
     trials_table,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EPOCHS = 9
 SPACE = "truncation_depth: {low: 30, high: 49}\ndropout: {low: 0.0, high: 0.7}\nweight_decay: 0.5"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,6 +18,10 @@ from torch import Tensor
 from lungct_tune.configuration import Configuration
 from lungct_tune.model import CutResNet
 from lungct_tune.training import NotFiniteLoss, Training, as_grey, forward, schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 PX = 32
 SMALL = Configuration(truncation_depth=5, backbone_lr=1e-3, head_lr=1e-2)

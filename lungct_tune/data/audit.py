@@ -15,9 +15,8 @@ The audit is a plain dictionary of names, numbers and texts, for audit.json and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,9 +28,13 @@ from sklearn.neighbors import NearestNeighbors
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.find import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, merge
-from lungct_tune.data.images import CopyOf, ImageSet
 from lungct_tune.data.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
 from lungct_tune.data.split import POOLED, SPLITS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from lungct_tune.data.images import CopyOf, ImageSet
 
 UNSPLIT = "unsplit"
 """The one part of images that are too few to be split."""

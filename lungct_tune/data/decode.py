@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from lungct_tune.data.copies import PRINT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DECODER_VERSION = 1
 """Part of every cache key: raise it when the same file would come out with other pixels."""

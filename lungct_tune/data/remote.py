@@ -18,7 +18,7 @@ from rich.progress import track
 
 from lungct_tune.data.cache import default_cache, require_space
 from lungct_tune.data.find import DataError
-from lungct_tune.storage import StorageError, open_place, refusal
+from lungct_tune.filesystem import StorageError, open_place, refusal
 
 DOWNLOADS = 16
 """Files fetched at once."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from lungct_tune.data.find import DataError
-from lungct_tune.data.images import ImageSet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lungct_tune.data.images import ImageSet
 
 SPLITS = ("train", "valid", "test")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lungct_tune.experiment import Experiment
 from lungct_tune.tuning.slots import Slot
-from lungct_tune.tuning.workers import SlotPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lungct_tune.tuning.workers import SlotPlan
 
 
 def train_again(

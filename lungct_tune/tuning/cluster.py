@@ -6,22 +6,25 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lungct_tune.entrance import UserError
-from lungct_tune.experiment import Experiment
-from lungct_tune.settings import Settings
-from lungct_tune.storage import StorageError
+from lungct_tune.errors import UserError
+from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lungct_tune.experiment import Experiment
+    from lungct_tune.settings import Settings
 
 
 class ClusterError(UserError):

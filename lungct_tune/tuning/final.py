@@ -7,16 +7,18 @@ import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray import train
 
-from lungct_tune.configuration import Configuration
-from lungct_tune.entrance import UserError
-from lungct_tune.experiment import Experiment
-from lungct_tune.tuning.material import Material
+from lungct_tune.errors import UserError
 from lungct_tune.tuning.workers import START_ATTEMPTS
+
+if TYPE_CHECKING:
+    from lungct_tune.configuration import Configuration
+    from lungct_tune.experiment import Experiment
+    from lungct_tune.tuning.material import Material
 
 MAX_FAILURES = 3
 """How many times the retraining may lose a worker and go on from its last epoch."""

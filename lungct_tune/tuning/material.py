@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from lungct_tune.configuration import Configuration
-from lungct_tune.storage import StorageError
+from lungct_tune.filesystem import StorageError
 
 if TYPE_CHECKING:
     import torch
 
+    from lungct_tune.configuration import Configuration
     from lungct_tune.data import ImageSet
     from lungct_tune.settings import Settings
     from lungct_tune.training import Training

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
 from lungct_tune.objective import OBJECTIVE
-from lungct_tune.tuning.progress import Clock
 from lungct_tune.tuning.study import (
     COMPLETED,
     DIVERGED,
@@ -26,6 +24,11 @@ from lungct_tune.tuning.study import (
     finished_trials,
     how_ended,
 )
+
+if TYPE_CHECKING:
+    import optuna
+
+    from lungct_tune.tuning.progress import Clock
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,7 +14,11 @@ from rich.text import Text
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.slots import waiting_for_room
 from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
-from lungct_tune.tuning.workers import SlotPlan
+
+if TYPE_CHECKING:
+    import optuna
+
+    from lungct_tune.tuning.workers import SlotPlan
 
 COUNT_EVERY_S = 1.0
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
-from rich.console import Console
 
 from lungct_tune.bundle import versions
-from lungct_tune.space import SearchSpace
 from lungct_tune.tuning.metrics import Metrics
 from lungct_tune.tuning.progress import Clock, Progress
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.study import StudyPruning, StudySearch, finished_trials
 from lungct_tune.tuning.workers import NodeRefused, SlotPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import optuna
+    from rich.console import Console
+
+    from lungct_tune.space import SearchSpace
 
 MOST_AT_RANDOM = 10
 """How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
-from optuna.trial import FrozenTrial
 from ray import tune
 
 from lungct_tune.bundle import write_so_far
 from lungct_tune.experiment import Experiment, trial_folder
-from lungct_tune.storage import StorageError
+from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.study import best_trial, finished_trials
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import optuna
+    from optuna.trial import FrozenTrial
 
 
 class BestSoFar(tune.Callback):  # type: ignore[misc]

@@ -11,29 +11,33 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState
-from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.configuration import Configuration
-from lungct_tune.entrance import UserError
-from lungct_tune.experiment import Experiment
+from lungct_tune.errors import UserError
+from lungct_tune.filesystem import StorageError
 from lungct_tune.objective import OBJECTIVE, rank
-from lungct_tune.space import SearchSpace
-from lungct_tune.storage import StorageError
 from lungct_tune.tuning.trial import OBJECTIVE_SD, state_file
 from lungct_tune.tuning.workers import NodeRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ray.tune.experiment import Trial as RayTrial
+
+    from lungct_tune.experiment import Experiment
+    from lungct_tune.space import SearchSpace
 
 
 class StudyError(UserError):

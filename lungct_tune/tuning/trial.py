@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from lungct_tune.configuration import Configuration
 from lungct_tune.experiment import VALID, Experiment, trial_folder
 from lungct_tune.objective import OBJECTIVE, rank, validation_figures
-from lungct_tune.tuning.material import Material
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lungct_tune.tuning.material import Material
 
 T = TypeVar("T")
 

@@ -10,14 +10,16 @@ import asyncio
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from lungct_tune.experiment import Experiment
-from lungct_tune.storage import StorageError
-from lungct_tune.tuning.material import Material
+from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.trial import Fold, WorkersTrial
+
+if TYPE_CHECKING:
+    from lungct_tune.experiment import Experiment
+    from lungct_tune.tuning.material import Material
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers, before one that cannot start is an error."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.fs
 
-from lungct_tune.entrance import UserError
+from lungct_tune.errors import UserError
 
 ATTEMPTS = 10
 """How often S3 is asked again, at once, then after 0.05, 0.1, 0.2 s and so on: 26 s in all."""

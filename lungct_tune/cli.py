@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lungct_tune.errors import UserError
 
-class UserError(Exception):
-    """Something that the user can mend; the message says what is wrong, where, and what to do."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def command_line(name: str, description: str, examples: str, **more: Any) -> argparse.ArgumentParser:
