@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.training import Training
 
 WORKERS, IMAGES, BATCH = 2, 160, 16

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.model import CutResNet
 from lungct_tune.training import Training
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lungct_tune.configuration import Configuration
+    from lungct_tune.config.hyperparameters import Configuration
+    from lungct_tune.config.settings import Settings
     from lungct_tune.data import ImageSet
     from lungct_tune.experiment import Experiment
     from lungct_tune.model import CutResNet
-    from lungct_tune.settings import Settings
 
 FOLDER = "best"
 SO_FAR = "so_far"

@@ -152,8 +152,8 @@ def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
     Raises:
         EvaluateError: it is no map, or names what is neither a class of the bundle's nor cancer or other.
     """
+    from lungct_tune.config.settings import pairs
     from lungct_tune.evaluation import CANCER, CANCERS, are_cancer_and_normal
-    from lungct_tune.settings import pairs
 
     try:
         given: dict[str, str] = pairs(text or {})

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lungct_tune import charts, verdict
 from lungct_tune.bundle import MODEL, build_model
-from lungct_tune.configuration import PUBLISHED
+from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.explain import Anatomy, anatomy, look
 from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes
 from lungct_tune.objective import OBJECTIVE

@@ -70,7 +70,7 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     """
     import ray
 
-    from lungct_tune.configuration import Configuration
+    from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.findings import read_findings
     from lungct_tune.plan import kept_plan
     from lungct_tune.tuning.again import train_again

@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from lungct_tune.cli import exit_status
+from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.errors import UserError
-from lungct_tune.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,11 +10,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.search_space import SearchSpace, in_range
+from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.objective import OBJECTIVE, judged
-from lungct_tune.settings import Settings, flags
-from lungct_tune.space import SearchSpace, in_range
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

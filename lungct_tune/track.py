@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.console import Console
 
-    from lungct_tune.configuration import Configuration
+    from lungct_tune.config.hyperparameters import Configuration
 
 PERIOD_S = 5
 """How often the copy is brought up to date."""

@@ -25,7 +25,7 @@ from lungct_tune.weights import load_backbone
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lungct_tune.configuration import Configuration
+    from lungct_tune.config.hyperparameters import Configuration
 
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

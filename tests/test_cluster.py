@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lungct_tune.settings import validate
+from lungct_tune.config.settings import validate
 from lungct_tune.tuning.cluster import ClusterError, connect, divide, divide_final, workers_of
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import yaml
 from aws import MY_ADDRESS, REPOSITORY, TEMPLATE, Aws, bootstrap, launch_head, serve
 from packaging.specifiers import SpecifierSet
 
-from lungct_tune.settings import read_settings, validate
+from lungct_tune.config.settings import read_settings, validate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

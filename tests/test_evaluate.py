@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 
 from lungct_tune.bundle import CONFIG, LEARNED, METRICS, MODEL, as_json, describe_model, load_model, write_bundle
 from lungct_tune.calibration import calibrated
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.settings import Settings
 from lungct_tune.data import make_phantoms, read_images
 from lungct_tune.data.learned import ALIKE, NEW, SAME_FILE, list_learned, seen_before
 from lungct_tune.evaluate import main
 from lungct_tune.experiment import Experiment
 from lungct_tune.prediction import predict
-from lungct_tune.settings import Settings
 
 CANCERS = ("adenocarcinoma", "large.cell.carcinoma", "squamous.cell.carcinoma")
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungct_tune.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
-from lungct_tune.configuration import PUBLISHED
+from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.evaluation import judge
 from lungct_tune.experiment import Experiment
 from lungct_tune.fetch import BEGUN, beginning

@@ -19,9 +19,9 @@ from conftest import SMALL, SPACE
 from processes import wait_for
 
 from lungct_tune import replay, search
+from lungct_tune.config.settings import Settings
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.plan import plan_search
-from lungct_tune.settings import Settings
 from lungct_tune.tuning import study as studies
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 
 from lungct_tune import bundle
+from lungct_tune.config.settings import Settings
 from lungct_tune.data import read_images, split_images, twins_across
 from lungct_tune.data.audit import audit_images
 from lungct_tune.evaluation import judge
@@ -31,7 +32,6 @@ from lungct_tune.objective import OBJECTIVE
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
 from lungct_tune.plan import Dealt, Plan, plan_search
 from lungct_tune.report import find_pictures, main
-from lungct_tune.settings import Settings
 from lungct_tune.training import as_grey, forward
 from lungct_tune.tuning import study as studies
 from lungct_tune.verdict import about_the_search, command, edge, verdict
@@ -359,7 +359,7 @@ def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: 
 
 
 def test_the_command_runs_the_same_search_again(found: Findings) -> None:
-    from lungct_tune.settings import read_settings
+    from lungct_tune.config.settings import read_settings
 
     on_cpu = found.settings | {"gpus_per_worker": 0.0}  # not what is decided where nothing is said
     settings, _ = read_settings(command(on_cpu).split()[3:])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lungct_tune.settings import Settings, SettingsError, read_settings, validate
+from lungct_tune.config.settings import Settings, SettingsError, read_settings, validate
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ray.util.state import list_actors
 
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.objective import OBJECTIVE
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     from optuna.trial import TrialState
     from rich.console import Console
 
-    from lungct_tune.space import parse_space
+    from lungct_tune.config.search_space import parse_space
     from lungct_tune.tuning.run import run_search
     from lungct_tune.tuning.workers import NodeRefused
 

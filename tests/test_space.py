@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lungct_tune.configuration import PUBLISHED, Configuration
-from lungct_tune.settings import SPACES
-from lungct_tune.space import LIMITS, SpaceError, parse_space, read_space
+from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
+from lungct_tune.config.search_space import LIMITS, SpaceError, parse_space, read_space
+from lungct_tune.config.settings import SPACES
 
 
 @pytest.mark.parametrize("file", sorted(SPACES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -30,7 +30,7 @@ from optuna.trial import TrialState
 from processes import free_port, searching, wait_for
 from rich.console import Console
 
-from lungct_tune.configuration import PUBLISHED
+from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main
 from lungct_tune.track import MLflowCopy, TrackingError

@@ -23,8 +23,8 @@ from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lungct_tune.config.settings import Settings
     from lungct_tune.experiment import Experiment
-    from lungct_tune.settings import Settings
 
 
 class ClusterError(UserError):

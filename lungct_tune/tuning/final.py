@@ -16,7 +16,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.tuning.workers import START_ATTEMPTS
 
 if TYPE_CHECKING:
-    from lungct_tune.configuration import Configuration
+    from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.experiment import Experiment
     from lungct_tune.tuning.material import Material
 

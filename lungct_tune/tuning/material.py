@@ -16,9 +16,9 @@ from lungct_tune.filesystem import StorageError
 if TYPE_CHECKING:
     import torch
 
-    from lungct_tune.configuration import Configuration
+    from lungct_tune.config.hyperparameters import Configuration
+    from lungct_tune.config.settings import Settings
     from lungct_tune.data import ImageSet
-    from lungct_tune.settings import Settings
     from lungct_tune.training import Training
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.console import Console
 
-    from lungct_tune.space import SearchSpace
+    from lungct_tune.config.search_space import SearchSpace
 
 MOST_AT_RANDOM = 10
 """How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""

@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.errors import UserError
 from lungct_tune.filesystem import StorageError
 from lungct_tune.objective import OBJECTIVE, rank
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from ray.tune.experiment import Trial as RayTrial
 
+    from lungct_tune.config.search_space import SearchSpace
     from lungct_tune.experiment import Experiment
-    from lungct_tune.space import SearchSpace
 
 
 class StudyError(UserError):

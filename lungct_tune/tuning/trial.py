@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lungct_tune.configuration import Configuration
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.experiment import VALID, Experiment, trial_folder
 from lungct_tune.objective import OBJECTIVE, rank, validation_figures
 

@@ -13,7 +13,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lungct_tune.configuration import PUBLISHED, Configuration
+from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
