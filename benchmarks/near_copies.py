@@ -30,7 +30,7 @@ from rich.table import Table
 from lungct_tune.data import groups_by_likeness, make_phantoms, phantoms
 from lungct_tune.data.copies import PRINT, find_copies
 from lungct_tune.data.decode import THUMBNAIL, to_grey
-from lungct_tune.data.find import find_images
+from lungct_tune.data.folders import find_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -97,7 +97,7 @@ def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.n
     import numpy as np
 
     from lungct_tune.data import DataError, split_images
-    from lungct_tune.data.audit import UNSPLIT
+    from lungct_tune.data.split import UNSPLIT
 
     folders = images.table["folder"].to_numpy(dtype=str)
     has_folders = len(set(folders)) > 1

@@ -32,7 +32,7 @@ SO_FAR = "so_far"
 MODEL, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
 PREDICTIONS, AUDIT, CHECKSUMS = "predictions.csv", "audit.json", "checksums.txt"
 LEARNED = "learned_from.csv"
-"""Which images the model has seen, see `lungct_tune.data.learned`."""
+"""Which images the model has seen, see `lungct_tune.data.seen_images`."""
 
 
 class BundleError(UserError):

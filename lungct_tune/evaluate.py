@@ -63,7 +63,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune import bundle, terminal
     from lungct_tune.calibration import calibrated
     from lungct_tune.data import fetch_images, read_images
-    from lungct_tune.data.learned import ALIKE, NEW, SAME_FILE, seen_before
+    from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
     from lungct_tune.evaluation import CANCER, NORMAL, cancer_or_normal, judge
     from lungct_tune.findings import Predictions
     from lungct_tune.page import REPORT, Network, evaluation_page

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 
 from lungct_tune.bootstrap import INTERVAL, GroupBootstrap
 from lungct_tune.calibration import calibration_figures, reliability
-from lungct_tune.data.find import CANONICAL_CLASSES
+from lungct_tune.data.folders import CANONICAL_CLASSES
 from lungct_tune.ranking import auroc, average_precision, sensitivity_at
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import numpy as np
 from lungct_tune import bundle
 from lungct_tune.calibration import calibrated, fit_temperature
 from lungct_tune.data import twins_across
-from lungct_tune.data.learned import list_learned
+from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.data.seen_images import list_learned
 from lungct_tune.data.shortcuts import best_shortcut
 from lungct_tune.evaluation import judge
 from lungct_tune.experiment import VALID, trial_folder
 from lungct_tune.findings import findings_of
 from lungct_tune.page import Pictures, pages
-from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning import study as studies
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-    from lungct_tune.plan import Dealt, Plan
+    from lungct_tune.data.split import Dealt
+    from lungct_tune.plan import Plan
     from lungct_tune.tuning.final import Judged
 
 

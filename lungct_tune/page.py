@@ -13,11 +13,11 @@ from PIL import Image
 from lungct_tune import charts, verdict
 from lungct_tune.bundle import MODEL, build_model
 from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.explain import Anatomy, anatomy, look
 from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.rendering import data_uri, pairs_of_copies, render
-from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning.study import best_figures, configuration_of
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import yaml
 from lungct_tune.bundle import FOLDER, has_bundle
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, validate
-from lungct_tune.data import ImageSet, fetch_images, fold_images, make_phantoms, read_images, split_images
+from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images
 from lungct_tune.data.cache import default_cache
-from lungct_tune.data.split import POOLED
+from lungct_tune.data.split import Dealt
 from lungct_tune.errors import UserError
 from lungct_tune.experiment import Experiment
 from lungct_tune.study_copy import StudyCopy
@@ -37,45 +37,6 @@ CHANGEABLE = {
 
 class PlanError(UserError):
     """A search that cannot begin or go on: the message says why and what to do."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dealt:
-    """The images, and which of them are trained on, steer the search, and are asked once."""
-
-    images: ImageSet
-    split: np.ndarray
-    fold: np.ndarray | None
-    """Of the searched images, from 0; None where validation steers the search."""
-
-    @property
-    def parts(self) -> np.ndarray:
-        """The split as the audit takes it: with folds, which cut no group, train and validation are one part."""
-        return self.split if self.fold is None else np.where(self.split == "test", "test", POOLED)
-
-    @property
-    def searched(self) -> np.ndarray:
-        """Rows of the images that the search may see: train and validation."""
-        return np.flatnonzero(self.split != "test")
-
-    @property
-    def test(self) -> np.ndarray:
-        """Rows of the images that only the final model is asked about."""
-        return np.flatnonzero(self.split == "test")
-
-    @property
-    def judged_on(self) -> np.ndarray:
-        """Rows of the images that a trial is judged on."""
-        return np.flatnonzero(self.split == "valid") if self.fold is None else self.searched
-
-    @property
-    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What a model of a trial is trained on and what judges it, as indices into the searched images."""
-        if self.fold is None:
-            parts = [self.split[self.searched] == "valid"]
-        else:
-            parts = [self.fold == fold for fold in range(self.fold.max() + 1)]
-        return [(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts]
 
 
 @dataclass(frozen=True)

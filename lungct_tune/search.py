@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
+from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     try:
         # ---- images: found, decoded once, grouped, split ----------------------------------------------
         if settings.data is None:
-            console.print(terminal.PHANTOMS, style="bold yellow", soft_wrap=True)
+            console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
         dealt = plan.deal()
         terminal.print_data(dealt.images, dealt.split, console)
         audit = audit_images(dealt.images, dealt.parts, settings.split)

@@ -14,6 +14,7 @@ from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
+from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.objective import OBJECTIVE, judged
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lungct_tune.plan import Plan
-
-PHANTOMS = "These are PHANTOMS, drawn by a program, not patients: no figure here says anything about CT."
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:

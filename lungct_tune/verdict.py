@@ -12,9 +12,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
 from lungct_tune.config.search_space import in_range
 from lungct_tune.config.settings import Settings, flags
+from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.shortcuts import RULES
 from lungct_tune.objective import OBJECTIVE
-from lungct_tune.terminal import PHANTOMS
 from lungct_tune.tuning.study import (
     BASELINE,
     COMPLETED,

@@ -20,7 +20,7 @@ from lungct_tune.audit import main
 from lungct_tune.data import DataError, ImageSet, fold_images, make_phantoms, read_images
 from lungct_tune.data.audit import audit_images, conclude, copy_numbers, refuse_leaks, too_alike
 from lungct_tune.data.shortcuts import RULES, best_shortcut, measure_shortcuts
-from lungct_tune.plan import Dealt
+from lungct_tune.data.split import Dealt
 from lungct_tune.rendering import pairs_of_copies
 
 

@@ -19,7 +19,7 @@ from lungct_tune.calibration import calibrated
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import make_phantoms, read_images
-from lungct_tune.data.learned import ALIKE, NEW, SAME_FILE, list_learned, seen_before
+from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, list_learned, seen_before
 from lungct_tune.evaluate import main
 from lungct_tune.experiment import Experiment
 from lungct_tune.prediction import predict

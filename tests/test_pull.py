@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 
 from lungct_tune.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation import judge
 from lungct_tune.experiment import Experiment
 from lungct_tune.fetch import BEGUN, beginning
 from lungct_tune.pull import main
-from lungct_tune.terminal import PHANTOMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """From a folder of CT slices to one array, its labels, its groups and a split that does not leak."""
 
 from lungct_tune.data.copies import COPY_CORRELATION
-from lungct_tune.data.find import DataError
+from lungct_tune.data.dataset import ImageSet, read_images
+from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, groups_by_likeness
-from lungct_tune.data.images import ImageSet, read_images
 from lungct_tune.data.phantoms import make_phantoms
 from lungct_tune.data.remote import fetch_images
 from lungct_tune.data.split import SPLITS, fold_images, split_images, twins_across

@@ -26,18 +26,16 @@ from sklearn.metrics import recall_score
 from sklearn.neighbors import NearestNeighbors
 
 from lungct_tune.data.copies import COPY_CORRELATION
-from lungct_tune.data.find import DataError
+from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, merge
 from lungct_tune.data.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
-from lungct_tune.data.split import POOLED, SPLITS
+from lungct_tune.data.split import POOLED, SPLITS, UNSPLIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from lungct_tune.data.images import CopyOf, ImageSet
+    from lungct_tune.data.dataset import CopyOf, ImageSet
 
-UNSPLIT = "unsplit"
-"""The one part of images that are too few to be split."""
 
 KINDS = ("byte-identical", "pixel-identical", "near-identical")
 PERMUTATIONS = 10

@@ -28,7 +28,7 @@ from rich.progress import track
 from lungct_tune.data import copies
 from lungct_tune.data.copies import PRINT, Copy, find_copies
 from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, FileProperties, decode
-from lungct_tune.data.find import DataError
+from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
 
 if TYPE_CHECKING:

@@ -251,3 +251,6 @@ def _draw_mass(thorax: _Thorax, rng: np.random.Generator, class_name: str, lung:
         thorax.blob(centre, (radius, radius), _MASS, waves=_waves(rng, 0.05, (2, 3)))
         if rng.random() < 0.8:
             thorax.blob(centre, (0.45 * radius, 0.4 * radius), _AIR)
+
+
+PHANTOMS = "These are PHANTOMS, drawn by a program, not patients: no figure here says anything about CT."

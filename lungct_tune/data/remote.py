@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lungct_tune.data.cache import default_cache, require_space
-from lungct_tune.data.find import DataError
+from lungct_tune.data.folders import DataError
 from lungct_tune.filesystem import StorageError, open_place, refusal
 
 DOWNLOADS = 16

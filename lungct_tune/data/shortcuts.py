@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lungct_tune.data.images import ImageSet
+    from lungct_tune.data.dataset import ImageSet
 
 FOLDS = 5
 GIVEN_AWAY = 0.97

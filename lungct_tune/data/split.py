@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lungct_tune.data.find import DataError
+from lungct_tune.data import ImageSet
+from lungct_tune.data.folders import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lungct_tune.data.images import ImageSet
+    from lungct_tune.data.dataset import ImageSet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lungct_tune.data.dataset import ImageSet
 
 SPLITS = ("train", "valid", "test")
 
@@ -116,3 +123,46 @@ def _official(image_set: ImageSet) -> np.ndarray:
             "class there, or choose --split grouped"
         )
     return image_set.table["folder"].to_numpy(dtype=str)
+
+
+UNSPLIT = "unsplit"
+"""The one part of images that are too few to be split."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dealt:
+    """The images, and which of them are trained on, steer the search, and are asked once."""
+
+    images: ImageSet
+    split: np.ndarray
+    fold: np.ndarray | None
+    """Of the searched images, from 0; None where validation steers the search."""
+
+    @property
+    def parts(self) -> np.ndarray:
+        """The split as the audit takes it: with folds, which cut no group, train and validation are one part."""
+        return self.split if self.fold is None else np.where(self.split == "test", "test", POOLED)
+
+    @property
+    def searched(self) -> np.ndarray:
+        """Rows of the images that the search may see: train and validation."""
+        return np.flatnonzero(self.split != "test")
+
+    @property
+    def test(self) -> np.ndarray:
+        """Rows of the images that only the final model is asked about."""
+        return np.flatnonzero(self.split == "test")
+
+    @property
+    def judged_on(self) -> np.ndarray:
+        """Rows of the images that a trial is judged on."""
+        return np.flatnonzero(self.split == "valid") if self.fold is None else self.searched
+
+    @property
+    def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What a model of a trial is trained on and what judges it, as indices into the searched images."""
+        if self.fold is None:
+            parts = [self.split[self.searched] == "valid"]
+        else:
+            parts = [self.fold == fold for fold in range(self.fold.max() + 1)]
+        return [(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts]

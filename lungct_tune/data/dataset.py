@@ -12,7 +12,7 @@ import pandas as pd
 
 from lungct_tune.data.cache import decode_all, default_cache, file_digest
 from lungct_tune.data.decode import DECODER_VERSION, FileProperties
-from lungct_tune.data.find import DataError, find_images, known_groups
+from lungct_tune.data.folders import DataError, find_images, known_groups
 from lungct_tune.data.groups import join_groups
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from PIL import Image
 from lungct_tune.data.copies import FLIPS
 
 if TYPE_CHECKING:
-    from lungct_tune.data.images import ImageSet
+    from lungct_tune.data.dataset import ImageSet
 
 SIDE = 16
 """Pixels of the thumbnails that are kept: enough to know a slice again, too few to see what it shows."""
