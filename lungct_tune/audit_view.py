@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lungct_tune.data.audit import counted
+from lungct_tune.auditing.conclusions import counted
 from lungct_tune.rendering import pairs_of_copies, render
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungct_tune import bundle
+from lungct_tune.auditing.shortcuts import best_shortcut
 from lungct_tune.calibration import calibrated, fit_temperature
 from lungct_tune.data import twins_across
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
-from lungct_tune.data.shortcuts import best_shortcut
 from lungct_tune.evaluation import judge
 from lungct_tune.experiment import VALID, trial_folder
 from lungct_tune.findings import findings_of

@@ -13,8 +13,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from lungct_tune import __version__, verdict
+from lungct_tune.auditing.conclusions import counted
 from lungct_tune.bundle import CHECKSUMS, CONFIG
-from lungct_tune.data.audit import counted
 from lungct_tune.data.decode import to_grey
 from lungct_tune.errors import UserError
 

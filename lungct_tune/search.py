@@ -51,7 +51,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     import ray
 
     from lungct_tune import bundle, terminal
-    from lungct_tune.data.audit import audit_images, refuse_leaks
+    from lungct_tune.auditing.audit import audit_images, refuse_leaks
     from lungct_tune.filesystem import StorageError
     from lungct_tune.outcome import Outcome
     from lungct_tune.plan import plan_search

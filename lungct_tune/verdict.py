@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lungct_tune.auditing.shortcuts import RULES
 from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
 from lungct_tune.config.search_space import in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.data.shortcuts import RULES
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.tuning.study import (
     BASELINE,

@@ -17,9 +17,10 @@ from PIL import Image
 
 from lungct_tune import search
 from lungct_tune.audit import main
+from lungct_tune.auditing.audit import audit_images, copy_numbers, refuse_leaks, too_alike
+from lungct_tune.auditing.conclusions import conclude
+from lungct_tune.auditing.shortcuts import RULES, best_shortcut, measure_shortcuts
 from lungct_tune.data import DataError, ImageSet, fold_images, make_phantoms, read_images
-from lungct_tune.data.audit import audit_images, conclude, copy_numbers, refuse_leaks, too_alike
-from lungct_tune.data.shortcuts import RULES, best_shortcut, measure_shortcuts
 from lungct_tune.data.split import Dealt
 from lungct_tune.rendering import pairs_of_copies
 
@@ -402,7 +403,7 @@ def test_each_rule_sees_what_it_is_for(rule: str) -> None:
 @pytest.mark.parametrize(("rare", "of_each"), [(3, 1), (2, 30), (400, 1)])
 def test_a_sample_has_every_class_in_several_groups(rare: int, of_each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one group is larger than the sample, and where a class is rare."""
-    monkeypatch.setattr("lungct_tune.data.shortcuts.MOST_IMAGES", 100)
+    monkeypatch.setattr("lungct_tune.auditing.shortcuts.MOST_IMAGES", 100)
     groups = np.concatenate([np.zeros(300, int), np.arange(1, 301), np.repeat(np.arange(301, 301 + rare), of_each)])
     labels = (groups > 300).astype(int)
     images = an_image_set(len(groups), groups, labels, np.zeros((len(groups), 32, 32), dtype=np.uint8))

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 
 from lungct_tune import bundle
+from lungct_tune.auditing.audit import audit_images
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import read_images, split_images, twins_across
-from lungct_tune.data.audit import audit_images
 from lungct_tune.data.split import Dealt
 from lungct_tune.evaluation import judge
 from lungct_tune.explain import anatomy, look

@@ -25,14 +25,15 @@ from sklearn.base import clone
 from sklearn.metrics import recall_score
 from sklearn.neighbors import NearestNeighbors
 
+from lungct_tune.auditing.conclusions import conclude
+from lungct_tune.auditing.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, merge
-from lungct_tune.data.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
 from lungct_tune.data.split import POOLED, SPLITS, UNSPLIT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from lungct_tune.data.dataset import CopyOf, ImageSet
 
@@ -345,163 +346,3 @@ def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dic
         }
         for (part, name), scores in figures.items()
     ]
-
-
-def conclude(audit: dict[str, Any]) -> dict[str, Any]:
-    """The verdict: what an accuracy on the held-out images of this split is worth, why, and what to do instead.
-
-    Args:
-        audit: all the rest of it.
-    """
-    judged = audit["split"]["parts"][-1]
-    accuracy = "test accuracy" if judged == "test" else "validation accuracy"
-    leaking, alike = _leaking(audit), [health["part"] for health in _too_alike(audit)]
-    leaks, gaps, lost = list(_leaks(audit)), list(_gaps(audit)), list(_lost(audit))
-    likenesses, shortcuts = list(_likenesses(audit)), list(_shortcuts_taken(audit))
-    level = "leaks" if leaking else "caution" if likenesses + shortcuts + gaps + lost else "clean"
-    if judged == UNSPLIT:
-        headline = "These images make no split, so there is no accuracy to believe or not: a class has too few groups."
-    elif judged in leaking:
-        headline = (
-            f"This split leaks. Don't conclude from {accuracy} on it how a model would do on new patients: it also "
-            "says how well the model remembers images that it was trained on."
-        )
-    elif leaking:
-        headline = (
-            f"Valid leaks, {judged} does not as far as can be told: {accuracy} may be read with what follows, but "
-            "validation accuracy also says how well a model remembers images that it was trained on, and the model "
-            "that it chooses may be the wrong one."
-        )
-    elif alike:
-        headline = (
-            f"No copy and no series was found across this split, but {' and '.join(alike)} may show patients that a "
-            "model has learned from in further slices: accuracy there may be too high."
-        )
-    elif shortcuts:
-        headline = f"No leak was found in this split, but {accuracy} on it is not all about lungs: read it with this."
-    elif gaps:
-        headline = f"No leak was found in this split, but it lacks images of a class: read {accuracy} with this."
-    elif lost:
-        headline = f"Nothing was found that speaks against {accuracy} on this split, once some files are left out."
-    else:
-        headline = f"Nothing was found that speaks against {accuracy} on this split."
-    reasons = leaks + likenesses + shortcuts + gaps + lost
-    return {"level": level, "headline": headline, "reasons": reasons, "advice": list(_advice(audit, leaking))}
-
-
-def _leaking(audit: dict[str, Any]) -> set[str]:
-    """The parts of which images, or images of their group, are in parts before them."""
-    proofs = {run["part"] for run in audit["permuted"] or [] if run["proves_a_leak"]}
-    return proofs | {health["part"] for health in audit["split_health"] if health["seen"]}
-
-
-def _leaks(audit: dict[str, Any]) -> Iterator[str]:
-    for health in audit["split_health"]:
-        if not (n := health["seen"]):
-            continue
-        part, before, copied = health["part"], health["before"], health["copies"]
-        alike = [name for name, of in health["by_class"].items() if of["seen"] >= of["images"] / 2]
-        reason = (
-            f"{n} of {health['images']} {part} images are copies of images in {' or '.join(before)}, or of the same "
-            "series or patient."
-        )
-        if copies := copied["with_copy"]:
-            same = copied["byte_identical"]
-            how = (
-                "byte for byte" if same == copies else f"{same} of them byte for byte" if same else "none byte for byte"
-            )
-            are = "is a copy" if copies == 1 else "are copies"
-            reason += f" {copies} {are}, {how} ({counted(copied['by_class'])})."
-        if n >= health["images"] / 2:
-            reason += f" As a whole, {part} is a near copy of {' and '.join(before)}."
-        elif alike:
-            reason += f" For {' and '.join(alike)}, {part} is a near copy of {' and '.join(before)}."
-        yield (
-            f"{reason} The most similar image in {' or '.join(before)} names the class of "
-            f"{health['nearest_neighbour_accuracy']:.0%}."
-        )
-    for run in audit["permuted"] or []:
-        if run["proves_a_leak"]:
-            yield (
-                f"Proof: having learnt labels that mean nothing, {run['title']} still reaches a balanced accuracy of "
-                f"{run['balanced_accuracy']:.2f} on {run['part']} (chance: {run['chance']:.2f})."
-            )
-
-
-def counted(counts: Mapping[str, int]) -> str:
-    """How many of what, in words."""
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _too_alike(audit: dict[str, Any]) -> list[dict[str, Any]]:
-    return [health for health in audit["split_health"] if health["others"]["too_alike"]]
-
-
-def _likenesses(audit: dict[str, Any]) -> Iterator[str]:
-    for health in _too_alike(audit):
-        others, before = health["others"], " or ".join(health["before"])
-        right = others["nearest_neighbour_right"] / others["images"]
-        yield (
-            f"Of the {others['images']} {'other ' if health['seen'] else ''}{health['part']} images, the most similar "
-            f"image in {before} names the class of {right:.0%}; of images in groups not seen it names "
-            f"{others['expected_of_unseen_groups']:.0%}. So {health['part']} probably shows patients of {before} in "
-            "further slices."
-        )
-
-
-def _shortcuts_taken(audit: dict[str, Any]) -> Iterator[str]:
-    """Classes that are given away in the same ways share a sentence, as both of two classes always do."""
-    given, classes_by_ways = audit["shortcuts"]["given_away"], dict[tuple[str, str], list[str]]()
-    for name in _given_away(audit):
-        by = {found["by"]: found["auroc"] for found in given if found["class"] == name}
-        ways = " and by ".join(f"{what} (AUROC {auroc:.2f})" for what, auroc in by.items())
-        without = "knowing more than similar pictures" if set(by) == {RULES["pixels"].title} else "looking at a lung"
-        classes_by_ways.setdefault((ways, without), []).append(name)
-    for (ways, without), names in classes_by_ways.items():
-        are, they = ("is", "it") if len(names) == 1 else ("are", "they")
-        yield f"{' and '.join(names)} {are} given away by {ways}: {they} can be recognised without {without}."
-
-
-def _given_away(audit: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(found["class"] for found in audit["shortcuts"]["given_away"]))
-
-
-def _gaps(audit: dict[str, Any]) -> Iterator[str]:
-    first, groups = audit["split"]["parts"][0], audit["groups"]["by_class"]
-    what_follows = {
-        "valid": "trials are compared without regard to it",
-        "test": "how well it is recognised stays unknown",
-        first: "no model can learn it",
-    }
-    for name, counts in audit["inventory"]["by_class"].items():
-        for part, images in counts.items():
-            if part == UNSPLIT and groups[name] < len(SPLITS):
-                yield f"Images of {name}: {images}, in groups: {groups[name]}. Each part of a split needs one at least."
-            elif not images:
-                yield f"No image of {name} is in {part}: {what_follows[part]}."
-
-
-def _lost(audit: dict[str, Any]) -> Iterator[str]:
-    for conflict in audit["conflicts"]:
-        where, classes = " and ".join(conflict["paths"]), " and ".join(conflict["classes"])
-        yield f"The same image stands under {classes}: {where}. They are left out."
-    if unreadable := len(audit["inventory"]["unreadable"]):
-        yield f"{unreadable} files cannot be read and are left out."
-
-
-def _advice(audit: dict[str, Any], leaking: set[str]) -> Iterator[str]:
-    if leaking:
-        folds = "; --folds does so within train and valid" if "valid" in leaking else ""
-        yield f"Use --split grouped, which keeps copies and series on one side{folds}."
-    if "test" in leaking:
-        yield "To compare with figures published for this split, judge the test images apart that are of no such group."
-    if easy := _given_away(audit):
-        names = " and ".join(easy)
-        if len(easy) < len(audit["classes"]) - 1:
-            yield f"Judge the other classes among themselves: recognising {names} is no achievement here."
-        else:
-            yield f"Get images of all classes from one source: recognising {names} is no achievement here."
-    if audit["conflicts"]:
-        yield "Find out which class the images under several classes belong to, and remove the wrong copies."
-    if audit["groups"]["images_in_groups_csv"] < audit["images"]:
-        yield "Slices of a patient that don't look alike go unrecognised: list patients, where known, in groups.csv."
