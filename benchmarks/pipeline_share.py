@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.model import CutResNet
+from lungct_tune.models.truncated_resnet import CutResNet
 from lungct_tune.training import Training
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lungct_tune.config.settings import Settings
     from lungct_tune.data import ImageSet
     from lungct_tune.experiment import Experiment
-    from lungct_tune.model import CutResNet
+    from lungct_tune.models.truncated_resnet import CutResNet
 
 FOLDER = "best"
 SO_FAR = "so_far"
@@ -103,8 +103,8 @@ def describe_model(
     Args:
         calibration: of `fit_temperature`; None leaves the probabilities as the network gives them.
     """
-    from lungct_tune.model import HEAD_WIDTHS
-    from lungct_tune.training import NORMALISATIONS
+    from lungct_tune.models.preprocessing import NORMALISATIONS
+    from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
 
     mean, deviation = NORMALISATIONS[settings.normalisation]
     return {
@@ -204,7 +204,7 @@ def build_model(config: Mapping[str, Any], weights: bytes) -> CutResNet:
     """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
     import safetensors.torch
 
-    from lungct_tune.model import CutResNet
+    from lungct_tune.models.truncated_resnet import CutResNet
 
     model = CutResNet(
         config["model"]["truncation_depth"],

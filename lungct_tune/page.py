@@ -14,8 +14,9 @@ from lungct_tune import charts, verdict
 from lungct_tune.bundle import MODEL, build_model
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.explain import Anatomy, anatomy, look
-from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes
+from lungct_tune.models.complexity import _sums, anatomy
+from lungct_tune.models.gradcam import look
+from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, activation_nodes
 from lungct_tune.objective import OBJECTIVE
 from lungct_tune.rendering import data_uri, pairs_of_copies, render
 from lungct_tune.tuning.study import best_figures, configuration_of
@@ -219,10 +220,6 @@ def _winner(found: Findings) -> dict[str, Any] | None:
         "validation": charts.validation(history, published_history, found.judged),
         "losses": charts.losses(history, found.judged),
     }
-
-
-def _sums(network: Anatomy) -> tuple[int, int]:
-    return sum(network.parameters.values()), sum(network.flops.values())
 
 
 def _activations(depth: int, frozen: int) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:

@@ -9,13 +9,13 @@ import torch
 
 from lungct_tune.bundle import load_model
 from lungct_tune.calibration import calibrated
-from lungct_tune.training import as_grey, forward
+from lungct_tune.models.preprocessing import as_grey, forward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from lungct_tune.model import CutResNet
+    from lungct_tune.models.truncated_resnet import CutResNet
 
 BATCH = 32
 

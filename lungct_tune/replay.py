@@ -72,6 +72,7 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
 
     from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.findings import read_findings
+    from lungct_tune.models.pretrained import read_covering
     from lungct_tune.plan import kept_plan
     from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, connect, sees_one_file_system
@@ -79,7 +80,6 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     from lungct_tune.tuning.run import made_with
     from lungct_tune.tuning.trial import Fold
     from lungct_tune.tuning.workers import SlotPlan
-    from lungct_tune.weights import read_covering
 
     experiment = locate(asked.source, asked.storage)
     trials = {trial.number: trial for trial in read_findings(experiment).trials}

@@ -53,6 +53,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune import bundle, terminal
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
     from lungct_tune.filesystem import StorageError
+    from lungct_tune.models.pretrained import read_covering
     from lungct_tune.outcome import Outcome
     from lungct_tune.plan import plan_search
     from lungct_tune.track import MLflowCopy
@@ -65,7 +66,6 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.tuning.so_far import BestSoFar
     from lungct_tune.tuning.trial import Fold
     from lungct_tune.tuning.workers import NodeRefused, SlotPlan
-    from lungct_tune.weights import read_covering
 
     # ---- what is asked for ----------------------------------------------------------------------------
     plan = plan_search(settings, given)

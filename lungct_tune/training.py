@@ -19,19 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from lungct_tune.augment import Augmentation
-from lungct_tune.model import CutResNet
-from lungct_tune.weights import load_backbone
+from lungct_tune.models.preprocessing import as_grey, forward
+from lungct_tune.models.pretrained import load_backbone
+from lungct_tune.models.truncated_resnet import CutResNet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lungct_tune.config.hyperparameters import Configuration
 
-NORMALISATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-"""Mean and standard deviation of each channel, for grey values scaled to 0 to 1, by name."""
 
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0
@@ -228,27 +224,6 @@ class Training:
                 f"loss {loss:g}, gradient norm {norm:g} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}; "
                 "lower the learning rates, or check the weights it started from"
             )
-
-
-def as_grey(images_NHW: Tensor) -> Tensor:
-    """uint8 images (N, H, W) as float (N, 1, H, W), 0 to 1."""
-    return images_NHW.unsqueeze(1) / 255
-
-
-def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor:
-    """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1: how every image meets the network.
-
-    Repeats the image in three channels-last channels, normalised by the named `NORMALISATIONS`, and computes in
-    bfloat16 on GPUs that have it.
-    """
-    means, deviations = NORMALISATIONS[normalisation]
-    channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(means, deviations, strict=True)]
-    images_NCHW = torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
-    on_gpu = grey_N1HW.device.type == "cuda"
-    bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(grey_N1HW.device.type, torch.bfloat16, enabled=bfloat16):
-        logits_NC: Tensor = network(images_NCHW)
-    return logits_NC.float()
 
 
 def schedule(progress: float) -> float:

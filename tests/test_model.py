@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from lungct_tune.model import ACTIVATIONS, CutResNet, activation_nodes, cut, layers_before
-from lungct_tune.weights import load_backbone
+from lungct_tune.models.pretrained import load_backbone
+from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, activation_nodes, cut, layers_before
 
 DEPTHS = range(1, ACTIVATIONS + 1)
 

@@ -127,9 +127,9 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     import torch
     from safetensors.torch import load_file
 
-    from lungct_tune.model import CutResNet
+    from lungct_tune.models.preprocessing import as_grey, forward
+    from lungct_tune.models.truncated_resnet import CutResNet
     from lungct_tune.objective import validation_figures
-    from lungct_tune.training import as_grey, forward
     from lungct_tune.tuning.study import best_figures, configuration_of, finished_trials
 
     split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()

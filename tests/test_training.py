@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.model import CutResNet
-from lungct_tune.training import NotFiniteLoss, Training, as_grey, forward, schedule
+from lungct_tune.models.preprocessing import as_grey, forward
+from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.training import NotFiniteLoss, Training, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import ResNet50_Weights, resnet50
 
-from lungct_tune.model import CutResNet
-from lungct_tune.weights import WeightsError, covered_depth, load_backbone, read_weights
+from lungct_tune.models.pretrained import WeightsError, covered_depth, load_backbone, read_weights
+from lungct_tune.models.truncated_resnet import CutResNet
 
 REAL = Path(__file__).parents[2] / "shared" / "weights" / "resnet_ct_k22.pth"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
 from lungct_tune.errors import UserError
-from lungct_tune.model import ACTIVATIONS, CutResNet, cut, layers_before
+from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, cut, layers_before
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

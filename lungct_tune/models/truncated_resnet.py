@@ -26,7 +26,7 @@ class CutResNet(nn.Module):
 
     `backbone` holds what the k-th ReLU depends on and nothing else, neither as parameter nor as arithmetic;
     the keys of its state are torchvision's. It starts as torchvision's random ResNet does, drawn from torch's
-    global generator; `lungct_tune.weights.load_backbone` fills in pretrained weights.
+    global generator; `lungct_tune.models.pretrained.load_backbone` fills in pretrained weights.
 
     The layers that the f-th ReLU depends on are frozen: they need no gradients, autograd keeps none of their
     activations, and their batch normalisation uses and keeps its loaded statistics even in training.

@@ -1,0 +1,52 @@
+"""What a network is made of, and where in an image it looks: what the report needs torch for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from captum.attr import LayerGradCam
+from torch import Tensor
+
+from lungct_tune.models.preprocessing import as_grey, forward
+
+if TYPE_CHECKING:
+    from lungct_tune.models.truncated_resnet import CutResNet
+
+_BATCH = 16
+
+
+def look(
+    model: CutResNet, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a network sees what speaks for a class: Grad-CAM (Selvaraju et al., ICCV 2017) on what the head pools.
+
+    Args:
+        images_NHW: uint8 grey.
+        classes_NK: the classes to look for in each image, as indices.
+        normalisation: a name in `training.NORMALISATIONS`.
+
+    Returns:
+        Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 where nothing speaks for the
+        class), and the probabilities (N, C) of the same pass.
+    """
+    model.eval()
+    pool = model.get_submodule("head.pool")
+    method = LayerGradCam(model.head, pool)
+    maps, probabilities = [], []
+    for start in range(0, len(images_NHW), _BATCH):
+        batch = slice(start, start + _BATCH)
+        pooled: list[Tensor] = []
+        listening = pool.register_forward_pre_hook(lambda _, inputs, pooled=pooled: pooled.append(inputs[0]))
+        with torch.no_grad():
+            grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])))
+            probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).numpy())
+        listening.remove()
+        of_classes = [
+            method.attribute(pooled[0], target_N, attribute_to_layer_input=True, relu_attributions=True)
+            for target_N in torch.as_tensor(classes_NK[batch], dtype=torch.int64).T
+        ]
+        maps_NKhw = torch.cat(of_classes, dim=1).detach().numpy()
+        maps.append(maps_NKhw / np.maximum(maps_NKhw.max(axis=(2, 3), keepdims=True), 1e-12))
+    return np.concatenate(maps), np.concatenate(probabilities)

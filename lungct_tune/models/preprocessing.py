@@ -1,0 +1,33 @@
+"""From 8-bit grey images to what the network computes on: how every image meets it, in training and after."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+"""Mean and standard deviation of each channel, for grey values scaled to 0 to 1, by name."""
+
+
+def as_grey(images_NHW: Tensor) -> Tensor:
+    """uint8 images (N, H, W) as float (N, 1, H, W), 0 to 1."""
+    return images_NHW.unsqueeze(1) / 255
+
+
+def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor:
+    """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1: how every image meets the network.
+
+    Repeats the image in three channels-last channels, normalised by the named `NORMALISATIONS`, and computes in
+    bfloat16 on GPUs that have it.
+    """
+    means, deviations = NORMALISATIONS[normalisation]
+    channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(means, deviations, strict=True)]
+    images_NCHW = torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
+    on_gpu = grey_N1HW.device.type == "cuda"
+    bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast(grey_N1HW.device.type, torch.bfloat16, enabled=bfloat16):
+        logits_NC: Tensor = network(images_NCHW)
+    return logits_NC.float()
