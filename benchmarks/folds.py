@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.training import Training
+from lungct_tune.training.trainer import Training
 
 WORKERS, IMAGES, BATCH = 2, 160, 16
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import make_phantoms, read_images, split_images
 from lungct_tune.experiment import Experiment
-from lungct_tune.objective import validation_figures
+from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.material import Material
 from lungct_tune.tuning.run import run_search

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.models.truncated_resnet import CutResNet
-from lungct_tune.training import Training
+from lungct_tune.training.trainer import Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable

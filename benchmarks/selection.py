@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main as search
+from lungct_tune.training.objective import OBJECTIVE
 
 
 def searched(storage: Path, name: str, arguments: list[str]) -> tuple[float, float, float]:

@@ -29,7 +29,7 @@ from lungct_tune.drawing import (
     plain,
     styled,
 )
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 from lungct_tune.tuning.study import (
     BASELINE,
     COMPLETED,
@@ -40,7 +40,6 @@ from lungct_tune.tuning.study import (
     configuration_of,
     how_ended,
 )
-from lungct_tune.verdict import OBJECTIVE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -23,8 +23,8 @@ from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import SPLITS
 from lungct_tune.errors import UserError
-from lungct_tune.objective import judged
 from lungct_tune.study_copy import COPY
+from lungct_tune.training.objective import judged
 from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.models.complexity import _sums, anatomy
 from lungct_tune.models.gradcam import look
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, activation_nodes
-from lungct_tune.objective import OBJECTIVE
 from lungct_tune.rendering import data_uri, pairs_of_copies, render
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.study import best_figures, configuration_of
 
 if TYPE_CHECKING:

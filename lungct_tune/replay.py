@@ -131,7 +131,7 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _compare(
     then: Sequence[Mapping[str, float]], now: Sequence[Mapping[str, float]], changed: Sequence[str], console: Console
 ) -> bool:
-    from lungct_tune.objective import OBJECTIVE
+    from lungct_tune.training.objective import OBJECTIVE
 
     names = ("train_loss", OBJECTIVE, "accuracy", "log_loss")
     table = Table(

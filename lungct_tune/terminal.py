@@ -15,7 +15,7 @@ from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.objective import OBJECTIVE, judged
+from lungct_tune.training.objective import OBJECTIVE, judged
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 
 from lungct_tune.errors import UserError
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.study import (
     COMPLETED,
     EPOCH_FIGURES,

@@ -14,7 +14,7 @@ from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
 from lungct_tune.config.search_space import in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME, OBJECTIVE_SD
 from lungct_tune.tuning.study import (
     BASELINE,
     COMPLETED,
@@ -24,7 +24,6 @@ from lungct_tune.tuning.study import (
     configuration_of,
     how_ended,
 )
-from lungct_tune.tuning.trial import OBJECTIVE_SD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,8 +43,6 @@ FEWEST = 4
 
 SAME_GROUP = "an image of the same group (a copy, or of the same series or patient)"
 """What a test image has in train or validation that has been seen."""
-
-OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")
 
 
 def percent(share: float | None) -> str:

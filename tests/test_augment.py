@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lungct_tune.augment import Augmentation
+from lungct_tune.training.augmentation import Augmentation
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -33,7 +33,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     import safetensors.torch
     import torch
 
-    from lungct_tune.training import Training
+    from lungct_tune.training.trainer import Training
 
     images = read_images(phantoms, 32, progress=False)
     learned = np.flatnonzero(images.table["folder"] != "test")

@@ -15,8 +15,8 @@ from sklearn import metrics
 
 from lungct_tune.calibration import calibrated
 from lungct_tune.evaluation import judge
-from lungct_tune.objective import rank, validation_figures
 from lungct_tune.ranking import sensitivity_at
+from lungct_tune.training.objective import rank, validation_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,8 +20,8 @@ from processes import wait_for
 
 from lungct_tune import replay, search
 from lungct_tune.config.settings import Settings
-from lungct_tune.objective import OBJECTIVE
 from lungct_tune.plan import plan_search
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning import study as studies
 
 if TYPE_CHECKING:

@@ -31,10 +31,10 @@ from lungct_tune.models.complexity import anatomy
 from lungct_tune.models.gradcam import look
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import CutResNet
-from lungct_tune.objective import OBJECTIVE
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
 from lungct_tune.plan import Plan, plan_search
 from lungct_tune.report import find_pictures, main
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning import study as studies
 from lungct_tune.verdict import about_the_search, command, edge, verdict
 

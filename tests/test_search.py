@@ -21,8 +21,8 @@ from conftest import CT_IMAGES, CT_WEIGHTS, SMALL, SPACE
 from optuna.trial import TrialState
 from processes import searching, wait_for
 
-from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main
+from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
     import subprocess
@@ -129,7 +129,7 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
 
     from lungct_tune.models.preprocessing import as_grey, forward
     from lungct_tune.models.truncated_resnet import CutResNet
-    from lungct_tune.objective import validation_figures
+    from lungct_tune.training.objective import validation_figures
     from lungct_tune.tuning.study import best_figures, configuration_of, finished_trials
 
     split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()

@@ -15,7 +15,7 @@ import pytest
 from ray.util.state import list_actors
 
 from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +103,7 @@ def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alo
 def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any) -> None:
     from safetensors import safe_open
 
-    from lungct_tune.objective import rank
+    from lungct_tune.training.objective import rank
 
     results = run(slot, 5, SHALLOW)
     best = max(results, key=rank)
@@ -226,9 +226,8 @@ def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms:
 def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges_them(slot_of_folds: Any) -> None:
     import torch
 
-    from lungct_tune.objective import rank, validation_figures
-    from lungct_tune.training import Training
-    from lungct_tune.tuning.trial import OBJECTIVE_SD
+    from lungct_tune.training.objective import OBJECTIVE_SD, rank, validation_figures
+    from lungct_tune.training.trainer import Training
 
     results = run(slot_of_folds, 0, SHALLOW)
     plan = slot_of_folds.plan

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment import Experiment
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.study import (
     StudyError,
     StudyPruning,

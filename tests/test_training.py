@@ -18,7 +18,7 @@ from torch import Tensor
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import CutResNet
-from lungct_tune.training import NotFiniteLoss, Training, schedule
+from lungct_tune.training.trainer import NotFiniteLoss, Training, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

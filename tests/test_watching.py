@@ -31,9 +31,9 @@ from processes import free_port, searching, wait_for
 from rich.console import Console
 
 from lungct_tune.config.hyperparameters import PUBLISHED
-from lungct_tune.objective import OBJECTIVE
 from lungct_tune.search import main
 from lungct_tune.track import MLflowCopy, TrackingError
+from lungct_tune.training.objective import OBJECTIVE
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.config.settings import Settings
     from lungct_tune.data import ImageSet
-    from lungct_tune.training import Training
+    from lungct_tune.training.trainer import Training
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Material:
         import torch
         from ray.train.torch import get_device
 
-        from lungct_tune.training import Training
+        from lungct_tune.training.trainer import Training
 
         return Training(
             configuration,

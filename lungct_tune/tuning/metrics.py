@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.study import (
     COMPLETED,
     DIVERGED,

@@ -19,7 +19,7 @@ from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.objective import OBJECTIVE
+from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker
 
 MAX_LOSSES = 3

@@ -27,8 +27,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.errors import UserError
 from lungct_tune.filesystem import StorageError
-from lungct_tune.objective import OBJECTIVE, rank
-from lungct_tune.tuning.trial import OBJECTIVE_SD, state_file
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank
+from lungct_tune.tuning.trial import state_file
 from lungct_tune.tuning.workers import NodeRefused
 
 if TYPE_CHECKING:

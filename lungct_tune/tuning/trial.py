@@ -17,7 +17,7 @@ import numpy as np
 
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.experiment import VALID, Experiment, trial_folder
-from lungct_tune.objective import OBJECTIVE, rank, validation_figures
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank, validation_figures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from lungct_tune.tuning.material import Material
 
 T = TypeVar("T")
-
-OBJECTIVE_SD = f"{OBJECTIVE}_sd"
-"""The standard deviation of the objective over the folds (n - 1)."""
 
 
 DIGEST_BYTES = 32
@@ -178,7 +175,7 @@ class _FoldModel:
 
     def run_to(self, epoch: int) -> _Outcome:
         """The model after so many epochs, of which it may have ended some or all before an interruption."""
-        from lungct_tune.training import NotFiniteLoss
+        from lungct_tune.training.trainer import NotFiniteLoss
 
         diverged = ""
         try:
@@ -192,7 +189,7 @@ class _FoldModel:
         return _Outcome(self._number, self._history, self._probabilities_NC, images, diverged)
 
     def _train_and_validate(self) -> dict[str, float]:
-        from lungct_tune.training import NotFiniteLoss
+        from lungct_tune.training.trainer import NotFiniteLoss
 
         began = time.perf_counter()
         loss = self.training.train_epoch()

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from lungct_tune.augment import Augmentation
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.pretrained import load_backbone
 from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.training.augmentation import Augmentation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

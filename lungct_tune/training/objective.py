@@ -36,3 +36,10 @@ def judged(folds: int | None) -> str:
 def rank(figures: dict[str, float]) -> tuple[float, float]:
     """Larger is better: by the objective, ties by the loss."""
     return figures[OBJECTIVE], -figures["log_loss"]
+
+
+OBJECTIVE_SD = f"{OBJECTIVE}_sd"
+"""The standard deviation of the objective over the folds (n - 1)."""
+
+
+OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")
