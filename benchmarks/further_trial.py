@@ -26,12 +26,12 @@ from rich.table import Table
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import make_phantoms, read_images, split_images
-from lungct_tune.experiment import Experiment
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study import open_study, trials_table
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.material import Material
 from lungct_tune.tuning.run import run_search
-from lungct_tune.tuning.study import open_study, trials_table
 from lungct_tune.tuning.trial import Fold
 from lungct_tune.tuning.workers import SlotPlan, scaling
 

@@ -58,9 +58,9 @@ def _run(asked: dict[str, Any], console: Console) -> None:
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune.audit_view import audit_page, print_audit
     from lungct_tune.auditing.audit import audit_images
-    from lungct_tune.bundle import as_json
     from lungct_tune.config.settings import validate
     from lungct_tune.data import fetch_images, read_images
+    from lungct_tune.experiment.bundle import as_json
     from lungct_tune.rendering import check_free
 
     page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)

@@ -29,17 +29,18 @@ from lungct_tune.drawing import (
     plain,
     styled,
 )
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
-from lungct_tune.tuning.study import (
+from lungct_tune.experiment.study import (
     BASELINE,
     COMPLETED,
     DIVERGED,
     FAILED,
     STOPPED,
+    _tip,
     best_figures,
     configuration_of,
     how_ended,
 )
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -381,10 +382,3 @@ def _name_colours(axes: Axes, winner: int | None) -> None:
     for colour, name in names.items():
         axes.plot([], [], color=colour, label=name)
     axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handlelength=1.2, columnspacing=1)
-
-
-def _tip(trial: FrozenTrial) -> str:
-    figures = best_figures(trial)
-    figure = f"{figures[OBJECTIVE]:.3f} at epoch {figures['epoch']:.0f}; " if figures else ""
-    ended = trial.user_attrs.get("ended", "running")
-    return f"trial {trial.number}: {figure}{ended}; {configuration_of(trial)}"

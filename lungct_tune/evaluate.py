@@ -60,15 +60,16 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         BundleError, DataError, StorageError: bundle or images cannot be used.
     """
     # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune import bundle, terminal
+    from lungct_tune import terminal
     from lungct_tune.calibration import calibrated
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
     from lungct_tune.evaluation import CANCER, NORMAL, cancer_or_normal, judge
-    from lungct_tune.findings import Predictions
-    from lungct_tune.page import REPORT, Network, evaluation_page
+    from lungct_tune.experiment import bundle
+    from lungct_tune.experiment.bundle import REPORT, check_outside_bundles
+    from lungct_tune.experiment.results import Predictions
+    from lungct_tune.page import Network, evaluation_page
     from lungct_tune.prediction import uncalibrated
-    from lungct_tune.rendering import check_outside_bundles
 
     # ---- the bundle, and which classes the images are to be told by -------------------------------------
     model, config = bundle.load_model(asked.bundle)

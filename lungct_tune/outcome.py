@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lungct_tune import bundle
 from lungct_tune.auditing.shortcuts import best_shortcut
 from lungct_tune.calibration import calibrated, fit_temperature
 from lungct_tune.data import twins_across
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
 from lungct_tune.evaluation import judge
-from lungct_tune.experiment import VALID, trial_folder
-from lungct_tune.findings import findings_of
+from lungct_tune.experiment import bundle
+from lungct_tune.experiment.folder import VALID, trial_folder
+from lungct_tune.experiment.results import findings_of
+from lungct_tune.experiment.study import BASELINE, best_figures, configuration_of, effort, row_of, trials_table
 from lungct_tune.page import Pictures, pages
-from lungct_tune.tuning import study as studies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from lungct_tune.data.split import Dealt
-    from lungct_tune.plan import Plan
-    from lungct_tune.tuning.final import Judged
+    from lungct_tune.experiment.bundle import Judged
+    from lungct_tune.experiment.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Outcome:
         Args:
             judged: the best trial's configuration, retrained.
             published: the trial of the published configuration, and that retrained too.
-            seeds: of `studies.over_seeds`.
+            seeds: of `over_seeds`.
         """
         images, test, searched = self.dealt.images, self.dealt.test, self.dealt.searched
         labels_N, groups_N = (images.table[column].to_numpy() for column in ("label", "group"))
@@ -72,7 +72,7 @@ class Outcome:
             "shortcut": best_shortcut(images, searched, test),
         }
         if published:
-            name, other = str(studies.configuration_of(published[0])), published[1]
+            name, other = str(configuration_of(published[0])), published[1]
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
         scaling, probabilities_NC = self._calibration(best), judged.probabilities_NC
         if scaling:
@@ -108,15 +108,15 @@ class Outcome:
     def _files(
         self, best: FrozenTrial, weights: bytes, calibration: Mapping[str, Any] | None, **judged: Any
     ) -> dict[str, bytes]:
-        settings, configuration = self.plan.settings, studies.configuration_of(best)
-        epochs = int(studies.best_figures(best)["epoch"])
+        settings, configuration = self.plan.settings, configuration_of(best)
+        epochs = int(best_figures(best)["epoch"])
         config = bundle.describe_model(settings, self.dealt.images, configuration, epochs, calibration)
-        table = studies.trials_table(self.study)
+        table = trials_table(self.study)
         metrics = {
             "data": PHANTOMS if settings.data is None else str(settings.data),
-            "baseline_trial": studies.row_of(table, studies.BASELINE),
-            "best_trial": studies.row_of(table, best.number),
-            "search": studies.effort(self.study, table, self.slots),
+            "baseline_trial": row_of(table, BASELINE),
+            "best_trial": row_of(table, best.number),
+            "search": effort(self.study, table, self.slots),
         } | judged
         return {
             bundle.MODEL: weights,

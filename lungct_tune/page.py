@@ -11,21 +11,20 @@ import pandas as pd
 from PIL import Image
 
 from lungct_tune import charts, verdict
-from lungct_tune.bundle import MODEL, build_model
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.experiment.bundle import CARD, MODEL, REPORT, build_model
+from lungct_tune.experiment.study import best_figures, configuration_of
 from lungct_tune.models.complexity import _sums, anatomy
 from lungct_tune.models.gradcam import look
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, activation_nodes
 from lungct_tune.rendering import data_uri, pairs_of_copies, render
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.study import best_figures, configuration_of
 
 if TYPE_CHECKING:
     from lungct_tune.data import ImageSet
-    from lungct_tune.findings import Findings, Predictions
+    from lungct_tune.experiment.results import Findings, Predictions
 
-REPORT, CARD = "report.html", "MODEL_CARD.md"
 
 MOST_SHOWN = 300
 """Wrong images shown with pictures, at most: 25 KB each."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lungct_tune.bundle import load_model
 from lungct_tune.calibration import calibrated
+from lungct_tune.experiment.bundle import load_model
 from lungct_tune.models.preprocessing import as_grey, forward
 
 if TYPE_CHECKING:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
+from lungct_tune.experiment.folder import locate
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
 
 EXAMPLES = """\
 examples:
@@ -45,28 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
     if asked.cluster:
-        from lungct_tune.fetch import check_free
-        from lungct_tune.tuning.head import on_head
+        from lungct_tune.experiment.head_node import on_head
+        from lungct_tune.experiment.transfer import check_free
 
         check_free(asked.dest or Path(asked.source), asked.all)
         with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
             pull(experiment, asked.dest, console, everything=asked.all)
     else:
         pull(locate(asked.source, asked.storage or "./results"), asked.dest, console, everything=asked.all)
-
-
-def locate(source: str, storage: str) -> Experiment:
-    """The experiment that a path, a URI (its own or its bundle's) or a name on the storage means."""
-    from lungct_tune.bundle import FOLDER
-    from lungct_tune.experiment import Experiment
-
-    source = source.rstrip("/").removesuffix(f"/{FOLDER}")
-    if "://" not in source:
-        if Path(source).name == source:
-            return Experiment.at(storage, source)
-        source = str(Path(source).expanduser().resolve())
-    storage, _, name = source.rpartition("/")
-    return Experiment.at(storage, name)
 
 
 def pull(experiment: Experiment, dest: Path | None, console: Console, *, everything: bool) -> None:
@@ -77,8 +64,8 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     """
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune import terminal
-    from lungct_tune.bundle import FOLDER
-    from lungct_tune.fetch import fetch
+    from lungct_tune.experiment.bundle import FOLDER
+    from lungct_tune.experiment.transfer import fetch
 
     dest = dest or Path(experiment.name)
     there = os.path.lexists(dest)

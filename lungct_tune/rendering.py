@@ -14,9 +14,9 @@ from PIL import Image
 
 from lungct_tune import __version__, verdict
 from lungct_tune.auditing.conclusions import counted
-from lungct_tune.bundle import CHECKSUMS, CONFIG
 from lungct_tune.data.decode import to_grey
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.bundle import check_outside_bundles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,20 +66,6 @@ def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
     check_outside_bundles(out, flag)
     if out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
         raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
-
-
-def check_outside_bundles(out: Path, flag: str) -> None:
-    """Keeps bundles as they were written.
-
-    Args:
-        flag: the option that named what is to be written.
-
-    Raises:
-        UserError: it would be in a bundle, or in a folder of one.
-    """
-    for folder in out.absolute().parents:
-        if (folder / CHECKSUMS).exists() and (folder / CONFIG).exists():
-            raise UserError(f"{folder} is a bundle, whose checksums are final; choose another {flag}")
 
 
 def data_uri(image: Image.Image, quality: int) -> str:

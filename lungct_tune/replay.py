@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
-from lungct_tune.pull import locate
+from lungct_tune.experiment.folder import locate
 
 if TYPE_CHECKING:
     import argparse
@@ -71,9 +71,9 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     import ray
 
     from lungct_tune.config.hyperparameters import Configuration
-    from lungct_tune.findings import read_findings
+    from lungct_tune.experiment.plan import kept_plan
+    from lungct_tune.experiment.results import read_findings
     from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.plan import kept_plan
     from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, connect, sees_one_file_system
     from lungct_tune.tuning.material import material_of

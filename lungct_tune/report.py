@@ -13,13 +13,13 @@ from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
-from lungct_tune.pull import locate
+from lungct_tune.experiment.folder import locate
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from lungct_tune.findings import Findings
+    from lungct_tune.experiment.results import Findings
     from lungct_tune.page import Pictures
 
 EXAMPLES = """\
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
     # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune.findings import read_findings
+    from lungct_tune.experiment.results import read_findings
     from lungct_tune.page import Pictures, report_page
     from lungct_tune.rendering import check_free
 

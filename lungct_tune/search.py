@@ -17,13 +17,22 @@ from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.study import (
+    BASELINE,
+    best_figures,
+    best_trial,
+    configuration_of,
+    finished_trials,
+    open_study,
+    over_seeds,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from optuna.trial import FrozenTrial
 
-    from lungct_tune.tuning.final import Judged
+    from lungct_tune.experiment.bundle import Judged
 
 
 class NothingToRetrain(UserError):
@@ -50,14 +59,14 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     # imported when the settings are known to be right: --help and slips answer at once
     import ray
 
-    from lungct_tune import bundle, terminal
+    from lungct_tune import terminal
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
+    from lungct_tune.experiment import bundle
+    from lungct_tune.experiment.plan import plan_search
     from lungct_tune.filesystem import StorageError
     from lungct_tune.models.pretrained import read_covering
     from lungct_tune.outcome import Outcome
-    from lungct_tune.plan import plan_search
     from lungct_tune.track import MLflowCopy
-    from lungct_tune.tuning import study as studies
     from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, sees_one_file_system
     from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
@@ -97,9 +106,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         mlflow = MLflowCopy(settings.track, experiment.name, new=not settings.resume) if settings.track else None
         kept_alone.enter_context(plan.alone())
         kept_alone.enter_context(plan.study_copied())
-        study = studies.open_study(
-            plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume
-        )
+        study = open_study(plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume)
         study.set_user_attr("cluster", f"{allotment}, on {machines()}")
         plan.keep(dealt)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
@@ -133,8 +140,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             console=console,
             callbacks=[BestSoFar(study, experiment, outcome.so_far)],
         )
-        trials = studies.finished_trials(study)
-        best = studies.best_trial(trials)
+        trials = finished_trials(study)
+        best = best_trial(trials)
         if best is None:
             reasons = [f"  trial {trial.number} {trial.user_attrs.get('ended')}" for trial in trials]
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
@@ -145,12 +152,12 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             console.print(f"\ntraining trial {best.number} anew, with {settings.seeds} other seeds", style="bold")
             others = [{"number": k, "seed": (settings.seed + k) % 2**32} for k in range(1, settings.seeds + 1)]
             orders = [other | {"configuration": best.user_attrs["configuration"]} for other in others]
-            seeds = studies.over_seeds(train_again(slot, repeats, orders, settings.epochs, allotment.slots))
+            seeds = over_seeds(train_again(slot, repeats, orders, settings.epochs, allotment.slots))
 
         # ---- retrained on train and validation, judged once on test -----------------------------------
         def retrain(trial: FrozenTrial) -> Judged:
             final = allot_final(settings)  # nodes have come and gone
-            configuration, epochs = studies.configuration_of(trial), int(studies.best_figures(trial)["epoch"])
+            configuration, epochs = configuration_of(trial), int(best_figures(trial)["epoch"])
             console.print(f"\nretraining trial {trial.number} on train and validation, {epochs} epochs", style="bold")
             return retrain_and_judge(
                 FinalPlan(
@@ -167,10 +174,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             )
 
         judged, published = retrain(best), None
-        if settings.compare_baseline and best.number == studies.BASELINE:
+        if settings.compare_baseline and best.number == BASELINE:
             console.print("the winner is the published configuration: there is nothing to compare it with")
         elif settings.compare_baseline:
-            baseline = studies.best_trial(trial for trial in trials if trial.number == studies.BASELINE)
+            baseline = best_trial(trial for trial in trials if trial.number == BASELINE)
             if baseline is None:
                 console.print("the published configuration did not run to its end: nothing to compare with")
             else:
@@ -188,8 +195,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             experiment.delete_folder(repeats)
         metrics = json.loads(files[bundle.METRICS])
         if mlflow:
-            epochs = int(studies.best_figures(best)["epoch"])
-            mlflow.add_final(best.number, studies.configuration_of(best), epochs, metrics["test"])
+            epochs = int(best_figures(best)["epoch"])
+            mlflow.add_final(best.number, configuration_of(best), epochs, metrics["test"])
         terminal.print_outcome(plan, metrics, console)
     except (KeyboardInterrupt, NodeRefused) as stop:
         begun = experiment.exists("settings.yaml")

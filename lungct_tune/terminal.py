@@ -6,15 +6,14 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from lungct_tune.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.training.objective import OBJECTIVE, judged
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from lungct_tune.plan import Plan
+    from lungct_tune.experiment.plan import Plan
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
@@ -125,13 +124,6 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
         )
     _print_worth(metrics, console)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (begin with its report.html)", soft_wrap=True, markup=False)
-
-
-def transfer_bar(console: Console) -> Progress:
-    """A progress bar for bytes, for as long as its context lasts; none where nobody looks."""
-    name = TextColumn("{task.description}", markup=False)
-    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def print_bundle(folder: Path, console: Console) -> None:

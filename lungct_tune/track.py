@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.study import COMPLETED, EPOCH_FIGURES, FAILED, STOPPED, best_figures, configuration_of
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.study import (
-    COMPLETED,
-    EPOCH_FIGURES,
-    FAILED,
-    STOPPED,
-    best_figures,
-    configuration_of,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

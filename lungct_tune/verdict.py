@@ -14,8 +14,7 @@ from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
 from lungct_tune.config.search_space import in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME, OBJECTIVE_SD
-from lungct_tune.tuning.study import (
+from lungct_tune.experiment.study import (
     BASELINE,
     COMPLETED,
     DIVERGED,
@@ -24,13 +23,14 @@ from lungct_tune.tuning.study import (
     configuration_of,
     how_ended,
 )
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME, OBJECTIVE_SD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from optuna.trial import FrozenTrial
 
-    from lungct_tune.findings import Findings
+    from lungct_tune.experiment.results import Findings
 
 EDGE = 0.02
 """A value within this share of a range from its end counts as lying at the edge of the space."""

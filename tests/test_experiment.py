@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lungct_tune.bundle import BundleError, as_json, has_bundle, verify, write_bundle
-from lungct_tune.experiment import Experiment
+from lungct_tune.experiment.bundle import BundleError, as_json, has_bundle, verify, write_bundle
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from conftest import REPOSITORY
 from optuna.trial import TrialState
 from processes import wait_for
 
-from lungct_tune.bundle import verify
+from lungct_tune.experiment.bundle import verify
 from lungct_tune.tuning.trial import DIGEST_BYTES
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungct_tune.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation import judge
-from lungct_tune.experiment import Experiment
-from lungct_tune.fetch import BEGUN, beginning
+from lungct_tune.experiment.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.transfer import BEGUN, beginning
 from lungct_tune.pull import main
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def test_a_search_is_pulled_from_while_it_runs_and_what_was_pulled_goes_on(
     import torch
     from test_search import command, nothing_held, wait_for
 
-    from lungct_tune.bundle import load_model
+    from lungct_tune.experiment.bundle import load_model
     from lungct_tune.search import main as search
 
     (tmp_path / "space.yaml").write_text("truncation_depth: {low: 1, high: 8}\n")
@@ -616,7 +616,7 @@ def test_a_pull_that_is_stopped_leaves_no_dest_and_goes_on(
 
 
 def test_a_relative_storage_on_a_head_begins_where_a_search_may_have_been_run() -> None:
-    from lungct_tune.tuning.head import places_on_head
+    from lungct_tune.experiment.head_node import places_on_head
 
     assert places_on_head(None) == ["~/results", "~/lungct_tune/results"]
     assert places_on_head("./else where") == ["~/'else where'", "~/lungct_tune/'else where'"]

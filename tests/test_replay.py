@@ -20,9 +20,9 @@ from processes import wait_for
 
 from lungct_tune import replay, search
 from lungct_tune.config.settings import Settings
-from lungct_tune.plan import plan_search
+from lungct_tune.experiment.plan import plan_search
+from lungct_tune.experiment.study import open_study
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning import study as studies
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,7 +144,7 @@ def test_before_a_trial_has_begun_there_is_none_to_train_again(
     )
     plan = plan_search(begun, set())
     plan.keep(plan.deal())
-    studies.open_study(plan.study_url, "new", plan.space, 1, new=True)
+    open_study(plan.study_url, "new", plan.space, 1, new=True)
     assert replay.main(["new", "0", "--storage", str(tmp_path)]) == 2
     assert "new has no trial 0; none has begun" in capsys.readouterr().err
 

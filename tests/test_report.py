@@ -20,22 +20,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 
-from lungct_tune import bundle
 from lungct_tune.auditing.audit import audit_images
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import read_images, split_images, twins_across
 from lungct_tune.data.split import Dealt
 from lungct_tune.evaluation import judge
-from lungct_tune.findings import PREDICTIONS, Findings, Predictions, read_findings
+from lungct_tune.experiment import bundle
+from lungct_tune.experiment.plan import Plan, plan_search
+from lungct_tune.experiment.results import PREDICTIONS, Findings, Predictions, read_findings
+from lungct_tune.experiment.study import best_trial, configuration_of, open_study
 from lungct_tune.models.complexity import anatomy
 from lungct_tune.models.gradcam import look
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import CutResNet
 from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
-from lungct_tune.plan import Plan, plan_search
 from lungct_tune.report import find_pictures, main
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning import study as studies
+from lungct_tune.tuning import searcher as studies
 from lungct_tune.verdict import about_the_search, command, edge, verdict
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Search:
         self.images = read_images(data, 32, progress=False)
         self.split = split_images(self.images, "grouped", 0)
         self.plan.keep(Dealt(self.images, self.split, None))
-        self.study = studies.open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
+        self.study = open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
         self._tune = studies.StudySearch(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
 
     @property
@@ -94,10 +95,10 @@ class Search:
 
     def finish(self) -> None:
         """The bundle, of the best trial's configuration with random weights."""
-        best = studies.best_trial(self.study.trials)
+        best = best_trial(self.study.trials)
         assert best is not None
         torch.manual_seed(0)
-        model = CutResNet(studies.configuration_of(best).truncation_depth, classes=4).eval()
+        model = CutResNet(configuration_of(best).truncation_depth, classes=4).eval()
         test = np.flatnonzero(self.split == "test")
         grey_N1HW = as_grey(torch.from_numpy(np.array(self.images.images_NHW[test])))
         with torch.no_grad():
@@ -111,7 +112,7 @@ class Search:
             references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
             twins_N=twins_across(self.images, self.split),
         )
-        configuration = studies.configuration_of(best)
+        configuration = configuration_of(best)
         files = {
             bundle.MODEL: safetensors.torch.save(model.state_dict()),
             bundle.CONFIG: bundle.as_json(

@@ -127,10 +127,10 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     import torch
     from safetensors.torch import load_file
 
+    from lungct_tune.experiment.study import best_figures, configuration_of, finished_trials
     from lungct_tune.models.preprocessing import as_grey, forward
     from lungct_tune.models.truncated_resnet import CutResNet
     from lungct_tune.training.objective import validation_figures
-    from lungct_tune.tuning.study import best_figures, configuration_of, finished_trials
 
     split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()
     valid = np.flatnonzero(split == "valid")
@@ -188,8 +188,8 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     import pandas as pd
     import torch
 
-    from lungct_tune.bundle import load_model
     from lungct_tune.calibration import calibrated
+    from lungct_tune.experiment.bundle import load_model
     from lungct_tune.prediction import predict
 
     model, config = load_model(finished / "best")

@@ -35,7 +35,7 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
 @contextmanager
 def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
     from lungct_tune.data import fold_images, read_images, split_images
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
     from lungct_tune.tuning.material import Material, share
     from lungct_tune.tuning.slots import TuneSlot
     from lungct_tune.tuning.trial import Fold
@@ -190,7 +190,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
 def test_only_the_searchs_own_groups_of_workers_are_counted_as_waiting(tmp_path: Path) -> None:
     from ray.util import placement_group, remove_placement_group
 
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
     from lungct_tune.tuning.slots import waiting_for_room
     from lungct_tune.tuning.workers import SlotPlan
 

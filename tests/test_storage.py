@@ -28,12 +28,12 @@ from conftest import SMALL, SPACE
 from optuna.trial import TrialState
 from processes import free_port, searching, wait_for
 
-from lungct_tune.bundle import verify
 from lungct_tune.data import DataError, fetch_images
-from lungct_tune.experiment import Experiment
+from lungct_tune.experiment.bundle import verify
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study_mirror import StudyCopy
 from lungct_tune.filesystem import StorageError, open_place
 from lungct_tune.search import main
-from lungct_tune.study_copy import StudyCopy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

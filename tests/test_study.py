@@ -10,12 +10,9 @@ from optuna.trial import TrialState
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import SearchSpace, parse_space
-from lungct_tune.experiment import Experiment
-from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.study import (
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study import (
     StudyError,
-    StudyPruning,
-    StudySearch,
     best_trial,
     effort,
     finished_trials,
@@ -23,6 +20,8 @@ from lungct_tune.tuning.study import (
     row_of,
     trials_table,
 )
+from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.searcher import StudyPruning, StudySearch
 
 if TYPE_CHECKING:
     from pathlib import Path

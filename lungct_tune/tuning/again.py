@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lungct_tune.experiment import Experiment
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.tuning.slots import Slot
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lungct_tune.config.settings import Settings
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
 
 
 class ClusterError(UserError):

@@ -13,11 +13,12 @@ import numpy as np
 from ray import train
 
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.bundle import Judged
 from lungct_tune.tuning.workers import START_ATTEMPTS
 
 if TYPE_CHECKING:
     from lungct_tune.config.hyperparameters import Configuration
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
     from lungct_tune.tuning.material import Material
 
 MAX_FAILURES = 3
@@ -44,16 +45,6 @@ class FinalPlan:
     test_indices: np.ndarray
     workers: int
     resources_per_worker: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A retrained model and what it said of the test split."""
-
-    weights: bytes
-    """safetensors."""
-    probabilities_NC: np.ndarray
-    """float32, in the order of the test indices."""
 
 
 def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
-from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.study import (
+from lungct_tune.experiment.study import (
     COMPLETED,
     DIVERGED,
     FAILED,
@@ -24,6 +23,7 @@ from lungct_tune.tuning.study import (
     finished_trials,
     how_ended,
 )
+from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
     import optuna

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from lungct_tune.experiment.study import best_figures, best_trial, configuration_of, finished_trials
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.slots import waiting_for_room
-from lungct_tune.tuning.study import best_figures, best_trial, configuration_of, finished_trials
 
 if TYPE_CHECKING:
     import optuna

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from lungct_tune.bundle import write_so_far
-from lungct_tune.experiment import Experiment, trial_folder
+from lungct_tune.experiment.bundle import write_so_far
+from lungct_tune.experiment.folder import Experiment, trial_folder
+from lungct_tune.experiment.study import best_trial, finished_trials
 from lungct_tune.filesystem import StorageError
-from lungct_tune.tuning.study import best_trial, finished_trials
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

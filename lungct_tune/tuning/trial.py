@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.experiment import VALID, Experiment, trial_folder
+from lungct_tune.experiment.folder import VALID, Experiment, state_file, trial_folder
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank, validation_figures
 
 if TYPE_CHECKING:
@@ -37,11 +37,6 @@ class Fold:
 
     train_indices: np.ndarray
     valid_indices: np.ndarray
-
-
-def state_file(number: int, fold: int) -> str:
-    """Where the experiment has what a trial needs to go on with a fold; without folds there is only fold 0."""
-    return f"{trial_folder(number)}/last{f'-{fold}' if fold else ''}.pt"
 
 
 class WorkersTrial:

@@ -18,7 +18,7 @@ from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.trial import Fold, WorkersTrial
 
 if TYPE_CHECKING:
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
     from lungct_tune.tuning.material import Material
 
 START_ATTEMPTS = 20

@@ -17,11 +17,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lungct_tune.bundle import CHECKSUMS, BundleError, faults, find_bundle
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.bundle import CHECKSUMS, BundleError, faults, find_bundle
+from lungct_tune.experiment.study_mirror import COPY, read_copy
 from lungct_tune.filesystem import StorageError
-from lungct_tune.study_copy import COPY, read_copy
-from lungct_tune.terminal import transfer_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
     import pyarrow.fs
     from rich.console import Console
 
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
 
 AT_ONCE = 8
 """Files that are fetched at the same time."""
@@ -252,3 +259,10 @@ def _fetch_study(experiment: Experiment, target: Path) -> None:
             live.backup(copy)
     elif (content := read_copy(experiment)) is not None:
         target.write_bytes(content)
+
+
+def transfer_bar(console: Console) -> Progress:
+    """A progress bar for bytes, for as long as its context lasts; none where nobody looks."""
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

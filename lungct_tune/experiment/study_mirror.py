@@ -13,7 +13,7 @@ from lungct_tune.filesystem import StorageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
 
 COPY = "study.db"
 """The copy's path in the experiment."""

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lungct_tune.bundle import FOLDER, has_bundle
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, validate
 from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images
 from lungct_tune.data.cache import default_cache
 from lungct_tune.data.split import Dealt
 from lungct_tune.errors import UserError
-from lungct_tune.experiment import Experiment
-from lungct_tune.study_copy import StudyCopy
+from lungct_tune.experiment.bundle import FOLDER, has_bundle
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study_mirror import StudyCopy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from lungct_tune.bundle import CHECKSUMS, FOLDER, SO_FAR
 from lungct_tune.data.cache import default_cache
-from lungct_tune.experiment import Experiment
-from lungct_tune.fetch import TRANSIENT, is_transient
+from lungct_tune.experiment.bundle import CHECKSUMS, FOLDER, SO_FAR
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.transfer import TRANSIENT, is_transient, transfer_bar
 from lungct_tune.filesystem import StorageError
-from lungct_tune.terminal import transfer_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

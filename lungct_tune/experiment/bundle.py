@@ -6,15 +6,26 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
+from lungct_tune.models.truncated_resnet import CutResNet
+
+if TYPE_CHECKING:
+    from lungct_tune.config.hyperparameters import Configuration
+    from lungct_tune.experiment.folder import Experiment
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+if TYPE_CHECKING:
+    from lungct_tune.data import ImageSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
     from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.config.settings import Settings
     from lungct_tune.data import ImageSet
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
     from lungct_tune.models.truncated_resnet import CutResNet
 
 FOLDER = "best"
@@ -213,3 +224,30 @@ def build_model(config: Mapping[str, Any], weights: bytes) -> CutResNet:
     )
     model.load_state_dict(safetensors.torch.load(weights))
     return model.eval()
+
+
+REPORT, CARD = "report.html", "MODEL_CARD.md"
+
+
+def check_outside_bundles(out: Path, flag: str) -> None:
+    """Keeps bundles as they were written.
+
+    Args:
+        flag: the option that named what is to be written.
+
+    Raises:
+        UserError: it would be in a bundle, or in a folder of one.
+    """
+    for folder in out.absolute().parents:
+        if (folder / CHECKSUMS).exists() and (folder / CONFIG).exists():
+            raise UserError(f"{folder} is a bundle, whose checksums are final; choose another {flag}")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A retrained model and what it said of the test split."""
+
+    weights: bytes
+    """safetensors."""
+    probabilities_NC: np.ndarray
+    """float32, in the order of the test indices."""

@@ -170,3 +170,21 @@ class Experiment:
 def trial_folder(number: int) -> str:
     """Where a trial's files lie in its experiment."""
     return f"trials/{number:04d}"
+
+
+def state_file(number: int, fold: int) -> str:
+    """Where the experiment has what a trial needs to go on with a fold; without folds there is only fold 0."""
+    return f"{trial_folder(number)}/last{f'-{fold}' if fold else ''}.pt"
+
+
+def locate(source: str, storage: str) -> Experiment:
+    """The experiment that a path, a URI (its own or its bundle's) or a name on the storage means."""
+    from lungct_tune.experiment.bundle import FOLDER
+
+    source = source.rstrip("/").removesuffix(f"/{FOLDER}")
+    if "://" not in source:
+        if Path(source).name == source:
+            return Experiment.at(storage, source)
+        source = str(Path(source).expanduser().resolve())
+    storage, _, name = source.rpartition("/")
+    return Experiment.at(storage, name)

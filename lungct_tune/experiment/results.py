@@ -19,20 +19,20 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from lungct_tune.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import SPLITS
 from lungct_tune.errors import UserError
-from lungct_tune.study_copy import COPY
+from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
+from lungct_tune.experiment.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
+from lungct_tune.experiment.study_mirror import COPY
 from lungct_tune.training.objective import judged
-from lungct_tune.tuning.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
 
-    from lungct_tune.experiment import Experiment
+    from lungct_tune.experiment.folder import Experiment
 
 
 class NothingHeld(UserError):
