@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.bootstrap import GroupBootstrap
 
 GROUPS = (3, 5, 10, 20, 50, 150)
 TRUTHS, CORRELATIONS = (0.8, 0.95), (0.1, 0.9)

@@ -15,7 +15,9 @@ import numpy as np
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
-from lungct_tune.errors import UserError
+from lungct_tune.evaluation.bundle_files import list_predictions
+from lungct_tune.evaluation.external import OTHER, EvaluateError, read_map
+from lungct_tune.evaluation.inference import load_model
 
 if TYPE_CHECKING:
     import argparse
@@ -30,13 +32,6 @@ examples:
 Classes are told by the names of their folders, as the search does, or by --map. Where a folder is mapped to cancer,
 all are judged as cancer against normal. What is mapped to other is left out.
 """
-
-OTHER = "other"
-"""What a folder is mapped to whose images are of no class of the bundle's."""
-
-
-class EvaluateError(UserError):
-    """These images cannot be judged by this bundle: the message says why and what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +56,18 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     """
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune import terminal
-    from lungct_tune.calibration import calibrated
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
-    from lungct_tune.evaluation import CANCER, NORMAL, cancer_or_normal, judge
+    from lungct_tune.evaluation.calibration import calibrated
+    from lungct_tune.evaluation.inference import uncalibrated
+    from lungct_tune.evaluation.metrics import CANCER, NORMAL, cancer_or_normal, judge
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.bundle import REPORT, check_outside_bundles
     from lungct_tune.experiment.results import Predictions
     from lungct_tune.page import Network, evaluation_page
-    from lungct_tune.prediction import uncalibrated
 
     # ---- the bundle, and which classes the images are to be told by -------------------------------------
-    model, config = bundle.load_model(asked.bundle)
+    model, config = load_model(asked.bundle)
     if not (asked.bundle / bundle.LEARNED).exists():
         raise EvaluateError(f"{asked.bundle} has no {bundle.LEARNED}: an earlier version made it; make it again")
     classes, scaling = tuple(config["classes"]), config["calibration"]
@@ -126,7 +121,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         "learned_from": {what: int((seen_N == what).sum()) for what in (SAME_FILE, ALIKE)},
         "test": figures,
     }
-    predictions = bundle.list_predictions(rows, labels_N, probabilities_NC, judged_classes)
+    predictions = list_predictions(rows, labels_N, probabilities_NC, judged_classes)
     page = evaluation_page(
         config["settings"]["name"],
         json.loads(bundle.as_json(metrics)),
@@ -145,28 +140,6 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     terminal.print_judged(images, metrics, console)
     written = f"{out}/{REPORT}, {out}/{bundle.METRICS}, {out}/{bundle.PREDICTIONS}"
     console.print(f"written: {written}", soft_wrap=True, markup=False)
-
-
-def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
-    """Which class each folder's images count as: what the user says, and with cancer in it, the cancers as cancer.
-
-    Raises:
-        EvaluateError: it is no map, or names what is neither a class of the bundle's nor cancer or other.
-    """
-    from lungct_tune.config.settings import pairs
-    from lungct_tune.evaluation import CANCER, CANCERS, are_cancer_and_normal
-
-    try:
-        given: dict[str, str] = pairs(text or {})
-    except ValueError as error:
-        raise EvaluateError(f"--map {text!r}: {error}") from error
-    allowed = dict.fromkeys((*classes, *([CANCER] if are_cancer_and_normal(classes) else []), OTHER))
-    if wrong := [f"{folder}={name}" for folder, name in given.items() if name not in allowed]:
-        raise EvaluateError(f"--map: {', '.join(wrong)}: this bundle's images can be {', '.join(allowed)}")
-    if CANCER in given.values() and CANCER not in classes:
-        given = dict.fromkeys(set(CANCERS) & set(classes), CANCER) | given
-        given = {folder: CANCER if name in CANCERS else name for folder, name in given.items()}
-    return given
 
 
 if __name__ == "__main__":

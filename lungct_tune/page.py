@@ -13,7 +13,8 @@ from PIL import Image
 from lungct_tune import charts, verdict
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.experiment.bundle import CARD, MODEL, REPORT, build_model
+from lungct_tune.evaluation.inference import build_model
+from lungct_tune.experiment.bundle import CARD, MODEL, REPORT
 from lungct_tune.experiment.study import best_figures, configuration_of
 from lungct_tune.models.complexity import _sums, anatomy
 from lungct_tune.models.gradcam import look

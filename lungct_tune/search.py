@@ -61,11 +61,11 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
     from lungct_tune import terminal
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
+    from lungct_tune.evaluation.bundle_files import Outcome
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.plan import plan_search
     from lungct_tune.filesystem import StorageError
     from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.outcome import Outcome
     from lungct_tune.track import MLflowCopy
     from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, sees_one_file_system

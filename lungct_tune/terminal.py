@@ -143,7 +143,7 @@ def print_bundle(folder: Path, console: Console) -> None:
     _print_worth(metrics, console)
     console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
     size = config["preprocessing"]["image_size"]
-    console.print("use it:   from lungct_tune.prediction import predict", markup=False)
+    console.print("use it:   from lungct_tune.evaluation.inference import predict", markup=False)
     console.print(
         f"          predict({str(folder)!r}, images_NHW)  # uint8 grey, {size} x {size} pixels",
         soft_wrap=True,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from lungct_tune.bootstrap import GroupBootstrap
-from lungct_tune.ranking import auroc
+from lungct_tune.evaluation.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.ranking import auroc
 
 SIMULATIONS = 100
 LEAST = 0.88

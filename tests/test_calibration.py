@@ -10,8 +10,14 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss
 
-from lungct_tune.bootstrap import GroupBootstrap
-from lungct_tune.calibration import TEMPERATURES, calibrated, calibration_figures, fit_temperature, reliability
+from lungct_tune.evaluation.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.calibration import (
+    TEMPERATURES,
+    calibrated,
+    calibration_figures,
+    fit_temperature,
+    reliability,
+)
 
 LOGITS = st.floats(-120, 120, width=32) | st.sampled_from([0.0, 1.0])
 PROBABILITIES = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 5)), elements=LOGITS).map(

@@ -14,24 +14,16 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from lungct_tune.calibration import calibrated
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import make_phantoms, read_images
 from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, list_learned, seen_before
 from lungct_tune.evaluate import main
-from lungct_tune.experiment.bundle import (
-    CONFIG,
-    LEARNED,
-    METRICS,
-    MODEL,
-    as_json,
-    describe_model,
-    load_model,
-    write_bundle,
-)
+from lungct_tune.evaluation.bundle_files import describe_model
+from lungct_tune.evaluation.calibration import calibrated
+from lungct_tune.evaluation.inference import load_model, predict
+from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, MODEL, as_json, write_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.prediction import predict
 
 CANCERS = ("adenocarcinoma", "large.cell.carcinoma", "squamous.cell.carcinoma")
 

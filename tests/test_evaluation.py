@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from sklearn import metrics
 
-from lungct_tune.calibration import calibrated
-from lungct_tune.evaluation import judge
-from lungct_tune.ranking import sensitivity_at
+from lungct_tune.evaluation.calibration import calibrated
+from lungct_tune.evaluation.metrics import judge
+from lungct_tune.evaluation.ranking import sensitivity_at
 from lungct_tune.training.objective import rank, validation_figures
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def test_the_intervals_of_all_figures_hold_what_many_patients_give(monkeypatch: 
                 yield from leaves(figure, (*path, name))
 
     with monkeypatch.context() as patched:
-        patched.setattr("lungct_tune.bootstrap.RESAMPLES", 1)
+        patched.setattr("lungct_tune.evaluation.bootstrap.RESAMPLES", 1)
         truth = {path: figure["value"] for path, figure in draw(np.random.default_rng(0), 20_000).items()}
     assert len(truth) == 3 + 4 * 6 + 6 + 2
     held = dict.fromkeys(truth.keys() - {("calibration", "before", "ece")}, 0)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.evaluation import judge
+from lungct_tune.evaluation.metrics import judge
 from lungct_tune.experiment.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.transfer import BEGUN, beginning
@@ -315,7 +315,7 @@ def test_a_search_is_pulled_from_while_it_runs_and_what_was_pulled_goes_on(
     import torch
     from test_search import command, nothing_held, wait_for
 
-    from lungct_tune.experiment.bundle import load_model
+    from lungct_tune.evaluation.inference import load_model
     from lungct_tune.search import main as search
 
     (tmp_path / "space.yaml").write_text("truncation_depth: {low: 1, high: 8}\n")

@@ -24,7 +24,8 @@ from lungct_tune.auditing.audit import audit_images
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import read_images, split_images, twins_across
 from lungct_tune.data.split import Dealt
-from lungct_tune.evaluation import judge
+from lungct_tune.evaluation.bundle_files import describe_model, list_predictions
+from lungct_tune.evaluation.metrics import judge
 from lungct_tune.experiment import bundle
 from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.experiment.results import PREDICTIONS, Findings, Predictions, read_findings
@@ -115,11 +116,9 @@ class Search:
         configuration = configuration_of(best)
         files = {
             bundle.MODEL: safetensors.torch.save(model.state_dict()),
-            bundle.CONFIG: bundle.as_json(
-                bundle.describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)
-            ),
+            bundle.CONFIG: bundle.as_json(describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)),
             bundle.METRICS: bundle.as_json({"test": figures}),
-            "predictions.csv": bundle.list_predictions(
+            "predictions.csv": list_predictions(
                 self.images.table.iloc[test], labels_N, probabilities_NC, self.images.classes
             ),
         }
@@ -318,7 +317,7 @@ def test_names_of_classes_are_drawn_as_they_are() -> None:
 def test_classes_may_be_called_what_tables_take_for_something_else() -> None:
     names = ["1", "None", "True"]
     rows = pd.DataFrame({"path": ["NA", "a, b.png", "nan"], "group": [0, 1, 1]})
-    said = Predictions(names, bundle.list_predictions(rows, np.arange(3), np.eye(3), names))
+    said = Predictions(names, list_predictions(rows, np.arange(3), np.eye(3), names))
     assert [list(said.labels_N), list(said.said_N), list(said.paths)] == [[0, 1, 2], [0, 1, 2], list(rows["path"])]
 
 

@@ -188,9 +188,8 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     import pandas as pd
     import torch
 
-    from lungct_tune.calibration import calibrated
-    from lungct_tune.experiment.bundle import load_model
-    from lungct_tune.prediction import predict
+    from lungct_tune.evaluation.calibration import calibrated
+    from lungct_tune.evaluation.inference import load_model, predict
 
     model, config = load_model(finished / "best")
     assert config["preprocessing"]["image_size"] == images.images_NHW.shape[1]

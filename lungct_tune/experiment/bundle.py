@@ -12,31 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import yaml
 
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
-from lungct_tune.models.truncated_resnet import CutResNet
 
 if TYPE_CHECKING:
-    from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.experiment.folder import Experiment
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-if TYPE_CHECKING:
-    from lungct_tune.data import ImageSet
+    from collections.abc import Mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     import numpy as np
 
-    from lungct_tune.config.hyperparameters import Configuration
-    from lungct_tune.config.settings import Settings
-    from lungct_tune.data import ImageSet
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.models.truncated_resnet import CutResNet
 
 FOLDER = "best"
 SO_FAR = "so_far"
@@ -102,66 +92,6 @@ def versions() -> dict[str, str]:
     return {"lungct_tune": __version__} | {package: version(package) for package in packages}
 
 
-def describe_model(
-    settings: Settings,
-    images: ImageSet,
-    configuration: Configuration,
-    epochs: int,
-    calibration: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """config.json: all that rebuilds the model and its preprocessing, and what made it.
-
-    Args:
-        calibration: of `fit_temperature`; None leaves the probabilities as the network gives them.
-    """
-    from lungct_tune.models.preprocessing import NORMALISATIONS
-    from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
-
-    mean, deviation = NORMALISATIONS[settings.normalisation]
-    return {
-        "model": {
-            "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
-            "truncation_depth": configuration.truncation_depth,
-            "dropout": configuration.dropout,
-            "head_widths": list(HEAD_WIDTHS),
-        },
-        "classes": list(images.classes),
-        "preprocessing": {
-            "image_size": settings.image_size,
-            "mode": "8-bit grey, as three equal channels scaled to 0..1",
-            "mean": list(mean),
-            "deviation": list(deviation),
-        },
-        "calibration": calibration,
-        "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
-        "settings": yaml.safe_load(settings.as_yaml()),
-        "data_fingerprint": images.fingerprint,
-        "versions": versions(),
-    }
-
-
-def list_predictions(
-    rows: pd.DataFrame, labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]
-) -> bytes:
-    """predictions.csv: a row an image, with path, class, predicted class, probabilities (calibrated), group.
-
-    Args:
-        rows: of an `ImageSet`'s table.
-        classes: what labels and columns mean.
-    """
-    table = pd.DataFrame(
-        {
-            "path": rows["path"].to_numpy(),
-            "class": [classes[label] for label in labels_N],
-            "predicted": [classes[label] for label in probabilities_NC.argmax(axis=1)],
-        }
-    )
-    for c, name in enumerate(classes):
-        table[f"p_{name.replace(' ', '_')}"] = probabilities_NC[:, c]
-    table["group"] = rows["group"].to_numpy()
-    return table.to_csv(index=False).encode()
-
-
 def faults(folder: Path) -> Iterator[tuple[str, str]]:
     """The files of a bundle that are not as they were written, each with what is wrong.
 
@@ -197,33 +127,6 @@ def verify(folder: Path) -> None:
     """
     for name, fault in faults(folder):
         raise BundleError(f"{folder / name}: {fault}; fetch the bundle again")
-
-
-def load_model(folder: Path | str) -> tuple[CutResNet, dict[str, Any]]:
-    """Rebuilds a bundle's model, on the CPU and ready to predict, with its config.json.
-
-    Raises:
-        BundleError: the bundle is incomplete or altered.
-    """
-    folder = Path(folder)
-    verify(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    return build_model(config, (folder / MODEL).read_bytes()), config
-
-
-def build_model(config: Mapping[str, Any], weights: bytes) -> CutResNet:
-    """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
-    import safetensors.torch
-
-    from lungct_tune.models.truncated_resnet import CutResNet
-
-    model = CutResNet(
-        config["model"]["truncation_depth"],
-        dropout=config["model"]["dropout"],
-        classes=len(config["classes"]),
-    )
-    model.load_state_dict(safetensors.torch.load(weights))
-    return model.eval()
 
 
 REPORT, CARD = "report.html", "MODEL_CARD.md"

@@ -8,18 +8,34 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import yaml
 
 from lungct_tune.auditing.shortcuts import best_shortcut
-from lungct_tune.calibration import calibrated, fit_temperature
 from lungct_tune.data import twins_across
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
-from lungct_tune.evaluation import judge
+from lungct_tune.evaluation.calibration import calibrated, fit_temperature
+from lungct_tune.evaluation.metrics import judge
 from lungct_tune.experiment import bundle
+from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.folder import VALID, trial_folder
 from lungct_tune.experiment.results import findings_of
 from lungct_tune.experiment.study import BASELINE, best_figures, configuration_of, effort, row_of, trials_table
 from lungct_tune.page import Pictures, pages
+
+if TYPE_CHECKING:
+    from lungct_tune.config.hyperparameters import Configuration
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+if TYPE_CHECKING:
+    from lungct_tune.data import ImageSet
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lungct_tune.config.hyperparameters import Configuration
+    from lungct_tune.config.settings import Settings
+    from lungct_tune.data import ImageSet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +104,7 @@ class Outcome:
             twins_N=twins_across(images, self.dealt.split),
         )
         rows = images.table.iloc[test]
-        predictions = bundle.list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
+        predictions = list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
         files = self._files(best, judged.weights, scaling, test=figures, seeds=seeds)
         return files | {bundle.PREDICTIONS: predictions}
 
@@ -110,7 +126,7 @@ class Outcome:
     ) -> dict[str, bytes]:
         settings, configuration = self.plan.settings, configuration_of(best)
         epochs = int(best_figures(best)["epoch"])
-        config = bundle.describe_model(settings, self.dealt.images, configuration, epochs, calibration)
+        config = describe_model(settings, self.dealt.images, configuration, epochs, calibration)
         table = trials_table(self.study)
         metrics = {
             "data": PHANTOMS if settings.data is None else str(settings.data),
@@ -130,3 +146,63 @@ class Outcome:
     @cached_property
     def _learned(self) -> bytes:
         return list_learned(self.dealt.images, self.dealt.searched)
+
+
+def describe_model(
+    settings: Settings,
+    images: ImageSet,
+    configuration: Configuration,
+    epochs: int,
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """config.json: all that rebuilds the model and its preprocessing, and what made it.
+
+    Args:
+        calibration: of `fit_temperature`; None leaves the probabilities as the network gives them.
+    """
+    from lungct_tune.models.preprocessing import NORMALISATIONS
+    from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
+
+    mean, deviation = NORMALISATIONS[settings.normalisation]
+    return {
+        "model": {
+            "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
+            "truncation_depth": configuration.truncation_depth,
+            "dropout": configuration.dropout,
+            "head_widths": list(HEAD_WIDTHS),
+        },
+        "classes": list(images.classes),
+        "preprocessing": {
+            "image_size": settings.image_size,
+            "mode": "8-bit grey, as three equal channels scaled to 0..1",
+            "mean": list(mean),
+            "deviation": list(deviation),
+        },
+        "calibration": calibration,
+        "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
+        "settings": yaml.safe_load(settings.as_yaml()),
+        "data_fingerprint": images.fingerprint,
+        "versions": versions(),
+    }
+
+
+def list_predictions(
+    rows: pd.DataFrame, labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]
+) -> bytes:
+    """predictions.csv: a row an image, with path, class, predicted class, probabilities (calibrated), group.
+
+    Args:
+        rows: of an `ImageSet`'s table.
+        classes: what labels and columns mean.
+    """
+    table = pd.DataFrame(
+        {
+            "path": rows["path"].to_numpy(),
+            "class": [classes[label] for label in labels_N],
+            "predicted": [classes[label] for label in probabilities_NC.argmax(axis=1)],
+        }
+    )
+    for c, name in enumerate(classes):
+        table[f"p_{name.replace(' ', '_')}"] = probabilities_NC[:, c]
+    table["group"] = rows["group"].to_numpy()
+    return table.to_csv(index=False).encode()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lungct_tune.bootstrap import Statistic
+    from lungct_tune.evaluation.bootstrap import Statistic
 
 
 def auroc(is_N: np.ndarray, score_N: np.ndarray) -> Statistic:

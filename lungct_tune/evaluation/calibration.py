@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
 if TYPE_CHECKING:
-    from lungct_tune.bootstrap import GroupBootstrap
+    from lungct_tune.evaluation.bootstrap import GroupBootstrap
 
 TEMPERATURES = (0.2, 5.0)
 """The range that is searched."""

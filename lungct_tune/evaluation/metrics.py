@@ -8,10 +8,10 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
-from lungct_tune.bootstrap import INTERVAL, GroupBootstrap
-from lungct_tune.calibration import calibration_figures, reliability
 from lungct_tune.data.folders import CANONICAL_CLASSES
-from lungct_tune.ranking import auroc, average_precision, sensitivity_at
+from lungct_tune.evaluation.bootstrap import INTERVAL, GroupBootstrap
+from lungct_tune.evaluation.calibration import calibration_figures, reliability
+from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lungct_tune.calibration import calibrated
-from lungct_tune.experiment.bundle import load_model
+from lungct_tune.evaluation.calibration import calibrated
+from lungct_tune.experiment.bundle import CONFIG, MODEL, verify
 from lungct_tune.models.preprocessing import as_grey, forward
+from lungct_tune.models.truncated_resnet import CutResNet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lungct_tune.models.truncated_resnet import CutResNet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
     from lungct_tune.models.truncated_resnet import CutResNet
 
@@ -52,3 +61,30 @@ def uncalibrated(model: CutResNet, config: Mapping[str, Any], images_NHW: np.nda
             probabilities.append(logits_NC.softmax(dim=1).cpu().numpy())
     model.cpu()
     return np.concatenate(probabilities)
+
+
+def load_model(folder: Path | str) -> tuple[CutResNet, dict[str, Any]]:
+    """Rebuilds a bundle's model, on the CPU and ready to predict, with its config.json.
+
+    Raises:
+        BundleError: the bundle is incomplete or altered.
+    """
+    folder = Path(folder)
+    verify(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    return build_model(config, (folder / MODEL).read_bytes()), config
+
+
+def build_model(config: Mapping[str, Any], weights: bytes) -> CutResNet:
+    """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
+    import safetensors.torch
+
+    from lungct_tune.models.truncated_resnet import CutResNet
+
+    model = CutResNet(
+        config["model"]["truncation_depth"],
+        dropout=config["model"]["dropout"],
+        classes=len(config["classes"]),
+    )
+    model.load_state_dict(safetensors.torch.load(weights))
+    return model.eval()

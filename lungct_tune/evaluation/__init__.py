@@ -1,0 +1,1 @@
+"""Predictions in, figures with their uncertainty out; and the bundle's model asked."""
