@@ -30,9 +30,9 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import open_study, trials_table
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
-from lungct_tune.tuning.material import Material
-from lungct_tune.tuning.run import run_search
-from lungct_tune.tuning.trial import Fold
+from lungct_tune.tuning.shared_data import Material
+from lungct_tune.tuning.trial_runner import Fold
+from lungct_tune.tuning.tuner import run_search
 from lungct_tune.tuning.workers import SlotPlan, scaling
 
 EPOCHS = 2

@@ -74,11 +74,11 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     from lungct_tune.experiment.plan import kept_plan
     from lungct_tune.experiment.results import read_findings
     from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.tuning.again import train_again
     from lungct_tune.tuning.cluster import allot, connect, sees_one_file_system
-    from lungct_tune.tuning.material import material_of
-    from lungct_tune.tuning.run import made_with
-    from lungct_tune.tuning.trial import Fold
+    from lungct_tune.tuning.rerun import train_again
+    from lungct_tune.tuning.shared_data import material_of
+    from lungct_tune.tuning.trial_runner import Fold
+    from lungct_tune.tuning.tuner import made_with
     from lungct_tune.tuning.workers import SlotPlan
 
     experiment = locate(asked.source, asked.storage)

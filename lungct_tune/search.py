@@ -66,14 +66,14 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.experiment.plan import plan_search
     from lungct_tune.filesystem import StorageError
     from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.track import MLflowCopy
-    from lungct_tune.tuning.again import train_again
+    from lungct_tune.tuning.callbacks.best_so_far import BestSoFar
+    from lungct_tune.tuning.callbacks.mlflow import MLflowCopy
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, sees_one_file_system
-    from lungct_tune.tuning.final import FinalPlan, retrain_and_judge
-    from lungct_tune.tuning.material import Material, material_of
-    from lungct_tune.tuning.run import run_search
-    from lungct_tune.tuning.so_far import BestSoFar
-    from lungct_tune.tuning.trial import Fold
+    from lungct_tune.tuning.rerun import train_again
+    from lungct_tune.tuning.retrain import FinalPlan, retrain_and_judge
+    from lungct_tune.tuning.shared_data import Material, material_of
+    from lungct_tune.tuning.trial_runner import Fold
+    from lungct_tune.tuning.tuner import run_search
     from lungct_tune.tuning.workers import NodeRefused, SlotPlan
 
     # ---- what is asked for ----------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungct_tune.config.settings import validate
-from lungct_tune.tuning.cluster import ClusterError, connect, divide, divide_final, workers_of
+from lungct_tune.tuning.allocation import ClusterError, divide, divide_final, workers_of
+from lungct_tune.tuning.cluster import connect
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -118,7 +118,7 @@ def test_ray_finds_nothing_wrong_with_a_file(file: str, monkeypatch: pytest.Monk
 def test_a_search_takes_all_that_the_cluster_may_grow_to(aws_config: dict[str, Any]) -> None:
     from ray.autoscaler._private.util import prepare_config
 
-    from lungct_tune.tuning.cluster import divide, workers_of
+    from lungct_tune.tuning.allocation import divide, workers_of
 
     settings = validate({"trials": 40, "batch_size": 32})
     for config in (aws_config, prepare_config(load("clusters/gcp.yaml"))):

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from processes import wait_for
 
 from lungct_tune.experiment.bundle import verify
-from lungct_tune.tuning.trial import DIGEST_BYTES
+from lungct_tune.tuning.trial_runner import DIGEST_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

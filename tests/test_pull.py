@@ -343,7 +343,7 @@ def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    from lungct_tune.tuning.so_far import BestSoFar
+    from lungct_tune.tuning.callbacks.best_so_far import BestSoFar
 
     experiment, study = begun(tmp_path), optuna.create_study(direction="maximize")
     kept = BestSoFar(study, experiment, lambda trial, weights: files_of_a_bundle(weights, test=None))

@@ -36,9 +36,9 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
 def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
     from lungct_tune.data import fold_images, read_images, split_images
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.material import Material, share
+    from lungct_tune.tuning.shared_data import Material, share
     from lungct_tune.tuning.slots import TuneSlot
-    from lungct_tune.tuning.trial import Fold
+    from lungct_tune.tuning.trial_runner import Fold
     from lungct_tune.tuning.workers import SlotPlan
 
     images = read_images(phantoms, 32, progress=False)
@@ -173,7 +173,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     from rich.console import Console
 
     from lungct_tune.config.search_space import parse_space
-    from lungct_tune.tuning.run import run_search
+    from lungct_tune.tuning.tuner import run_search
     from lungct_tune.tuning.workers import NodeRefused
 
     slot.stop()  # its worker's CPU is needed

@@ -32,8 +32,8 @@ from rich.console import Console
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.search import main
-from lungct_tune.track import MLflowCopy, TrackingError
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.callbacks.mlflow import MLflowCopy, TrackingError
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}
@@ -311,7 +311,7 @@ def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
     mlflow_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, process = mlflow_server
-    monkeypatch.setattr("lungct_tune.track.PERIOD_S", 0.2)
+    monkeypatch.setattr("lungct_tune.tuning.callbacks.mlflow.PERIOD_S", 0.2)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="stalled")
     trial = study.ask()

@@ -149,7 +149,7 @@ class Group:
     def _fit(self, plan: SlotPlan) -> None:
         from ray.train import FailureConfig, RunConfig
 
-        from lungct_tune.tuning.trainer import GroupTrainer
+        from lungct_tune.tuning.ray_trainer import GroupTrainer
 
         trainer = GroupTrainer(
             run_worker,

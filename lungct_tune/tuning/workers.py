@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from lungct_tune.filesystem import StorageError
-from lungct_tune.tuning.trial import Fold, WorkersTrial
+from lungct_tune.tuning.trial_runner import Fold, WorkersTrial
 
 if TYPE_CHECKING:
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.material import Material
+    from lungct_tune.tuning.shared_data import Material
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers, before one that cannot start is an error."""

@@ -13,58 +13,14 @@ from rich.text import Text
 
 from lungct_tune.experiment.study import best_figures, best_trial, configuration_of, finished_trials
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.slots import waiting_for_room
 
 if TYPE_CHECKING:
     import optuna
 
-    from lungct_tune.tuning.workers import SlotPlan
+    from lungct_tune.tuning.callbacks.clock import Clock
 
-COUNT_EVERY_S = 1.0
 
 SAY_WAITING_AFTER_S = 30.0
-
-
-class Clock(tune.Callback):  # type: ignore[misc]
-    """Keeps in the study how long the search takes, and the time of its slots: of those that have room."""
-
-    def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
-        self._study, self._plan, self._slots = study, plan, slots
-        self._wall_s, self.slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
-        self._counted = self._kept = time.monotonic()
-        self.waiting = 0
-        """How many slots wait for room on the cluster."""
-
-    def __enter__(self) -> Clock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._count()
-        self._keep()
-
-    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        if time.monotonic() - self._counted >= COUNT_EVERY_S:
-            self._count()
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        # only with an epoch, which changes the study anyway: each change is another copy of it on remote storage
-        if self._counted > self._kept:
-            self._keep()
-
-    def _count(self) -> None:
-        self.waiting = min(waiting_for_room(self._plan), self._slots)
-        now = time.monotonic()
-        self._wall_s += now - self._counted
-        self.slot_s += (now - self._counted) * (self._slots - self.waiting)
-        self._counted = now
-
-    def _keep(self) -> None:
-        self._kept = self._counted
-        self._study.set_user_attr("wall_s", self._wall_s)
-        self._study.set_user_attr("slot_s", self.slot_s)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration; a clock does not travel
 
 
 class Progress(tune.Callback):  # type: ignore[misc]

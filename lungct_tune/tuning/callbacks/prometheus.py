@@ -28,7 +28,7 @@ from lungct_tune.training.objective import OBJECTIVE
 if TYPE_CHECKING:
     import optuna
 
-    from lungct_tune.tuning.progress import Clock
+    from lungct_tune.tuning.callbacks.clock import Clock
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""

@@ -10,8 +10,9 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.study import finished_trials
-from lungct_tune.tuning.metrics import Metrics
-from lungct_tune.tuning.progress import Clock, Progress
+from lungct_tune.tuning.callbacks.clock import Clock
+from lungct_tune.tuning.callbacks.progress import Progress
+from lungct_tune.tuning.callbacks.prometheus import Metrics
 from lungct_tune.tuning.searcher import StudyPruning, StudySearch
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.workers import NodeRefused, SlotPlan

@@ -19,7 +19,7 @@ from lungct_tune.tuning.workers import START_ATTEMPTS
 if TYPE_CHECKING:
     from lungct_tune.config.hyperparameters import Configuration
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.material import Material
+    from lungct_tune.tuning.shared_data import Material
 
 MAX_FAILURES = 3
 """How many times the retraining may lose a worker and go on from its last epoch."""
@@ -57,7 +57,7 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
         RetrainingFailed: workers failed more than MAX_FAILURES times, or could not be started.
         KeyboardInterrupt: the user pressed Ctrl-C; the run's last checkpoint is kept.
     """
-    from lungct_tune.tuning.trainer import GroupTrainer
+    from lungct_tune.tuning.ray_trainer import GroupTrainer
 
     trainer = GroupTrainer(
         _run_worker,

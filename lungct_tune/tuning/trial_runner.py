@@ -22,7 +22,7 @@ from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank, valida
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lungct_tune.tuning.material import Material
+    from lungct_tune.tuning.shared_data import Material
 
 T = TypeVar("T")
 

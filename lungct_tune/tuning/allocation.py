@@ -1,0 +1,151 @@
+"""What of a cluster a search takes: how many slots its nodes hold, and how many workers the final retraining gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lungct_tune.config.settings import Settings
+
+
+class ClusterError(UserError):
+    """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
+
+
+FINAL_SHARE = 16
+"""Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """How a search divides a cluster into slots."""
+
+    slots: int
+    workers: int
+    resources_per_worker: dict[str, float]
+    room: int
+    """How many slots the nodes that are there now hold; the others wait for nodes."""
+
+    def __str__(self) -> str:
+        waiting = f" (room for {min(self.room, self.slots)} now; the others start as nodes come)"
+        return (
+            f"{_count(self.slots, 'slot')} of {_count(self.workers, 'worker')} with "
+            f"{_amounts(self.resources_per_worker)} each{waiting if self.room < self.slots else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class FinalAllotment:
+    """What of a cluster the final retraining takes."""
+
+    workers: int
+    resources_per_worker: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{_count(self.workers, 'worker')} with {_amounts(self.resources_per_worker)} each"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+
+
+def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | None:
+    """The worker nodes that an autoscaler's configuration allows, those with most GPUs first; None if it is silent.
+
+    Source: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configuration.html
+    """
+    nodes: list[Mapping[str, float]] = []
+    for kind in config["available_node_types"].values():
+        if most := kind.get("max_workers", 0):  # of the head's type too, where there may be workers of it
+            if "CPU" not in kind.get("resources", {}):
+                return None
+            nodes += [kind["resources"]] * most
+    nodes.sort(key=lambda node: (node.get("GPU", 0), node["CPU"]), reverse=True)
+    return nodes[: config.get("max_workers", len(nodes))]
+
+
+def divide(
+    settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
+) -> Allotment:
+    """`allot` for a cluster of nodes with these resources, and with these that may come (see `nodes_to_come`).
+
+    Raises:
+        ClusterError: not even one slot will ever fit, or fewer than asked.
+    """
+    each = _each(settings, nodes, to_come)
+    now, most = _workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
+    slots = settings.slots or max(1, most // settings.workers)
+    if to_come is not None and most < slots * settings.workers:
+        have = "; ".join(_amounts({kind: node.get(kind, 0) for kind in ("CPU", "GPU")}) for node in nodes)
+        grown = f", and {most} with all the nodes that its autoscaler may bring" if to_come else ""
+        raise ClusterError(
+            f"{_count(slots, 'slot')} of {_count(settings.workers, 'worker')} do not fit: a worker needs "
+            f"{_amounts(each)} on one node, so the cluster holds {now} workers{grown}, and "
+            f"{slots * settings.workers} are needed. It has {_count(len(nodes), 'node')}: {have}. Lower --slots, "
+            "--workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
+        )
+    return Allotment(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)
+
+
+def divide_final(
+    settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
+) -> FinalAllotment:
+    """`allot_final` for a cluster of nodes with these resources, and with these that may come.
+
+    Raises:
+        ClusterError: there will never be as many as asked.
+    """
+    each = _each(settings, nodes, to_come)
+    if "GPU" in each:  # its workers are one group, and NCCL takes no two of a group on one GPU
+        each["GPU"] = max(1.0, each["GPU"])
+    most = _most_workers(nodes, to_come, each)
+    batch = settings.batch_size or 1
+    if settings.final_workers is None:
+        fits = _workers_that_fit(nodes, each) or most
+        shares = [n for n in range(1, fits + 1) if batch % n == 0 and batch // n >= FINAL_SHARE]
+        return FinalAllotment(max(shares, default=1), each)
+    too_many = to_come is not None and settings.final_workers > most
+    if too_many or batch % settings.final_workers or batch // settings.final_workers < 2:
+        raise ClusterError(
+            f"--final-workers {settings.final_workers} cannot be: the cluster holds {most} workers, and the batch of "
+            f"{batch} images must divide evenly among them, two or more for each"
+        )
+    return FinalAllotment(settings.final_workers, each)
+
+
+def _each(
+    settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
+) -> dict[str, float]:
+    """What a worker reserves."""
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in [*nodes, *(to_come or ())]) else 0.0
+    return {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
+
+def _most_workers(
+    nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None, each: Mapping[str, float]
+) -> int:
+    """How many workers will ever fit: the nodes to come are there in part already, but the head is not among them."""
+    head = [node for node in nodes if "node:__internal_head__" in node]
+    return max(_workers_that_fit(nodes, each), _workers_that_fit([*head, *(to_come or ())], each))
+
+
+def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """A group of workers may span nodes; a worker may not, nor may a fraction of a GPU span GPUs."""
+
+    def on(node: Mapping[str, float], kind: str, amount: float) -> int:
+        if kind == "GPU" and amount < 1:
+            return int(node.get(kind, 0)) * int(1 / amount + 1e-9)
+        return int(node.get(kind, 0) / amount + 1e-9)
+
+    return sum(min(on(node, kind, amount) for kind, amount in each.items()) for node in nodes)

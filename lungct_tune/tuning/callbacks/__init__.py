@@ -1,0 +1,1 @@
+"""What Ray Tune tells while a search runs, and who listens."""
