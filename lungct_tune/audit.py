@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
+from lungct_tune.config.settings import Settings
+from lungct_tune.data import ImageSet
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-
-    from lungct_tune.config.settings import Settings
-    from lungct_tune.data import ImageSet
 
 EXAMPLES = """\
 examples:
@@ -56,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: dict[str, Any], console: Console) -> None:
     # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune.audit_view import audit_page, print_audit
     from lungct_tune.auditing.audit import audit_images
     from lungct_tune.config.settings import validate
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.experiment.bundle import as_json
-    from lungct_tune.rendering import check_free
+    from lungct_tune.reporting.audit_page import audit_page
+    from lungct_tune.reporting.console import print_audit
+    from lungct_tune.reporting.html import check_free
 
     page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
     if page:

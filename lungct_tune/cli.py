@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def command_line(name: str, description: str, examples: str, **more: Any) -> argparse.ArgumentParser:

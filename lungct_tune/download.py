@@ -6,14 +6,11 @@ python -m lungct_tune.download --help
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 DATASET = "mohamedhanyyy/chest-ctscan-images"
 

@@ -5,11 +5,12 @@ python -m lungct_tune.evaluate --help
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -18,10 +19,6 @@ from lungct_tune.cli import command_line, exit_status
 from lungct_tune.evaluation.bundle_files import list_predictions
 from lungct_tune.evaluation.external import OTHER, EvaluateError, read_map
 from lungct_tune.evaluation.inference import load_model
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
 
 EXAMPLES = """\
 examples:
@@ -55,7 +52,6 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         BundleError, DataError, StorageError: bundle or images cannot be used.
     """
     # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune import terminal
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
     from lungct_tune.evaluation.calibration import calibrated
@@ -64,7 +60,9 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.bundle import REPORT, check_outside_bundles
     from lungct_tune.experiment.results import Predictions
-    from lungct_tune.page import Network, evaluation_page
+    from lungct_tune.reporting import console as terminal
+    from lungct_tune.reporting.evaluation_page import evaluation_page
+    from lungct_tune.reporting.test_section import Network
 
     # ---- the bundle, and which classes the images are to be told by -------------------------------------
     model, config = load_model(asked.bundle)

@@ -5,21 +5,16 @@ python -m lungct_tune.pull --help
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
-from lungct_tune.experiment.folder import locate
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
-    from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import Experiment, locate
 
 EXAMPLES = """\
 examples:
@@ -63,9 +58,9 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
         FetchError, BundleError, StorageError: see `fetch`.
     """
     # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune import terminal
     from lungct_tune.experiment.bundle import FOLDER
     from lungct_tune.experiment.transfer import fetch
+    from lungct_tune.reporting import console as terminal
 
     dest = dest or Path(experiment.name)
     there = os.path.lexists(dest)

@@ -5,10 +5,12 @@ python -m lungct_tune.replay --help
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +18,6 @@ from rich.table import Table
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.folder import locate
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Mapping, Sequence
 
 EXAMPLES = """\
 examples:

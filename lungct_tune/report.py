@@ -5,22 +5,17 @@ python -m lungct_tune.report --help
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.folder import locate
-
-if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
-    from lungct_tune.experiment.results import Findings
-    from lungct_tune.page import Pictures
+from lungct_tune.reporting.test_section import find_pictures
 
 EXAMPLES = """\
 examples:
@@ -46,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace, console: Console) -> None:
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune.experiment.results import read_findings
-    from lungct_tune.page import Pictures, report_page
-    from lungct_tune.rendering import check_free
+    from lungct_tune.reporting.html import check_free
+    from lungct_tune.reporting.report_page import report_page
+    from lungct_tune.reporting.test_section import Pictures
 
     check_free(asked.out, "--out")
     experiment = locate(asked.source, asked.storage)
@@ -62,28 +58,6 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     if pictures.missing:
         console.print(f"without pictures: {pictures.missing}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"{asked.out}: {len(page) / 1e6:.1f} MB", soft_wrap=True, markup=False)
-
-
-def find_pictures(found: Findings, data: str | Path | None) -> Pictures:
-    """The images of a search, from `data` or where the search had them; why not, if they are not there."""
-    from lungct_tune.data import DataError, fetch_images, make_phantoms, read_images
-    from lungct_tune.data.cache import default_cache
-    from lungct_tune.page import Pictures
-
-    settings = found.settings
-    root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
-    try:
-        images = read_images(
-            fetch_images(root),
-            settings["image_size"],
-            class_map=settings["class_map"],
-            skip_unreadable=settings["skip_unreadable"],
-        )
-    except DataError as error:
-        return Pictures(missing=f"{error}\nSay where the images are: --data DIR")
-    if images.fingerprint != settings["fingerprint"]:
-        return Pictures(missing=f"the images in {root} are not those of the search; say where they are: --data DIR")
-    return Pictures(images)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.bundle import Judged
 from lungct_tune.experiment.study import (
     BASELINE,
     best_figures,
@@ -26,13 +28,6 @@ from lungct_tune.experiment.study import (
     open_study,
     over_seeds,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from optuna.trial import FrozenTrial
-
-    from lungct_tune.experiment.bundle import Judged
 
 
 class NothingToRetrain(UserError):
@@ -59,13 +54,13 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     # imported when the settings are known to be right: --help and slips answer at once
     import ray
 
-    from lungct_tune import terminal
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
     from lungct_tune.evaluation.bundle_files import Outcome
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.plan import plan_search
     from lungct_tune.filesystem import StorageError
     from lungct_tune.models.pretrained import read_covering
+    from lungct_tune.reporting import console as terminal
     from lungct_tune.tuning.callbacks.best_so_far import BestSoFar
     from lungct_tune.tuning.callbacks.mlflow import MLflowCopy
     from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, sees_one_file_system

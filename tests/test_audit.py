@@ -22,7 +22,7 @@ from lungct_tune.auditing.conclusions import conclude
 from lungct_tune.auditing.shortcuts import RULES, best_shortcut, measure_shortcuts
 from lungct_tune.data import DataError, ImageSet, fold_images, make_phantoms, read_images
 from lungct_tune.data.split import Dealt
-from lungct_tune.rendering import pairs_of_copies
+from lungct_tune.reporting.html import pairs_of_copies
 
 
 @pytest.fixture

@@ -34,11 +34,14 @@ from lungct_tune.models.complexity import anatomy
 from lungct_tune.models.gradcam import look
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import CutResNet
-from lungct_tune.page import MOST_SHOWN, Pictures, model_card, report_page
-from lungct_tune.report import find_pictures, main
+from lungct_tune.report import main
+from lungct_tune.reporting.model_card import model_card
+from lungct_tune.reporting.report_page import command, report_page
+from lungct_tune.reporting.search_section import about_the_search, edge
+from lungct_tune.reporting.test_section import MOST_SHOWN, Pictures, find_pictures
+from lungct_tune.reporting.verdict import verdict
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning import searcher as studies
-from lungct_tune.verdict import about_the_search, command, edge, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -304,7 +307,7 @@ def test_names_of_files_cannot_become_part_of_the_page(found: Findings) -> None:
 
 
 def test_names_of_classes_are_drawn_as_they_are() -> None:
-    from lungct_tune.charts import precision_recall, roc, worth
+    from lungct_tune.reporting.test_charts import precision_recall, roc, worth
 
     names = ["$\\frac{a$ & <b>", "plain"]
     labels_N, probabilities_NC = np.array([0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.7, 0.3]])

@@ -15,8 +15,9 @@ The audit is a plain dictionary of names, numbers and texts, for audit.json and 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,15 +29,10 @@ from sklearn.neighbors import NearestNeighbors
 from lungct_tune.auditing.conclusions import conclude
 from lungct_tune.auditing.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
 from lungct_tune.data.copies import COPY_CORRELATION
+from lungct_tune.data.dataset import CopyOf, ImageSet
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, merge
 from lungct_tune.data.split import POOLED, SPLITS, UNSPLIT
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from lungct_tune.data.dataset import CopyOf, ImageSet
-
 
 KINDS = ("byte-identical", "pixel-identical", "near-identical")
 PERMUTATIONS = 10

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lungct_tune.auditing.shortcuts import RULES
 from lungct_tune.data.split import SPLITS, UNSPLIT
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 
 def conclude(audit: dict[str, Any]) -> dict[str, Any]:

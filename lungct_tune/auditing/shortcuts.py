@@ -7,7 +7,8 @@ Intelligence 2020; DeGrave et al., 2021, on chest X-rays told apart by their hos
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,10 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lungct_tune.data.dataset import ImageSet
+from lungct_tune.data.dataset import ImageSet
 
 FOLDS = 5
 GIVEN_AWAY = 0.97

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import yaml
 from optuna.distributions import (
@@ -15,10 +17,6 @@ from optuna.distributions import (
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 LIMITS: dict[str, tuple[float, float]] = {
     "truncation_depth": (1, 49),

@@ -13,10 +13,10 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
@@ -30,9 +30,6 @@ from lungct_tune.data.copies import PRINT, Copy, find_copies
 from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, FileProperties, decode
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 _COPY_BLOCK = 1024  # images held in memory while the kept ones are copied
 

@@ -8,16 +8,14 @@ slice has the same organs, but other vessels and other noise. Memory grows with 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 from sklearn.neighbors import NearestNeighbors
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 VERSION = 1
 """Part of every cache key: raise it when other pairs would be found in the same images."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +16,6 @@ from lungct_tune.data.cache import decode_all, default_cache, file_digest
 from lungct_tune.data.decode import DECODER_VERSION, FileProperties
 from lungct_tune.data.folders import DataError, find_images, known_groups
 from lungct_tune.data.groups import join_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 _LISTED = 20  # files named in an error before the rest is only counted
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops
 
 from lungct_tune.data.copies import PRINT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DECODER_VERSION = 1
 """Part of every cache key: raise it when the same file would come out with other pixels."""

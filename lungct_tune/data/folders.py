@@ -7,15 +7,13 @@ variants, and refuses what it does not know rather than guess a diagnosis from a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
 
 CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 

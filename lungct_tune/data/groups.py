@@ -5,15 +5,12 @@ The published data have no patient identifiers, so a series is recognised by its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SERIES_CORRELATION = 0.90
 """Two slices whose thumbnails correlate at least so much count as one series.

@@ -4,16 +4,13 @@ images that they judge it on are new to it."""
 from __future__ import annotations
 
 from io import BytesIO
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from lungct_tune.data.copies import FLIPS
-
-if TYPE_CHECKING:
-    from lungct_tune.data.dataset import ImageSet
+from lungct_tune.data.dataset import ImageSet
 
 SIDE = 16
 """Pixels of the thumbnails that are kept: enough to know a slice again, too few to see what it shows."""

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from lungct_tune.data import ImageSet
+from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.folders import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lungct_tune.data.dataset import ImageSet
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lungct_tune.data.dataset import ImageSet
 
 SPLITS = ("train", "valid", "test")
 

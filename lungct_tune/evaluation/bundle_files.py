@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 import yaml
+from optuna.trial import FrozenTrial
 
 from lungct_tune.auditing.shortcuts import best_shortcut
-from lungct_tune.data import twins_across
+from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.settings import Settings
+from lungct_tune.data import ImageSet, twins_across
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
+from lungct_tune.data.split import Dealt
 from lungct_tune.evaluation.calibration import calibrated, fit_temperature
 from lungct_tune.evaluation.metrics import judge
 from lungct_tune.experiment import bundle
-from lungct_tune.experiment.bundle import versions
+from lungct_tune.experiment.bundle import Judged, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
+from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.results import findings_of
 from lungct_tune.experiment.study import BASELINE, best_figures, configuration_of, effort, row_of, trials_table
-from lungct_tune.page import Pictures, pages
-
-if TYPE_CHECKING:
-    from lungct_tune.config.hyperparameters import Configuration
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-if TYPE_CHECKING:
-    from lungct_tune.data import ImageSet
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from lungct_tune.config.hyperparameters import Configuration
-    from lungct_tune.config.settings import Settings
-    from lungct_tune.data import ImageSet
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import optuna
-    from optuna.trial import FrozenTrial
-
-    from lungct_tune.data.split import Dealt
-    from lungct_tune.experiment.bundle import Judged
-    from lungct_tune.experiment.plan import Plan
+from lungct_tune.reporting.report_page import pages
+from lungct_tune.reporting.test_section import Pictures
 
 
 @dataclass(frozen=True, eq=False)

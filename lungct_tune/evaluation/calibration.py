@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
-if TYPE_CHECKING:
-    from lungct_tune.evaluation.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.bootstrap import GroupBootstrap
 
 TEMPERATURES = (0.2, 5.0)
 """The range that is searched."""

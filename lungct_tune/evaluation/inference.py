@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +14,6 @@ from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.experiment.bundle import CONFIG, MODEL, verify
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import CutResNet
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lungct_tune.models.truncated_resnet import CutResNet
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lungct_tune.models.truncated_resnet import CutResNet
 
 BATCH = 32
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -12,9 +13,6 @@ from lungct_tune.data.folders import CANONICAL_CLASSES
 from lungct_tune.evaluation.bootstrap import INTERVAL, GroupBootstrap
 from lungct_tune.evaluation.calibration import calibration_figures, reliability
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 NORMAL, CANCER = "normal", "cancer"
 CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))

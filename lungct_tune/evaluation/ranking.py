@@ -6,12 +6,9 @@ resamples of a dozen figures that is a minute where this is a second.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from lungct_tune.evaluation.bootstrap import Statistic
+from lungct_tune.evaluation.bootstrap import Statistic
 
 
 def auroc(is_N: np.ndarray, score_N: np.ndarray) -> Statistic:

@@ -6,27 +6,17 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from lungct_tune.experiment.folder import Experiment
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    import numpy as np
-
-    from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import Experiment
 
 FOLDER = "best"
 SO_FAR = "so_far"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import pyarrow
 import pyarrow.fs
 
 from lungct_tune.filesystem import StorageError, open_place, refusal
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CHUNK = 4 * 2**20
 """Bytes that are read at once: so many that an object store's latency hardly counts."""

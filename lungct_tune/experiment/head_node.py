@@ -8,23 +8,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import yaml
+from rich.console import Console
 
 from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment.bundle import CHECKSUMS, FOLDER, SO_FAR
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.transfer import TRANSIENT, is_transient, transfer_bar
 from lungct_tune.filesystem import StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from rich.console import Console
 
 ATTEMPTS = 3
 """rsync fails when a file vanishes under its hands, as a search's do; what it has it does not fetch again."""

@@ -6,11 +6,12 @@ import fcntl
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -24,9 +25,6 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study_mirror import StudyCopy
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),

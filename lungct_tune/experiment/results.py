@@ -6,13 +6,15 @@ import json
 import sqlite3
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 import yaml
@@ -23,16 +25,10 @@ from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import SPLITS
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
 from lungct_tune.experiment.study_mirror import COPY
 from lungct_tune.training.objective import judged
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-
-    from lungct_tune.experiment.folder import Experiment
 
 
 class NothingHeld(UserError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
@@ -14,17 +15,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.errors import UserError
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from optuna.trial import FrozenTrial
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from lungct_tune.config.search_space import SearchSpace
 
 
 class StudyError(UserError):

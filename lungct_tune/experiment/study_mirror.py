@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING
 
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lungct_tune.experiment.folder import Experiment
 
 COPY = "study.db"
 """The copy's path in the experiment."""

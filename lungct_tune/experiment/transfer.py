@@ -11,32 +11,21 @@ import os
 import shutil
 import sqlite3
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pyarrow.fs
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import CHECKSUMS, BundleError, faults, find_bundle
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study_mirror import COPY, read_copy
 from lungct_tune.filesystem import StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from rich.console import Console
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    import pyarrow.fs
-    from rich.console import Console
-
-    from lungct_tune.experiment.folder import Experiment
 
 AT_ONCE = 8
 """Files that are fetched at the same time."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from captum.attr import LayerGradCam
 from torch import Tensor
 
 from lungct_tune.models.preprocessing import as_grey, forward
-
-if TYPE_CHECKING:
-    from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.models.truncated_resnet import CutResNet
 
 _BATCH = 16
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,9 +14,6 @@ from torchvision.models import ResNet50_Weights
 
 from lungct_tune.errors import UserError
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, cut, layers_before
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _IMAGENET = ResNet50_Weights.IMAGENET1K_V2
 _PREFIXES = re.compile(r"^((module|backbone|model)\.)+")

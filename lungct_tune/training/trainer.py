@@ -8,7 +8,8 @@ state: an interrupted training that goes on gives what an uninterrupted one give
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +19,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.pretrained import load_backbone
 from lungct_tune.models.truncated_resnet import CutResNet
 from lungct_tune.training.augmentation import Augmentation
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from lungct_tune.config.hyperparameters import Configuration
-
 
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0

@@ -6,15 +6,17 @@ import logging
 import os
 import socket
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lungct_tune.config.settings import Settings
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.allocation import (
     Allotment,
@@ -27,13 +29,6 @@ from lungct_tune.tuning.allocation import (
     workers_of,
 )
 from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from lungct_tune.config.settings import Settings
-    from lungct_tune.experiment.folder import Experiment
-
 
 PATIENCE_S = 7 * 24 * 3600
 """How long a group of workers waits for room. What waits is what the autoscaler sees, and brings nodes for."""

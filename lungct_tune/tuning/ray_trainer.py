@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import ray
+from ray.train import RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 
 from lungct_tune.tuning.workers import scaling
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ray.train import RunConfig
 
 
 class GroupTrainer(TorchTrainer):  # type: ignore[misc]

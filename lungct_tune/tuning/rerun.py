@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.tuning.slots import Slot
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lungct_tune.tuning.workers import SlotPlan
+from lungct_tune.tuning.workers import SlotPlan
 
 
 def train_again(

@@ -7,19 +7,17 @@ import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ray import train
 
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import Judged
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.tuning.shared_data import Material
 from lungct_tune.tuning.workers import START_ATTEMPTS
-
-if TYPE_CHECKING:
-    from lungct_tune.config.hyperparameters import Configuration
-    from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.shared_data import Material
 
 MAX_FAILURES = 3
 """How many times the retraining may lose a worker and go on from its last epoch."""

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import Trial, TrialState
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from lungct_tune.experiment.folder import state_file
+from lungct_tune.config.search_space import SearchSpace
+from lungct_tune.experiment.folder import Experiment, state_file
 from lungct_tune.experiment.study import (
     BAD_SCORE,
     BASELINE,
@@ -35,15 +38,6 @@ from lungct_tune.experiment.study import (
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.workers import NodeRefused
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ray.tune.experiment import Trial as RayTrial
-
-    from lungct_tune.config.search_space import SearchSpace
-    from lungct_tune.experiment.folder import Experiment
-
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

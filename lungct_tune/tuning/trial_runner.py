@@ -9,20 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.experiment.folder import VALID, Experiment, state_file, trial_folder
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank, validation_figures
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lungct_tune.tuning.shared_data import Material
+from lungct_tune.tuning.shared_data import Material
 
 T = TypeVar("T")
 

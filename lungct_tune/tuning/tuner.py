@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+import optuna
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+from rich.console import Console
 
+from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.study import finished_trials
 from lungct_tune.tuning.callbacks.clock import Clock
@@ -16,14 +20,6 @@ from lungct_tune.tuning.callbacks.prometheus import Metrics
 from lungct_tune.tuning.searcher import StudyPruning, StudySearch
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.workers import NodeRefused, SlotPlan
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import optuna
-    from rich.console import Console
-
-    from lungct_tune.config.search_space import SearchSpace
 
 MOST_AT_RANDOM = 10
 """How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""

@@ -10,16 +10,14 @@ import asyncio
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
+from lungct_tune.tuning.shared_data import Material
 from lungct_tune.tuning.trial_runner import Fold, WorkersTrial
-
-if TYPE_CHECKING:
-    from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.shared_data import Material
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers, before one that cannot start is an error."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
+from optuna.trial import FrozenTrial
 from ray import tune
 
 from lungct_tune.experiment.bundle import write_so_far
 from lungct_tune.experiment.folder import Experiment, trial_folder
 from lungct_tune.experiment.study import best_trial, finished_trials
 from lungct_tune.filesystem import StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    import optuna
-    from optuna.trial import FrozenTrial
 
 
 class BestSoFar(tune.Callback):  # type: ignore[misc]

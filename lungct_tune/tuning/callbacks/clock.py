@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from ray import tune
 
 from lungct_tune.tuning.slots import waiting_for_room
-
-if TYPE_CHECKING:
-    import optuna
-
-    from lungct_tune.tuning.workers import SlotPlan
-
+from lungct_tune.tuning.workers import SlotPlan
 
 COUNT_EVERY_S = 1.0
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from optuna.trial import TrialState
+from rich.console import Console
 
+from lungct_tune.config.hyperparameters import Configuration
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.study import COMPLETED, EPOCH_FIGURES, FAILED, STOPPED, best_figures, configuration_of
 from lungct_tune.training.objective import OBJECTIVE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    import optuna
-    from rich.console import Console
-
-    from lungct_tune.config.hyperparameters import Configuration
 
 PERIOD_S = 5
 """How often the copy is brought up to date."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,12 +14,7 @@ from rich.text import Text
 
 from lungct_tune.experiment.study import best_figures, best_trial, configuration_of, finished_trials
 from lungct_tune.training.objective import OBJECTIVE
-
-if TYPE_CHECKING:
-    import optuna
-
-    from lungct_tune.tuning.callbacks.clock import Clock
-
+from lungct_tune.tuning.callbacks.clock import Clock
 
 SAY_WAITING_AFTER_S = 30.0
 

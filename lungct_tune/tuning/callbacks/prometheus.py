@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
@@ -24,11 +25,7 @@ from lungct_tune.experiment.study import (
     how_ended,
 )
 from lungct_tune.training.objective import OBJECTIVE
-
-if TYPE_CHECKING:
-    import optuna
-
-    from lungct_tune.tuning.callbacks.clock import Clock
+from lungct_tune.tuning.callbacks.clock import Clock
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import html
 import io
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER = (f"#0a0b{role:02x}" for role in range(1, 8))
 CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))

@@ -5,22 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from lungct_tune import __version__, verdict
+from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
 from lungct_tune.data.decode import to_grey
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import check_outside_bundles
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+from lungct_tune.reporting.format import figure, interval, percent
 
 GENERATOR = '<meta name="generator" content="lungct_tune">'
 """What every page has in its head, and by which it is known."""
@@ -33,7 +32,7 @@ def render(template: str, shown: Mapping[str, Any]) -> bytes:
     """A page from one of the package's templates: HTML, or Markdown."""
     is_html = template.endswith(".html")
     environment = Environment(
-        loader=PackageLoader("lungct_tune"),
+        loader=PackageLoader("lungct_tune.reporting"),
         # names of files and classes are the users'; in Markdown only < could begin something
         autoescape=is_html,
         finalize=None if is_html else lambda value: value.replace("<", "&lt;") if isinstance(value, str) else value,
@@ -41,7 +40,7 @@ def render(template: str, shown: Mapping[str, Any]) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": verdict.percent, "figure": verdict.figure, "interval": verdict.interval}
+    environment.filters |= {"percent": percent, "figure": figure, "interval": interval}
     environment.filters["counted"] = counted
     common = {
         "generator": Markup(GENERATOR),

@@ -1,0 +1,1 @@
+"""Figures into words, pages and terminal output: what a person reads."""

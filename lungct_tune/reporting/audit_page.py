@@ -1,0 +1,30 @@
+"""What a person sees of an audit: in the terminal, and as one page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lungct_tune.reporting.html import pairs_of_copies, render
+
+PAIRS_SHOWN = 60
+"""Pairs of copies on the page."""
+
+
+def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
+    """The audit as HTML, with pairs of copies as thumbnails, worst first.
+
+    Args:
+        root: the folder of the images.
+    """
+    shown = {
+        "name": f"Audit of {root.name}",
+        "kind": "audit",
+        "warnings": [],
+        "sections": [("verdict", "verdict"), ("there", "what is there"), ("found", "what was found")],
+        "audit": audit,
+        "pairs": (pairs := pairs_of_copies(audit, root, PAIRS_SHOWN)),
+        "shows_images": bool(pairs),
+    }
+    return render("audit.html", shown)

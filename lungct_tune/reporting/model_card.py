@@ -1,0 +1,41 @@
+"""MODEL_CARD.md: for whom a model is and for whom it is not, with the search's own figures."""
+
+from __future__ import annotations
+
+from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.experiment.bundle import CARD
+from lungct_tune.experiment.results import Findings
+from lungct_tune.experiment.study import configuration_of
+from lungct_tune.models.complexity import _sums, anatomy
+from lungct_tune.reporting import verdict
+from lungct_tune.reporting.format import SAME_GROUP
+from lungct_tune.reporting.html import render
+from lungct_tune.reporting.report_page import facts
+from lungct_tune.reporting.search_section import about_the_search
+from lungct_tune.reporting.test_section import about_calibration, references
+
+
+def model_card(name: str, found: Findings) -> bytes:
+    """MODEL_CARD.md of a search that has ended.
+
+    After Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology: Artificial Intelligence 2024).
+    """
+    assert found.winner is not None and found.test is not None
+    configuration = configuration_of(found.winner)
+    network = anatomy(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
+    shown = {
+        "name": name,
+        "found": found,
+        "phantoms": PHANTOMS,
+        "configuration": configuration,
+        "sums": _sums(network),
+        "groups": found.split["group"].nunique(),
+        "verdict": verdict.verdict(found),
+        "same_group": SAME_GROUP,
+        "about_the_search": about_the_search(found),
+        "test": found.test,
+        "references": references(found.test),
+        "calibration": about_calibration(found.test["calibration"]),
+        "facts": facts(found),
+    }
+    return render(CARD, shown)

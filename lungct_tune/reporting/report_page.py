@@ -1,0 +1,109 @@
+"""Builds the report's page and the model card: findings, charts and pictures into the templates."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from lungct_tune.config.settings import Settings, flags
+from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.evaluation.inference import build_model
+from lungct_tune.experiment.bundle import CARD, MODEL, REPORT
+from lungct_tune.experiment.results import Findings
+from lungct_tune.reporting import verdict
+from lungct_tune.reporting.format import SAME_GROUP
+from lungct_tune.reporting.html import pairs_of_copies, render
+from lungct_tune.reporting.model_card import model_card
+from lungct_tune.reporting.search_section import TRIAL_COLUMNS, _search_charts, about_the_search, failures, trial_rows
+from lungct_tune.reporting.test_charts import worth
+from lungct_tune.reporting.test_section import Network, Pictures, _judged, compared_accuracies
+from lungct_tune.reporting.winner_section import _winner
+
+PAIRS_SHOWN = 6
+"""Of the pairs of copies that the audit found; its own page shows more."""
+
+
+def pages(name: str, found: Findings, pictures: Pictures) -> dict[str, bytes]:
+    """The pages of a bundle, by file name."""
+    return {REPORT: report_page(name, found, pictures), CARD: model_card(name, found)}
+
+
+def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
+    """report.html: one file without links to others.
+
+    Args:
+        name: the experiment's.
+    """
+    test = found.test
+    sections = ["verdict", "data", "search", *(["winner"] if found.winner else [])]
+    sections += ["test", "mistakes"] if test else []
+    rows = compared_accuracies(test) if test else []
+    shown: dict[str, Any] = {
+        "name": name,
+        "kind": "report",
+        "found": found,
+        "warnings": [*filter(None, (PHANTOMS if found.phantoms else "", verdict.standing(found)))],
+        "sections": [*((section, section) for section in sections), ("again", "do it again")],
+        "shows_images": pictures.images is not None,
+        "verdict": verdict.verdict(found),
+        "same_group": SAME_GROUP,
+        "worth_chart": worth(rows) if rows else "",
+        "groups": found.split["group"].nunique(),
+        "pairs": _pairs(found, pictures),
+        "about_the_search": about_the_search(found),
+        "failures": failures(found),
+        "search_charts": _search_charts(found),
+        "trials": trial_rows(found),
+        "trial_columns": TRIAL_COLUMNS,
+        "winner_number": found.winner.number if found.winner else None,
+        "winner": _winner(found),
+        "test": test,
+        "command": command(found.settings),
+        "facts": facts(found),
+        "versions": ", ".join(f"{package} {v}" for package, v in found.config.get("versions", {}).items()),
+    }
+    if test:
+        network = Network(
+            build_model(found.config, found.bundle[MODEL]), found.classes, found.settings["normalisation"]
+        )
+        on = f"The final model, on {test['n']} images in {test['groups']} groups, once. " + (
+            f"Of {found.seen} of them, trials have seen {SAME_GROUP}."
+            if found.seen
+            else "No trial has seen an image of these groups."
+        )
+        shown |= _judged(test, found.predictions, pictures, network, found.settings["seed"], on)
+    return render(REPORT, shown)
+
+
+def _pairs(found: Findings, pictures: Pictures) -> list[dict[str, Any]]:
+    return pairs_of_copies(found.audit, pictures.images.root, PAIRS_SHOWN) if found.audit and pictures.images else []
+
+
+def command(settings: Mapping[str, Any]) -> str:
+    """What to type to run the same search again."""
+    names = [name for name in Settings.model_fields if name not in ("name", "storage", "study")]
+    return shlex.join(["python", "-m", "lungct_tune.search", *flags(settings, names)])
+
+
+def facts(found: Findings) -> list[tuple[str, str]]:
+    """What the figures rest on: data, seed, machines, time."""
+    history = [epoch for trial in found.trials for epoch in trial.user_attrs.get("history", [])]
+    training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in history)
+    size = found.settings["image_size"]
+    return [
+        ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
+        ("fingerprint of the data", found.settings["fingerprint"]),
+        ("images", f"{size} x {size} pixels, 8-bit grey"),
+        ("weights to begin with", str(found.settings["weights"])),
+        ("seed", str(found.settings["seed"])),
+        ("hardware", found.study.get("cluster", "not noted")),
+        ("trials", f"{found.done}, of {len(history)} epochs in all"),
+        ("time of the search", f"{_duration(found.study.get('wall_s', 0))}; in epochs {_duration(training_s)}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,93 @@
+"""Charts of test results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from markupsafe import Markup
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from lungct_tune.reporting.svg import (
+    CLASSES,
+    GRID,
+    INK,
+    SOFT,
+    WINNER,
+    Chart,
+    in_percent,
+    plain,
+    styled,
+)
+
+
+@styled
+def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
+    """Accuracies from 0 to 1 below each other: (name, accuracy, interval, whether it is the model's)."""
+    chart = Chart(4.4, 0.4 + 0.5 * len(rows))
+    axes = chart.axes
+    for row, (name, value, interval, ours) in enumerate(rows):
+        colour = WINNER if ours else SOFT
+        if interval:
+            axes.plot(interval, [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+        axes.plot([value], [row], "o" if ours else "D", color=colour, markersize=8 if ours else 6)
+        axes.text(0, row - 0.3, f"{plain(name)}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal")
+    axes.set(xlim=(0, 1), ylim=(len(rows) - 0.6, -0.8), yticks=[])
+    axes.spines["left"].set_visible(False)
+    in_percent(axes.xaxis)
+    said = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
+    return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {said}")
+
+
+@styled
+def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
+    """Each class against the rest on the test images: sensitivity against false alarms."""
+    chart = Chart(4.4, 3.6)
+    axes = chart.axes
+    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    for c, name in _defined(labels_N, classes):
+        false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
+        axes.plot(false_alarms, sensitivity, color=CLASSES[c % len(CLASSES)], label=plain(name))
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
+    axes.legend(loc="lower right")
+    return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
+
+
+@styled
+def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
+    """Each class against the rest on the test images: positive predictive value against sensitivity."""
+    chart = Chart(4.4, 3.6)
+    axes = chart.axes
+    for c, name in _defined(labels_N, classes):
+        value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
+        axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=plain(name))
+    axes.set(xlabel="sensitivity", ylabel="positive predictive value", title="precision and recall", ylim=(0, 1.03))
+    axes.legend(loc="best")
+    return chart.svg("Precision-recall curves of each class against the rest")
+
+
+def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
+    """The classes that have images and are not all there is: the others have no curve."""
+    return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
+
+
+@styled
+def reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """How often the named class was right, by how sure the model was; a curve before and one after scaling.
+
+    Args:
+        curves: by name, (mean confidence, accuracy, number of images) of each bin that has images.
+    """
+    chart = Chart(4.4, 3.6)
+    axes = chart.axes
+    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    for (name, bins), colour in zip(curves.items(), (SOFT, WINNER), strict=False):
+        confidence, accuracy, n = np.array(bins).T
+        axes.plot(confidence, accuracy, color=colour, linewidth=1.2, label=name)
+        axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
+    axes.set(xlabel="how sure the model was", ylabel="how often it was right", title="reliability", xlim=(0, 1.03))
+    axes.set_ylim(-0.03, 1.03)
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
+    axes.legend(loc="upper left")
+    return chart.svg("Reliability diagram: how often the named class was right, by how sure the model was")
