@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.training.trainer import Training
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.training.trainer import Trainer
 
 WORKERS, IMAGES, BATCH = 2, 160, 16
 
@@ -29,9 +29,9 @@ def worker(rank: int, asked: argparse.Namespace, told: multiprocessing.SimpleQue
     random = np.random.default_rng(0)
     images_NHW = torch.from_numpy(random.integers(0, 256, (IMAGES, asked.size, asked.size), dtype=np.uint8))
 
-    def training(alone: bool) -> Training:
-        return Training(
-            Configuration(truncation_depth=asked.depth),
+    def training(alone: bool) -> Trainer:
+        return Trainer(
+            Hyperparameters(truncation_depth=asked.depth),
             images_NHW=images_NHW,
             labels_N=torch.from_numpy(random.integers(0, 4, IMAGES)),
             train_indices=range(IMAGES),

@@ -30,7 +30,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import open_study, trials_table
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
-from lungct_tune.tuning.shared_data import Material
+from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.tuner import run_search
 from lungct_tune.tuning.workers import SlotPlan, scaling
@@ -44,7 +44,7 @@ def plan_in(folder: Path) -> SlotPlan:
     split = split_images(images, "grouped", seed=0)
     return SlotPlan(
         experiment=Experiment.at(str(folder), "warm"),
-        material=Material(
+        material=SharedDataset(
             images=ray.put(np.ascontiguousarray(images.images_NHW)),
             labels_N=images.table["label"].to_numpy(),
             classes=len(images.classes),

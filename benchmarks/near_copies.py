@@ -87,9 +87,9 @@ def small(image: Image.Image, side: int) -> np.ndarray:
 
 
 def pairs_of(images: list[Image.Image]) -> set[tuple[int, int]]:
-    prints_NHW = np.stack([small(image, PRINT) for image in images])
+    fingerprints_NHW = np.stack([small(image, PRINT) for image in images])
     digests = [image.tobytes().hex() + str(image.size) for image in images]
-    return {(copy.first, copy.second) for copy in find_copies(prints_NHW, digests, digests)}
+    return {(copy.first, copy.second) for copy in find_copies(fingerprints_NHW, digests, digests)}
 
 
 def quality(originals: list[Image.Image], console: Console) -> None:
@@ -123,12 +123,12 @@ def cost(sizes: list[int], console: Console) -> None:
     table = Table("images", "copies", "CPU", "memory", "false alarms", "groups by likeness", "CPU", "memory")
     with tempfile.TemporaryDirectory() as folder:
         largest = max(sizes)
-        prints_NHW = open_memmap(f"{folder}/prints.npy", "w+", np.uint8, (largest, PRINT, PRINT))
+        fingerprints_NHW = open_memmap(f"{folder}/prints.npy", "w+", np.uint8, (largest, PRINT, PRINT))
         thumbnails_NHW = open_memmap(f"{folder}/thumbnails.npy", "w+", np.uint8, (largest, THUMBNAIL, THUMBNAIL))
         with multiprocessing.Pool() as pool:
             for i, drawn in enumerate(pool.imap(draw, range(largest), chunksize=64)):
-                prints_NHW[i], thumbnails_NHW[i] = drawn
-        prints_NHW.flush()
+                fingerprints_NHW[i], thumbnails_NHW[i] = drawn
+        fingerprints_NHW.flush()
         thumbnails_NHW.flush()
         for n in sizes:
             rows = []

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from lungct_tune.config.hyperparameters import Configuration
-from lungct_tune.models.truncated_resnet import CutResNet
-from lungct_tune.training.trainer import Training
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
+from lungct_tune.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,8 +69,8 @@ def pipeline(
 ) -> Callable[[], object]:
     """An epoch of the real training, published augmentation included."""
     n = batch * steps
-    return Training(
-        Configuration(truncation_depth=cut, frozen_share=frozen_share),
+    return Trainer(
+        Hyperparameters(truncation_depth=cut, frozen_share=frozen_share),
         images_NHW=torch.randint(256, (n, px, px), dtype=torch.uint8, device=device),
         labels_N=torch.arange(n) % 4,
         train_indices=range(n),
@@ -86,7 +86,7 @@ def pipeline(
 
 def bare_loop(cut: int, px: int, batch: int, steps: int, device: torch.device) -> Callable[[], object]:
     """As many steps of forward, backward and optimizer on one batch that lies ready."""
-    model = CutResNet(cut).to(device).to(memory_format=torch.channels_last)
+    model = TruncatedResNet50(cut).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images_NCHW = torch.randn(batch, 3, px, px, device=device).to(memory_format=torch.channels_last)
     labels_N = torch.arange(batch, device=device) % 4

@@ -56,7 +56,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
     from lungct_tune.evaluation.calibration import calibrated
     from lungct_tune.evaluation.inference import uncalibrated
-    from lungct_tune.evaluation.metrics import CANCER, NORMAL, cancer_or_normal, judge
+    from lungct_tune.evaluation.metrics import CANCER, NORMAL, cancer_or_normal, evaluate_predictions
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.bundle import REPORT, check_outside_bundles
     from lungct_tune.experiment.results import Predictions
@@ -97,7 +97,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     if together:  # summed last, as whoever uses the bundle would: a sum has no temperature of its own
         plain_NC, probabilities_NC = (cancer_or_normal(said_NC, classes) for said_NC in (plain_NC, probabilities_NC))
     largest, rows = int(np.bincount(labels_N).argmax()), images.table.iloc[judged]
-    figures = judge(
+    figures = evaluate_predictions(
         labels_N,
         probabilities_NC,
         judged_classes,
@@ -105,7 +105,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         uncalibrated_NC=plain_NC if scaling else None,
         calibration=scaling,
         references={"majority class": (judged_classes[largest], np.full(len(judged), largest))},
-        twins_N=seen_N != NEW,
+        overlaps_N=seen_N != NEW,
     )
     metrics = {
         "data": asked.data,

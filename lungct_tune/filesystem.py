@@ -14,7 +14,7 @@ from lungct_tune.errors import UserError
 ATTEMPTS = 10
 """How often S3 is asked again, at once, then after 0.05, 0.1, 0.2 s and so on: 26 s in all."""
 
-SILENCE_S = 5
+REQUEST_TIMEOUT_S = 5
 """How long S3 may say nothing before it is asked again."""
 
 GOOGLE_PATIENCE = timedelta(seconds=30)
@@ -40,7 +40,7 @@ class StorageError(UserError):
     """A place cannot be used: the message names the URI, what failed and what to do, and never a secret."""
 
 
-class PatientS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
+class RetryingS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
     """S3 that is asked again when it fails or stalls, from whichever process.
 
     pyarrow's own asks for 6 s, and where it was unpickled, as in Ray's workers, three times.
@@ -50,16 +50,16 @@ class PatientS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
         _ask_no_metadata(options["endpoint_override"])
         patience = {
             "retry_strategy": pyarrow.fs.AwsDefaultS3RetryStrategy(max_attempts=ATTEMPTS),
-            "request_timeout": SILENCE_S,
+            "request_timeout": REQUEST_TIMEOUT_S,
             "allow_delayed_open": True,  # a small file is one request instead of three
         }
         super().__init__(**options | patience)
 
     def __reduce__(self) -> Any:
-        return PatientS3, super().__reduce__()[1]
+        return RetryingS3, super().__reduce__()[1]
 
 
-def open_place(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def resolve_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The file system of a URI, and the path in it.
 
     Raises:
@@ -83,7 +83,7 @@ def open_place(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
             "for what an fsspec package takes that is installed on every node"
         ) from error
     if isinstance(filesystem, pyarrow.fs.S3FileSystem):
-        filesystem = PatientS3(*filesystem.__reduce__()[1])
+        filesystem = RetryingS3(*filesystem.__reduce__()[1])
     elif filesystem.type_name == "gcs":
         make, (options,) = filesystem.__reduce__()
         filesystem = make(options | {"retry_time_limit": GOOGLE_PATIENCE})

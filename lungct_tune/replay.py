@@ -68,19 +68,19 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     """
     import ray
 
-    from lungct_tune.config.hyperparameters import Configuration
-    from lungct_tune.experiment.plan import kept_plan
-    from lungct_tune.experiment.results import read_findings
+    from lungct_tune.config.hyperparameters import Hyperparameters
+    from lungct_tune.experiment.plan import read_plan
+    from lungct_tune.experiment.results import read_results
     from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.tuning.cluster import allot, connect, sees_one_file_system
+    from lungct_tune.tuning.cluster import connect, has_shared_file_system, plan_resources
     from lungct_tune.tuning.rerun import train_again
-    from lungct_tune.tuning.shared_data import material_of
+    from lungct_tune.tuning.shared_data import share_dataset
     from lungct_tune.tuning.trial_runner import Fold
-    from lungct_tune.tuning.tuner import made_with
+    from lungct_tune.tuning.tuner import provenance
     from lungct_tune.tuning.workers import SlotPlan
 
     experiment = locate(asked.source, asked.storage)
-    trials = {trial.number: trial for trial in read_findings(experiment).trials}
+    trials = {trial.number: trial for trial in read_results(experiment).trials}
     if asked.trial not in trials:
         has = f"it has {min(trials)} to {max(trials)}" if trials else "none has begun"
         raise NotReplayable(f"{experiment.name} has no trial {asked.trial}; {has}")
@@ -90,12 +90,12 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
         raise NotReplayable(
             f"trial {asked.trial} of {experiment.name} ended no epoch: there is nothing to compare with"
         )
-    plan = kept_plan(experiment, **({"data": asked.data} if asked.data else {}))
-    dealt, settings = plan.deal(), plan.settings.model_copy(update={"slots": 1, "address": asked.address})
+    plan = read_plan(experiment, **({"data": asked.data} if asked.data else {}))
+    dealt, settings = plan.load_and_split(), plan.settings.model_copy(update={"slots": 1, "address": asked.address})
     weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
     connect(settings.address, verbose=False, name=f"{experiment.name} again")
-    allotment = allot(settings)
-    configuration = Configuration(**recorded["configuration"])
+    allotment = plan_resources(settings)
+    configuration = Hyperparameters(**recorded["configuration"])
     console.print(
         f"trial {asked.trial} of {experiment.name}: {configuration}; {len(history)} epochs again", soft_wrap=True
     )
@@ -103,11 +103,11 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     folder = f"{experiment.name}-again"
     experiment.delete_folder(folder)  # of an interrupted one, perhaps with other versions
     with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
-        path = Path(common, "images.npy") if sees_one_file_system(experiment) else None
+        path = Path(common, "images.npy") if has_shared_file_system(experiment) else None
         backbone = None if weights is None else ray.put(weights)
         slot = SlotPlan(
             experiment=experiment,
-            material=material_of(settings, dealt.images, dealt.searched, backbone, path=path),
+            material=share_dataset(settings, dealt.images, dealt.searched, backbone, path=path),
             folds=tuple(Fold(*fold) for fold in dealt.folds),
             workers=allotment.workers,
             resources_per_worker=allotment.resources_per_worker,
@@ -116,7 +116,7 @@ def replay(asked: argparse.Namespace, console: Console) -> bool:
     experiment.delete_folder(folder)
     if "epoch" not in answer:
         raise NotReplayable(f"trial {asked.trial} failed this time: {answer.get('diverged') or answer['failed']}")
-    changed = _changed(recorded.get("made_with", {}), made_with(slot))
+    changed = _changed(recorded.get("made_with", {}), provenance(slot))
     return _compare(history, [*answer["earlier"], answer], changed, console)
 
 

@@ -18,16 +18,20 @@ from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import Judged
+from lungct_tune.experiment.bundle import CARD, REPORT, RetrainedModel
+from lungct_tune.experiment.results import SearchResults, gather_results
 from lungct_tune.experiment.study import (
     BASELINE,
     best_figures,
     best_trial,
-    configuration_of,
     finished_trials,
+    hyperparameters_of,
     open_study,
     over_seeds,
 )
+from lungct_tune.reporting.model_card import model_card
+from lungct_tune.reporting.report_page import report_page
+from lungct_tune.reporting.test_section import Pictures
 
 
 class NothingToRetrain(UserError):
@@ -55,18 +59,25 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     import ray
 
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
-    from lungct_tune.evaluation.bundle_files import Outcome
+    from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.plan import plan_search
     from lungct_tune.filesystem import StorageError
     from lungct_tune.models.pretrained import read_covering
     from lungct_tune.reporting import console as terminal
-    from lungct_tune.tuning.callbacks.best_so_far import BestSoFar
-    from lungct_tune.tuning.callbacks.mlflow import MLflowCopy
-    from lungct_tune.tuning.cluster import allot, allot_final, check_storage, connect, machines, sees_one_file_system
+    from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
+    from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.cluster import (
+        check_storage,
+        connect,
+        has_shared_file_system,
+        machines,
+        plan_resources,
+        plan_retraining_resources,
+    )
     from lungct_tune.tuning.rerun import train_again
-    from lungct_tune.tuning.retrain import FinalPlan, retrain_and_judge
-    from lungct_tune.tuning.shared_data import Material, material_of
+    from lungct_tune.tuning.retrain import FinalPlan, retrain_and_predict
+    from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
     from lungct_tune.tuning.trial_runner import Fold
     from lungct_tune.tuning.tuner import run_search
     from lungct_tune.tuning.workers import NodeRefused, SlotPlan
@@ -80,7 +91,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         # ---- images: found, decoded once, grouped, split ----------------------------------------------
         if settings.data is None:
             console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
-        dealt = plan.deal()
+        dealt = plan.load_and_split()
         terminal.print_data(dealt.images, dealt.split, console)
         audit = audit_images(dealt.images, dealt.parts, settings.split)
         terminal.print_verdict(audit, settings, console)
@@ -92,29 +103,31 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
         # ---- the cluster, and what of it the search takes ---------------------------------------------
         dashboard = connect(settings.address, settings.verbose, experiment.name)
-        allotment = allot(settings)
-        terminal.print_plan(plan, f"{allotment}; the final retraining on {allot_final(settings)}", dashboard, console)
+        allotment = plan_resources(settings)
+        terminal.print_plan(
+            plan, f"{allotment}; the final retraining on {plan_retraining_resources(settings)}", dashboard, console
+        )
         if settings.plan:
             terminal.print_space(plan.space, console)
             return
         check_storage(experiment)
-        mlflow = MLflowCopy(settings.track, experiment.name, new=not settings.resume) if settings.track else None
-        kept_alone.enter_context(plan.alone())
-        kept_alone.enter_context(plan.study_copied())
+        mlflow = MLflowTracker(settings.track, experiment.name, new=not settings.resume) if settings.track else None
+        kept_alone.enter_context(plan.exclusive_lock())
+        kept_alone.enter_context(plan.mirrored_study())
         study = open_study(plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume)
         study.set_user_attr("cluster", f"{allotment}, on {machines()}")
-        plan.keep(dealt)
+        plan.save(dealt)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if mlflow:
             kept_alone.enter_context(mlflow.kept_up(study, console))
         backbone = None if weights is None else ray.put(weights)
-        common = sees_one_file_system(experiment)
+        common = has_shared_file_system(experiment)
 
-        def material(rows: np.ndarray, file: str, epochs: int | None = None) -> Material:
+        def material(rows: np.ndarray, file: str, epochs: int | None = None) -> SharedDataset:
             path = plan.study_folder / file if common else None
-            return material_of(settings, dealt.images, rows, backbone, epochs, path)
+            return share_dataset(settings, dealt.images, rows, backbone, epochs, path)
 
-        outcome = Outcome(plan, dealt, audit, study, allotment.slots)
+        outcome = BundleFiles(plan, dealt, audit, study, allotment.slots)
 
         # ---- the search: its workers are given train and validation, and no test image ----------------
         slot = SlotPlan(
@@ -133,7 +146,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             slots=allotment.slots,
             seed=settings.seed,
             console=console,
-            callbacks=[BestSoFar(study, experiment, outcome.so_far)],
+            callbacks=[BestSoFarCallback(study, experiment, outcome.so_far)],
         )
         trials = finished_trials(study)
         best = best_trial(trials)
@@ -150,11 +163,11 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             seeds = over_seeds(train_again(slot, repeats, orders, settings.epochs, allotment.slots))
 
         # ---- retrained on train and validation, judged once on test -----------------------------------
-        def retrain(trial: FrozenTrial) -> Judged:
-            final = allot_final(settings)  # nodes have come and gone
-            configuration, epochs = configuration_of(trial), int(best_figures(trial)["epoch"])
+        def retrain(trial: FrozenTrial) -> RetrainedModel:
+            final = plan_retraining_resources(settings)  # nodes have come and gone
+            configuration, epochs = hyperparameters_of(trial), int(best_figures(trial)["epoch"])
             console.print(f"\nretraining trial {trial.number} on train and validation, {epochs} epochs", style="bold")
-            return retrain_and_judge(
+            return retrain_and_predict(
                 FinalPlan(
                     experiment=experiment,
                     material=material(np.arange(len(dealt.split)), "all-images.npy", epochs),
@@ -181,7 +194,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         # ---- the bundle -------------------------------------------------------------------------------
         files = outcome.final(best, judged, published, seeds)
         try:
-            files |= outcome.pages(files)
+            files |= pages(experiment.name, gather_results(experiment, study, files), Pictures(dealt.images))
         except Exception as error:  # a page that cannot be drawn is no reason to lose a model
             console.print(f"the bundle is without report.html: {error!r}", style="yellow", soft_wrap=True, markup=False)
         bundle.write_bundle(experiment, files)
@@ -191,7 +204,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         metrics = json.loads(files[bundle.METRICS])
         if mlflow:
             epochs = int(best_figures(best)["epoch"])
-            mlflow.add_final(best.number, configuration_of(best), epochs, metrics["test"])
+            mlflow.add_final(best.number, hyperparameters_of(best), epochs, metrics["test"])
         terminal.print_outcome(plan, metrics, console)
     except (KeyboardInterrupt, NodeRefused) as stop:
         begun = experiment.exists("settings.yaml")
@@ -204,3 +217,8 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def pages(name: str, found: SearchResults, pictures: Pictures) -> dict[str, bytes]:
+    """The pages of a bundle, by file name."""
+    return {REPORT: report_page(name, found, pictures), CARD: model_card(name, found)}

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Configuration:
+class Hyperparameters:
     """What Optuna may vary. The defaults are the published configuration where it says something.
 
     The published model keeps 20 of ResNet50's 50 activations and uses dropout 0.5, flips, turns of up
@@ -49,4 +49,4 @@ class Configuration:
         return asdict(self)
 
 
-PUBLISHED = Configuration()
+PUBLISHED = Hyperparameters()

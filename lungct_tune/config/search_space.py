@@ -15,7 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.errors import UserError
 
 LIMITS: dict[str, tuple[float, float]] = {
@@ -40,11 +40,11 @@ class SearchSpace:
 
     distributions: dict[str, BaseDistribution]
     constants: dict[str, int | float]
-    fixed_trials: tuple[Configuration, ...]
+    fixed_trials: tuple[Hyperparameters, ...]
     """The trials that run before Optuna chooses any: the published configuration, then the file's."""
 
-    def configuration(self, parameters: Mapping[str, Any]) -> Configuration:
-        return Configuration(**(PUBLISHED.as_dict() | self.constants | dict(parameters)))
+    def configuration(self, parameters: Mapping[str, Any]) -> Hyperparameters:
+        return Hyperparameters(**(PUBLISHED.as_dict() | self.constants | dict(parameters)))
 
     @property
     def deepest(self) -> int:
@@ -83,7 +83,7 @@ def read_space(path: Path) -> str:
 def parse_space(text: str, path: str) -> SearchSpace:
     """Reads a space from YAML; `path` says in errors where it came from.
 
-    Each key is a field of `Configuration`, its value one of
+    Each key is a field of `Hyperparameters`, its value one of
 
     - `{low: 4, high: 49}`, with `log: true` for a logarithmic scale,
     - `[a, b, c]`, a choice of values,
@@ -119,7 +119,7 @@ def parse_space(text: str, path: str) -> SearchSpace:
     return SearchSpace(distributions, constants, tuple(trials))
 
 
-def _choice(path: str, key: str, value: list[Any], trials: list[Configuration]) -> BaseDistribution:
+def _choice(path: str, key: str, value: list[Any], trials: list[Hyperparameters]) -> BaseDistribution:
     choices = [_number(path, key, choice) for choice in value]
     # Optuna takes a value outside a range from a fixed trial, but none outside a list of choices
     if missing := {getattr(trial, key) for trial in trials} - set(choices):
@@ -130,7 +130,7 @@ def _choice(path: str, key: str, value: list[Any], trials: list[Configuration]) 
     return CategoricalDistribution(choices)
 
 
-def _range(path: str, key: str, value: dict[str, Any], trials: list[Configuration]) -> BaseDistribution:
+def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparameters]) -> BaseDistribution:
     if unknown := set(value) - {"low", "high", "log"}:
         raise SpaceError(f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log")
     if missing := {"low", "high"} - set(value):
@@ -170,13 +170,13 @@ def _number(path: str, key: str, value: Any) -> int | float:
     return int(number) if integer else number
 
 
-def _fixed_trial(path: str, where: str, trial: Any) -> Configuration:
+def _fixed_trial(path: str, where: str, trial: Any) -> Hyperparameters:
     if not isinstance(trial, dict):
         raise SpaceError(f"{path}: {where}: expected parameters and values, found {trial!r}")
     for key in trial:
         _known(path, key, f"{where}: ")
     values = {key: _number(path, key, value) for key, value in trial.items()}
-    return Configuration(**(PUBLISHED.as_dict() | values))
+    return Hyperparameters(**(PUBLISHED.as_dict() | values))
 
 
 def _known(path: str, key: Any, where: str = "") -> None:

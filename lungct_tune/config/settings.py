@@ -24,7 +24,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 """In the names of a database URL's options: drivers have many for a password, such as sslpassword."""
 
-SPACES = Path(__file__).parent.parent / "search_spaces"
+_PACKAGE = Path(__file__).parents[1]
+SPACES = max(_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces", key=Path.is_dir)
+"""The search spaces that come with the program: inside an installed package, beside it in a checkout."""
 
 EXAMPLES = """\
 examples:

@@ -6,7 +6,7 @@ from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION, groups_by_likeness
 from lungct_tune.data.phantoms import make_phantoms
 from lungct_tune.data.remote import fetch_images
-from lungct_tune.data.split import SPLITS, fold_images, split_images, twins_across
+from lungct_tune.data.split import SPLITS, fold_images, group_overlap, split_images
 
 __all__ = [
     "COPY_CORRELATION",
@@ -16,9 +16,9 @@ __all__ = [
     "ImageSet",
     "fetch_images",
     "fold_images",
+    "group_overlap",
     "groups_by_likeness",
     "make_phantoms",
     "read_images",
     "split_images",
-    "twins_across",
 ]

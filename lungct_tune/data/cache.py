@@ -139,13 +139,15 @@ def _decode_into(
     n = len(paths)
     images_NHW = open_memmap(scratch / "all.npy", "w+", np.uint8, (n, size, size))
     thumbnails_NHW = open_memmap(scratch / "thumbnails.npy", "w+", np.uint8, (n, THUMBNAIL, THUMBNAIL))
-    prints_NHW = open_memmap(scratch / "prints.npy", "w+", np.uint8, (n, PRINT, PRINT))
+    fingerprints_NHW = open_memmap(scratch / "prints.npy", "w+", np.uint8, (n, PRINT, PRINT))
     properties: dict[int, FileProperties] = {}
     pixel_digests: dict[int, str] = {}
 
     def decode_row(i: int) -> str | None:
         try:
-            images_NHW[i], thumbnails_NHW[i], prints_NHW[i], properties[i], pixel_digests[i] = decode(paths[i], size)
+            images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i] = decode(
+                paths[i], size
+            )
         except Exception as error:  # Pillow's plugins raise almost anything on broken files
             return str(error).replace(str(paths[i]), "the file") or type(error).__name__
         return None
@@ -153,9 +155,9 @@ def _decode_into(
     unreadable = [(i, reason) for i, reason in enumerate(_in_threads(decode_row, n, progress)) if reason]
     readable = np.setdiff1d(np.arange(n), [i for i, _ in unreadable])
     if unreadable:
-        thumbnails_NHW, prints_NHW = thumbnails_NHW[readable], prints_NHW[readable]
+        thumbnails_NHW, fingerprints_NHW = thumbnails_NHW[readable], fingerprints_NHW[readable]
     digests_N, labels_N = [digests[i] for i in readable], [labels[i] for i in readable]
-    found = find_copies(prints_NHW, digests_N, [pixel_digests[i] for i in readable])
+    found = find_copies(fingerprints_NHW, digests_N, [pixel_digests[i] for i in readable])
     pairs_P2 = np.array([pair[:2] for pair in found], dtype=np.intp).reshape(-1, 2)
     groups = {
         threshold: merge(groups_N, *pairs_P2.T)

@@ -58,23 +58,23 @@ class Copy(NamedTuple):
     """How far the second is shifted against the first: a share of the width or height, whichever is more."""
 
 
-def find_copies(prints_NHW: np.ndarray, digests: Sequence[str], pixel_digests: Sequence[str]) -> list[Copy]:
+def find_copies(fingerprints_NHW: np.ndarray, digests: Sequence[str], pixel_digests: Sequence[str]) -> list[Copy]:
     """All pairs of copies; of identical ones each with the first of them, which stands for them among the others.
 
     Args:
-        prints_NHW: uint8 grey, `PRINT` pixels each way whatever the image's shape; may be memory-mapped. An image of
-            one single grey is like identical ones only.
+        fingerprints_NHW: uint8 grey, `PRINT` pixels each way whatever the image's shape; may be memory-mapped. An
+            image of one single grey is like identical ones only.
         digests: for each image the hash of its file.
         pixel_digests: for each image the hash of its size and pixels.
     """
-    images_N = np.arange(len(prints_NHW))
+    images_N = np.arange(len(fingerprints_NHW))
     same_bytes_N, same_pixels_N = (_first_alike(hashes) for hashes in (digests, pixel_digests))
     copies = [Copy(int(same_bytes_N[i]), int(i), "byte-identical", 1.0) for i in images_N[same_bytes_N != images_N]]
     in_another_file_N = (same_bytes_N == images_N) & (same_pixels_N != images_N)
     copies += [Copy(int(same_pixels_N[i]), int(i), "pixel-identical", 1.0) for i in images_N[in_another_file_N]]
     distinct = images_N[(same_bytes_N == images_N) & (same_pixels_N == images_N)]
     if len(distinct) > 1:
-        copies += _near_copies(prints_NHW, distinct)
+        copies += _near_copies(fingerprints_NHW, distinct)
     return copies
 
 
@@ -83,8 +83,8 @@ def _first_alike(hashes: Sequence[str]) -> np.ndarray:
     return pd.Series(np.arange(len(hashes))).groupby(np.asarray(hashes, dtype=object)).transform("first").to_numpy()
 
 
-def _near_copies(prints_NHW: np.ndarray, distinct: np.ndarray) -> list[Copy]:
-    described = [_description(prints_NHW[distinct[block]]) for block in _blocks(len(distinct))]
+def _near_copies(fingerprints_NHW: np.ndarray, distinct: np.ndarray) -> list[Copy]:
+    described = [_description(fingerprints_NHW[distinct[block]]) for block in _blocks(len(distinct))]
     coarse_NHW = np.concatenate([coarse_BHW for _, coarse_BHW in described])
     pairs_P2 = _neighbours(np.concatenate([description_BD for description_BD, _ in described]))
 
@@ -102,7 +102,7 @@ def _near_copies(prints_NHW: np.ndarray, distinct: np.ndarray) -> list[Copy]:
         left, right, flips = np.array(similar[block]).T
         first, second = distinct[left], distinct[right]
         here, at = np.unique(np.concatenate([first, second]), return_inverse=True)
-        detail_NHW = _detail(_equalised(prints_NHW[here]), 1.0)
+        detail_NHW = _detail(_equalised(fingerprints_NHW[here]), 1.0)
         ways = [list(FLIPS.values())[flip] for flip in flips]
         other_PHW = np.stack([detail_NHW[i][::y, ::x] for i, (y, x) in zip(at[len(first) :], ways, strict=True)])
         similarity_P, shift_P = _aligned(detail_NHW[at[: len(first)]], other_PHW)
@@ -125,13 +125,13 @@ def _blocks(n: int, size: int = _BLOCK) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, n, size))
 
 
-def _description(prints_BHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _description(fingerprints_BHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What neighbours are found by, (B, D), and the detail at `_COARSE` pixels.
 
     A shift leaves the amplitudes of the Fourier transform as they are, and a flip exchanges those of (u, v) and
     (u, -v): of each two, sum and difference are kept.
     """
-    equalised_BHW = _equalised(prints_BHW)
+    equalised_BHW = _equalised(fingerprints_BHW)
     half_BHW = _pooled(equalised_BHW, PRINT // 2)
     half_BHW -= half_BHW.mean(axis=(1, 2), keepdims=True)
     amplitudes_BHW = np.sqrt(np.abs(fft.rfft2(half_BHW * _taper(PRINT // 2))))

@@ -34,7 +34,7 @@ class Decoded(NamedTuple):
     """uint8, as large as asked for."""
     thumbnail_HW: np.ndarray
     """uint8, `THUMBNAIL` pixels each way."""
-    print_HW: np.ndarray
+    fingerprint_HW: np.ndarray
     """uint8, `PRINT` pixels each way."""
     properties: FileProperties
     pixel_digest: str
@@ -56,11 +56,11 @@ def decode(path: Path, size: int) -> Decoded:
     with Image.open(path) as image:
         grey = to_grey(image)
         properties = FileProperties(*image.size, image.mode, image.format or "", length)
-    image_HW, thumbnail_HW, print_HW = (
+    image_HW, thumbnail_HW, fingerprint_HW = (
         np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
     )
     pixel_digest = hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest()
-    return Decoded(image_HW, thumbnail_HW, print_HW, properties, pixel_digest)
+    return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest)
 
 
 def to_grey(image: Image.Image) -> Image.Image:

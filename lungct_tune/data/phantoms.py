@@ -1,7 +1,7 @@
 """Invented CT slices, so that the whole journey runs, and can be tested, where there are no patients' images.
 
 The classes differ as the real ones do in kind (where the mass lies, how large it is, what its edge is like),
-and nothing else does: anatomy, placement, window and noise are drawn alike for all four. A phantom patient
+and nothing else does: model_profile, placement, window and noise are drawn alike for all four. A phantom patient
 has several slices that look nearly alike, as a real series has. No result on phantoms says anything about
 people.
 """

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from lungct_tune.data.cache import default_cache, require_space
 from lungct_tune.data.folders import DataError
-from lungct_tune.filesystem import StorageError, open_place, refusal
+from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 DOWNLOADS = 16
 """Files fetched at once."""
@@ -35,7 +35,7 @@ def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool =
     if isinstance(uri, Path) or "://" not in uri:
         return Path(uri)
     try:
-        filesystem, root = open_place(uri)
+        filesystem, root = resolve_filesystem(uri)
         found: Any = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     except StorageError as error:
         raise DataError(f"--data {error}") from error

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lungct_tune.data import ImageSet
 from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.folders import DataError
 
@@ -70,7 +69,7 @@ def fold_images(image_set: ImageSet, rows: np.ndarray, folds: int, seed: int) ->
     return fold_N
 
 
-def twins_across(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
+def group_overlap(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
     """Whether an image of its group is in train or valid, for each test image: (n_test,) bool in row order.
 
     A group holds the copies of an image, and what looks like slices of its series. None in a grouped split, by
@@ -122,7 +121,7 @@ UNSPLIT = "unsplit"
 
 
 @dataclass(frozen=True, eq=False)
-class Dealt:
+class DataSplit:
     """The images, and which of them are trained on, steer the search, and are asked once."""
 
     images: ImageSet

@@ -15,30 +15,27 @@ import yaml
 from optuna.trial import FrozenTrial
 
 from lungct_tune.auditing.shortcuts import best_shortcut
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import Settings
-from lungct_tune.data import ImageSet, twins_across
+from lungct_tune.data import ImageSet, group_overlap
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
-from lungct_tune.data.split import Dealt
+from lungct_tune.data.split import DataSplit
 from lungct_tune.evaluation.calibration import calibrated, fit_temperature
-from lungct_tune.evaluation.metrics import judge
+from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
-from lungct_tune.experiment.bundle import Judged, versions
+from lungct_tune.experiment.bundle import RetrainedModel, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.results import findings_of
-from lungct_tune.experiment.study import BASELINE, best_figures, configuration_of, effort, row_of, trials_table
-from lungct_tune.reporting.report_page import pages
-from lungct_tune.reporting.test_section import Pictures
+from lungct_tune.experiment.study import BASELINE, best_figures, effort, hyperparameters_of, row_of, trials_table
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class BundleFiles:
     """Makes the bundles of a search."""
 
     plan: Plan
-    dealt: Dealt
+    dealt: DataSplit
     audit: Mapping[str, Any]
     study: optuna.Study
     slots: int
@@ -54,8 +51,8 @@ class Outcome:
     def final(
         self,
         best: FrozenTrial,
-        judged: Judged,
-        published: tuple[FrozenTrial, Judged] | None = None,
+        judged: RetrainedModel,
+        published: tuple[FrozenTrial, RetrainedModel] | None = None,
         seeds: Mapping[str, Any] | None = None,
     ) -> dict[str, bytes]:
         """The files of the search's bundle, but for its pages.
@@ -73,12 +70,12 @@ class Outcome:
             "shortcut": best_shortcut(images, searched, test),
         }
         if published:
-            name, other = str(configuration_of(published[0])), published[1]
+            name, other = str(hyperparameters_of(published[0])), published[1]
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
         scaling, probabilities_NC = self._calibration(best), judged.probabilities_NC
         if scaling:
             probabilities_NC = calibrated(judged.probabilities_NC, scaling["temperature"])
-        figures = judge(
+        figures = evaluate_predictions(
             labels_N[test],
             probabilities_NC,
             images.classes,
@@ -86,17 +83,12 @@ class Outcome:
             uncalibrated_NC=judged.probabilities_NC if scaling else None,
             calibration=scaling,
             references=references,
-            twins_N=twins_across(images, self.dealt.split),
+            overlaps_N=group_overlap(images, self.dealt.split),
         )
         rows = images.table.iloc[test]
         predictions = list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
         files = self._files(best, judged.weights, scaling, test=figures, seeds=seeds)
         return files | {bundle.PREDICTIONS: predictions}
-
-    def pages(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
-        """report.html and the model card of the search's bundle."""
-        name = self.plan.experiment.name
-        return pages(name, findings_of(self.plan.experiment, self.study, files), Pictures(self.dealt.images))
 
     def _calibration(self, best: FrozenTrial) -> dict[str, Any] | None:
         """The temperature for a trial's configuration, from images that the trial was not trained on."""
@@ -109,7 +101,7 @@ class Outcome:
     def _files(
         self, best: FrozenTrial, weights: bytes, calibration: Mapping[str, Any] | None, **judged: Any
     ) -> dict[str, bytes]:
-        settings, configuration = self.plan.settings, configuration_of(best)
+        settings, configuration = self.plan.settings, hyperparameters_of(best)
         epochs = int(best_figures(best)["epoch"])
         config = describe_model(settings, self.dealt.images, configuration, epochs, calibration)
         table = trials_table(self.study)
@@ -136,7 +128,7 @@ class Outcome:
 def describe_model(
     settings: Settings,
     images: ImageSet,
-    configuration: Configuration,
+    configuration: Hyperparameters,
     epochs: int,
     calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.experiment.bundle import CONFIG, MODEL, verify
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 BATCH = 32
 
@@ -33,7 +33,7 @@ def predict(folder: Path | str, images_NHW: np.ndarray) -> np.ndarray:
     return calibrated(probabilities_NC, calibration["temperature"]) if calibration else probabilities_NC
 
 
-def uncalibrated(model: CutResNet, config: Mapping[str, Any], images_NHW: np.ndarray) -> np.ndarray:
+def uncalibrated(model: TruncatedResNet50, config: Mapping[str, Any], images_NHW: np.ndarray) -> np.ndarray:
     """The probabilities as the network gives them, (N, classes).
 
     Args:
@@ -52,7 +52,7 @@ def uncalibrated(model: CutResNet, config: Mapping[str, Any], images_NHW: np.nda
     return np.concatenate(probabilities)
 
 
-def load_model(folder: Path | str) -> tuple[CutResNet, dict[str, Any]]:
+def load_model(folder: Path | str) -> tuple[TruncatedResNet50, dict[str, Any]]:
     """Rebuilds a bundle's model, on the CPU and ready to predict, with its config.json.
 
     Raises:
@@ -64,13 +64,13 @@ def load_model(folder: Path | str) -> tuple[CutResNet, dict[str, Any]]:
     return build_model(config, (folder / MODEL).read_bytes()), config
 
 
-def build_model(config: Mapping[str, Any], weights: bytes) -> CutResNet:
+def build_model(config: Mapping[str, Any], weights: bytes) -> TruncatedResNet50:
     """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
     import safetensors.torch
 
-    from lungct_tune.models.truncated_resnet import CutResNet
+    from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
-    model = CutResNet(
+    model = TruncatedResNet50(
         config["model"]["truncation_depth"],
         dropout=config["model"]["dropout"],
         classes=len(config["classes"]),

@@ -22,7 +22,7 @@ SPECIFICITY = 0.95
 """At which the sensitivity for cancer is told too: one threshold that figures of several models can be compared at."""
 
 
-def judge(
+def evaluate_predictions(
     labels_N: np.ndarray,
     probabilities_NC: np.ndarray,
     classes: tuple[str, ...],
@@ -31,7 +31,7 @@ def judge(
     uncalibrated_NC: np.ndarray | None = None,
     calibration: Mapping[str, Any] | None = None,
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
-    twins_N: np.ndarray | None = None,
+    overlaps_N: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """All figures of a model on images that it had not seen.
 
@@ -43,7 +43,7 @@ def judge(
         uncalibrated_NC: the same without temperature scaling, where there was any.
         calibration: what `fit_temperature` has found, where there was any.
         references: other ways to name the classes of these images, each with its name and what it predicts (N,).
-        twins_N: which of the images were learned from, they or others of their group, where that is known.
+        overlaps_N: which of the images were learned from, they or others of their group, where that is known.
 
     Returns:
         A dictionary for metrics.json. Every figure is `{"value": float, "ci95": [low, high]}` (see
@@ -81,12 +81,12 @@ def judge(
             for key, (name, other_N) in (references or {}).items()
         },
         "leak_free": None
-        if twins_N is None or not twins_N.any()
+        if overlaps_N is None or not overlaps_N.any()
         else {
-            "n": int((~twins_N).sum()),
-            "accuracy": bootstrap.rate(labels_N == predicted_N, ~twins_N),
+            "n": int((~overlaps_N).sum()),
+            "accuracy": bootstrap.rate(labels_N == predicted_N, ~overlaps_N),
             "references": {
-                key: {"name": name, "accuracy": bootstrap.rate(labels_N == other_N, ~twins_N)}
+                key: {"name": name, "accuracy": bootstrap.rate(labels_N == other_N, ~overlaps_N)}
                 for key, (name, other_N) in (references or {}).items()
             },
         },

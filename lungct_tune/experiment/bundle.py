@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
     return {"lungct_tune": __version__} | {package: version(package) for package in packages}
 
 
-def faults(folder: Path) -> Iterator[tuple[str, str]]:
+def checksum_errors(folder: Path) -> Iterator[tuple[str, str]]:
     """The files of a bundle that are not as they were written, each with what is wrong.
 
     Hidden files are passed over: file managers leave them everywhere.
@@ -115,7 +115,7 @@ def verify(folder: Path) -> None:
     Raises:
         BundleError: naming the first file that is missing, altered or added.
     """
-    for name, fault in faults(folder):
+    for name, fault in checksum_errors(folder):
         raise BundleError(f"{folder / name}: {fault}; fetch the bundle again")
 
 
@@ -137,7 +137,7 @@ def check_outside_bundles(out: Path, flag: str) -> None:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RetrainedModel:
     """A retrained model and what it said of the test split."""
 
     weights: bytes

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pyarrow
 import pyarrow.fs
 
-from lungct_tune.filesystem import StorageError, open_place, refusal
+from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 CHUNK = 4 * 2**20
 """Bytes that are read at once: so many that an object store's latency hardly counts."""
@@ -44,7 +44,7 @@ class Experiment:
     """
 
     uri: str
-    """Absolute: a path, or a URI for `open_place`."""
+    """Absolute: a path, or a URI for `resolve_filesystem`."""
 
     @classmethod
     def at(cls, storage: str, name: str) -> Experiment:
@@ -63,7 +63,7 @@ class Experiment:
 
     @cached_property
     def _place(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        return (pyarrow.fs.LocalFileSystem(), self.uri) if self.is_local else open_place(self.uri)
+        return (pyarrow.fs.LocalFileSystem(), self.uri) if self.is_local else resolve_filesystem(self.uri)
 
     @property
     def filesystem(self) -> pyarrow.fs.FileSystem:

@@ -20,11 +20,11 @@ from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, validate
 from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images
 from lungct_tune.data.cache import default_cache
-from lungct_tune.data.split import Dealt
+from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study_mirror import StudyCopy
+from lungct_tune.experiment.study_mirror import StudyMirror
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
@@ -81,7 +81,7 @@ class Plan:
         return shlex.join(words)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive_lock(self) -> Iterator[None]:
         """Keeps other processes that use the same study folder from running this search too.
 
         The system lets go of the lock however the process ends. Where a file system has no locks, there is none.
@@ -105,16 +105,16 @@ class Plan:
                 pass
             yield
 
-    def study_copied(self) -> AbstractContextManager[object]:
+    def mirrored_study(self) -> AbstractContextManager[object]:
         """Keeps a copy of a study that the experiment's storage does not hold there, and takes a newer one from it.
 
         Raises:
             StorageError: from entering, if the storage cannot be read.
         """
         held = self.settings.study or self.experiment.is_local
-        return nullcontext() if held else StudyCopy(self.experiment, self._study_file)
+        return nullcontext() if held else StudyMirror(self.experiment, self._study_file)
 
-    def deal(self) -> Dealt:
+    def load_and_split(self) -> DataSplit:
         """Finds, decodes (once), groups and splits the images.
 
         Raises:
@@ -138,9 +138,9 @@ class Plan:
         split = split_images(images, settings.split, settings.seed)
         searched = np.flatnonzero(split != "test")
         fold = fold_images(images, searched, settings.folds, settings.seed) if settings.folds else None
-        return Dealt(images, split, fold)
+        return DataSplit(images, split, fold)
 
-    def keep(self, dealt: Dealt) -> None:
+    def save(self, dealt: DataSplit) -> None:
         """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists."""
         images = dealt.images
         label = [images.classes[label] for label in images.table["label"]]
@@ -185,7 +185,7 @@ def _new(asked: Settings) -> Plan:
 
 def _resumed(asked: Settings, given: set[str]) -> Plan:
     assert asked.resume is not None
-    plan = kept_plan(Experiment.at(asked.storage, asked.resume))
+    plan = read_plan(Experiment.at(asked.storage, asked.resume))
     begun, experiment, asked = plan.settings, plan.experiment, asked.with_absolute_paths()
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
@@ -199,7 +199,7 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
     return replace(plan, settings=settings)
 
 
-def kept_plan(experiment: Experiment, **elsewhere: Any) -> Plan:
+def read_plan(experiment: Experiment, **elsewhere: Any) -> Plan:
     """The plan of a search that was begun.
 
     Args:

@@ -74,7 +74,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Findings:
+class SearchResults:
     """What there is to say about a search, finished or not."""
 
     settings: dict[str, Any]
@@ -185,7 +185,7 @@ class Findings:
         return [sum(column) for column in zip(*self.counts.values(), strict=True)]
 
 
-def read_findings(experiment: Experiment) -> Findings:
+def read_results(experiment: Experiment) -> SearchResults:
     """Reads an experiment, also in the middle of its search.
 
     Raises:
@@ -204,15 +204,15 @@ def read_findings(experiment: Experiment) -> Findings:
         folder = find_bundle(experiment)
         names = (CONFIG, METRICS, MODEL, PREDICTIONS)
         files = {name: experiment.read(f"{folder}/{name}") for name in names} if folder else {}
-        return findings_of(experiment, study, {name: content for name, content in files.items() if content})
+        return gather_results(experiment, study, {name: content for name, content in files.items() if content})
 
 
-def findings_of(experiment: Experiment, study: optuna.Study, bundle: Mapping[str, bytes]) -> Findings:
+def gather_results(experiment: Experiment, study: optuna.Study, bundle: Mapping[str, bytes]) -> SearchResults:
     """What an experiment holds, with its study open and the bundle's files at hand."""
     settings, space, split, audit = (
         experiment.read(name) or b"" for name in ("settings.yaml", "space.yaml", "split.csv", AUDIT)
     )
-    return Findings(
+    return SearchResults(
         settings=yaml.safe_load(settings),
         space=parse_space(space.decode(), f"{experiment.uri}/space.yaml"),
         study=study.user_attrs,

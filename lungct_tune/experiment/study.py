@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.errors import UserError
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank
@@ -93,9 +93,9 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
     return study
 
 
-def configuration_of(trial: FrozenTrial) -> Configuration:
+def hyperparameters_of(trial: FrozenTrial) -> Hyperparameters:
     """What a trial trains or trained."""
-    return Configuration(**trial.user_attrs["configuration"])
+    return Hyperparameters(**trial.user_attrs["configuration"])
 
 
 def how_ended(trial: FrozenTrial) -> str:
@@ -139,7 +139,7 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
     rows = []
     for trial in finished_trials(study):
         history = trial.user_attrs.get("history", [])
-        configuration = configuration_of(trial)
+        configuration = hyperparameters_of(trial)
         best = best_figures(trial)
         rows.append(
             {"trial": trial.number, "state": trial.state.name, "ended": trial.user_attrs.get("ended", "")}
@@ -182,4 +182,4 @@ def _tip(trial: FrozenTrial) -> str:
     figures = best_figures(trial)
     figure = f"{figures[OBJECTIVE]:.3f} at epoch {figures['epoch']:.0f}; " if figures else ""
     ended = trial.user_attrs.get("ended", "running")
-    return f"trial {trial.number}: {figure}{ended}; {configuration_of(trial)}"
+    return f"trial {trial.number}: {figure}{ended}; {hyperparameters_of(trial)}"

@@ -18,7 +18,7 @@ PERIOD_S = 1.0
 """How often the study is looked at: a copy lags behind it by this and by the time that the storage takes."""
 
 
-class StudyCopy:
+class StudyMirror:
     """While it is entered, a thread keeps the copy up to date; the search never waits for it but at the end.
 
     Entering puts the copy in the study's place, where there is none or an older one (the search went on elsewhere).
@@ -33,8 +33,8 @@ class StudyCopy:
         self._thread = Thread(target=self._follow, daemon=True)
         self._failure: Exception | None = None
 
-    def __enter__(self) -> StudyCopy:
-        copy = read_copy(self._experiment)
+    def __enter__(self) -> StudyMirror:
+        copy = read_mirror(self._experiment)
         # nobody here has it open yet: a file's second closing would take the locks of SQLite's own
         here = self._database.read_bytes() if self._database.exists() else b""
         if copy is not None and _changes(copy) > _changes(here):
@@ -67,7 +67,7 @@ class StudyCopy:
                 return
 
 
-def read_copy(experiment: Experiment) -> bytes | None:
+def read_mirror(experiment: Experiment) -> bytes | None:
     """The study as one upload left it; None where no copy is.
 
     Whoever reads an object learns its size first: where a longer copy has come by then, only its beginning is read.

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import CHECKSUMS, BundleError, faults, find_bundle
+from lungct_tune.experiment.bundle import CHECKSUMS, BundleError, checksum_errors, find_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study_mirror import COPY, read_copy
+from lungct_tune.experiment.study_mirror import COPY, read_mirror
 from lungct_tune.filesystem import StorageError
 
 AT_ONCE = 8
@@ -106,7 +106,7 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
             _drop_others(part, {*targets.values(), part / LOCK, *(part / BEGUN).glob("*")})
             _fetch_all(experiment, targets, part / BEGUN, sizes, console)
             folder = part / found if everything and found else part
-            wrong = list(faults(folder)) if found else []
+            wrong = list(checksum_errors(folder)) if found else []
             if not wrong:
                 shutil.rmtree(part / BEGUN)
                 part.rename(dest)
@@ -136,7 +136,7 @@ def _nothing(experiment: Experiment) -> str:
 
 def _same(folder: Path, experiment: Experiment, checksums: str) -> bool:
     own = folder / CHECKSUMS
-    return own.is_file() and own.read_bytes() == experiment.read(checksums) and not any(faults(folder))
+    return own.is_file() and own.read_bytes() == experiment.read(checksums) and not any(checksum_errors(folder))
 
 
 @contextmanager
@@ -246,7 +246,7 @@ def _fetch_study(experiment: Experiment, target: Path) -> None:
         target.unlink(missing_ok=True)
         with closing(sqlite3.connect(Path(experiment.uri, COPY))) as live, closing(sqlite3.connect(target)) as copy:
             live.backup(copy)
-    elif (content := read_copy(experiment)) is not None:
+    elif (content := read_mirror(experiment)) is not None:
         target.write_bytes(content)
 
 

@@ -8,13 +8,13 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelProfile:
     """What a cut network costs, by stage (those of `STAGES` that it has)."""
 
     parameters: dict[str, int]
@@ -25,9 +25,9 @@ class Anatomy:
 
 
 @cache
-def anatomy(truncation_depth: int, classes: int, image_size: int) -> Anatomy:
+def model_profile(truncation_depth: int, classes: int, image_size: int) -> ModelProfile:
     """Counts parameters and arithmetic without doing any (torch.utils.flop_counter, on the meta device)."""
-    model = CutResNet(truncation_depth, classes=classes).to("meta").eval()
+    model = TruncatedResNet50(truncation_depth, classes=classes).to("meta").eval()
     images_NCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images_NCHW)
@@ -37,9 +37,9 @@ def anatomy(truncation_depth: int, classes: int, image_size: int) -> Anatomy:
         parameters[_stage(name)] += parameter.numel()
     for name, module in model.named_modules():
         if not list(module.children()):
-            flops[_stage(name)] += sum(counter.get_flop_counts().get(f"CutResNet.{name}", {}).values())
+            flops[_stage(name)] += sum(counter.get_flop_counts().get(f"TruncatedResNet50.{name}", {}).values())
     there = [stage for stage in STAGES if parameters[stage]]
-    return Anatomy(
+    return ModelProfile(
         {stage: parameters[stage] for stage in there},
         {stage: flops[stage] for stage in there},
         (features_NCHW.shape[1], features_NCHW.shape[3]),
@@ -47,11 +47,11 @@ def anatomy(truncation_depth: int, classes: int, image_size: int) -> Anatomy:
 
 
 def _stage(name: str) -> str:
-    """The stage of a module or parameter of a `CutResNet`: "backbone.layer2.3.conv1" is in "layer2"."""
+    """The stage of a module or parameter of a `TruncatedResNet50`: "backbone.layer2.3.conv1" is in "layer2"."""
     room, _, rest = name.partition(".")
     part = rest.partition(".")[0]
     return "head" if room == "head" else part if part in STAGES else "stem"
 
 
-def _sums(network: Anatomy) -> tuple[int, int]:
+def _sums(network: ModelProfile) -> tuple[int, int]:
     return sum(network.parameters.values()), sum(network.flops.values())

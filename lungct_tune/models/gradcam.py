@@ -8,13 +8,13 @@ from captum.attr import LayerGradCam
 from torch import Tensor
 
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 _BATCH = 16
 
 
-def look(
-    model: CutResNet, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
+def grad_cam(
+    model: TruncatedResNet50, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where a network sees what speaks for a class: Grad-CAM (Selvaraju et al., ICCV 2017) on what the head pools.
 

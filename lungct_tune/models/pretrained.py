@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
 from lungct_tune.errors import UserError
-from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, cut, layers_before
+from lungct_tune.models.truncated_resnet import ACTIVATIONS, TruncatedResNet50, layers_before, truncate
 
 _IMAGENET = ResNet50_Weights.IMAGENET1K_V2
 _PREFIXES = re.compile(r"^((module|backbone|model)\.)+")
@@ -65,13 +65,13 @@ def read_covering(source: str, depth: int) -> dict[str, Tensor]:
 
 def covered_depth(state: Mapping[str, Tensor]) -> int:
     """The deepest truncation depth for which `state` has every tensor in its right shape; 0 if there is none."""
-    backbone = cut(ACTIVATIONS)
+    backbone = truncate(ACTIVATIONS)
     lacking = {key.rpartition(".")[0] for key in _misfits(backbone.state_dict(), state)}
     depths = range(1, ACTIVATIONS + 1)
     return sum(lacking.isdisjoint(layers_before(backbone, depth)) for depth in depths)
 
 
-def load_backbone(model: CutResNet, state: Mapping[str, Tensor]) -> None:
+def load_backbone(model: TruncatedResNet50, state: Mapping[str, Tensor]) -> None:
     """Copy into `model.backbone` every tensor that the cut keeps; those behind the cut are ignored.
 
     Batch normalisation's `num_batches_tracked`, which inference and training here never read, may be missing.

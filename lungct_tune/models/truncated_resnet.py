@@ -21,7 +21,7 @@ HEAD_WIDTHS = (256, 128)
 """Units of the two hidden dense layers. The publication names three dense layers but not their widths."""
 
 
-class CutResNet(nn.Module):
+class TruncatedResNet50(nn.Module):
     """ResNet50 up to its k-th ReLU, then pooling, batch normalisation and three dense layers.
 
     `backbone` holds what the k-th ReLU depends on and nothing else, neither as parameter nor as arithmetic;
@@ -47,7 +47,7 @@ class CutResNet(nn.Module):
             raise ValueError(
                 f"frozen depth is {frozen_depth}; allowed are 0 to the truncation depth {truncation_depth}"
             )
-        self.backbone = cut(truncation_depth).to_empty(device="cpu")
+        self.backbone = truncate(truncation_depth).to_empty(device="cpu")
         _initialise(self.backbone)
         channels = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
         self.head = _head(channels, dropout, classes)
@@ -64,7 +64,7 @@ class CutResNet(nn.Module):
         logits_NC: Tensor = self.head(self.backbone(images_NCHW)["features"])
         return logits_NC
 
-    def train(self, mode: bool = True) -> CutResNet:
+    def train(self, mode: bool = True) -> TruncatedResNet50:
         """As `nn.Module.train`, but frozen layers stay in eval mode."""
         super().train(mode)
         for name in self.frozen:
@@ -72,7 +72,7 @@ class CutResNet(nn.Module):
         return self
 
 
-def cut(truncation_depth: int) -> fx.GraphModule:
+def truncate(truncation_depth: int) -> fx.GraphModule:
     """ResNet50 up to its k-th ReLU, as shapes only (on the meta device): {"features": (N, C, h, w)}.
 
     Building and tracing 25 million parameters costs a second, on the meta device a tenth of that.

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.auditing.conclusions import counted
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
@@ -128,7 +128,7 @@ def print_bundle(folder: Path, console: Console) -> None:
     """What a bundle holds, what it is worth, and how to use it."""
     config, metrics = (json.loads((folder / name).read_text()) for name in (CONFIG, METRICS))
     best = metrics["best_trial"]
-    configuration = Configuration(**config["training"]["configuration"])
+    configuration = Hyperparameters(**config["training"]["configuration"])
     console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
     if metrics["test"] is None:
         console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lungct_tune.experiment.results import Findings
+from lungct_tune.experiment.results import SearchResults
 
 SAME_GROUP = "an image of the same group (a copy, or of the same series or patient)"
 """What a test image has in train or validation that has been seen."""
@@ -26,13 +26,13 @@ def figure(f: Mapping[str, Any]) -> str:
     return percent(f["value"]) + (f" ({interval(f)})" if f["ci95"] else "")
 
 
-def endings(found: Findings) -> str:
+def endings(found: SearchResults) -> str:
     """How many trials ended how, in words."""
     return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"
 
 
 def in_words(figure: Mapping[str, Any], style: str = ".3f") -> str:
-    """A figure of `judge` with its interval."""
+    """A figure of `evaluate_predictions` with its interval."""
     if figure["value"] is None:
         return "not defined"
     value = format(figure["value"], style)

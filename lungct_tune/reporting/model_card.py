@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CARD
-from lungct_tune.experiment.results import Findings
-from lungct_tune.experiment.study import configuration_of
-from lungct_tune.models.complexity import _sums, anatomy
+from lungct_tune.experiment.results import SearchResults
+from lungct_tune.experiment.study import hyperparameters_of
+from lungct_tune.models.complexity import _sums, model_profile
 from lungct_tune.reporting import verdict
 from lungct_tune.reporting.format import SAME_GROUP
 from lungct_tune.reporting.html import render
@@ -15,14 +15,14 @@ from lungct_tune.reporting.search_section import about_the_search
 from lungct_tune.reporting.test_section import about_calibration, references
 
 
-def model_card(name: str, found: Findings) -> bytes:
+def model_card(name: str, found: SearchResults) -> bytes:
     """MODEL_CARD.md of a search that has ended.
 
     After Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology: Artificial Intelligence 2024).
     """
     assert found.winner is not None and found.test is not None
-    configuration = configuration_of(found.winner)
-    network = anatomy(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
+    configuration = hyperparameters_of(found.winner)
+    network = model_profile(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
     shown = {
         "name": name,
         "found": found,

@@ -9,12 +9,11 @@ from typing import Any
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation.inference import build_model
-from lungct_tune.experiment.bundle import CARD, MODEL, REPORT
-from lungct_tune.experiment.results import Findings
+from lungct_tune.experiment.bundle import MODEL, REPORT
+from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting import verdict
 from lungct_tune.reporting.format import SAME_GROUP
 from lungct_tune.reporting.html import pairs_of_copies, render
-from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.search_section import TRIAL_COLUMNS, _search_charts, about_the_search, failures, trial_rows
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, _judged, compared_accuracies
@@ -24,12 +23,7 @@ PAIRS_SHOWN = 6
 """Of the pairs of copies that the audit found; its own page shows more."""
 
 
-def pages(name: str, found: Findings, pictures: Pictures) -> dict[str, bytes]:
-    """The pages of a bundle, by file name."""
-    return {REPORT: report_page(name, found, pictures), CARD: model_card(name, found)}
-
-
-def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
+def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
     """report.html: one file without links to others.
 
     Args:
@@ -76,7 +70,7 @@ def report_page(name: str, found: Findings, pictures: Pictures) -> bytes:
     return render(REPORT, shown)
 
 
-def _pairs(found: Findings, pictures: Pictures) -> list[dict[str, Any]]:
+def _pairs(found: SearchResults, pictures: Pictures) -> list[dict[str, Any]]:
     return pairs_of_copies(found.audit, pictures.images.root, PAIRS_SHOWN) if found.audit and pictures.images else []
 
 
@@ -86,7 +80,7 @@ def command(settings: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", "lungct_tune.search", *flags(settings, names)])
 
 
-def facts(found: Findings) -> list[tuple[str, str]]:
+def facts(found: SearchResults) -> list[tuple[str, str]]:
     """What the figures rest on: data, seed, machines, time."""
     history = [epoch for trial in found.trials for epoch in trial.user_attrs.get("history", [])]
     training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in history)

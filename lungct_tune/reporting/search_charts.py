@@ -25,8 +25,8 @@ from lungct_tune.experiment.study import (
     STOPPED,
     _tip,
     best_figures,
-    configuration_of,
     how_ended,
+    hyperparameters_of,
 )
 from lungct_tune.reporting.format import parameter_name
 from lungct_tune.reporting.svg import (
@@ -127,7 +127,7 @@ def slice_of(
         if figures:
             share = len(trial.user_attrs["history"]) / epochs
             (point,) = axes.plot(
-                [getattr(configuration_of(trial), name)],
+                [getattr(hyperparameters_of(trial), name)],
                 [figures[OBJECTIVE]],
                 "o",
                 color=_colour(trial.number, winner),
@@ -155,12 +155,12 @@ def parallel(
     axes = chart.axes
     seen = [trial for trial in trials if best_figures(trial)]
     names = list(distributions)
-    scaled = {name: _Scale([getattr(configuration_of(t), name) for t in seen], distributions[name]) for name in names}
+    scaled = {name: _Scale([getattr(hyperparameters_of(t), name) for t in seen], distributions[name]) for name in names}
     reached = [best_figures(trial)[OBJECTIVE] for trial in seen]
     scores = _Scale(reached, None)
     order = np.argsort(np.argsort(reached))
     for rank, trial in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0]):
-        heights = [scaled[name](getattr(configuration_of(trial), name)) for name in names]
+        heights = [scaled[name](getattr(hyperparameters_of(trial), name)) for name in names]
         colour, share = _colour(trial.number, winner), (rank + 1) / len(seen)
         special = colour != OTHER
         (line,) = axes.plot(

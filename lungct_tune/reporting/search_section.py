@@ -12,15 +12,15 @@ from optuna.trial import FrozenTrial
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import in_range
-from lungct_tune.experiment.results import Findings
+from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import (
     BASELINE,
     COMPLETED,
     DIVERGED,
     FAILED,
     best_figures,
-    configuration_of,
     how_ended,
+    hyperparameters_of,
 )
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent
@@ -38,7 +38,7 @@ FEWEST = 4
 """Completed trials that it takes to ask which parameter matters."""
 
 
-def about_the_search(found: Findings) -> list[str]:
+def about_the_search(found: SearchResults) -> list[str]:
     """What a sceptical reader asks of a search, a sentence or two each."""
     judged_on = {name: n for name, n in found.searched_on.items() if n}
     smallest, n = min(judged_on.items(), key=lambda pair: pair[1])
@@ -78,7 +78,7 @@ def about_the_search(found: Findings) -> list[str]:
     return said
 
 
-def _seeds_against_the_published(found: Findings, seeds: Mapping[str, Any]) -> str:
+def _seeds_against_the_published(found: SearchResults, seeds: Mapping[str, Any]) -> str:
     assert found.baseline is not None and found.winner is not None
     gain = f"{100 * (seeds['mean'] - best_figures(found.baseline)[OBJECTIVE]):+.1f} points against"
     if found.winner.number == BASELINE:
@@ -86,11 +86,11 @@ def _seeds_against_the_published(found: Findings, seeds: Mapping[str, Any]) -> s
     return f"{gain} the published configuration's one training, without the luck of being chosen"
 
 
-def _edges(found: Findings, winner: FrozenTrial) -> str:
+def _edges(found: SearchResults, winner: FrozenTrial) -> str:
     at = [
         f"{name.replace('_', ' ')} {value:.3g} ({where} of {in_range(distribution)})"
         for name, distribution in found.space.distributions.items()
-        for value in [getattr(configuration_of(winner), name)]
+        for value in [getattr(hyperparameters_of(winner), name)]
         if (where := edge(value, distribution))
     ]
     if not at:
@@ -118,7 +118,7 @@ def edge(value: float, distribution: BaseDistribution) -> str:
     return "" if low == high or EDGE < place < 1 - EDGE else "the lower end" if place <= EDGE else "the upper end"
 
 
-def _improving(found: Findings, winner: FrozenTrial) -> str:
+def _improving(found: SearchResults, winner: FrozenTrial) -> str:
     epochs, best = found.settings["epochs"], int(best_figures(winner)["epoch"])
     late = sum(how_ended(trial) == COMPLETED and _is_late(trial, epochs) for trial in found.trials)
     if _is_late(winner, epochs):
@@ -132,7 +132,7 @@ def _is_late(trial: FrozenTrial, epochs: int) -> bool:
     return bool(best_figures(trial)["epoch"] > epochs * (1 - LATE))
 
 
-def importance(found: Findings) -> dict[str, float]:
+def importance(found: SearchResults) -> dict[str, float]:
     """Optuna's importance of each parameter, the greatest first; empty where there are too few trials to tell."""
     completed = [
         trial
@@ -159,18 +159,18 @@ TRIAL_COLUMNS = (
 )
 
 
-def trial_rows(found: Findings) -> list[list[str | int]]:
+def trial_rows(found: SearchResults) -> list[list[str | int]]:
     """Every trial that began, as text under `TRIAL_COLUMNS`."""
     rows: list[list[str | int]] = []
     for trial in found.trials:
         best = best_figures(trial)
         figures = [f"{best[key]:.3f}" if best else "" for key in (OBJECTIVE, "accuracy", "log_loss")]
-        values = [f"{value:.3g}" for value in configuration_of(trial).as_dict().values()]
+        values = [f"{value:.3g}" for value in hyperparameters_of(trial).as_dict().values()]
         rows.append([trial.number, how_ended(trial), len(trial.user_attrs.get("history", [])), *figures, *values])
     return rows
 
 
-def failures(found: Findings) -> list[tuple[int, str]]:
+def failures(found: SearchResults) -> list[tuple[int, str]]:
     """The trials that diverged or failed, and why."""
     return [
         (trial.number, trial.user_attrs.get("ended", FAILED))
@@ -179,7 +179,7 @@ def failures(found: Findings) -> list[tuple[int, str]]:
     ]
 
 
-def _search_charts(found: Findings) -> dict[str, Any] | None:
+def _search_charts(found: SearchResults) -> dict[str, Any] | None:
     trials = found.trials
     if not any(best_figures(trial) for trial in trials):
         return None

@@ -12,9 +12,9 @@ import pandas as pd
 from PIL import Image
 
 from lungct_tune.data import ImageSet
-from lungct_tune.experiment.results import Findings, Predictions
-from lungct_tune.models.gradcam import look
-from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.experiment.results import Predictions, SearchResults
+from lungct_tune.models.gradcam import grad_cam
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.reporting import test_charts
 from lungct_tune.reporting.html import data_uri
 
@@ -92,7 +92,7 @@ class Pictures:
 class Network:
     """A bundle's model, for looking at what it looks at."""
 
-    model: CutResNet
+    model: TruncatedResNet50
     classes: list[str]
     normalisation: str
 
@@ -189,7 +189,7 @@ def _add_pictures(
     if said.classes != network.classes:
         return ""
     classes_N2 = np.stack([said.said_N[rows], said.labels_N[rows]], axis=1)
-    maps_N2hw, again_NC = look(network.model, images_NHW, classes_N2, network.normalisation)
+    maps_N2hw, again_NC = grad_cam(network.model, images_NHW, classes_N2, network.normalisation)
     for case, maps_2hw in zip(cases, maps_N2hw, strict=True):
         case["maps"] = [_map(map_hw) for map_hw in maps_2hw[: 1 + (case["said"] != case["truth"])]]
     same = int((again_NC.argmax(axis=1) == said.said_N[rows]).sum())
@@ -212,7 +212,7 @@ def _map(map_hw: np.ndarray) -> str:
     return data_uri(image, quality=50)
 
 
-def find_pictures(found: Findings, data: str | Path | None) -> Pictures:
+def find_pictures(found: SearchResults, data: str | Path | None) -> Pictures:
     """The images of a search, from `data` or where the search had them; why not, if they are not there."""
     from lungct_tune.data import DataError, fetch_images, make_phantoms, read_images
     from lungct_tune.data.cache import default_cache

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from lungct_tune.auditing.shortcuts import RULES
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.experiment.results import Findings
+from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import (
     best_figures,
-    configuration_of,
+    hyperparameters_of,
 )
 from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, percent
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 
 
-def verdict(found: Findings) -> tuple[str, str, str]:
+def verdict(found: SearchResults) -> tuple[str, str, str]:
     """What was asked, what was found, what it is worth: a sentence each."""
     return _asked(found), _found_out(found), _worth(found)
 
 
-def _asked(found: Findings) -> str:
+def _asked(found: SearchResults) -> str:
     *others, last = found.classes
     split = {
         "grouped": "split so that copies and slices of one series stay together",
@@ -30,12 +30,12 @@ def _asked(found: Findings) -> str:
     )
 
 
-def _found_out(found: Findings) -> str:
+def _found_out(found: SearchResults) -> str:
     if found.winner is None:
         if found.has_failed:
             return f"Nothing: of {found.done} trials ({endings(found)}) none ran to its end."
         return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({endings(found)})."
-    what = f"trial {found.winner.number} ({configuration_of(found.winner)})"
+    what = f"trial {found.winner.number} ({hyperparameters_of(found.winner)})"
     if found.test is None:
         return (
             f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "
@@ -51,7 +51,7 @@ def _found_out(found: Findings) -> str:
     )
 
 
-def _worth(found: Findings) -> str:
+def _worth(found: SearchResults) -> str:
     """The gravest thing that there is to say against what was found; of what leaks, by the figures without it."""
     test = found.test
     if found.phantoms:
@@ -95,7 +95,7 @@ def _worth(found: Findings) -> str:
     )
 
 
-def standing(found: Findings) -> str:
+def standing(found: SearchResults) -> str:
     """What a search lacks that has no test results; "" for one that has."""
     if found.test is not None:
         return ""

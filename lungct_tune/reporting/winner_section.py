@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
-from lungct_tune.experiment.results import Findings
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import (
     best_figures,
-    configuration_of,
+    hyperparameters_of,
 )
-from lungct_tune.models.complexity import _sums, anatomy
+from lungct_tune.models.complexity import _sums, model_profile
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, activation_nodes
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import percent
 from lungct_tune.training.objective import OBJECTIVE
 
 
-def compared(configuration: Configuration) -> list[tuple[str, str, str]]:
+def compared(configuration: Hyperparameters) -> list[tuple[str, str, str]]:
     """The published configuration and another, parameter by parameter, as text."""
     ours, theirs = configuration.as_dict(), PUBLISHED.as_dict()
     ours["frozen_depth"], theirs["frozen_depth"] = configuration.frozen_depth, PUBLISHED.frozen_depth
     return [(name.replace("_", " "), f"{theirs[name]:.3g}", f"{ours[name]:.3g}") for name in ours]
 
 
-def _winner(found: Findings) -> dict[str, Any] | None:
+def _winner(found: SearchResults) -> dict[str, Any] | None:
     if found.winner is None:
         return None
-    configuration, best = configuration_of(found.winner), best_figures(found.winner)
+    configuration, best = hyperparameters_of(found.winner), best_figures(found.winner)
     size, classes = found.settings["image_size"], len(found.classes)
-    ours, whole = (anatomy(depth, classes, size) for depth in (configuration.truncation_depth, ACTIVATIONS))
-    published = anatomy(PUBLISHED.truncation_depth, classes, size)
+    ours, whole = (model_profile(depth, classes, size) for depth in (configuration.truncation_depth, ACTIVATIONS))
+    published = model_profile(PUBLISHED.truncation_depth, classes, size)
     baseline = best_figures(found.baseline) if found.baseline else None
     history, published_history = found.winner.user_attrs["history"], []
     if found.baseline and found.baseline.number != found.winner.number:

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.pretrained import load_backbone
-from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.augmentation import Augmentation
 
 LABEL_SMOOTHING = 0.1
@@ -36,7 +36,7 @@ class NotFiniteLoss(ArithmeticError):
     """A loss or gradient was infinite or not a number; the message names epoch and step."""
 
 
-class Training:
+class Trainer:
     """One training of one configuration on this worker, together with all workers of the process group.
 
     Every worker calls the constructor and every method at the same time with the same arguments. Seeds torch's
@@ -65,7 +65,7 @@ class Training:
 
     def __init__(
         self,
-        configuration: Configuration,
+        configuration: Hyperparameters,
         *,
         images_NHW: Tensor,
         labels_N: Tensor,
@@ -98,7 +98,9 @@ class Training:
 
         torch.backends.cudnn.deterministic = True  # the same trial gives the same figures in every slot
         torch.manual_seed(seed)
-        model = CutResNet(configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes)
+        model = TruncatedResNet50(
+            configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes
+        )
         if backbone_state is not None:
             load_backbone(model, backbone_state)
         self.model, self.network = _place(model, self.device, self.world)
@@ -169,7 +171,7 @@ class Training:
         self.epoch = state["epoch"]
 
     def model_state(self) -> dict[str, Tensor]:
-        """A copy of the `CutResNet`'s state, contiguous on the CPU, as safetensors wants it."""
+        """A copy of the `TruncatedResNet50`'s state, contiguous on the CPU, as safetensors wants it."""
         return {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, value in self.model.state_dict().items()
@@ -249,7 +251,7 @@ def _class_weights(labels_N: Tensor, classes: int) -> Tensor:
     return len(labels_N) / (present_C.sum() * counts_C.clamp(min=1)) * present_C
 
 
-def _place(model: CutResNet, device: torch.device, world: int) -> tuple[CutResNet, nn.Module]:
+def _place(model: TruncatedResNet50, device: torch.device, world: int) -> tuple[TruncatedResNet50, nn.Module]:
     """The model on its device, and what to train: itself, or its data-parallel wrapper."""
     model = model.to(device).to(memory_format=torch.channels_last)
     if world == 1:
@@ -260,7 +262,7 @@ def _place(model: CutResNet, device: torch.device, world: int) -> tuple[CutResNe
     return model, DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def _optimizer(model: CutResNet, configuration: Configuration) -> torch.optim.AdamW:
+def _optimizer(model: TruncatedResNet50, configuration: Hyperparameters) -> torch.optim.AdamW:
     """AdamW with a learning rate each for backbone and head; biases and norms (vectors) do not decay."""
     groups = []
     for part, peak_lr in ((model.backbone, configuration.backbone_lr), (model.head, configuration.head_lr)):

@@ -19,25 +19,25 @@ FINAL_SHARE = 16
 
 
 @dataclass(frozen=True)
-class Allotment:
+class ResourcePlan:
     """How a search divides a cluster into slots."""
 
     slots: int
     workers: int
     resources_per_worker: dict[str, float]
-    room: int
+    capacity: int
     """How many slots the nodes that are there now hold; the others wait for nodes."""
 
     def __str__(self) -> str:
-        waiting = f" (room for {min(self.room, self.slots)} now; the others start as nodes come)"
+        waiting = f" (room for {min(self.capacity, self.slots)} now; the others start as nodes come)"
         return (
             f"{_count(self.slots, 'slot')} of {_count(self.workers, 'worker')} with "
-            f"{_amounts(self.resources_per_worker)} each{waiting if self.room < self.slots else ''}"
+            f"{_amounts(self.resources_per_worker)} each{waiting if self.capacity < self.slots else ''}"
         )
 
 
 @dataclass(frozen=True)
-class FinalAllotment:
+class RetrainingResources:
     """What of a cluster the final retraining takes."""
 
     workers: int
@@ -72,8 +72,8 @@ def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | Non
 
 def divide(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
-) -> Allotment:
-    """`allot` for a cluster of nodes with these resources, and with these that may come (see `nodes_to_come`).
+) -> ResourcePlan:
+    """`plan_resources` for a cluster of these nodes, and of those that may come (see `autoscaler_nodes`).
 
     Raises:
         ClusterError: not even one slot will ever fit, or fewer than asked.
@@ -90,13 +90,13 @@ def divide(
             f"{slots * settings.workers} are needed. It has {_count(len(nodes), 'node')}: {have}. Lower --slots, "
             "--workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
         )
-    return Allotment(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)
+    return ResourcePlan(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)
 
 
-def divide_final(
+def divide_for_retraining(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
-) -> FinalAllotment:
-    """`allot_final` for a cluster of nodes with these resources, and with these that may come.
+) -> RetrainingResources:
+    """`plan_retraining_resources` for a cluster of nodes with these resources, and with these that may come.
 
     Raises:
         ClusterError: there will never be as many as asked.
@@ -109,14 +109,14 @@ def divide_final(
     if settings.final_workers is None:
         fits = _workers_that_fit(nodes, each) or most
         shares = [n for n in range(1, fits + 1) if batch % n == 0 and batch // n >= FINAL_SHARE]
-        return FinalAllotment(max(shares, default=1), each)
+        return RetrainingResources(max(shares, default=1), each)
     too_many = to_come is not None and settings.final_workers > most
     if too_many or batch % settings.final_workers or batch // settings.final_workers < 2:
         raise ClusterError(
             f"--final-workers {settings.final_workers} cannot be: the cluster holds {most} workers, and the batch of "
             f"{batch} images must divide evenly among them, two or more for each"
         )
-    return FinalAllotment(settings.final_workers, each)
+    return RetrainingResources(settings.final_workers, each)
 
 
 def _each(

@@ -19,25 +19,25 @@ from lungct_tune.config.settings import Settings
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.allocation import (
-    Allotment,
     ClusterError,
-    FinalAllotment,
+    ResourcePlan,
+    RetrainingResources,
     _amounts,
     _count,
     divide,
-    divide_final,
+    divide_for_retraining,
     workers_of,
 )
 from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
 
-PATIENCE_S = 7 * 24 * 3600
+WORKER_START_TIMEOUT_S = 7 * 24 * 3600
 """How long a group of workers waits for room. What waits is what the autoscaler sees, and brings nodes for."""
 
 POLL_S = 0.25
 """Seconds between Ray Train's looks at a group of workers. Those of the final retraining wait for one each epoch."""
 
 
-ANSWER_S = 120.0
+STORAGE_CHECK_TIMEOUT_S = 120.0
 """How long a node may take to read and write a small file, before the search begins: S3 alone is asked for a minute."""
 
 
@@ -59,7 +59,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             "node of the cluster, or send the command there with `ray job submit`"
         )
     # read where groups of workers are started: in the slots, to which Tune sends it on, and here
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PATIENCE_S))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT_S))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # run_search listens to that handler for Ctrl-C
     # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
@@ -98,27 +98,27 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
-def allot(settings: Settings) -> Allotment:
+def plan_resources(settings: Settings) -> ResourcePlan:
     """Slots that the cluster at hand holds or can grow to hold, by the settings where they say.
 
     Raises:
         ClusterError: not even one slot will ever fit, or fewer than asked.
     """
-    return divide(settings, _nodes(), nodes_to_come())
+    return divide(settings, _nodes(), autoscaler_nodes())
 
 
-def allot_final(settings: Settings) -> FinalAllotment:
+def plan_retraining_resources(settings: Settings) -> RetrainingResources:
     """Workers of the final retraining: as many as useful of the nodes that are there, else of those to come.
 
     Raises:
         ClusterError: there will never be as many as asked.
     """
-    return divide_final(settings, _nodes(), nodes_to_come())
+    return divide_for_retraining(settings, _nodes(), autoscaler_nodes())
 
 
-def sees_one_file_system(experiment: Experiment) -> bool:
+def has_shared_file_system(experiment: Experiment) -> bool:
     """Whether every node, those to come too, can open a file where the study lies."""
-    return experiment.is_local or (len(ray.nodes()) == 1 and nodes_to_come() == [])
+    return experiment.is_local or (len(ray.nodes()) == 1 and autoscaler_nodes() == [])
 
 
 def machines() -> str:
@@ -137,7 +137,7 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_to_come() -> Sequence[Mapping[str, float]] | None:
+def autoscaler_nodes() -> Sequence[Mapping[str, float]] | None:
     """The resources of every worker node that the cluster's autoscaler would bring if all were needed.
 
     Empty where there is no autoscaler, or all that it may bring are there; None where that cannot be told from this
@@ -171,7 +171,7 @@ def check_storage(experiment: Experiment) -> None:
         for node in nodes
     ]
     try:
-        ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)
+        ray.wait(answers, num_returns=len(answers), timeout=STORAGE_CHECK_TIMEOUT_S)
         for node, answer in zip(nodes, answers, strict=True):
             name = f"node {node['NodeManagerAddress']}"
             try:
@@ -181,8 +181,8 @@ def check_storage(experiment: Experiment) -> None:
                 raise error.cause if refused else StorageError(f"{name}: {error.cause}") from error
             except ray.exceptions.GetTimeoutError as error:
                 raise StorageError(
-                    f"{name}: {experiment.uri}: neither written nor refused within {ANSWER_S:g} s; look there whether "
-                    "it is mounted and answers"
+                    f"{name}: {experiment.uri}: neither written nor refused within {STORAGE_CHECK_TIMEOUT_S:g} s; "
+                    "look there whether it is mounted and answers"
                 ) from error
             except ray.exceptions.RayError as error:
                 raise StorageError(

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from ray import train
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import Judged
+from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.tuning.shared_data import Material
+from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.workers import START_ATTEMPTS
 
 MAX_FAILURES = 3
@@ -36,8 +36,8 @@ class FinalPlan:
     """
 
     experiment: Experiment
-    material: Material
-    configuration: Configuration
+    material: SharedDataset
+    configuration: Hyperparameters
     seed: int
     train_indices: np.ndarray
     test_indices: np.ndarray
@@ -45,7 +45,7 @@ class FinalPlan:
     resources_per_worker: dict[str, float]
 
 
-def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
+def retrain_and_predict(plan: FinalPlan, name: str) -> RetrainedModel:
     """Runs the retraining as an ordinary TorchTrainer run; one that was interrupted goes on where it was.
 
     Args:
@@ -88,7 +88,7 @@ def retrain_and_judge(plan: FinalPlan, name: str) -> Judged:
         signal.signal(signal.SIGINT, before)
     assert result.checkpoint is not None  # the run ends with one
     with result.checkpoint.as_directory() as folder:
-        return Judged(
+        return RetrainedModel(
             weights=Path(folder, "model.safetensors").read_bytes(),
             probabilities_NC=np.load(Path(folder, "test_probabilities.npy")),
         )

@@ -52,7 +52,7 @@ class _Live:
     """The last thing that went wrong; a trial may have recovered from it."""
 
 
-class StudySearch(Searcher):  # type: ignore[misc]
+class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Ray Tune's searcher over an Optuna study.
 
     A suggestion depends on the seed, the trial's number and what the study's trials have shown, not on how
@@ -61,7 +61,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
     Args:
         startup: how many trials Optuna draws at random before TPE has enough to learn from.
         folds: how many models a trial trains, each of which keeps a state.
-        made_with: noted of every trial that begins or goes on.
+        provenance: noted of every trial that begins or goes on.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class StudySearch(Searcher):  # type: ignore[misc]
         seed: int,
         startup: int,
         folds: int = 1,
-        made_with: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup, self._folds, self._made_with = startup, folds, dict(made_with or {})
+        self._startup, self._folds, self._made_with = startup, folds, dict(provenance or {})
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
         study.sampler = self._sampler()
@@ -178,10 +178,10 @@ class StudySearch(Searcher):  # type: ignore[misc]
         return {}  # Tune pickles its configuration for Tuner.restore, which the study makes needless
 
 
-class StudyPruning(FIFOScheduler):  # type: ignore[misc]
+class OptunaScheduler(FIFOScheduler):  # type: ignore[misc]
     """Ray Tune's scheduler that does what the study's pruner says."""
 
-    def __init__(self, search: StudySearch) -> None:
+    def __init__(self, search: OptunaSearcher) -> None:
         super().__init__()
         self._search = search
 

@@ -16,14 +16,14 @@ from lungct_tune.filesystem import StorageError
 if TYPE_CHECKING:
     import torch
 
-    from lungct_tune.config.hyperparameters import Configuration
+    from lungct_tune.config.hyperparameters import Hyperparameters
     from lungct_tune.config.settings import Settings
     from lungct_tune.data import ImageSet
-    from lungct_tune.training.trainer import Training
+    from lungct_tune.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Material:
+class SharedDataset:
     """Images, labels and pretrained weights for a group of workers; it travels as references.
 
     Whoever makes it decides what it holds: the slots of a search are made one without the test split.
@@ -59,15 +59,15 @@ class Material:
         return None if self.backbone is None else ray.get(self.backbone)
 
     def training(
-        self, configuration: Configuration, train_indices: np.ndarray, seed: int, alone: bool = False
-    ) -> Training:
+        self, configuration: Hyperparameters, train_indices: np.ndarray, seed: int, alone: bool = False
+    ) -> Trainer:
         """A training of one configuration; called in a Ray Train worker, by all of its group together or `alone`."""
         import torch
         from ray.train.torch import get_device
 
-        from lungct_tune.training.trainer import Training
+        from lungct_tune.training.trainer import Trainer
 
-        return Training(
+        return Trainer(
             configuration,
             images_NHW=self._images_NHW,
             labels_N=torch.from_numpy(self.labels_N),
@@ -86,14 +86,14 @@ class Material:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
 
-def material_of(
+def share_dataset(
     settings: Settings,
     images: ImageSet,
     rows: np.ndarray,
     backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None,
     epochs: int | None = None,
     path: Path | None = None,
-) -> Material:
+) -> SharedDataset:
     """Some of the images for the workers.
 
     Args:
@@ -105,7 +105,7 @@ def material_of(
         StorageError: see `share`.
     """
     assert settings.epochs is not None and settings.batch_size is not None  # decided by for_data()
-    return Material(
+    return SharedDataset(
         images=share(images.images_NHW, rows, path, object_store_room()),
         labels_N=images.table["label"].to_numpy()[rows],
         classes=len(images.classes),

@@ -18,7 +18,7 @@ from ray import tune
 from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker
 
@@ -123,7 +123,7 @@ class Group:
         """
         self._turn += 1
         self._mailbox.put.remote("order", self._turn, order)
-        what = f"trial {order['number']}: {Configuration(**order['configuration'])}"
+        what = f"trial {order['number']}: {Hyperparameters(**order['configuration'])}"
         answer = self._mailbox.get.options(name=what).remote("answer", self._turn)
         while not ray.wait([answer], timeout=1)[0]:
             if not self._run.is_alive():

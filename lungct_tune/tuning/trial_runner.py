@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.folder import VALID, Experiment, state_file, trial_folder
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank, validation_figures
-from lungct_tune.tuning.shared_data import Material
+from lungct_tune.tuning.shared_data import SharedDataset
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Fold:
     valid_indices: np.ndarray
 
 
-class WorkersTrial:
+class TrialRunner:
     """A worker's part of one trial. All workers of a slot make theirs, and call them, at the same time.
 
     A trial's figures are the means over its folds; its best epoch is that with the best means.
@@ -46,7 +46,7 @@ class WorkersTrial:
     """
 
     def __init__(
-        self, experiment: Experiment, material: Material, folds: Sequence[Fold], order: dict[str, Any]
+        self, experiment: Experiment, material: SharedDataset, folds: Sequence[Fold], order: dict[str, Any]
     ) -> None:
         import torch.distributed as dist
 
@@ -140,7 +140,7 @@ class _FoldModel:
     def __init__(
         self,
         experiment: Experiment,
-        material: Material,
+        material: SharedDataset,
         number: int,
         fold: Fold,
         order: dict[str, Any],
@@ -152,7 +152,7 @@ class _FoldModel:
         self._experiment, self._number, self._order, self._alone = experiment, number, order, alone
         self._labels_N, self._valid_indices = material.labels_N[fold.valid_indices], fold.valid_indices
         self.training = material.training(
-            Configuration(**order["configuration"]), fold.train_indices, order["seed"], alone=alone
+            Hyperparameters(**order["configuration"]), fold.train_indices, order["seed"], alone=alone
         )
         self._history: list[dict[str, float]] = []
         self._probabilities_NC = np.empty(0)

@@ -14,10 +14,10 @@ from rich.console import Console
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.study import finished_trials
-from lungct_tune.tuning.callbacks.clock import Clock
+from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.callbacks.progress import Progress
 from lungct_tune.tuning.callbacks.prometheus import Metrics
-from lungct_tune.tuning.searcher import StudyPruning, StudySearch
+from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.workers import NodeRefused, SlotPlan
 
@@ -49,26 +49,26 @@ def run_search(
         NodeRefused: a node that came later cannot use the storage; they are as they were then too.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
-    search = StudySearch(
+    search = OptunaSearcher(
         study,
         space,
         plan.experiment,
         seed=seed,
         startup=startup,
         folds=len(plan.folds),
-        made_with=made_with(plan),
+        provenance=provenance(plan),
     )
     remaining = trials - len(finished_trials(study))
     if remaining <= 0:
         return
-    clock = Clock(study, plan, slots)
+    clock = SlotTimeCallback(study, plan, slots)
     with Progress(study, trials, clock, console) as progress, clock:
         tuner = tune.Tuner(
             # the CPUs and GPUs are its workers' and reserved by them
             tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
                 search_alg=search,
-                scheduler=StudyPruning(search),
+                scheduler=OptunaScheduler(search),
                 num_samples=remaining,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -101,7 +101,7 @@ def run_search(
         raise KeyboardInterrupt
 
 
-def made_with(plan: SlotPlan) -> dict[str, Any]:
+def provenance(plan: SlotPlan) -> dict[str, Any]:
     """What a trial's figures depend on beside its configuration, seed and data."""
     resources = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
     return versions() | {"workers": plan.workers} | resources

@@ -16,8 +16,8 @@ import ray
 
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
-from lungct_tune.tuning.shared_data import Material
-from lungct_tune.tuning.trial_runner import Fold, WorkersTrial
+from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.trial_runner import Fold, TrialRunner
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
@@ -35,7 +35,7 @@ class SlotPlan:
     """All that a slot needs to know: the same for every slot of a search."""
 
     experiment: Experiment
-    material: Material
+    material: SharedDataset
     folds: tuple[Fold, ...]
     """One, or several whose mean is what a trial is worth."""
     workers: int
@@ -102,14 +102,14 @@ def run_worker(config: dict[str, Any]) -> None:
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
     first = get_context().get_world_rank() == 0
-    trial: WorkersTrial | None = None
+    trial: TrialRunner | None = None
     for turn in range(1, 2**62):
         order = ray.get(mailbox.get.remote("order", turn))
         if order is None:
             return
         if trial is None or trial.number != order["number"]:
             trial = None  # the model that was is gone before the next one comes
-            trial = WorkersTrial(plan.experiment, plan.material, plan.folds, order)
+            trial = TrialRunner(plan.experiment, plan.material, plan.folds, order)
         answer = trial.run_epoch()
         if first:
             ray.get(mailbox.put.remote("answer", turn, answer))

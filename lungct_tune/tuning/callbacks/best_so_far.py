@@ -16,7 +16,7 @@ from lungct_tune.experiment.study import best_trial, finished_trials
 from lungct_tune.filesystem import StorageError
 
 
-class BestSoFar(tune.Callback):  # type: ignore[misc]
+class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
     """Keeps `so_far/` on the storage whenever a trial that completed is the best.
 
     Args:

@@ -14,7 +14,7 @@ from lungct_tune.tuning.workers import SlotPlan
 COUNT_EVERY_S = 1.0
 
 
-class Clock(tune.Callback):  # type: ignore[misc]
+class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
     """Keeps in the study how long the search takes, and the time of its slots: of those that have room."""
 
     def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
@@ -24,7 +24,7 @@ class Clock(tune.Callback):  # type: ignore[misc]
         self.waiting = 0
         """How many slots wait for room on the cluster."""
 
-    def __enter__(self) -> Clock:
+    def __enter__(self) -> SlotTimeCallback:
         return self
 
     def __exit__(self, *_: object) -> None:

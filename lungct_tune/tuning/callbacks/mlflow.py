@@ -14,9 +14,9 @@ import optuna
 from optuna.trial import TrialState
 from rich.console import Console
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.study import COMPLETED, EPOCH_FIGURES, FAILED, STOPPED, best_figures, configuration_of
+from lungct_tune.experiment.study import COMPLETED, EPOCH_FIGURES, FAILED, STOPPED, best_figures, hyperparameters_of
 from lungct_tune.training.objective import OBJECTIVE
 
 PERIOD_S = 5
@@ -43,7 +43,7 @@ class _Run:
     ended: bool
 
 
-class MLflowCopy:
+class MLflowTracker:
     """A copy of a study in MLflow: an experiment of its name, a run for each trial, and one for the final model.
 
     What keeps it up looks what MLflow lacks, and adds it. So a trial that goes on after an interruption goes on in its
@@ -96,8 +96,8 @@ class MLflowCopy:
             if self._runs is None or thread.is_alive():
                 console.print(f"MLflow at {self._uri} lacks the end of this search", style="yellow", soft_wrap=True)
 
-    def add_final(self, trial: int, configuration: Configuration, epochs: int, test: Mapping[str, Any]) -> None:
-        """Has the final model, of this trial's configuration, and its figures on test (see `judge`) copied too."""
+    def add_final(self, trial: int, configuration: Hyperparameters, epochs: int, test: Mapping[str, Any]) -> None:
+        """Has the final model and its test figures (see `evaluate_predictions`) copied too."""
         figures = {name: test[name]["value"] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
         if interval := test["accuracy"]["ci95"]:
             figures |= {"accuracy_ci95_low": interval[0], "accuracy_ci95_high": interval[1]}
@@ -133,7 +133,7 @@ class MLflowCopy:
         for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.WAITING or "configuration" not in trial.user_attrs:
                 continue
-            run = self._run(f"trial_{trial.number:04d}", trial.datetime_start, configuration_of(trial).as_dict())
+            run = self._run(f"trial_{trial.number:04d}", trial.datetime_start, hyperparameters_of(trial).as_dict())
             if run.ended:
                 continue
             for figures in trial.user_attrs.get("history", [])[run.epochs :]:

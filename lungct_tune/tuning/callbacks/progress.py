@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from lungct_tune.experiment.study import best_figures, best_trial, configuration_of, finished_trials
+from lungct_tune.experiment.study import best_figures, best_trial, finished_trials, hyperparameters_of
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.callbacks.clock import Clock
+from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 
 SAY_WAITING_AFTER_S = 30.0
 
@@ -22,7 +22,7 @@ SAY_WAITING_AFTER_S = 30.0
 class Progress(tune.Callback):  # type: ignore[misc]
     """Shows trials done of all, the best so far, epochs a second and the time left."""
 
-    def __init__(self, study: optuna.Study, trials: int, clock: Clock, console: Console) -> None:
+    def __init__(self, study: optuna.Study, trials: int, clock: SlotTimeCallback, console: Console) -> None:
         self._study, self._trials, self._clock, self._console = study, trials, clock, console
         self._said_waiting = False
         self._began, self._epochs = time.monotonic(), 0
@@ -61,7 +61,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._done = len(finished)
         if (best := best_trial(finished)) is not None:
             figures = best_figures(best)
-            self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {configuration_of(best)})"
+            self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {hyperparameters_of(best)})"
         if self._console.is_terminal:
             return
         number = trial.config["number"]

@@ -25,7 +25,7 @@ from lungct_tune.experiment.study import (
     how_ended,
 )
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.callbacks.clock import Clock
+from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""
@@ -37,7 +37,7 @@ class Metrics(tune.Callback):  # type: ignore[misc]
     The share of training time is the inverse of the bundle's `overhead_ratio`, as far as the search has come.
     """
 
-    def __init__(self, study: optuna.Study, search: str, trials: int, clock: Clock) -> None:
+    def __init__(self, study: optuna.Study, search: str, trials: int, clock: SlotTimeCallback) -> None:
         def metric(kind: type[Metric], name: str, description: str, *tags: str) -> Any:
             return kind(name, description, ("search", *tags)).set_default_tags({"search": search})
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CT_WEIGHTS as REAL
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import ResNet50_Weights, resnet50
 
 from lungct_tune.models.pretrained import WeightsError, covered_depth, load_backbone, read_weights
-from lungct_tune.models.truncated_resnet import CutResNet
-
-REAL = Path(__file__).parents[2] / "shared" / "weights" / "resnet_ct_k22.pth"
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_reads_a_torch_file_with_the_usual_prefixes_and_wrappers(
 def test_reads_safetensors(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({f"backbone.{key}": value for key, value in without_layer3(state).items()}, path)
-    model = CutResNet(22)
+    model = TruncatedResNet50(22)
     load_backbone(model, read_weights(str(path)))
     assert all(torch.equal(value, state[key]) for key, value in model.backbone.state_dict().items())
 
@@ -106,7 +105,7 @@ def test_a_partial_file_serves_the_cuts_that_it_covers(state: dict[str, Tensor])
     assert covered_depth({key: value for key, value in state.items() if "layer2.0.downsample" not in key}) == 12
     assert covered_depth({}) == 0
     for depth in (10, 22):
-        model = CutResNet(depth)
+        model = TruncatedResNet50(depth)
         load_backbone(model, partial)
         kept = {key: value for key, value in model.backbone.state_dict().items() if key in partial}
         assert kept and all(torch.equal(value, partial[key]) for key, value in kept.items())
@@ -114,7 +113,7 @@ def test_a_partial_file_serves_the_cuts_that_it_covers(state: dict[str, Tensor])
 
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(state: dict[str, Tensor]) -> None:
     partial = without_layer3(state) | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
-    model = CutResNet(26)
+    model = TruncatedResNet50(26)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(WeightsError) as error:
         load_backbone(model, partial)
@@ -130,9 +129,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(state: dict[str, Tenso
 def test_the_real_weights_fill_a_cut_at_22_with_no_key_left_over() -> None:
     real = read_weights(str(REAL))
     assert covered_depth(real) == 22
-    model = CutResNet(22)
+    model = TruncatedResNet50(22)
     assert real.keys() == model.backbone.state_dict().keys()
     load_backbone(model, real)
     assert all(torch.equal(value, real[key]) for key, value in model.backbone.state_dict().items())
     with pytest.raises(WeightsError, match="up to 22"):
-        load_backbone(CutResNet(23), real)
+        load_backbone(TruncatedResNet50(23), real)

@@ -127,16 +127,16 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     import torch
     from safetensors.torch import load_file
 
-    from lungct_tune.experiment.study import best_figures, configuration_of, finished_trials
+    from lungct_tune.experiment.study import best_figures, finished_trials, hyperparameters_of
     from lungct_tune.models.preprocessing import as_grey, forward
-    from lungct_tune.models.truncated_resnet import CutResNet
+    from lungct_tune.models.truncated_resnet import TruncatedResNet50
     from lungct_tune.training.objective import validation_figures
 
     split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()
     valid = np.flatnonzero(split == "valid")
     grey_N1HW = as_grey(torch.from_numpy(images.images_NHW[valid]))
     for trial in finished_trials(study_of(finished)):
-        model = CutResNet(configuration_of(trial).truncation_depth, classes=4)
+        model = TruncatedResNet50(hyperparameters_of(trial).truncation_depth, classes=4)
         model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "best.safetensors"))
         with torch.no_grad():
             probabilities_NC = forward(model.eval(), grey_N1HW, "imagenet").softmax(dim=1).numpy()

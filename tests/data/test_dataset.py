@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CT_IMAGES as REAL
 from PIL import Image
 
 from lungct_tune.data import DataError, ImageSet, read_images
-
-REAL = Path(__file__).parents[1].parent / "shared" / "chest-ctscan"
 
 FOUR = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 PUBLISHED = (

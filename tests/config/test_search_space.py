@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lungct_tune.config.hyperparameters import PUBLISHED, Configuration
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.config.search_space import LIMITS, SpaceError, parse_space, read_space
 from lungct_tune.config.settings import SPACES
 
@@ -25,7 +25,7 @@ def test_the_spaces_that_ship_begin_with_the_published_configuration(file: Path)
 
 def test_default_varies_everything_and_fixes_the_whole_network_too() -> None:
     space = parse_space(read_space(SPACES / "default.yaml"), "default")
-    assert set(space.distributions) == {field.name for field in fields(Configuration)}
+    assert set(space.distributions) == {field.name for field in fields(Hyperparameters)}
     assert [trial.truncation_depth for trial in space.fixed_trials] == [20, 49]
     assert space.deepest == 49
 
@@ -36,7 +36,7 @@ def test_card_varies_only_the_card() -> None:
 
 
 def test_every_parameter_has_limits() -> None:
-    assert set(LIMITS) == {field.name for field in fields(Configuration)}
+    assert set(LIMITS) == {field.name for field in fields(Hyperparameters)}
 
 
 def test_ranges_choices_and_constants() -> None:
@@ -92,4 +92,4 @@ def test_a_missing_file_is_refused() -> None:
 
 @given(st.integers(1, 49), st.floats(0, 1))
 def test_frozen_depth_stays_within_the_cut(depth: int, share: float) -> None:
-    assert 0 <= Configuration(truncation_depth=depth, frozen_share=share).frozen_depth <= depth
+    assert 0 <= Hyperparameters(truncation_depth=depth, frozen_share=share).frozen_depth <= depth

@@ -11,7 +11,7 @@ from conftest import CT_IMAGES
 from near_copies import jpeg, rescaled, shifted, windowed
 from PIL import Image, ImageOps
 
-from lungct_tune.data import make_phantoms, read_images, split_images, twins_across
+from lungct_tune.data import group_overlap, make_phantoms, read_images, split_images
 from lungct_tune.data.copies import PRINT, Copy, find_copies
 
 if TYPE_CHECKING:
@@ -121,10 +121,10 @@ def test_no_grouped_split_parts_copies_and_the_official_one_counts_them(tmp_path
     group_of = image_set.table.set_index("path")["group"]
     paths = [path.relative_to(folder).as_posix() for path in (original, copy)]
     assert group_of[paths[0]] == group_of[paths[1]]
-    assert not twins_across(image_set, split_images(image_set, "grouped", 0)).any()
+    assert not group_overlap(image_set, split_images(image_set, "grouped", 0)).any()
     official = split_images(image_set, "official", 0)
     tests = image_set.table["path"].to_numpy()[official == "test"]
-    twins = tests[twins_across(image_set, official)]
+    twins = tests[group_overlap(image_set, official)]
     assert (paths[1] in twins) == (where == "test")
 
 

@@ -15,17 +15,17 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import CutResNet
-from lungct_tune.training.trainer import NotFiniteLoss, Training, schedule
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
+from lungct_tune.training.trainer import NotFiniteLoss, Trainer, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 PX = 32
-SMALL = Configuration(truncation_depth=5, backbone_lr=1e-3, head_lr=1e-2)
+SMALL = Hyperparameters(truncation_depth=5, backbone_lr=1e-3, head_lr=1e-2)
 NO_CHANCE = replace(SMALL, frozen_share=1.0, dropout=0.0)
 """Frozen and without dropout: what is left does not depend on how a batch is shared."""
 
@@ -47,7 +47,7 @@ def toy_data(n: int = 48) -> tuple[Tensor, Tensor]:
     return (noise_NHW + 60 * labels_N[:, None, None]).to(torch.uint8), labels_N
 
 
-def training(configuration: Configuration = SMALL, **changes: Any) -> Training:
+def training(configuration: Hyperparameters = SMALL, **changes: Any) -> Trainer:
     images_NHW, labels_N = toy_data()
     arguments: dict[str, Any] = {
         "images_NHW": images_NHW,
@@ -61,7 +61,7 @@ def training(configuration: Configuration = SMALL, **changes: Any) -> Training:
         "backbone_state": None,
         "device": "cpu",
     }
-    return Training(configuration, **arguments | changes)
+    return Trainer(configuration, **arguments | changes)
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -111,7 +111,7 @@ def test_the_fifth_training_in_a_process_gives_what_it_gives_as_the_first() -> N
     first = training()
     loss = first.train_epoch()
     for depth, frozen_share, seed in ((1, 0.0, 0), (11, 0.5, 1), (8, 1.0, 2)):
-        training(Configuration(truncation_depth=depth, frozen_share=frozen_share), seed=seed).train_epoch()
+        training(Hyperparameters(truncation_depth=depth, frozen_share=frozen_share), seed=seed).train_epoch()
     fifth = training()
     assert fifth.train_epoch() == loss
     assert_same(fifth.model_state(), first.model_state())
@@ -119,7 +119,7 @@ def test_the_fifth_training_in_a_process_gives_what_it_gives_as_the_first() -> N
 
 
 def test_frozen_layers_stay_as_they_were_and_all_others_learn() -> None:
-    half = training(Configuration(truncation_depth=8, frozen_share=0.5))  # one block and the stem
+    half = training(Hyperparameters(truncation_depth=8, frozen_share=0.5))  # one block and the stem
     before = half.model_state()
     half.train_epoch()
     after = half.model_state()
@@ -131,7 +131,7 @@ def test_frozen_layers_stay_as_they_were_and_all_others_learn() -> None:
 
 def test_starts_from_the_weights_it_is_given() -> None:
     torch.manual_seed(8)
-    state = CutResNet(5).backbone.state_dict()
+    state = TruncatedResNet50(5).backbone.state_dict()
     assert_same(training(backbone_state=state).model.backbone.state_dict(), state)
 
 
@@ -157,7 +157,7 @@ def test_classes_weigh_by_inverse_frequency_and_images_1_on_average() -> None:
 
 
 def test_backbone_and_head_have_their_rates_and_only_matrices_decay() -> None:
-    whole = training(Configuration(backbone_lr=1e-5, head_lr=1e-4, weight_decay=0.3))
+    whole = training(Hyperparameters(backbone_lr=1e-5, head_lr=1e-4, weight_decay=0.3))
     rate = {
         p: (group["peak_lr"], group["weight_decay"]) for group in whole.optimizer.param_groups for p in group["params"]
     }
@@ -179,7 +179,7 @@ def test_the_model_state_is_a_copy_that_rebuilds_the_model(tmp_path: Path) -> No
     save_file(state, tmp_path / "model.safetensors")
     probabilities_NC = trained.probabilities([3, 1])
     trained.train_epoch()
-    rebuilt = CutResNet(5, classes=4).eval()
+    rebuilt = TruncatedResNet50(5, classes=4).eval()
     rebuilt.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert_same(rebuilt.state_dict(), state)
     images_NHW, _ = toy_data()
@@ -194,7 +194,7 @@ def test_refuses_batches_too_small_to_normalise(size: dict[str, Any]) -> None:
         training(**size)
 
 
-def no_chance() -> Training:
+def no_chance() -> Trainer:
     """A training whose head norm, too, uses its running statistics, so that batches may be shared freely."""
     shared = training(NO_CHANCE)
     shared.model.frozen.append("head.norm")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ray.util.state import list_actors
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("cluster")
 
 EPOCHS = 2
-SHALLOW = Configuration(truncation_depth=4, backbone_lr=1e-3)
+SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
 def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
     from lungct_tune.data import fold_images, read_images, split_images
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.shared_data import Material, share
+    from lungct_tune.tuning.shared_data import SharedDataset, share
     from lungct_tune.tuning.slots import TuneSlot
     from lungct_tune.tuning.trial_runner import Fold
     from lungct_tune.tuning.workers import SlotPlan
@@ -50,7 +50,7 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
     fold_N = fold_images(images, searched, folds, seed=0) if folds > 1 else (split[searched] != "valid").astype(int)
     plan = SlotPlan(
         experiment=Experiment.at(str(folder), "one"),
-        material=Material(
+        material=SharedDataset(
             images=mapped,
             labels_N=images.table["label"].to_numpy(),
             classes=len(images.classes),
@@ -76,11 +76,11 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
         made.stop()
 
 
-def order(number: int, configuration: Configuration) -> dict[str, Any]:
+def order(number: int, configuration: Hyperparameters) -> dict[str, Any]:
     return {"number": number, "seed": 3, "configuration": configuration.as_dict()}
 
 
-def run(slot: Any, number: int, configuration: Configuration) -> list[dict[str, Any]]:
+def run(slot: Any, number: int, configuration: Hyperparameters) -> list[dict[str, Any]]:
     assert slot.reset(order(number, configuration))
     results = [slot.train()]
     while not results[-1]["done"]:
@@ -91,10 +91,10 @@ def run(slot: Any, number: int, configuration: Configuration) -> list[dict[str, 
 def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: Any) -> None:
     figures = ("epoch", OBJECTIVE, "accuracy", "log_loss", "train_loss")
     first = run(slot, 0, SHALLOW)
-    others = [Configuration(truncation_depth=k, dropout=0.1) for k in (7, 1)]
+    others = [Hyperparameters(truncation_depth=k, dropout=0.1) for k in (7, 1)]
     for number, configuration in enumerate(others, start=1):
         assert [result["epoch"] for result in run(slot, number, configuration)] == [1, 2]
-    *_, diverged = run(slot, 3, Configuration(truncation_depth=4, backbone_lr=1e18, head_lr=1e18))
+    *_, diverged = run(slot, 3, Hyperparameters(truncation_depth=4, backbone_lr=1e18, head_lr=1e18))
     assert "epoch" in diverged["diverged"] and diverged[OBJECTIVE] == 0
     fifth = run(slot, 4, SHALLOW)
     assert [[r[f] for f in figures] for r in fifth] == [[r[f] for f in figures] for r in first]
@@ -116,7 +116,7 @@ def test_a_trial_goes_on_from_its_last_epoch(slot: Any) -> None:
     whole = run(slot, 6, SHALLOW)
     slot.reset(order(7, SHALLOW))
     assert slot.train()["epoch"] == 1
-    run(slot, 8, Configuration(truncation_depth=1))  # something else takes the slot
+    run(slot, 8, Hyperparameters(truncation_depth=1))  # something else takes the slot
     slot.reset(order(7, SHALLOW))
     result = slot.train()
     assert (result["epoch"], result["done"]) == (2, True)
@@ -128,7 +128,7 @@ def test_a_state_of_another_study_is_not_taken_for_the_trials_own(slot: Any) -> 
     slot.reset(order(10, SHALLOW))
     assert slot.train()["epoch"] == 1
     run(slot, 11, SHALLOW)
-    slot.reset(order(10, Configuration(truncation_depth=4, backbone_lr=2e-3)))
+    slot.reset(order(10, Hyperparameters(truncation_depth=4, backbone_lr=2e-3)))
     assert slot.train()["epoch"] == 1
 
 
@@ -227,7 +227,7 @@ def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges
     import torch
 
     from lungct_tune.training.objective import OBJECTIVE_SD, rank, validation_figures
-    from lungct_tune.training.trainer import Training
+    from lungct_tune.training.trainer import Trainer
 
     results = run(slot_of_folds, 0, SHALLOW)
     plan = slot_of_folds.plan
@@ -236,7 +236,7 @@ def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges
     torch.set_num_threads(1)  # as the workers: sums of floats depend on it
     for fold in plan.folds:
         assert not set(fold.train_indices) & set(fold.valid_indices)
-        alone = Training(
+        alone = Trainer(
             SHALLOW,
             images_NHW=torch.from_numpy(np.load(plan.material.images)),
             labels_N=torch.from_numpy(labels_N.copy()),

@@ -9,7 +9,13 @@ from torchvision.models import resnet50
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from lungct_tune.models.pretrained import load_backbone
-from lungct_tune.models.truncated_resnet import ACTIVATIONS, CutResNet, activation_nodes, cut, layers_before
+from lungct_tune.models.truncated_resnet import (
+    ACTIVATIONS,
+    TruncatedResNet50,
+    activation_nodes,
+    layers_before,
+    truncate,
+)
 
 DEPTHS = range(1, ACTIVATIONS + 1)
 
@@ -57,7 +63,7 @@ def test_names_the_activations_as_the_design_counts_them() -> None:
 def test_every_cut_has_the_shape_of_the_table_and_no_more_parameters_than_the_next() -> None:
     parameters = []
     for depth in DEPTHS:
-        backbone = cut(depth)
+        backbone = truncate(depth)
         features = backbone(torch.empty(2, 3, 224, 224, device="meta"))["features"]
         channels, size = TABLE[depth - 1]
         assert features.shape == (2, channels, size, size), depth
@@ -68,12 +74,12 @@ def test_every_cut_has_the_shape_of_the_table_and_no_more_parameters_than_the_ne
 
 def test_nothing_behind_the_cut_remains() -> None:
     for depth in DEPTHS:
-        backbone = cut(depth)
+        backbone = truncate(depth)
         needed = layers_before(backbone, depth)
         calls = [node.target for node in backbone.graph.nodes if node.op == "call_module"]
         assert calls == needed, "arithmetic behind the cut"
         assert {key.rpartition(".")[0] for key in backbone.state_dict()} <= set(needed), "parameters behind the cut"
-    assert not any(key.startswith(("layer2.3.conv2", "layer3", "fc")) for key in cut(20).state_dict())
+    assert not any(key.startswith(("layer2.3.conv2", "layer3", "fc")) for key in truncate(20).state_dict())
 
 
 def test_every_cut_computes_what_the_whole_network_computes_there(whole: nn.Module) -> None:
@@ -85,16 +91,16 @@ def test_every_cut_computes_what_the_whole_network_computes_there(whole: nn.Modu
     with torch.inference_mode():
         expected = every(images_NCHW)
         for depth, node in enumerate(activation_nodes(), start=1):
-            model = CutResNet(depth).eval()
+            model = TruncatedResNet50(depth).eval()
             load_backbone(model, whole.state_dict())
             torch.testing.assert_close(model.backbone(images_NCHW)["features"], expected[node], msg=node)
 
 
 def test_a_random_backbone_starts_as_torchvisions_does_and_follows_the_global_seed() -> None:
     torch.manual_seed(1)
-    model = CutResNet(22)
+    model = TruncatedResNet50(22)
     torch.manual_seed(1)
-    again = CutResNet(22).state_dict()
+    again = TruncatedResNet50(22).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
     fresh = resnet50().state_dict()
     for key, value in model.backbone.state_dict().items():
@@ -105,7 +111,7 @@ def test_a_random_backbone_starts_as_torchvisions_does_and_follows_the_global_se
 
 
 def test_the_head_is_pooling_norm_and_three_dense_layers_with_dropout() -> None:
-    model = CutResNet(20, dropout=0.3, classes=5)
+    model = TruncatedResNet50(20, dropout=0.3, classes=5)
     kinds = [type(layer) for layer in model.head]
     dense, between = nn.Linear, [nn.ReLU, nn.Dropout]
     assert kinds == [
@@ -125,11 +131,11 @@ def test_the_head_is_pooling_norm_and_three_dense_layers_with_dropout() -> None:
 @pytest.mark.parametrize(("depth", "frozen"), [(0, 0), (50, 0), (20, -1), (20, 21)])
 def test_refuses_depths_that_do_not_exist(depth: int, frozen: int) -> None:
     with pytest.raises(ValueError, match="depth is"):
-        CutResNet(depth, frozen)
+        TruncatedResNet50(depth, frozen)
 
 
 def test_freezing_inside_a_block_takes_only_what_the_activation_depends_on() -> None:
-    model = CutResNet(22, frozen_depth=11)  # the first ReLU of layer2.0; its shortcut is not before it
+    model = TruncatedResNet50(22, frozen_depth=11)  # the first ReLU of layer2.0; its shortcut is not before it
     learning = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith(("conv1", "bn1", "layer1", "layer2.0.conv1", "layer2.0.bn1")) for name in learning)
     assert {"layer2.0.conv2.weight", "layer2.0.bn2.bias", "layer2.0.downsample.0.weight"} <= learning
@@ -139,12 +145,12 @@ def test_freezing_inside_a_block_takes_only_what_the_activation_depends_on() -> 
 
 @pytest.mark.parametrize("frozen", [1, 10, 11, 20])
 def test_autograd_keeps_nothing_of_frozen_layers(frozen: int) -> None:
-    assert saved_for_backward(CutResNet(frozen, frozen_depth=frozen).backbone) == []
-    model = CutResNet(20, frozen_depth=frozen)
+    assert saved_for_backward(TruncatedResNet50(frozen, frozen_depth=frozen).backbone) == []
+    model = TruncatedResNet50(20, frozen_depth=frozen)
     saved = saved_for_backward(model)
     frozen_weights = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
     assert frozen_weights.isdisjoint(tensor.data_ptr() for tensor in saved)
-    assert len(saved) < len(saved_for_backward(CutResNet(20, frozen_depth=frozen - 1)))
+    assert len(saved) < len(saved_for_backward(TruncatedResNet50(20, frozen_depth=frozen - 1)))
 
 
 def saved_for_backward(network: nn.Module) -> list[Tensor]:

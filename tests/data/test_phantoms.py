@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pytest
 from PIL import Image
-from test_data_images import FOUR
+from test_dataset import FOUR
 
 from lungct_tune.data import ImageSet, make_phantoms, read_images, split_images
 from lungct_tune.data.phantoms import SLICES

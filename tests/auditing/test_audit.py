@@ -21,7 +21,7 @@ from lungct_tune.auditing.audit import audit_images, copy_numbers, refuse_leaks,
 from lungct_tune.auditing.conclusions import conclude
 from lungct_tune.auditing.shortcuts import RULES, best_shortcut, measure_shortcuts
 from lungct_tune.data import DataError, ImageSet, fold_images, make_phantoms, read_images
-from lungct_tune.data.split import Dealt
+from lungct_tune.data.split import DataSplit
 from lungct_tune.reporting.html import pairs_of_copies
 
 
@@ -136,7 +136,7 @@ def test_strict_refuses_a_split_that_leaks(clean: Path) -> None:
     images = read_images(clean, 32, cache=clean.parent)
     folders = images.table["folder"].to_numpy(dtype=str)
     fold = fold_images(images, np.flatnonzero(folders != "test"), 2, 0)
-    refuse_leaks(audit_images(images, Dealt(images, folders, fold).parts, "official"))  # folds cut no group
+    refuse_leaks(audit_images(images, DataSplit(images, folders, fold).parts, "official"))  # folds cut no group
     with pytest.raises(DataError, match=r"4 of .* valid images are copies .*--split grouped"):
         refuse_leaks(audit_images(images, folders, "official"))
 

@@ -31,8 +31,8 @@ from processes import free_port, searching, wait_for
 from lungct_tune.data import DataError, fetch_images
 from lungct_tune.experiment.bundle import verify
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study_mirror import StudyCopy
-from lungct_tune.filesystem import StorageError, open_place
+from lungct_tune.experiment.study_mirror import StudyMirror
+from lungct_tune.filesystem import StorageError, resolve_filesystem
 from lungct_tune.search import main
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def test_a_node_that_has_no_right_to_the_storage_or_gets_no_answer_is_named(
 
     with pytest.raises(StorageError, match=r"^node [\d.]+: s3://bucket/\S+: cannot read \.probe: no right to"):
         check_storage(Experiment.at("s3://bucket/searches", "checked"))
-    monkeypatch.setattr("lungct_tune.tuning.cluster.ANSWER_S", 3.0)
+    monkeypatch.setattr("lungct_tune.tuning.cluster.STORAGE_CHECK_TIMEOUT_S", 3.0)
     s3.fault = lambda request: None if "Authorization" in request.headers else "stall"
     with pytest.raises(StorageError, match=r"^node [\d.]+: s3://bucket/\S+: neither written nor refused within 3 s"):
         check_storage(Experiment.at("s3://bucket/searches", "checked"))
@@ -295,10 +295,13 @@ def test_a_path_may_have_a_colon_and_an_at_sign(s3: Faulty) -> None:
 
 
 def test_google_is_asked_again_for_half_a_minute_and_named_as_the_user_did() -> None:
-    for filesystem in (open_place("gs://bucket/x")[0], pickle.loads(pickle.dumps(open_place("gs://bucket/x")[0]))):
+    for filesystem in (
+        resolve_filesystem("gs://bucket/x")[0],
+        pickle.loads(pickle.dumps(resolve_filesystem("gs://bucket/x")[0])),
+    ):
         assert filesystem.__reduce__()[1][0]["retry_time_limit"].total_seconds() == 30
     with pytest.raises(StorageError, match=r"^gs://bad%zz/x: not understood \(Cannot parse URI: 'gs://bad%zz/x' due"):
-        open_place("gs://bad%zz/x")
+        resolve_filesystem("gs://bad%zz/x")
 
 
 # ---- images by URI ------------------------------------------------------------------------------------
@@ -384,7 +387,7 @@ def test_the_studys_copy_follows_it_through_a_failing_storage_and_replaces_an_ol
                 study.execute("CREATE TABLE epochs (n INTEGER)")
             study.execute("INSERT INTO epochs VALUES (1)")
 
-    with StudyCopy(experiment, here):
+    with StudyMirror(experiment, here):
         add(here, table=True)
         wait_for(lambda: experiment.exists("study.db") and rows_of_the_copy() == 1)
         s3.fault = lambda request: 503 if request.command == "PUT" else None
@@ -396,15 +399,15 @@ def test_the_studys_copy_follows_it_through_a_failing_storage_and_replaces_an_ol
         add(here)  # at the last moment
     assert rows_of_the_copy() == 4
 
-    with StudyCopy(experiment, there):  # another machine goes on
+    with StudyMirror(experiment, there):  # another machine goes on
         assert rows(there) == 4
         add(there)
-    with StudyCopy(experiment, here):  # and then this one again
+    with StudyMirror(experiment, here):  # and then this one again
         assert rows(here) == 5
         s3.fault = lambda request: 503 if request.command == "PUT" else None
         add(here)  # and is stopped when the copy cannot be written
     s3.fault = lambda request: None
-    with StudyCopy(experiment, here):
+    with StudyMirror(experiment, here):
         assert rows(here) == 6
 
 
@@ -434,7 +437,7 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
         second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one"))
         outputs.append(second.communicate(timeout=900)[0])
         assert second.returncode == 0, outputs
-        print(*outputs, f"requests passed on and faults: {dict(failing.answered)}", sep="\n")
+        print(*outputs, f"requests passed on and checksum_errors: {dict(failing.answered)}", sep="\n")
 
         trials = copied_trials(tmp_path)
         assert [trial.number for trial in trials] == [0, 1, 2]

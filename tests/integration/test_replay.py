@@ -143,7 +143,7 @@ def test_before_a_trial_has_begun_there_is_none_to_train_again(
         data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=str(tmp_path), name="new"
     )
     plan = plan_search(begun, set())
-    plan.keep(plan.deal())
+    plan.save(plan.load_and_split())
     open_study(plan.study_url, "new", plan.space, 1, new=True)
     assert replay.main(["new", "0", "--storage", str(tmp_path)]) == 2
     assert "new has no trial 0; none has begun" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungct_tune.config.settings import validate
-from lungct_tune.tuning.allocation import ClusterError, divide, divide_final, workers_of
+from lungct_tune.tuning.allocation import ClusterError, divide, divide_for_retraining, workers_of
 from lungct_tune.tuning.cluster import connect
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def test_a_laptop_without_gpus() -> None:
     allotment = divide(settings(), LAPTOP, FIXED)
     assert (allotment.slots, allotment.resources_per_worker) == (2, {"CPU": 1})
     assert str(allotment) == "2 slots of 1 worker with 1 CPU each"
-    final = divide_final(settings(), LAPTOP, FIXED)
+    final = divide_for_retraining(settings(), LAPTOP, FIXED)
     assert str(final) == "2 workers with 1 CPU each"
 
 
@@ -74,13 +74,15 @@ def test_a_fraction_of_a_gpu_lies_on_one_gpu() -> None:
 def test_the_retraining_gives_every_worker_a_whole_gpu() -> None:
     node = [{"CPU": 16.0, "GPU": 2.0}]
     assert divide(settings(gpus_per_worker=0.25), node, FIXED).slots == 8
-    final = divide_final(settings(gpus_per_worker=0.25), node, FIXED)
+    final = divide_for_retraining(settings(gpus_per_worker=0.25), node, FIXED)
     assert (final.workers, final.resources_per_worker["GPU"]) == (2, 1)
 
 
 def test_no_more_slots_than_trials_and_enough_images_for_each_final_worker() -> None:
     assert divide(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).slots == 3
-    assert divide_final(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).workers == 4  # 16 images each
+    assert (
+        divide_for_retraining(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).workers == 4
+    )  # 16 images each
 
 
 HEAD = {"CPU": 0.0, "node:__internal_head__": 1.0}
@@ -99,16 +101,19 @@ def test_an_empty_cluster_is_divided_as_it_can_grow() -> None:
     to_come = workers_of(AUTOSCALED)
     assert to_come == [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}, {"CPU": 8}]
     allotment = divide(settings(), [HEAD], to_come)
-    assert (allotment.slots, allotment.room, allotment.resources_per_worker["GPU"]) == (8, 0, 1)
+    assert (allotment.slots, allotment.capacity, allotment.resources_per_worker["GPU"]) == (8, 0, 1)
     assert "8 slots of 1 worker with 1 CPU and 1 GPU each (room for 0 now" in str(allotment)
     assert divide(settings(), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).room == 4
 
 
 def test_the_retraining_takes_the_nodes_that_are_there_and_waits_only_where_there_are_none() -> None:
     to_come, batch = workers_of(AUTOSCALED), {"batch_size": 128}
-    assert divide_final(settings(**batch), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers == 4
-    assert divide_final(settings(**batch), [HEAD], to_come).workers == 8
-    assert divide_final(settings(**batch, final_workers=8), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers == 8
+    assert divide_for_retraining(settings(**batch), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers == 4
+    assert divide_for_retraining(settings(**batch), [HEAD], to_come).workers == 8
+    assert (
+        divide_for_retraining(settings(**batch, final_workers=8), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers
+        == 8
+    )
 
 
 def test_more_slots_than_fit_are_allowed_where_more_nodes_may_come() -> None:
@@ -137,7 +142,7 @@ def test_what_does_not_fit_is_refused_with_what_there_is(values: Any, nodes: Any
 
 def test_more_final_workers_than_fit_are_refused() -> None:
     with pytest.raises(ClusterError, match="--final-workers 4 cannot be: the cluster holds 2 workers"):
-        divide_final(settings(final_workers=4), LAPTOP, FIXED)
+        divide_for_retraining(settings(final_workers=4), LAPTOP, FIXED)
 
 
 @given(

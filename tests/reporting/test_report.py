@@ -22,18 +22,18 @@ from optuna.distributions import FloatDistribution
 
 from lungct_tune.auditing.audit import audit_images
 from lungct_tune.config.settings import Settings
-from lungct_tune.data import read_images, split_images, twins_across
-from lungct_tune.data.split import Dealt
+from lungct_tune.data import group_overlap, read_images, split_images
+from lungct_tune.data.split import DataSplit
 from lungct_tune.evaluation.bundle_files import describe_model, list_predictions
-from lungct_tune.evaluation.metrics import judge
+from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
 from lungct_tune.experiment.plan import Plan, plan_search
-from lungct_tune.experiment.results import PREDICTIONS, Findings, Predictions, read_findings
-from lungct_tune.experiment.study import best_trial, configuration_of, open_study
-from lungct_tune.models.complexity import anatomy
-from lungct_tune.models.gradcam import look
+from lungct_tune.experiment.results import PREDICTIONS, Predictions, SearchResults, read_results
+from lungct_tune.experiment.study import best_trial, hyperparameters_of, open_study
+from lungct_tune.models.complexity import model_profile
+from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import CutResNet
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.report import main
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
@@ -73,9 +73,9 @@ class Search:
         self.plan: Plan = plan_search(settings, set())
         self.images = read_images(data, 32, progress=False)
         self.split = split_images(self.images, "grouped", 0)
-        self.plan.keep(Dealt(self.images, self.split, None))
+        self.plan.save(DataSplit(self.images, self.split, None))
         self.study = open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
-        self._tune = studies.StudySearch(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
+        self._tune = studies.OptunaSearcher(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
 
     @property
     def folder(self) -> Path:
@@ -102,21 +102,21 @@ class Search:
         best = best_trial(self.study.trials)
         assert best is not None
         torch.manual_seed(0)
-        model = CutResNet(configuration_of(best).truncation_depth, classes=4).eval()
+        model = TruncatedResNet50(hyperparameters_of(best).truncation_depth, classes=4).eval()
         test = np.flatnonzero(self.split == "test")
         grey_N1HW = as_grey(torch.from_numpy(np.array(self.images.images_NHW[test])))
         with torch.no_grad():
             probabilities_NC = forward(model, grey_N1HW, "imagenet").softmax(dim=1).numpy()
         labels_N, groups_N = (self.images.table[column].to_numpy()[test] for column in ("label", "group"))
-        figures = judge(
+        figures = evaluate_predictions(
             labels_N,
             probabilities_NC,
             self.images.classes,
             groups_N,
             references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
-            twins_N=twins_across(self.images, self.split),
+            overlaps_N=group_overlap(self.images, self.split),
         )
-        configuration = configuration_of(best)
+        configuration = hyperparameters_of(best)
         files = {
             bundle.MODEL: safetensors.torch.save(model.state_dict()),
             bundle.CONFIG: bundle.as_json(describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)),
@@ -177,12 +177,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Search
 
 
 @pytest.fixture(scope="module")
-def found(finished: Search) -> Findings:
-    return read_findings(finished.plan.experiment)
+def found(finished: Search) -> SearchResults:
+    return read_results(finished.plan.experiment)
 
 
 @pytest.fixture(scope="module")
-def content(found: Findings) -> bytes:
+def content(found: SearchResults) -> bytes:
     return report_page("one", found, find_pictures(found, None))
 
 
@@ -198,7 +198,7 @@ def test_a_page_stands_alone_and_is_well_formed(content: bytes) -> None:
     assert b"#0a0b" not in content  # every colour of a chart has become one of the page's
 
 
-def test_a_page_says_the_figures_that_were_judged(found: Findings, content: bytes) -> None:
+def test_a_page_says_the_figures_that_were_judged(found: SearchResults, content: bytes) -> None:
     text = Page(content).text
     test = found.test
     assert test is not None
@@ -211,7 +211,7 @@ def test_a_page_says_the_figures_that_were_judged(found: Findings, content: byte
         assert all(f" {n} " in text for n in row)
 
 
-def test_a_page_and_its_card_have_the_audits_verdict(found: Findings, content: bytes) -> None:
+def test_a_page_and_its_card_have_the_audits_verdict(found: SearchResults, content: bytes) -> None:
     assert found.audit is not None
     text, card = Page(content).text, html.unescape(model_card("one", found).decode())
     for said in [found.audit["verdict"]["headline"], *found.audit["verdict"]["reasons"]]:
@@ -219,7 +219,7 @@ def test_a_page_and_its_card_have_the_audits_verdict(found: Findings, content: b
     assert "in grouped cross-validation, by rules" in text  # its figures, folded away
 
 
-def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found: Findings, content: bytes) -> None:
+def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found: SearchResults, content: bytes) -> None:
     predictions = pd.read_csv(io.BytesIO(found.bundle[PREDICTIONS]))
     wrong = predictions[predictions["predicted"] != predictions["class"]]
     page = Page(content)
@@ -231,7 +231,7 @@ def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found:
     assert f"named the same class for {shown} of {shown}" in page.text
 
 
-def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found: Findings, tmp_path: Path) -> None:
+def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found: SearchResults, tmp_path: Path) -> None:
     (tmp_path / "normal").mkdir()
     pictures = find_pictures(found, tmp_path)
     assert "--data DIR" in pictures.missing
@@ -239,14 +239,14 @@ def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found:
     assert page.images == 0 and "--data DIR" in page.text and ", taken for " in page.text
 
 
-def test_other_images_than_the_searchs_are_not_shown(found: Findings, phantoms: Path, tmp_path: Path) -> None:
+def test_other_images_than_the_searchs_are_not_shown(found: SearchResults, phantoms: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(phantoms, tmp_path / "copy")
     shutil.copy(next(copy.glob("train/normal/*")), next(copy.glob("test/normal/*")))
     assert "are not those of the search" in find_pictures(found, copy).missing
     assert find_pictures(found, f"file://{phantoms}").images is not None
 
 
-def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Findings) -> None:
+def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: SearchResults) -> None:
     card = model_card("one", found).decode()
     assert found.test is not None
     assert "Not a medical device; not for diagnosis" in card
@@ -281,12 +281,12 @@ def test_a_report_at_every_point_of_a_search(
     page = Page(out.read_bytes())
     assert expected in page.text
     assert page.sections == ["verdict", "data", "search", *sections, "again"]
-    found = read_findings(search.plan.experiment)
+    found = read_results(search.plan.experiment)
     if found.has_failed:
         assert "failed: no <room>" in page.text and "there is no model" in page.text
 
 
-def test_phantoms_are_called_phantoms_loudly(found: Findings) -> None:
+def test_phantoms_are_called_phantoms_loudly(found: SearchResults) -> None:
     from dataclasses import replace
 
     drawn = replace(found, settings=found.settings | {"data": None})
@@ -295,7 +295,7 @@ def test_phantoms_are_called_phantoms_loudly(found: Findings) -> None:
     assert "PHANTOMS" in model_card("one", drawn).decode()
 
 
-def test_names_of_files_cannot_become_part_of_the_page(found: Findings) -> None:
+def test_names_of_files_cannot_become_part_of_the_page(found: SearchResults) -> None:
     from dataclasses import replace
 
     evil = found.bundle["predictions.csv"].decode().replace(".png", "<script>alert(1)</script>.png")
@@ -324,7 +324,7 @@ def test_classes_may_be_called_what_tables_take_for_something_else() -> None:
     assert [list(said.labels_N), list(said.said_N), list(said.paths)] == [[0, 1, 2], [0, 1, 2], list(rows["path"])]
 
 
-def test_the_card_has_no_entities_of_html(found: Findings) -> None:
+def test_the_card_has_no_entities_of_html(found: SearchResults) -> None:
     assert not re.search("&(?!lt;)", model_card("one", found).decode())
 
 
@@ -363,7 +363,7 @@ def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: 
     assert not (tmp_path / "x.html").exists()
 
 
-def test_the_command_runs_the_same_search_again(found: Findings) -> None:
+def test_the_command_runs_the_same_search_again(found: SearchResults) -> None:
     from lungct_tune.config.settings import read_settings
 
     on_cpu = found.settings | {"gpus_per_worker": 0.0}  # not what is decided where nothing is said
@@ -372,7 +372,7 @@ def test_the_command_runs_the_same_search_again(found: Findings) -> None:
     assert {name: value for name, value in settings.model_dump(mode="json").items() if name in kept} == kept
 
 
-def with_test(found: Findings, **more: Any) -> Findings:
+def with_test(found: SearchResults, **more: Any) -> SearchResults:
     from dataclasses import replace
 
     assert found.test is not None
@@ -380,7 +380,7 @@ def with_test(found: Findings, **more: Any) -> Findings:
     return replace(found, bundle={**found.bundle, bundle.METRICS: metrics})
 
 
-def test_the_verdict_names_the_gravest_objection(found: Findings) -> None:
+def test_the_verdict_names_the_gravest_objection(found: SearchResults) -> None:
     from dataclasses import replace
 
     good, rules = {"value": 0.9, "ci95": [0.8, 0.95]}, {"name": "normal", "accuracy": {"value": 0.3, "ci95": None}}
@@ -409,7 +409,7 @@ def test_the_verdict_names_the_gravest_objection(found: Findings) -> None:
     assert verdict(all_seen)[2].startswith("Nothing: for 12 of the 12 test images an image of the same group")
 
 
-def test_a_class_that_trials_were_not_judged_on_is_named(found: Findings) -> None:
+def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -> None:
     from dataclasses import replace
 
     split = found.split[(found.split["label"] != "normal") | (found.split["split"] != "valid")]
@@ -428,22 +428,22 @@ def test_an_edge_is_an_edge_on_the_parameters_own_scale(value: float) -> None:
 
 
 def test_parameters_and_arithmetic_are_counted_as_they_are() -> None:
-    whole = anatomy(49, 4, 224)
-    model = CutResNet(49)
+    whole = model_profile(49, 4, 224)
+    model = TruncatedResNet50(49)
     assert sum(whole.parameters.values()) == sum(parameter.numel() for parameter in model.parameters())
     head = whole.flops.pop("head")
     assert sum(whole.flops.values()) == pytest.approx(2 * 4.087e9, rel=0.01)  # ResNet50 has 4.09 billion multiply-adds
     assert head == 2 * (2048 * 256 + 256 * 128 + 128 * 4)
-    assert anatomy(20, 4, 224).features == (128, 28) and "layer3" not in anatomy(20, 4, 224).flops
+    assert model_profile(20, 4, 224).features == (128, 28) and "layer3" not in model_profile(20, 4, 224).flops
 
 
 def test_maps_are_grad_cam_by_its_definition() -> None:
     torch.manual_seed(0)
-    model = CutResNet(8, classes=3).eval()
+    model = TruncatedResNet50(8, classes=3).eval()
     images_NHW = np.random.default_rng(0).integers(0, 255, (3, 32, 32), dtype=np.uint8)
     classes_N = np.array([2, 0, 1])
-    maps_NKhw, probabilities_NC = look(model, images_NHW, np.stack([classes_N, 2 - classes_N], axis=1), "unit")
-    other_N1hw, _ = look(model, images_NHW, 2 - classes_N[:, None], "unit")
+    maps_NKhw, probabilities_NC = grad_cam(model, images_NHW, np.stack([classes_N, 2 - classes_N], axis=1), "unit")
+    other_N1hw, _ = grad_cam(model, images_NHW, 2 - classes_N[:, None], "unit")
     grey_N1HW = torch.from_numpy(images_NHW).unsqueeze(1) / 255
     features = model.backbone(grey_N1HW.repeat(1, 3, 1, 1))["features"].detach().requires_grad_()
     logits_NC = model.head(features)

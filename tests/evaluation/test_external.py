@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from lungct_tune.config.hyperparameters import Configuration
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import make_phantoms, read_images
 from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, list_learned, seen_before
@@ -34,12 +34,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     import safetensors.torch
     import torch
 
-    from lungct_tune.training.trainer import Training
+    from lungct_tune.training.trainer import Trainer
 
     images = read_images(phantoms, 32, progress=False)
     learned = np.flatnonzero(images.table["folder"] != "test")
-    configuration = Configuration(truncation_depth=4, dropout=0.0, augmentation=0.0, backbone_lr=1e-2, head_lr=1e-2)
-    training = Training(
+    configuration = Hyperparameters(truncation_depth=4, dropout=0.0, augmentation=0.0, backbone_lr=1e-2, head_lr=1e-2)
+    training = Trainer(
         configuration,
         images_NHW=torch.tensor(images.images_NHW),
         labels_N=torch.tensor(images.table["label"].to_numpy()),

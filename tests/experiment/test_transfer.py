@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.evaluation.metrics import judge
-from lungct_tune.experiment.bundle import as_json, faults, find_bundle, verify, write_bundle, write_so_far
+from lungct_tune.evaluation.metrics import evaluate_predictions
+from lungct_tune.experiment.bundle import as_json, checksum_errors, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.transfer import BEGUN, beginning
 from lungct_tune.pull import main
@@ -33,7 +33,7 @@ from lungct_tune.pull import main
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-JUDGED = judge(
+JUDGED = evaluate_predictions(
     np.arange(8) % 4,
     np.eye(4)[[0, 1, 2, 3, 0, 1, 3, 2]],
     ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma"),
@@ -255,7 +255,7 @@ def test_whatever_was_left_and_whatever_is_damaged_dest_is_absent_or_right(
             beginning(part / BEGUN, info).write_bytes(data.draw(st.sampled_from([left, right[name][: len(left)]])))
     if (damage := data.draw(st.sampled_from([None, *DAMAGES.values()]))) is not None:
         damage(best / data.draw(st.sampled_from(sorted(right))))
-    whole = not any(faults(best))
+    whole = not any(checksum_errors(best))
     assert main([experiment.uri, str(dest)]) == (0 if whole else 2)
     assert dest.exists() == whole
     if whole:
@@ -343,10 +343,10 @@ def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    from lungct_tune.tuning.callbacks.best_so_far import BestSoFar
+    from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
 
     experiment, study = begun(tmp_path), optuna.create_study(direction="maximize")
-    kept = BestSoFar(study, experiment, lambda trial, weights: files_of_a_bundle(weights, test=None))
+    kept = BestSoFarCallback(study, experiment, lambda trial, weights: files_of_a_bundle(weights, test=None))
 
     def end(state: TrialState, ended: str, score: float) -> None:
         history = [{"epoch": 1, "balanced_accuracy": score, "log_loss": 1.0}]

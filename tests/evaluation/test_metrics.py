@@ -14,7 +14,7 @@ from scipy.special import softmax
 from sklearn import metrics
 
 from lungct_tune.evaluation.calibration import calibrated
-from lungct_tune.evaluation.metrics import judge
+from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.evaluation.ranking import sensitivity_at
 from lungct_tune.training.objective import rank, validation_figures
 
@@ -65,7 +65,7 @@ def test_figures_by_hand() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
     predicted = [0, 1, 1, 1, 2, 0, 3, 3]
     majority = {"majority class": ("normal", np.full(8, 2))}
-    figures = judge(labels, one_hot(predicted), CLASSES, np.arange(8), references=majority)
+    figures = evaluate_predictions(labels, one_hot(predicted), CLASSES, np.arange(8), references=majority)
     assert (figures["n"], figures["groups"]) == (8, 8)
     assert figures["accuracy"]["value"] == figures["balanced_accuracy"]["value"] == 0.75
     assert figures["confusion_matrix"] == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 2]]
@@ -84,7 +84,7 @@ def test_figures_by_hand() -> None:
 
 def test_cancer_is_what_the_cancers_together_say() -> None:
     probabilities = np.array([[0.3, 0.2, 0.4, 0.1], [0.2, 0.1, 0.6, 0.1], [0.0, 0.0, 0.9, 0.1]])
-    figures = judge(np.array([0, 0, 2]), probabilities, CLASSES, np.arange(3))
+    figures = evaluate_predictions(np.array([0, 0, 2]), probabilities, CLASSES, np.arange(3))
     assert figures["confusion_matrix"][0] == [0, 0, 2, 0]  # normal is the likeliest of four
     assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 1]]  # but not likelier than not
 
@@ -93,13 +93,18 @@ def test_cancer_against_normal_is_asked_of_the_probabilities_that_a_user_gets() 
     """A temperature keeps the likeliest of all classes, and may change what several classes say together."""
     plain, calibration = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]]), {"temperature": 0.5, "fitted_on": None}
     labels, scaled = np.array([0, 2]), calibrated(plain, 0.5)
-    figures = judge(labels, scaled, CLASSES, np.arange(2), uncalibrated_NC=plain, calibration=calibration)
-    as_trained = judge(labels, plain, CLASSES, np.arange(2))
+    figures = evaluate_predictions(
+        labels, scaled, CLASSES, np.arange(2), uncalibrated_NC=plain, calibration=calibration
+    )
+    as_trained = evaluate_predictions(labels, plain, CLASSES, np.arange(2))
     assert figures["confusion_matrix"] == as_trained["confusion_matrix"]
     assert as_trained["cancer_vs_normal"]["table"] == [[1, 0], [0, 1]]
     assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 0]]
     assert figures["calibration"]["before"] == as_trained["calibration"]["before"]
-    assert figures["calibration"]["after"] == judge(labels, scaled, CLASSES, np.arange(2))["calibration"]["before"]
+    assert (
+        figures["calibration"]["after"]
+        == evaluate_predictions(labels, scaled, CLASSES, np.arange(2))["calibration"]["before"]
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,7 +118,7 @@ def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool)
     weights = rng.integers(1, 4, n)
     groups = np.repeat(np.arange(n), weights)
     labels_N, scores_NC, predicted = labels[groups], scores[groups], scores.argmax(axis=1)
-    figures = judge(labels_N, scores_NC, ("adenocarcinoma", "benign", "normal"), groups)
+    figures = evaluate_predictions(labels_N, scores_NC, ("adenocarcinoma", "benign", "normal"), groups)
     weighted: Any = {"sample_weight": weights}
     assert figures["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(labels, predicted, **weighted))
     balanced = metrics.balanced_accuracy_score(labels, predicted, **weighted)
@@ -142,7 +147,7 @@ def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool)
 
 
 def test_a_figure_that_the_split_does_not_define_is_none_and_json() -> None:
-    figures = judge(np.array([0, 0]), one_hot([0, 1]), CLASSES, np.arange(2))
+    figures = evaluate_predictions(np.array([0, 0]), one_hot([0, 1]), CLASSES, np.arange(2))
     assert figures["per_class"]["normal"]["auroc"] == {"value": None, "ci95": None}
     assert figures["per_class"]["adenocarcinoma"]["specificity"]["value"] is None
     assert figures["cancer_vs_normal"]["specificity"]["value"] is None
@@ -154,18 +159,25 @@ def test_a_figure_that_the_split_does_not_define_is_none_and_json() -> None:
 def test_images_without_a_twin_elsewhere_are_judged_apart() -> None:
     labels, twins = np.array([0, 1, 2, 3]), np.array([True, True, False, False])
     rule = {"majority class": ("normal", np.full(4, 2))}
-    figures = judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins, references=rule)
+    figures = evaluate_predictions(
+        labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlaps_N=twins, references=rule
+    )
     assert figures["leak_free"]["references"]["majority class"]["accuracy"]["value"] == 0.5
     assert figures["accuracy"]["value"] == 0.75
     assert figures["leak_free"]["n"] == 2 and figures["leak_free"]["accuracy"]["value"] == 0.5
-    assert judge(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), twins_N=twins & False)["leak_free"] is None
+    assert (
+        evaluate_predictions(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlaps_N=twins & False)[
+            "leak_free"
+        ]
+        is None
+    )
 
 
 def test_published_size_is_judged_in_seconds() -> None:
     rng = np.random.default_rng(0)
     labels, probabilities = rng.integers(4, size=315), rng.dirichlet(np.ones(4), 315)
     began = time.process_time()
-    judge(labels, probabilities, CLASSES, rng.integers(200, size=315), uncalibrated_NC=probabilities)
+    evaluate_predictions(labels, probabilities, CLASSES, rng.integers(200, size=315), uncalibrated_NC=probabilities)
     assert time.process_time() - began < 10
 
 
@@ -178,7 +190,7 @@ def test_the_intervals_of_all_figures_hold_what_many_patients_give(monkeypatch: 
     def draw(rng: np.random.Generator, patients: int) -> dict[tuple[str, ...], Any]:
         groups = np.repeat(np.arange(patients), 3)
         logits = 2 * np.eye(4)[groups % 4] + rng.normal(size=(patients, 4))[groups] + rng.normal(size=(len(groups), 4))
-        return dict(leaves(judge(groups % 4, softmax(logits, axis=1), CLASSES, groups)))
+        return dict(leaves(evaluate_predictions(groups % 4, softmax(logits, axis=1), CLASSES, groups)))
 
     def leaves(figures: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
         for name, figure in figures.items():

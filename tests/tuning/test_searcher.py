@@ -21,7 +21,7 @@ from lungct_tune.experiment.study import (
     trials_table,
 )
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.searcher import StudyPruning, StudySearch
+from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,7 @@ class Tune:
         new = not (folder / "study.db").exists()
         self.study = open_study(f"sqlite:///{folder}/study.db", "test", self.space, EPOCHS, new=new)
         experiment = Experiment.at(str(folder), "test")
-        self.search = StudySearch(self.study, self.space, experiment, seed=seed, startup=4)
+        self.search = OptunaSearcher(self.study, self.space, experiment, seed=seed, startup=4)
         self._ids = iter(range(10**6))
 
     def run(self, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
 def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
     suggested = tune.search.suggest("a")
-    StudyPruning(tune.search).on_trial_error(None, RayTrial("a"))
+    OptunaScheduler(tune.search).on_trial_error(None, RayTrial("a"))
     tune.search.on_trial_complete("a", epoch_result(suggested["configuration"], 1))
     assert tune.study.trials[0].state == TrialState.COMPLETE
     assert tune.study.trials[0].user_attrs["ended"] == "completed"

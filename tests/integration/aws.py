@@ -16,7 +16,7 @@ import yaml
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TEMPLATE = REPOSITORY / "clusters" / "aws-access.yaml"
 MY_ADDRESS = "203.0.113.7/32"
 NO_SPOT = b"""\

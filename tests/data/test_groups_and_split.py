@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_data_images import FOUR, REAL, picture, save, two_classes
+from test_dataset import FOUR, REAL, picture, save, two_classes
 
 from lungct_tune.data import (
     SPLITS,
     DataError,
     ImageSet,
     fold_images,
+    group_overlap,
     groups_by_likeness,
     read_images,
     split_images,
-    twins_across,
 )
 from lungct_tune.data import groups as groups_module
 
@@ -152,7 +152,7 @@ def test_a_grouped_split_never_cuts_a_group_whatever_the_data(image_set: ImageSe
     assert set(split) == set(SPLITS)
     assert pd.Series(split).groupby(image_set.table["group"]).nunique().max() == 1
     assert pd.crosstab(image_set.table["label"], split).to_numpy().min() >= 1
-    assert not twins_across(image_set, split).any()
+    assert not group_overlap(image_set, split).any()
     np.testing.assert_array_equal(split, split_images(image_set, "grouped", seed))
 
 
@@ -204,7 +204,7 @@ def test_the_official_split_is_the_published_folders() -> None:
     image_set = an_image_set([0, 1, 0, 1], [0, 0, 1, 2], folders)
     split = split_images(image_set, "official", 0)
     assert split.tolist() == folders
-    assert twins_across(image_set, split).tolist() == [True]
+    assert group_overlap(image_set, split).tolist() == [True]
 
 
 def test_the_official_split_says_which_folder_is_missing() -> None:

@@ -33,7 +33,7 @@ from rich.console import Console
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.search import main
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.callbacks.mlflow import MLflowCopy, TrackingError
+from lungct_tune.tuning.callbacks.mlflow import MLflowTracker, TrackingError
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}
@@ -297,14 +297,14 @@ def test_a_name_that_mlflow_has_already_is_refused(mlflow_server: Any) -> None:
     url, _ = mlflow_server
     client_of(url).create_experiment("taken")
     with pytest.raises(TrackingError, match="has an experiment 'taken' already; choose another --name"):
-        MLflowCopy(f"mlflow:{url}", "taken", new=True)
-    MLflowCopy(f"mlflow:{url}", "taken", new=False)
+        MLflowTracker(f"mlflow:{url}", "taken", new=True)
+    MLflowTracker(f"mlflow:{url}", "taken", new=False)
 
 
 def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(TrackingError, match="uv pip install mlflow"):
-        MLflowCopy("mlflow:http://127.0.0.1:9", "any", new=True)
+        MLflowTracker("mlflow:http://127.0.0.1:9", "any", new=True)
 
 
 def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
@@ -321,7 +321,7 @@ def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
     def at_mlflow() -> list[tuple[int, float]]:
         return [figures for run in mlflow_runs(url, name="stalled") for figures in mlflow_history(url, run, OBJECTIVE)]
 
-    with MLflowCopy(f"mlflow:{url}", "stalled", new=True).kept_up(study, console):
+    with MLflowTracker(f"mlflow:{url}", "stalled", new=True).kept_up(study, console):
         trial.set_user_attr("history", [{"epoch": 1, OBJECTIVE: 0.25}])
         wait_for(lambda: at_mlflow() == [(1, 0.25)])
         os.killpg(process.pid, signal.SIGSTOP)
