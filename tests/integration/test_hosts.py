@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WHY_NOT = hosts.missing()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")]
 
 CLUSTER = "clusters/onprem.yaml"
 PROJECT = f"{hosts.HOME}/lungct_tune"
