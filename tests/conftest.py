@@ -19,6 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from s3 import Faulty
+
 # Ray runs its workers at nice 15; beside the test runner on two cores they would starve
 os.environ.setdefault("RAY_worker_niceness", "0")
 
@@ -97,6 +99,37 @@ def finished(cluster: None, tmp_path_factory: pytest.TempPathFactory, space: Pat
     assert run.returncode == 0, output
     assert nothing_held()
     return storage / "one"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[int]:
+    """The port of an S3 server with the bucket `bucket`."""
+    from http.client import HTTPConnection
+
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    connection = HTTPConnection("127.0.0.1", port)
+    connection.request("PUT", "/bucket")
+    assert connection.getresponse().status == 200
+    yield port
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """The proxy before the S3 server, which this process takes for S3."""
+    from s3 import Faulty, environment
+
+    proxy = Faulty(s3_server)
+    for name, value in environment(proxy).items():
+        monkeypatch.setenv(name, value)
+    yield proxy
+    proxy.ended.set()
+    proxy.shutdown()
+    proxy.server_close()
 
 
 @pytest.fixture(autouse=True, scope="session")

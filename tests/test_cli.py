@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from lungct_tune.cli import exit_status
@@ -27,3 +30,9 @@ def test_ctrl_c_says_how_things_stand(own: str, said: str, capsys: pytest.Captur
 
 def test_an_end_of_its_own_is_kept() -> None:
     assert (exit_status(lambda: None), exit_status(lambda: 1)) == (0, 1)
+
+
+@pytest.mark.parametrize("command", ["search", "audit", "evaluate", "report", "replay", "pull", "download"])
+def test_every_command_runs_as_a_module(command: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", f"lungct_tune.{command}", "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0 and f"lungct_tune.{command}" in ended.stdout
