@@ -161,8 +161,8 @@ class Settings(BaseModel):
     @field_validator("study")
     @classmethod
     def _a_database(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
+        if not url:
+            return url
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
 
