@@ -1,5 +1,5 @@
-# make search: the main job on phantoms.  make test: the tests.  Both set up .venv on first use.
-# make test-all: also what needs hosts, services and long searches.
+# make search: the main job on phantoms.  make test: lint and the fast tests.  All set up .venv on first use.
+# make test-all: the same, and the tests that need hosts, services and long searches.
 # make test-packages: what of Debian some tests need; without it they are skipped.
 
 PYTHON ?= python3
@@ -13,11 +13,13 @@ TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 search: .venv/.ready
 	$(BIN)/python -m lungct_tune.search
 
+# tests that need no Ray in two processes, then those that share one Ray
 test: .venv/.ready lint
-	$(BIN)/python -m pytest --ignore=tests/integration
+	$(BIN)/python -m pytest -m "not ray and not long" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "ray and not long"
 
-test-all: .venv/.ready lint
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m long
 
 test-packages:
 	apt-get update -qq

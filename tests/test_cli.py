@@ -31,17 +31,13 @@ HEAVY = {
 """Packages that take a part of a second to import, or seconds."""
 
 
-def imported(*words: str) -> tuple[int, str, set[str]]:
-    """Runs `lungct-tune WORDS` in a new process: its exit status, what it printed, and what it imported of HEAVY."""
+def imported(module: str, *words: str) -> tuple[int, str, set[str]]:
+    """Runs `python -m MODULE WORDS` in a new process: its exit status, what it says, what of HEAVY it imports."""
     program = f"""
-import sys
-from lungct_tune.cli import main
-try:
-    status = main({words})
-except SystemExit as end:
-    status = end.code
-print("imported", *sorted({HEAVY} & set(sys.modules)))
-sys.exit(status)
+import atexit, runpy, sys
+atexit.register(lambda: print("imported", *sorted({HEAVY} & set(sys.modules))))
+sys.argv[1:] = {list(words)}
+runpy.run_module({module!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     said, _, heavy = done.stdout.rpartition("imported")
@@ -49,8 +45,8 @@ sys.exit(status)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_a_command_says_what_the_list_says_and_imports_nothing_heavy(command: str) -> None:
-    status, said, heavy = imported(command, "--help")
+def test_every_command_runs_as_a_module_whose_help_imports_nothing_heavy(command: str) -> None:
+    status, said, heavy = imported(f"lungct_tune.{command}", "--help")
     assert status == 0
     assert said.startswith(f"usage: python -m lungct_tune.{command}")
     assert COMMANDS[command] in " ".join(said.split())
@@ -59,7 +55,7 @@ def test_help_of_a_command_says_what_the_list_says_and_imports_nothing_heavy(com
 
 @pytest.mark.parametrize("command", ["search", "audit"])
 def test_a_wrong_value_is_refused_before_anything_heavy_is_imported(command: str, tmp_path: Path) -> None:
-    status, said, heavy = imported(command, "--data", str(tmp_path / "nowhere"))
+    status, said, heavy = imported(f"lungct_tune.{command}", "--data", str(tmp_path / "nowhere"))
     assert status == 2
     assert "nowhere' is not a folder" in said
     assert not heavy
