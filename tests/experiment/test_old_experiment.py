@@ -88,12 +88,12 @@ def test_an_old_interrupted_search_is_pulled_with_all_that_it_needs_and_goes_on(
     assert len(had) == 3 and len(has) > 3
     assert has[:3] == had  # with the time of day at which they ended: none was trained again
 
-    finished = trials_of(results / "f89f17a")
-    assert {frozenset(trial.user_attrs) for trial in after} == {frozenset(trial.user_attrs) for trial in finished}
-    epoch_keys = {frozenset(figures) for trial in finished for figures in trial.user_attrs["history"]}
-    assert {frozenset(figures) for trial in after for figures in trial.user_attrs["history"]} == epoch_keys
+    old = trials_of(results / "f89f17a")[0].user_attrs
+    for trial in after:
+        assert old.keys() <= trial.user_attrs.keys()
+        assert all(old["history"][0].keys() <= figures.keys() for figures in trial.user_attrs["history"])
     verify(copy / "best")
     assert not (copy / "so_far").exists()
     for file in ("config.json", "metrics.json", "audit.json"):
-        old, new = (json.loads((folder / "best" / file).read_text()) for folder in (results / "f89f17a", copy))
-        assert keys(old) <= keys(new), file
+        then, now = (json.loads((folder / "best" / file).read_text()) for folder in (results / "f89f17a", copy))
+        assert keys(then) <= keys(now), file
