@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", required=True, help="images in folders of their classes; or a URI")
     parser.add_argument("--map", metavar="MAP", help="FOLDER=CLASS[,...]; a class, or cancer, or other")
     parser.add_argument("--out", metavar="DIR", type=Path, help="a folder to make (./DATA-judged)")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     words = sys.argv[1:] if argv is None else argv
     asked, command = parser.parse_args(words), shlex.join(["python", "-m", "lungct_tune.evaluate", *words])
     return exit_status(lambda: evaluate(asked, command, Console(highlight=False)), "Nothing was written.")

@@ -84,7 +84,7 @@ def _how_to_go_on(plan: Plan) -> Iterator[None]:
     except (KeyboardInterrupt, NodeRefused) as stop:
         if not plan.experiment.exists("settings.yaml"):
             raise
-        raise type(stop)(f"{stop}\nTo go on: {plan.resume_command}".lstrip()) from None
+        raise type(stop)(f"{stop}\nTo continue: {plan.resume_command}".lstrip()) from None
 
 
 def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, Any]]:

@@ -139,7 +139,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path, capsys: pytest.C
     assert main(["two", "--storage", str(tmp_path)]) == 2
     assert f"no experiment 'two' in {tmp_path}; there are: 2026-phantoms\n" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/no-experiment"]) == 2
-    assert "there is none at all" in capsys.readouterr().err
+    assert "there are no experiments" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/nowhere"]) == 2
     assert f"{tmp_path}/nowhere" in capsys.readouterr().err
     assert main(["2026-phantoms", str(tmp_path / "model"), "--storage", str(tmp_path)]) == 2

@@ -97,7 +97,9 @@ class MLflowTracker:
             over.set()
             thread.join(timeout=LAST_CHANCE_S)
             if self._runs is None or thread.is_alive():
-                console.print(f"MLflow at {self._uri} lacks the end of this search", style="yellow", soft_wrap=True)
+                console.print(
+                    f"MLflow at {self._uri} did not receive the end of this search", style="yellow", soft_wrap=True
+                )
 
     def add_final(self, trial: int, hyperparameters: Hyperparameters, epochs: int, test: Mapping[str, Any]) -> None:
         """Has the final model and its test figures (see `evaluate_predictions`) copied too."""
@@ -119,8 +121,8 @@ class MLflowTracker:
                 self._runs = None  # what has arrived is not known
                 if not complained:
                     console.print(
-                        f"MLflow at {self._uri} does not take what it is told ({_first_line(error)}); the search goes "
-                        "on, and tells it again until it does",
+                        f"MLflow at {self._uri} does not accept the search's data ({_first_line(error)}). The search "
+                        "goes on and tries again",
                         style="yellow",
                         soft_wrap=True,
                     )
