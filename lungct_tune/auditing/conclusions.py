@@ -155,7 +155,7 @@ def _advice(audit: dict[str, Any], leaking: set[str]) -> Iterator[str]:
         folds = "; --folds does so within train and valid" if "valid" in leaking else ""
         yield f"Use --split grouped, which keeps copies and series on one side{folds}."
     if "test" in leaking:
-        yield "To compare with published figures, evaluate separately the test images of groups that train and valid lack."
+        yield "To compare with published figures, evaluate the test images of unseen groups separately."
     if easy := _given_away(audit):
         names = " and ".join(easy)
         if len(easy) < len(audit["classes"]) - 1:
