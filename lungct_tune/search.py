@@ -5,7 +5,6 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -192,20 +191,20 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 published = baseline, retrain(baseline)
 
         # ---- the bundle -------------------------------------------------------------------------------
-        files = outcome.final(best, judged, published, seeds)
+        final = outcome.final(best, judged, published, seeds)
+        files = outcome.files(final)
         try:
-            files |= pages(experiment.name, gather_results(experiment, study, files), Pictures(dealt.images))
+            files |= pages(experiment.name, gather_results(experiment, study, final), Pictures(dealt.images))
         except Exception as error:  # a page that cannot be drawn is no reason to lose a model
             console.print(f"the bundle is without report.html: {error!r}", style="yellow", soft_wrap=True, markup=False)
         bundle.write_bundle(experiment, files)
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(repeats)
-        metrics = json.loads(files[bundle.METRICS])
-        if mlflow:
+        if mlflow and final.metrics.test:
             epochs = int(best_figures(best)["epoch"])
-            mlflow.add_final(best.number, hyperparameters_of(best), epochs, metrics["test"])
-        terminal.print_outcome(plan, metrics, console)
+            mlflow.add_final(best.number, hyperparameters_of(best), epochs, final.metrics.test)
+        terminal.print_outcome(plan, final.metrics, console)
     except (KeyboardInterrupt, NodeRefused) as stop:
         begun = experiment.exists("settings.yaml")
         raise type(stop)(f"{stop}\nTo go on: {plan.resume_command}".lstrip() if begun else str(stop)) from None
