@@ -59,8 +59,7 @@ def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
 def read_table(csv: bytes) -> pd.DataFrame:
     """A table of images. Names are read as they were written: a class may be called 1, None or NA."""
     names = dict.fromkeys(("path", "label", "class", "predicted"), str)
-    # the default precision may be off in the last digit, and with it which of two near equals is the larger
-    return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False, float_precision="round_trip")
+    return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
 
 
 def _columns(classes: Sequence[str]) -> list[str]:

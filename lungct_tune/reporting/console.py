@@ -136,7 +136,7 @@ def print_bundle(folder: Path, console: Console) -> None:
         console.print(
             f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
             f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} "
-            f"{judged(config['settings'].get('folds'))}. It has not been tested on the test split. Pull again when the "
+            f"{judged(config['settings'].get('folds'))}. It has not been judged on the test split. Pull again when the "
             "search has ended.",
             soft_wrap=True,
         )

@@ -102,7 +102,7 @@ def standing(found: SearchResults) -> str:
     if found.has_failed:
         return "The search failed: no trial ran to its end. What went wrong is listed below."
     if found.done >= found.settings["trials"]:
-        return "All trials have ended, but the winner has not been retrained and tested: there are no test results."
+        return "All trials have ended, but the winner has not been retrained and judged: there are no test results."
     return (
         f"The search has not ended: {found.done} of {found.settings['trials']} trials so far. Nothing here was "
         "measured on the test split."
