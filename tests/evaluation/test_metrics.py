@@ -94,11 +94,8 @@ def test_cancer_is_what_the_cancers_together_say() -> None:
 def test_cancer_against_normal_is_asked_of_the_probabilities_that_a_user_gets() -> None:
     """A temperature keeps the likeliest of all classes, and may change what several classes say together."""
     plain = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]])
-    labels, scaled, scaling = (
-        np.array([0, 2]),
-        calibrated(plain, 0.5),
-        TemperatureScaling(0.5, FittedOn(2, 2, "made up")),
-    )
+    scaling = TemperatureScaling(0.5, FittedOn(2, 2, "made up"))
+    labels, scaled = np.array([0, 2]), calibrated(plain, scaling.temperature)
     figures = evaluate_predictions(labels, scaled, CLASSES, np.arange(2), uncalibrated_NC=plain, scaling=scaling)
     as_trained, as_scaled = (evaluate_predictions(labels, said, CLASSES, np.arange(2)) for said in (plain, scaled))
     assert figures.confusion_matrix == as_trained.confusion_matrix
