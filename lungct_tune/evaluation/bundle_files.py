@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import yaml
-from optuna.trial import FrozenTrial
 
 from lungct_tune.auditing.shortcuts import best_shortcut
 from lungct_tune.config.hyperparameters import Hyperparameters
@@ -28,7 +28,8 @@ from lungct_tune.experiment.metrics import BundleMetrics, TemperatureScaling, Te
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
-from lungct_tune.experiment.study import BASELINE, best_figures, effort, hyperparameters_of, row_of, trials_table
+from lungct_tune.experiment.study import effort, finished_trials
+from lungct_tune.experiment.trial import BASELINE, TrialRecord
 from lungct_tune.models.preprocessing import NORMALISATIONS
 from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
 
@@ -38,12 +39,12 @@ class BundleFiles:
     """Makes the bundles of a search."""
 
     plan: Plan
-    dealt: DataSplit
+    split: DataSplit
     audit: Mapping[str, Any]
     study: optuna.Study
     slots: int
 
-    def so_far(self, best: FrozenTrial, weights: bytes) -> dict[str, bytes]:
+    def so_far(self, best: TrialRecord, weights: bytes) -> dict[str, bytes]:
         """The files of a trial's bundle, which says nothing about the test split.
 
         Args:
@@ -53,9 +54,9 @@ class BundleFiles:
 
     def final(
         self,
-        best: FrozenTrial,
+        best: TrialRecord,
         judged: RetrainedModel,
-        published: tuple[FrozenTrial, RetrainedModel] | None = None,
+        published: tuple[TrialRecord, RetrainedModel] | None = None,
         seeds: dict[str, Any] | None = None,
     ) -> Bundle:
         """The search's bundle.
@@ -65,7 +66,7 @@ class BundleFiles:
             published: the trial of the published configuration, and that retrained too.
             seeds: of `over_seeds`.
         """
-        images, test = self.dealt.images, self.dealt.test
+        images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
         labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
         scaling, uncalibrated_NC = self._fit_temperature(best), judged.probabilities_NC
@@ -78,74 +79,72 @@ class BundleFiles:
             uncalibrated_NC=uncalibrated_NC if scaling else None,
             scaling=scaling,
             references=self._references(published),
-            overlap_N=group_overlap(images, self.dealt.split),
+            overlap_N=group_overlap(images, self.split.split),
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
         return self._bundle(best, judged.weights, scaling, figures, predictions, seeds)
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
         """All files of a bundle, but for its pages, by name."""
+        trials = pd.DataFrame([trial.row() for trial in finished_trials(self.study)])
         return bundle.files | {
             LEARNED: self._learned,
             AUDIT: as_json(self.audit),
-            "trials.csv": trials_table(self.study).to_csv(index=False).encode(),
+            "trials.csv": trials.to_csv(index=False).encode(),
         }
 
-    def _references(self, published: tuple[FrozenTrial, RetrainedModel] | None) -> dict[str, tuple[str, np.ndarray]]:
+    def _references(self, published: tuple[TrialRecord, RetrainedModel] | None) -> dict[str, tuple[str, np.ndarray]]:
         """What else predicts the class of the test images."""
-        images, test, searched = self.dealt.images, self.dealt.test, self.dealt.searched
+        images, test, searched = self.split.images, self.split.test_rows, self.split.searched_rows
         majority = int(np.bincount(images.table["label"].to_numpy()[searched]).argmax())
         references = {
             "majority class": (images.classes[majority], np.full(len(test), majority)),
             "shortcut": best_shortcut(images, searched, test),
         }
         if published:
-            name, other = str(hyperparameters_of(published[0])), published[1]
+            name, other = str(published[0].hyperparameters), published[1]
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
         return references
 
-    def _fit_temperature(self, best: FrozenTrial) -> TemperatureScaling | None:
+    def _fit_temperature(self, best: TrialRecord) -> TemperatureScaling | None:
         """The temperature for a trial's configuration, from images that the trial was not trained on."""
         if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
             return None
-        table = self.dealt.images.table.iloc[self.dealt.judged_on]
+        table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.folds else 'validation'} predictions"
         return fit_temperature(table["label"].to_numpy(), np.load(io.BytesIO(kept)), table["group"].to_numpy(), what)
 
     def _bundle(
         self,
-        best: FrozenTrial,
+        best: TrialRecord,
         weights: bytes,
         scaling: TemperatureScaling | None,
         test: TestMetrics | None = None,
         predictions: Predictions | None = None,
         seeds: dict[str, Any] | None = None,
     ) -> Bundle:
-        settings, configuration = self.plan.settings, hyperparameters_of(best)
-        epochs = int(best_figures(best)["epoch"])
-        table = trials_table(self.study)
-        best_row = row_of(table, best.number)
-        assert best_row is not None  # the best trial has ended an epoch
+        assert best.best is not None  # it completed
+        settings, trials = self.plan.settings, finished_trials(self.study)
         metrics = BundleMetrics(
             data=PHANTOMS if settings.data is None else str(settings.data),
-            baseline_trial=row_of(table, BASELINE),
-            best_trial=best_row,
-            search=effort(self.study, table, self.slots),
+            baseline_trial=next((trial.row() for trial in trials if trial.number == BASELINE and trial.best), None),
+            best_trial=best.row(),
+            search=effort(self.study, trials, self.slots),
             test=test,
             seeds=seeds,
         )
-        config = describe_model(settings, self.dealt.images, configuration, epochs, scaling)
+        config = describe_model(settings, self.split.images, best.hyperparameters, best.best.epoch, scaling)
         return Bundle(weights, config, metrics, predictions)
 
     @cached_property
     def _learned(self) -> bytes:
-        return list_learned(self.dealt.images, self.dealt.searched)
+        return list_learned(self.split.images, self.split.searched_rows)
 
 
 def describe_model(
     settings: Settings,
     images: ImageSet,
-    configuration: Hyperparameters,
+    hyperparameters: Hyperparameters,
     epochs: int,
     scaling: TemperatureScaling | None,
 ) -> dict[str, Any]:
@@ -158,8 +157,8 @@ def describe_model(
     return {
         "model": {
             "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
-            "truncation_depth": configuration.truncation_depth,
-            "dropout": configuration.dropout,
+            "truncation_depth": hyperparameters.truncation_depth,
+            "dropout": hyperparameters.dropout,
             "head_widths": list(HEAD_WIDTHS),
         },
         "classes": list(images.classes),
@@ -170,7 +169,7 @@ def describe_model(
             "deviation": list(deviation),
         },
         "calibration": asdict(scaling) if scaling else None,
-        "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
+        "training": {"configuration": hyperparameters.as_dict(), "epochs": epochs, "seed": settings.seed},
         "settings": yaml.safe_load(settings.as_yaml()),
         "data_fingerprint": images.fingerprint,
         "versions": versions(),
