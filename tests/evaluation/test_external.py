@@ -243,17 +243,3 @@ def test_a_class_that_the_bundle_does_not_know_is_named(
     assert main([*known, "--map", "normal=cancer"]) == 2  # what is neither cancer nor normal would be neither
     assert "this bundle's images can be adenocarcinoma" in capsys.readouterr().err
     assert main([*known, "--map", "squamous.cell.carcinoma=other"]) == 0
-
-
-def test_help_imports_nothing_heavy() -> None:
-    heavy = {"numpy", "pandas", "torch", "sklearn", "scipy", "pyarrow", "ray"}
-    program = f"""
-import sys
-from lungct_tune.evaluate import main
-try:
-    main(["--help"])
-except SystemExit:
-    print("imported:", *sorted({heavy} & set(sys.modules)))
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[-1] == "imported:"
