@@ -58,7 +58,7 @@ def _run(asked: dict[str, Any], console: Console) -> None:
 
     page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
     settings = validate(asked).for_data()
-    # imported when the command line is known to be right, so that --help and a refusal come at once
+    # imported when the settings are known to be right, so that --help and a refusal come at once
     from lungct_tune.auditing.audit import audit_images
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.experiment.bundle import as_json

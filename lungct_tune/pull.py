@@ -65,7 +65,6 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune.experiment.bundle import FOLDER
     from lungct_tune.experiment.transfer import fetch
-    from lungct_tune.reporting import console as terminal
 
     dest = dest or Path(experiment.name)
     there = os.path.lexists(dest)
@@ -73,7 +72,9 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     done = f"{dest} holds this bundle already" if there else f"pulled {experiment.name} to {dest}"
     console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}", soft_wrap=True, markup=False)
     if found:
-        terminal.print_bundle(dest / found if everything else dest, console)
+        from lungct_tune.reporting.console import print_bundle
+
+        print_bundle(dest / found if everything else dest, console)
     if everything and found != FOLDER and dest.name == experiment.name:
         resume = f"python -m lungct_tune.search --resume {dest.name} --storage {dest.absolute().parent}"
         console.print(f"to continue it here: {resume}", soft_wrap=True, markup=False)
