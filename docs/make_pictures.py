@@ -18,6 +18,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -194,7 +195,6 @@ class Terminal:
         return Text.from_ansi(self.screen).plain
 
 
-
 def save_terminal(screen: str) -> None:
     """Writes a screen as an SVG, without the fonts that rich would fetch from elsewhere."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
@@ -210,14 +210,14 @@ def save_terminal(screen: str) -> None:
 def running_search(folder: Path) -> Iterator[Terminal]:
     """A search on phantoms with a Ray of its own, whose dashboard asks for no token."""
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local", "TERM": "xterm-256color"}
-    environment |= {"COLORTERM": "truecolor", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
-    command = [sys.executable, "-m", "lungct_tune.search", "--name", "phantoms", "--compare-baseline"]
+    environment |= {"COLORTERM": "truecolor", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["python", "-m", "lungct_tune.search", "--name", "phantoms"]
     terminal = Terminal(command, folder, environment)
     try:
         yield terminal
     finally:
         if terminal.process.poll() is None:
-            terminal.process.terminate()
+            terminal.process.send_signal(signal.SIGINT)  # it ends its Ray too
         terminal.process.wait()
 
 
@@ -230,12 +230,28 @@ async def until(terminal: Terminal, pattern: str) -> re.Match[str]:
     return found
 
 
+UNFOLD = """
+(() => {
+  const leaves = [...document.querySelectorAll("a, p, span")].filter(element => !element.children.length);
+  let at = %s;
+  if (!at) return false;
+  while (!at.querySelector("svg")) at = at.parentElement;
+  at.querySelector("svg").dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  return true;
+})()
+"""
+"""Clicks the arrow beside an element of Ray's dashboard; false while the element is not there."""
+
+
 async def job_page(page: Page, dashboard: str) -> None:
-    """The search's page in Ray's dashboard, with its slots and their trials unfolded."""
-    async with aiohttp.ClientSession() as session:
-        jobs = await (await session.get(f"{dashboard}/api/jobs/")).json()
-    await page.show(f"{dashboard}/#/jobs/{jobs[0]['job_id']}", height=1000)
-    await page.wait_for("document.body.innerText.includes('Tasks/actor overview')")
+    """The search's page in Ray's dashboard, with the trials of a slot unfolded."""
+    async with aiohttp.ClientSession() as session, session.get(f"{dashboard}/api/jobs/") as answer:
+        job = (await answer.json())[0]["job_id"]
+    await page.show(f"{dashboard}/#/jobs/{job}", height=1130)
+    await page.wait_for(UNFOLD % "document.querySelector('[data-testid=progress-bar-segment]')", 120)
+    for name in ("phantoms slot 1", "ResourceTrainable.__init__", "Mailbox"):
+        await page.wait_for(UNFOLD % f"leaves.find(leaf => leaf.textContent == {json.dumps(name)})", 120)
+    await page.wait_for("document.body.innerText.includes('trial ')")
 
 
 @contextmanager
@@ -292,19 +308,18 @@ async def make(wanted: set[str], folder: Path) -> None:
             await page.show(audited(folder).as_uri())
             save("audit", await page.picture())
             await page.scroll_to("Copies to look at")
-            save("copies", await page.picture())
+            save("copies", await page.picture(), height=665)
         if not wanted - {"audit"}:
             return
         with running_search(folder) as terminal:
             dashboard = (await until(terminal, r"dashboard +(http\S+)"))[1]
             await until(terminal, rf"\b{DONE_BEFORE_LOOKING} of \d+ trials")
             if "terminal" in wanted:
-                save_terminal(terminal.screen)
+                save_terminal(re.sub(rf"{folder}|{Path.home()}", "~", terminal.screen))
             if "dashboard" in wanted:
                 await job_page(page, dashboard)
                 save("dashboard", await page.picture())
             await until(terminal, "bundle: ")
-            print(terminal.text)
         experiment = folder / "results" / "phantoms"
         if "report" in wanted:
             await page.show((experiment / "best" / "report.html").as_uri())
