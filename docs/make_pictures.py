@@ -248,10 +248,17 @@ async def job_page(page: Page, dashboard: str) -> None:
     async with aiohttp.ClientSession() as session, session.get(f"{dashboard}/api/jobs/") as answer:
         job = (await answer.json())[0]["job_id"]
     await page.show(f"{dashboard}/#/jobs/{job}", height=1130)
-    await page.wait_for(UNFOLD % "document.querySelector('[data-testid=progress-bar-segment]')", 120)
-    for name in ("phantoms slot 1", "ResourceTrainable.__init__", "Mailbox"):
-        await page.wait_for(UNFOLD % f"leaves.find(leaf => leaf.textContent == {json.dumps(name)})", 120)
-    await page.wait_for("document.body.innerText.includes('trial ')")
+    arrows = ["document.querySelector('[data-testid=progress-bar-segment]')"]
+    names = ("phantoms slot 1", "ResourceTrainable.__init__", "Mailbox")
+    arrows += [f"leaves.find(leaf => leaf.textContent == {json.dumps(name)})" for name in names]
+    for arrow, below in zip(arrows, (*names, "trial "), strict=True):
+        for _ in range(10):  # a page that is still loading may not hear a click
+            await page.wait_for(UNFOLD % arrow, 120)
+            try:
+                await page.wait_for(f"document.body.innerText.includes({json.dumps(below)})", 12)
+                break
+            except TimeoutError:
+                continue
 
 
 @contextmanager
@@ -322,8 +329,11 @@ async def make(wanted: set[str], folder: Path) -> None:
             await until(terminal, "bundle: ")
         experiment = folder / "results" / "phantoms"
         if "report" in wanted:
-            await page.show((experiment / "best" / "report.html").as_uri())
-            save("report", await page.picture())
+            report = experiment / "best" / "report.html"
+            if not report.exists():
+                raise RuntimeError(f"the bundle has no report:\n{terminal.text}")
+            await page.show(report.as_uri())
+            save("report", await page.picture(), height=735)
         if "study" in wanted:
             with study_server(experiment / "study.db") as address:
                 await page.show(f"{address}/dashboard/studies/1")
