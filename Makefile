@@ -1,18 +1,25 @@
-# make search: the main job on phantoms.  make test: the tests.  Both set up .venv on first use.
+# make search: the main job on phantoms.  make test: lint and the fast tests.  All set up .venv on first use.
+# make test-all: the same, and the tests that need hosts, services and long searches.
 # make test-packages: what of Debian some tests need; without it they are skipped.
 
 PYTHON ?= python3
 BIN := .venv/bin
+UV := uv==0.13.9
 # for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
 TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 
-.PHONY: search test test-packages lint setup lock
+.PHONY: search test test-all test-packages lint setup lock
 
 search: .venv/.ready
 	$(BIN)/python -m lungct_tune.search
 
+# tests that need no Ray in two processes, then those that share one Ray
 test: .venv/.ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray and not long" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "ray and not long"
+
+test-all: test
+	$(BIN)/python -m pytest -m long
 
 test-packages:
 	apt-get update -qq
@@ -22,20 +29,21 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 setup: .venv/.ready
 
 # Bytecode is compiled here: every Ray worker is a new process, and without it each spends 10 s more on importing.
 .venv/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	$(BIN)/python -m compileall -q lungct_tune
 	touch $@
 
 lock:
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra test pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra dev pyproject.toml -o requirements.lock
 
 # The docs: the page of settings from the settings model, pictures from phantoms (needs chromium), and the site.
 .PHONY: docs pictures settings-page

@@ -27,7 +27,7 @@ from rich.table import Table
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import make_phantoms, read_images, split_images
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import open_study, trials_table
+from lungct_tune.experiment.study import finished_trials, open_study
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.shared_data import SharedDataset
@@ -44,8 +44,9 @@ def plan_in(folder: Path) -> SlotPlan:
     split = split_images(images, "grouped", seed=0)
     return SlotPlan(
         experiment=Experiment.at(str(folder), "warm"),
-        material=SharedDataset(
+        dataset=SharedDataset(
             images=ray.put(np.ascontiguousarray(images.images_NHW)),
+            rows=np.arange(len(split)),
             labels_N=images.table["label"].to_numpy(),
             classes=len(images.classes),
             backbone=None,
@@ -66,7 +67,7 @@ def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
     began = time.perf_counter()
     run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True), callbacks=[])
-    return time.perf_counter() - began, float(trials_table(study)["training_s"].sum())
+    return time.perf_counter() - began, sum(trial.seconds for trial in finished_trials(study))
 
 
 def documented(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
@@ -78,7 +79,7 @@ def documented(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) ->
 
         TorchTrainer(
             train_loop,
-            train_loop_config={"plan": plan, "configuration": space.configuration(config)},
+            train_loop_config={"plan": plan, "hyperparameters": space.hyperparameters(config)},
             scaling_config=scaling(plan.workers, plan.resources_per_worker),
             run_config=train.RunConfig(
                 name=tune.get_context().get_trial_id(),
@@ -104,15 +105,15 @@ def train_loop(config: dict[str, Any]) -> None:
 
     plan: SlotPlan = config["plan"]
     (fold,) = plan.folds
-    training = plan.material.training(config["configuration"], fold.train_indices, seed=0)
+    trainer = plan.dataset.trainer(config["hyperparameters"], fold.train_rows, seed=0, device=torch.device("cpu"))
     for _ in range(EPOCHS):
         began = time.perf_counter()
-        training.train_epoch()
-        labels_N = plan.material.labels_N[fold.valid_indices]
-        figures = validation_figures(labels_N, training.probabilities(fold.valid_indices))
+        trainer.train_epoch()
+        labels_N = plan.dataset.labels_of(fold.valid_rows)
+        figures = validation_figures(labels_N, trainer.probabilities(plan.dataset.positions(fold.valid_rows)))
         seconds = time.perf_counter() - began
         stream = io.BytesIO()
-        torch.save(training.state_dict(), stream)
+        torch.save(trainer.state_dict(), stream)
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "last.pt").write_bytes(stream.getvalue())
             train.report(figures | {"seconds": seconds}, checkpoint=train.Checkpoint.from_directory(folder))

@@ -9,15 +9,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
-from lungct_tune.config.settings import Settings
-from lungct_tune.data import ImageSet
 from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lungct_tune.config.settings import Settings
+    from lungct_tune.data import ImageSet
 
 EXAMPLES = """\
 examples:
@@ -51,21 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: dict[str, Any], console: Console) -> None:
-    # imported when the command line is known to be right, so that --help answers at once
-    from lungct_tune.auditing.audit import audit_images
     from lungct_tune.config.settings import validate
+
+    page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
+    settings = validate(asked).for_data()
+    # imported when the command line is known to be right, so that --help and a refusal come at once
+    from lungct_tune.auditing.audit import audit_images
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.experiment.bundle import as_json
     from lungct_tune.reporting.audit_page import audit_page
     from lungct_tune.reporting.console import print_audit
     from lungct_tune.reporting.html import check_free
 
-    page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
     if page:
         check_free(page, "--html")
     if figures:
         check_free(figures, "--json", mark='"verdict": {')
-    settings = validate(asked).for_data()
     assert settings.data and settings.image_size  # --data is required
     root = fetch_images(settings.data)
     images = read_images(

@@ -1,13 +1,50 @@
-"""What the entrances of the package (`python -m lungct_tune.search` and its like) share: how they begin and end."""
+"""The command `lungct-tune`, and what its commands share: how each begins and ends."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lungct_tune import __version__
 from lungct_tune.errors import UserError
+
+COMMANDS = {
+    "search": "Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
+    "audit": "Look for copies, conflicts, shortcuts and leaks in images and their split.",
+    "evaluate": "Judge a bundle's model on other images, without training.",
+    "report": "Make the report of a search again, or of one that has not ended.",
+    "replay": "Train one trial of a search again, and compare its figures with those that were recorded.",
+    "pull": "Fetch the best model of a search, verify it, and say what it is worth.",
+    "download": "Fetch the public CT images from Kaggle.",
+}
+"""What each command does. `lungct-tune NAME` and `python -m lungct_tune.NAME` both run `lungct_tune.NAME.main`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `lungct-tune COMMAND ...`; returns the exit status of the command, 2 where there is no such command."""
+    parser = argparse.ArgumentParser(
+        prog="lungct-tune",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        description="Search the best ResNet50-based classifier of lung CT images, and say what it is worth.",
+        epilog="\n".join(["commands:", *(f"  {name:<10}{line}" for name, line in COMMANDS.items())])
+        + "\n\nlungct-tune COMMAND --help says more of one. python -m lungct_tune.COMMAND is the same command.",
+        formatter_class=_formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-"):
+        parser.parse_args(words)
+        parser.error("a command is missing; lungct-tune --help lists them")
+    name, *rest = words
+    if name not in COMMANDS:
+        parser.error(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+    # by name, when it is known which: a command imports much, and stands above this module
+    status: int = importlib.import_module(f"lungct_tune.{name}").main(rest)
+    return status
 
 
 def command_line(name: str, description: str, examples: str, **more: Any) -> argparse.ArgumentParser:
@@ -16,16 +53,21 @@ def command_line(name: str, description: str, examples: str, **more: Any) -> arg
         prog=f"python -m lungct_tune.{name}",
         description=description,
         epilog=examples,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110),
+        formatter_class=_formatter,
         allow_abbrev=False,
         **more,
     )
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=110)
+
+
 def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
-    """Runs an entrance to its end: its own status, 2 for what the user can mend, 130 for Ctrl-C.
+    """Runs a command to its end: its own status, 2 for what the user can mend, 130 for Ctrl-C.
 
     Args:
+        run: the command; it returns its exit status, or None for 0.
         stopped: what to know after Ctrl-C, where that itself says nothing.
     """
     try:

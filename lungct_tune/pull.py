@@ -10,11 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
-from lungct_tune.experiment.folder import Experiment, locate
+
+if TYPE_CHECKING:
+    from lungct_tune.experiment.folder import Experiment
 
 EXAMPLES = """\
 examples:
@@ -48,6 +51,8 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
         with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
             pull(experiment, asked.dest, console, everything=asked.all)
     else:
+        from lungct_tune.experiment.folder import locate
+
         pull(locate(asked.source, asked.storage or "./results"), asked.dest, console, everything=asked.all)
 
 

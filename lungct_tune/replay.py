@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.folder import locate
+
+if TYPE_CHECKING:
+    import torch
+
+    from lungct_tune.data.split import DataSplit
+    from lungct_tune.experiment.folder import Experiment
+    from lungct_tune.experiment.plan import Plan
+    from lungct_tune.experiment.trial import EpochFigures, TrialRecord
 
 EXAMPLES = """\
 examples:
@@ -45,79 +50,64 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, console: Console) -> int:
     # imported when the command line is known to be right, so that --help answers at once
-    import ray
+    from lungct_tune.experiment.folder import locate
+    from lungct_tune.experiment.plan import read_plan
+    from lungct_tune.tuning.cluster import joined
 
-    started_here = not ray.is_initialized()
-    try:
-        return 0 if replay(asked, console) else 1
-    finally:
-        if started_here:
-            ray.shutdown()
+    experiment = locate(asked.source, asked.storage)
+    trial = find_trial(experiment, asked.trial)
+    plan = read_plan(experiment, slots=1, **({"data": asked.data} if asked.data else {}))
+    split, weights = plan.load_and_split(), plan.read_weights()
+    with joined(asked.address, verbose=False, name=f"{experiment.name} again"):
+        return 0 if replay(plan, split, weights, trial, console) else 1
 
 
 class NotReplayable(UserError):
     """A trial that cannot be trained again: the message says why."""
 
 
-def replay(asked: argparse.Namespace, console: Console) -> bool:
-    """Trains the trial again and prints each epoch's figures beside those recorded; whether all are the same.
+def find_trial(experiment: Experiment, number: int) -> TrialRecord:
+    """What was recorded of a trial.
 
     Raises:
-        NotReplayable: there is no such trial, it ended no epoch, or it could not be trained again.
-        UserError: each room's own, with a message for the user.
+        NotReplayable: there is no such trial, or it ended no epoch.
+        NothingHeld: there is no search.
     """
-    import ray
-
-    from lungct_tune.config.hyperparameters import Hyperparameters
-    from lungct_tune.experiment.plan import read_plan
     from lungct_tune.experiment.results import read_results
-    from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.tuning.cluster import connect, has_shared_file_system, plan_resources
-    from lungct_tune.tuning.rerun import train_again
-    from lungct_tune.tuning.shared_data import share_dataset
-    from lungct_tune.tuning.trial_runner import Fold
-    from lungct_tune.tuning.tuner import provenance
-    from lungct_tune.tuning.workers import SlotPlan
 
-    experiment = locate(asked.source, asked.storage)
     trials = {trial.number: trial for trial in read_results(experiment).trials}
-    if asked.trial not in trials:
+    if number not in trials:
         has = f"it has {min(trials)} to {max(trials)}" if trials else "none has begun"
-        raise NotReplayable(f"{experiment.name} has no trial {asked.trial}; {has}")
-    recorded = trials[asked.trial].user_attrs
-    history = recorded.get("history", [])
-    if not history:
-        raise NotReplayable(
-            f"trial {asked.trial} of {experiment.name} ended no epoch: there is nothing to compare with"
-        )
-    plan = read_plan(experiment, **({"data": asked.data} if asked.data else {}))
-    dealt, settings = plan.load_and_split(), plan.settings.model_copy(update={"slots": 1, "address": asked.address})
-    weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
-    connect(settings.address, verbose=False, name=f"{experiment.name} again")
-    allotment = plan_resources(settings)
-    configuration = Hyperparameters(**recorded["configuration"])
+        raise NotReplayable(f"{experiment.name} has no trial {number}; {has}")
+    if not trials[number].history:
+        raise NotReplayable(f"trial {number} of {experiment.name} ended no epoch: there is nothing to compare with")
+    return trials[number]
+
+
+def replay(
+    plan: Plan, split: DataSplit, weights: dict[str, torch.Tensor] | None, trial: TrialRecord, console: Console
+) -> bool:
+    """Trains the trial again and prints each epoch's figures beside those recorded; whether all are the same.
+
+    Args:
+        plan: the search's, of one slot.
+        weights: the pretrained ones.
+
+    Raises:
+        NotReplayable: it could not be trained again.
+        ClusterError, StorageError: cluster or storage cannot be used.
+    """
+    from lungct_tune.experiment.trial import Outcome
+    from lungct_tune.tuning.rerun import replay_trial
+
     console.print(
-        f"trial {asked.trial} of {experiment.name}: {configuration}; {len(history)} epochs again", soft_wrap=True
+        f"trial {trial.number} of {plan.experiment.name}: {trial.hyperparameters}; {len(trial.history)} epochs again",
+        soft_wrap=True,
     )
-    order = {"number": asked.trial, "seed": settings.seed, "configuration": recorded["configuration"]}
-    folder = f"{experiment.name}-again"
-    experiment.delete_folder(folder)  # of an interrupted one, perhaps with other versions
-    with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
-        path = Path(common, "images.npy") if has_shared_file_system(experiment) else None
-        backbone = None if weights is None else ray.put(weights)
-        slot = SlotPlan(
-            experiment=experiment,
-            material=share_dataset(settings, dealt.images, dealt.searched, backbone, path=path),
-            folds=tuple(Fold(*fold) for fold in dealt.folds),
-            workers=allotment.workers,
-            resources_per_worker=allotment.resources_per_worker,
-        )
-        answer = train_again(slot, folder, [order], len(history), slots=1)[0]
-    experiment.delete_folder(folder)
-    if "epoch" not in answer:
-        raise NotReplayable(f"trial {asked.trial} failed this time: {answer.get('diverged') or answer['failed']}")
-    changed = _changed(recorded.get("made_with", {}), provenance(slot))
-    return _compare(history, [*answer["earlier"], answer], changed, console)
+    report, provenance = replay_trial(plan, split, weights, trial)
+    if report.outcome in (Outcome.DIVERGED, Outcome.FAILED):
+        raise NotReplayable(f"trial {trial.number} failed this time: {report.reason}")
+    return _compare(trial.history, report.epochs, _changed(trial.provenance, provenance), console)
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -127,27 +117,27 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _compare(
-    then: Sequence[Mapping[str, float]], now: Sequence[Mapping[str, float]], changed: Sequence[str], console: Console
+    then: Sequence[EpochFigures], now: Sequence[EpochFigures], changed: Sequence[str], console: Console
 ) -> bool:
-    from lungct_tune.training.objective import OBJECTIVE
-
-    names = ("train_loss", OBJECTIVE, "accuracy", "log_loss")
-    table = Table(
-        "epoch", *(name.replace("_", " ") for name in names), title="recorded, and off by", title_justify="left"
-    )
+    names = ("train_loss", "balanced_accuracy", "accuracy", "log_loss")
+    titles = (name.replace("_", " ") for name in names)
+    table = Table("epoch", *titles, title="recorded, and off by", title_justify="left")
+    most, where = 0.0, ""
     for old, new in zip(then, now, strict=True):
-        table.add_row(str(old["epoch"]), *(f"{old[name]:.6f} {new[name] - old[name]:+.1e}" for name in names))
+        recorded, repeated = old.as_dict(), new.as_dict()
+        off = {name: repeated[name] - recorded[name] for name in names}
+        table.add_row(str(old.epoch), *(f"{recorded[name]:.6f} {off[name]:+.1e}" for name in names))
+        name = max(off, key=lambda name: abs(off[name]))
+        if abs(off[name]) > most:
+            most, where = abs(off[name]), f"{name.replace('_', ' ')} of epoch {old.epoch}"
     console.print(table)
-    off, name, epoch = max(
-        (abs(new[name] - old[name]), name, old["epoch"]) for old, new in zip(then, now, strict=True) for name in names
-    )
     if changed:
         console.print(f"made with others than now: {'; '.join(changed)}", style="yellow", soft_wrap=True, markup=False)
-    if off == 0:
+    if most == 0:
         console.print(f"the same figures in all {len(then)} epochs, to the last digit")
     else:
-        console.print(f"figures differ: most by {off:.2g}, in {name.replace('_', ' ')} of epoch {epoch}")
-    return off == 0
+        console.print(f"figures differ: most by {most:.2g}, in {where}")
+    return most == 0
 
 
 if __name__ == "__main__":

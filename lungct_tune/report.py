@@ -14,8 +14,6 @@ from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.folder import locate
-from lungct_tune.reporting.test_section import find_pictures
 
 EXAMPLES = """\
 examples:
@@ -40,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
     # imported when the command line is known to be right, so that --help answers at once
+    from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
     from lungct_tune.reporting.html import check_free
     from lungct_tune.reporting.report_page import report_page
-    from lungct_tune.reporting.test_section import Pictures
+    from lungct_tune.reporting.test_section import Pictures, find_pictures
 
     check_free(asked.out, "--out")
     experiment = locate(asked.source, asked.storage)

@@ -5,33 +5,33 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
-from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import CARD, REPORT, RetrainedModel
-from lungct_tune.experiment.results import SearchResults, gather_results
-from lungct_tune.experiment.study import (
-    BASELINE,
-    best_figures,
-    best_trial,
-    finished_trials,
-    hyperparameters_of,
-    open_study,
-    over_seeds,
-)
-from lungct_tune.reporting.model_card import model_card
-from lungct_tune.reporting.report_page import report_page
-from lungct_tune.reporting.test_section import Pictures
+
+if TYPE_CHECKING:  # imported when the settings are known to be right: --help and slips answer at once
+    from pathlib import Path
+
+    import optuna
+    import ray
+    import torch
+
+    from lungct_tune.data.split import DataSplit
+    from lungct_tune.evaluation.bundle_files import BundleFiles
+    from lungct_tune.experiment.bundle import RetrainedModel
+    from lungct_tune.experiment.plan import Plan
+    from lungct_tune.experiment.trial import TrialRecord
+    from lungct_tune.tuning.allocation import ResourcePlan
+    from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.workers import SlotPlan
 
 
 class NothingToRetrain(UserError):
@@ -55,170 +55,290 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         UserError: each room's own, with a message for the user.
         KeyboardInterrupt: Ctrl-C, with a message that says how to go on.
     """
-    # imported when the settings are known to be right: --help and slips answer at once
-    import ray
+    from lungct_tune.experiment.plan import plan_search
+    from lungct_tune.tuning.cluster import joined
 
+    plan = plan_search(settings, given)
+    with _how_to_go_on(plan):
+        split, audit = load_and_audit(plan, console)
+        weights = plan.read_weights()
+        with joined(plan.settings.address, plan.settings.verbose, plan.experiment.name) as dashboard:
+            resources = announce(plan, dashboard, console)
+            if plan.settings.plan:
+                return
+            with begun(plan, split, audit, resources, weights, console) as run:
+                winner = run.search()
+                seeds = run.repeat_with_seeds(winner)
+                retrained = run.retrain(winner)
+                published = run.retrain_published(winner)
+                run.write_bundle(winner, retrained, published, seeds)
+
+
+@contextmanager
+def _how_to_go_on(plan: Plan) -> Iterator[None]:
+    """Adds to what stops a search that has begun how to go on with it."""
+    from lungct_tune.tuning.workers import NodeRefused
+
+    try:
+        yield
+    except (KeyboardInterrupt, NodeRefused) as stop:
+        if not plan.experiment.exists("settings.yaml"):
+            raise
+        raise type(stop)(f"{stop}\nTo go on: {plan.resume_command}".lstrip()) from None
+
+
+def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, Any]]:
+    """The images, found, decoded once, grouped and split; and what the audit says of them.
+
+    Raises:
+        DataError: they cannot be used, or the settings are strict and the split leaks.
+        PlanError: they are not those that the search began with.
+    """
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
+    from lungct_tune.data.phantoms import PHANTOMS
+    from lungct_tune.reporting.console import print_data, print_verdict
+
+    settings = plan.settings
+    if settings.data is None:
+        console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
+    split = plan.load_and_split()
+    print_data(split.images, split.split, console)
+    audit = audit_images(split.images, split.parts, settings.split)
+    print_verdict(audit, settings, console)
+    if settings.strict:
+        refuse_leaks(audit)
+    return split, audit
+
+
+def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
+    """Says what is about to happen, and on what of the cluster.
+
+    Raises:
+        ClusterError: the cluster cannot hold what is asked.
+    """
+    from lungct_tune.reporting.console import print_plan, print_space
+    from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
+
+    resources = plan_resources(plan.settings)
+    retraining = plan_retraining_resources(plan.settings)
+    print_plan(plan, f"{resources}; the final retraining on {retraining}", dashboard, console)
+    if plan.settings.plan:
+        print_space(plan.space, console)
+    return resources
+
+
+@contextmanager
+def begun(
+    plan: Plan,
+    split: DataSplit,
+    audit: dict[str, Any],
+    resources: ResourcePlan,
+    weights: dict[str, torch.Tensor] | None,
+    console: Console,
+) -> Iterator[SearchRun]:
+    """A search whose storage is checked, whose study is open, and that `--resume` can go on with from here on.
+
+    Raises:
+        StorageError: a node cannot use the storage.
+        StudyError, TrackingError: study or tracking server cannot be used.
+        PlanError: another process runs this search.
+    """
     from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment import bundle
-    from lungct_tune.experiment.plan import plan_search
-    from lungct_tune.filesystem import StorageError
-    from lungct_tune.models.pretrained import read_covering
-    from lungct_tune.reporting import console as terminal
-    from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
+    from lungct_tune.experiment.study import open_study
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
-    from lungct_tune.tuning.cluster import (
-        check_storage,
-        connect,
-        has_shared_file_system,
-        machines,
-        plan_resources,
-        plan_retraining_resources,
-    )
-    from lungct_tune.tuning.rerun import train_again
-    from lungct_tune.tuning.retrain import FinalPlan, retrain_and_predict
-    from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
-    from lungct_tune.tuning.trial_runner import Fold
-    from lungct_tune.tuning.tuner import run_search
-    from lungct_tune.tuning.workers import NodeRefused, SlotPlan
+    from lungct_tune.tuning.cluster import check_storage, has_shared_file_system, machines
+    from lungct_tune.tuning.shared_data import share_weights
 
-    # ---- what is asked for ----------------------------------------------------------------------------
-    plan = plan_search(settings, given)
     settings, experiment = plan.settings, plan.experiment
-    assert settings.image_size and settings.batch_size and settings.trials and settings.epochs  # decided by the plan
-    started_here, kept_alone = not ray.is_initialized(), ExitStack()
-    try:
-        # ---- images: found, decoded once, grouped, split ----------------------------------------------
-        if settings.data is None:
-            console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
-        dealt = plan.load_and_split()
-        terminal.print_data(dealt.images, dealt.split, console)
-        audit = audit_images(dealt.images, dealt.parts, settings.split)
-        terminal.print_verdict(audit, settings, console)
-        if settings.strict:
-            refuse_leaks(audit)
-
-        # ---- pretrained weights that reach as deep as the space, before any worker starts -------------
-        weights = None if settings.weights == "none" else read_covering(settings.weights or "", plan.space.deepest)
-
-        # ---- the cluster, and what of it the search takes ---------------------------------------------
-        dashboard = connect(settings.address, settings.verbose, experiment.name)
-        allotment = plan_resources(settings)
-        terminal.print_plan(
-            plan, f"{allotment}; the final retraining on {plan_retraining_resources(settings)}", dashboard, console
-        )
-        if settings.plan:
-            terminal.print_space(plan.space, console)
-            return
-        check_storage(experiment)
-        mlflow = MLflowTracker(settings.track, experiment.name, new=not settings.resume) if settings.track else None
-        kept_alone.enter_context(plan.exclusive_lock())
-        kept_alone.enter_context(plan.mirrored_study())
-        study = open_study(plan.study_url, experiment.name, plan.space, settings.epochs, new=not settings.resume)
-        study.set_user_attr("cluster", f"{allotment}, on {machines()}")
-        plan.save(dealt)
+    assert settings.epochs is not None  # decided by the plan
+    check_storage(experiment)
+    is_new = not settings.resume
+    tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
+    with ExitStack() as held:
+        held.enter_context(plan.exclusive_lock())
+        held.enter_context(plan.mirrored_study())
+        study = open_study(plan.study_url, experiment.name, plan.space, settings.epochs, new=is_new)
+        study.set_user_attr("cluster", f"{resources}, on {machines()}")
+        plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
-        if mlflow:
-            kept_alone.enter_context(mlflow.kept_up(study, console))
-        backbone = None if weights is None else ray.put(weights)
-        common = has_shared_file_system(experiment)
-
-        def material(rows: np.ndarray, file: str, epochs: int | None = None) -> SharedDataset:
-            path = plan.study_folder / file if common else None
-            return share_dataset(settings, dealt.images, rows, backbone, epochs, path)
-
-        outcome = BundleFiles(plan, dealt, audit, study, allotment.slots)
-
-        # ---- the search: its workers are given train and validation, and no test image ----------------
-        slot = SlotPlan(
-            experiment=experiment,
-            material=material(dealt.searched, "search-images.npy"),
-            folds=tuple(Fold(*fold) for fold in dealt.folds),
-            workers=allotment.workers,
-            resources_per_worker=allotment.resources_per_worker,
-        )
-        console.print(f"\nsearching, {allotment.slots} trials at a time", style="bold")
-        run_search(
-            study,
-            plan.space,
-            slot,
-            trials=settings.trials,
-            slots=allotment.slots,
-            seed=settings.seed,
+        if tracker:
+            held.enter_context(tracker.kept_up(study, console))
+        yield SearchRun(
+            plan=plan,
+            split=split,
+            resources=resources,
+            study=study,
+            files=BundleFiles(plan, split, audit, study, resources.slots),
+            backbone=share_weights(weights),
+            image_folder=plan.study_folder if has_shared_file_system(experiment) else None,
+            tracker=tracker,
             console=console,
-            callbacks=[BestSoFarCallback(study, experiment, outcome.so_far)],
         )
-        trials = finished_trials(study)
-        best = best_trial(trials)
-        if best is None:
-            reasons = [f"  trial {trial.number} {trial.user_attrs.get('ended')}" for trial in trials]
+
+
+@dataclass
+class SearchRun:
+    """A search that has begun: its steps, in the order of their definition."""
+
+    plan: Plan
+    split: DataSplit
+    resources: ResourcePlan
+    study: optuna.Study
+    files: BundleFiles
+    backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
+    image_folder: Path | None
+    """Where images go that are too large for the object store; None where the nodes have no folder in common."""
+    tracker: MLflowTracker | None
+    console: Console
+
+    def search(self) -> TrialRecord:
+        """Runs the trials; the best of those that ran to their end.
+
+        Raises:
+            NothingToRetrain: there is none.
+            KeyboardInterrupt, NodeRefused: see `run_search`.
+        """
+        from lungct_tune.experiment.study import finished_trials
+        from lungct_tune.experiment.trial import best_trial
+        from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
+        from lungct_tune.tuning.tuner import run_search
+
+        settings, slots = self.plan.settings, self.resources.slots
+        assert settings.trials is not None  # decided by the plan
+        self._announce(f"searching, {slots} trials at a time")
+        best_so_far = BestSoFarCallback(self.study, self.plan.experiment, self.files.so_far)
+        run_search(
+            self.study,
+            self.plan.space,
+            self._slot_plan(),
+            trials=settings.trials,
+            slots=slots,
+            seed=settings.seed,
+            console=self.console,
+            callbacks=[best_so_far],
+        )
+        trials = finished_trials(self.study)
+        if (winner := best_trial(trials)) is None:
+            reasons = [f"  trial {trial.number} {trial.ended}" for trial in trials]
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
+        return winner
 
-        # ---- how far the winner's figures are a matter of the seed ------------------------------------
-        seeds, repeats = None, f"{experiment.name}-seeds"
-        if settings.seeds:
-            console.print(f"\ntraining trial {best.number} anew, with {settings.seeds} other seeds", style="bold")
-            others = [{"number": k, "seed": (settings.seed + k) % 2**32} for k in range(1, settings.seeds + 1)]
-            orders = [other | {"configuration": best.user_attrs["configuration"]} for other in others]
-            seeds = over_seeds(train_again(slot, repeats, orders, settings.epochs, allotment.slots))
+    def repeat_with_seeds(self, winner: TrialRecord) -> dict[str, Any] | None:
+        """How far the winner's figures are a matter of the seed; None where it was not asked."""
+        from lungct_tune.experiment.study import over_seeds
+        from lungct_tune.tuning.rerun import rerun_with_seeds
 
-        # ---- retrained on train and validation, judged once on test -----------------------------------
-        def retrain(trial: FrozenTrial) -> RetrainedModel:
-            final = plan_retraining_resources(settings)  # nodes have come and gone
-            configuration, epochs = hyperparameters_of(trial), int(best_figures(trial)["epoch"])
-            console.print(f"\nretraining trial {trial.number} on train and validation, {epochs} epochs", style="bold")
-            return retrain_and_predict(
-                FinalPlan(
-                    experiment=experiment,
-                    material=material(np.arange(len(dealt.split)), "all-images.npy", epochs),
-                    configuration=configuration,
-                    seed=settings.seed,
-                    train_indices=dealt.searched,
-                    test_indices=dealt.test,
-                    workers=final.workers,
-                    resources_per_worker=final.resources_per_worker,
-                ),
-                name=f"trial_{trial.number:04d}_{epochs:03d}_epochs",
-            )
+        settings = self.plan.settings
+        if not settings.seeds or settings.epochs is None:
+            return None
+        self._announce(f"training trial {winner.number} anew, with {settings.seeds} other seeds")
+        seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
+        plan, slots = self._slot_plan(), self.resources.slots
+        return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
-        judged, published = retrain(best), None
-        if settings.compare_baseline and best.number == BASELINE:
-            console.print("the winner is the published configuration: there is nothing to compare it with")
-        elif settings.compare_baseline:
-            baseline = best_trial(trial for trial in trials if trial.number == BASELINE)
-            if baseline is None:
-                console.print("the published configuration did not run to its end: nothing to compare with")
-            else:
-                published = baseline, retrain(baseline)
+    def retrain(self, trial: TrialRecord) -> RetrainedModel:
+        """A trial's hyperparameters retrained on train and validation, and asked once about the test split.
 
-        # ---- the bundle -------------------------------------------------------------------------------
-        files = outcome.final(best, judged, published, seeds)
-        try:
-            files |= pages(experiment.name, gather_results(experiment, study, files), Pictures(dealt.images))
-        except Exception as error:  # a page that cannot be drawn is no reason to lose a model
-            console.print(f"the bundle is without report.html: {error!r}", style="yellow", soft_wrap=True, markup=False)
-        bundle.write_bundle(experiment, files)
+        Raises:
+            RetrainingFailed, KeyboardInterrupt: see `retrain_and_predict`.
+        """
+        import numpy as np
+
+        from lungct_tune.tuning.cluster import plan_retraining_resources
+        from lungct_tune.tuning.retrain import RetrainPlan, retrain_and_predict
+        from lungct_tune.tuning.shared_data import share_dataset
+
+        assert trial.best is not None  # it completed
+        plan, split, epochs = self.plan, self.split, trial.best.epoch
+        self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
+        resources = plan_retraining_resources(plan.settings)  # nodes have come and gone
+        rows, file = np.arange(len(split.split)), self._file("all-images.npy")
+        retrain_plan = RetrainPlan(
+            experiment=plan.experiment,
+            dataset=share_dataset(plan.settings, split.images, rows, self.backbone, epochs, file),
+            hyperparameters=trial.hyperparameters,
+            seed=plan.settings.seed,
+            train_rows=split.searched_rows,
+            test_rows=split.test_rows,
+            workers=resources.workers,
+            resources_per_worker=resources.resources_per_worker,
+        )
+        return retrain_and_predict(retrain_plan, name=f"trial_{trial.number:04d}_{epochs:03d}_epochs")
+
+    def retrain_published(self, winner: TrialRecord) -> tuple[TrialRecord, RetrainedModel] | None:
+        """The published configuration's trial, and that retrained too; None where there is nothing to compare with."""
+        from lungct_tune.experiment.study import finished_trials
+        from lungct_tune.experiment.trial import BASELINE, best_trial
+
+        if not self.plan.settings.compare_baseline:
+            return None
+        if winner.number == BASELINE:
+            self.console.print("the winner is the published configuration: there is nothing to compare it with")
+            return None
+        published = best_trial(trial for trial in finished_trials(self.study) if trial.number == BASELINE)
+        if published is None:
+            self.console.print("the published configuration did not run to its end: nothing to compare with")
+            return None
+        return published, self.retrain(published)
+
+    def write_bundle(
+        self,
+        winner: TrialRecord,
+        retrained: RetrainedModel,
+        published: tuple[TrialRecord, RetrainedModel] | None,
+        seeds: dict[str, Any] | None,
+    ) -> None:
+        """Judges the final model and writes the bundle, with its pages, and says how it ended."""
+        import json
+
+        from lungct_tune.experiment import bundle
+        from lungct_tune.filesystem import StorageError
+        from lungct_tune.reporting.console import print_outcome
+
+        plan, experiment = self.plan, self.plan.experiment
+        files = self.files.final(winner, retrained, published, seeds)
+        bundle.write_bundle(experiment, files | self._pages(files))
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
-            experiment.delete_folder(repeats)
+            experiment.delete_folder(self._seeds_folder)
         metrics = json.loads(files[bundle.METRICS])
-        if mlflow:
-            epochs = int(best_figures(best)["epoch"])
-            mlflow.add_final(best.number, hyperparameters_of(best), epochs, metrics["test"])
-        terminal.print_outcome(plan, metrics, console)
-    except (KeyboardInterrupt, NodeRefused) as stop:
-        begun = experiment.exists("settings.yaml")
-        raise type(stop)(f"{stop}\nTo go on: {plan.resume_command}".lstrip() if begun else str(stop)) from None
-    finally:
-        kept_alone.close()
-        if started_here:
-            ray.shutdown()
+        if self.tracker and winner.best:
+            self.tracker.add_final(winner.number, winner.hyperparameters, winner.best.epoch, metrics["test"])
+        print_outcome(plan, metrics, self.console)
+
+    def _pages(self, files: dict[str, bytes]) -> dict[str, bytes]:
+        """report.html and the model card."""
+        from lungct_tune.experiment.bundle import CARD, REPORT
+        from lungct_tune.experiment.results import gather_results
+        from lungct_tune.reporting.model_card import model_card
+        from lungct_tune.reporting.report_page import report_page
+        from lungct_tune.reporting.test_section import Pictures
+
+        name = self.plan.experiment.name
+        try:
+            results = gather_results(self.plan.experiment, self.study, files)
+            return {REPORT: report_page(name, results, Pictures(self.split.images)), CARD: model_card(name, results)}
+        except Exception as error:  # a page that cannot be drawn is no reason to lose a model
+            message = f"the bundle is without report.html: {error!r}"
+            self.console.print(message, style="yellow", soft_wrap=True, markup=False)
+            return {}
+
+    def _slot_plan(self) -> SlotPlan:
+        from lungct_tune.tuning.tuner import make_slot_plan
+
+        return make_slot_plan(self.plan, self.split, self.backbone, self.resources, self._file("search-images.npy"))
+
+    def _file(self, name: str) -> Path | None:
+        return self.image_folder / name if self.image_folder else None
+
+    @property
+    def _seeds_folder(self) -> str:
+        return f"{self.plan.experiment.name}-seeds"
+
+    def _announce(self, step: str) -> None:
+        self.console.print(f"\n{step}", style="bold")
 
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-def pages(name: str, found: SearchResults, pictures: Pictures) -> dict[str, bytes]:
-    """The pages of a bundle, by file name."""
-    return {REPORT: report_page(name, found, pictures), CARD: model_card(name, found)}

@@ -1,11 +1,103 @@
-"""How an entrance ends: its exit status, and what the user is told."""
+"""The commands: which there are, how they begin and end, and what the user is told."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
 import pytest
 
-from lungct_tune.cli import exit_status
+from lungct_tune import __version__
+from lungct_tune.cli import COMMANDS, exit_status, main
 from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAVY = {
+    "captum",
+    "matplotlib",
+    "numpy",
+    "optuna",
+    "pandas",
+    "pyarrow",
+    "ray",
+    "scipy",
+    "sklearn",
+    "sqlalchemy",
+    "torch",
+}
+"""Packages that take a part of a second to import, or seconds."""
+
+
+def imported(module: str, *words: str) -> tuple[int, str, set[str]]:
+    """Runs `python -m MODULE WORDS` in a new process: its exit status, what it says, what of HEAVY it imports."""
+    program = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("imported", *sorted({HEAVY} & set(sys.modules))))
+sys.argv[1:] = {list(words)}
+runpy.run_module({module!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said, _, heavy = done.stdout.rpartition("imported")
+    return done.returncode, said + done.stderr, set(heavy.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs_as_a_module_whose_help_imports_nothing_heavy(command: str) -> None:
+    status, said, heavy = imported(f"lungct_tune.{command}", "--help")
+    assert status == 0
+    assert said.startswith(f"usage: python -m lungct_tune.{command}")
+    assert COMMANDS[command] in " ".join(said.split())
+    assert not heavy
+
+
+@pytest.mark.parametrize("command", ["search", "audit"])
+def test_a_wrong_value_is_refused_before_anything_heavy_is_imported(command: str, tmp_path: Path) -> None:
+    status, said, heavy = imported(f"lungct_tune.{command}", "--data", str(tmp_path / "nowhere"))
+    assert status == 2
+    assert "nowhere' is not a folder" in said
+    assert not heavy
+
+
+def test_the_list_has_a_line_for_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    for command, what in COMMANDS.items():
+        assert any(line.split(maxsplit=1) == [command, what] for line in lines)
+
+
+def test_an_unknown_command_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["serch"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "no command 'serch'" in said and "search, audit" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--plan"]])
+def test_without_a_command_nothing_is_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: lungct-tune")
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lungct-tune {__version__}\n"
+
+
+def test_a_command_gets_the_words_behind_its_name_and_its_status_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    assert main(["download", str(tmp_path)]) == 2
+    assert "pip install kagglehub" in capsys.readouterr().err
 
 
 def test_what_the_user_can_mend_is_said_and_gives_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ class SearchSpace:
     fixed_trials: tuple[Hyperparameters, ...]
     """The trials that run before Optuna chooses any: the published configuration, then the file's."""
 
-    def configuration(self, parameters: Mapping[str, Any]) -> Hyperparameters:
+    def hyperparameters(self, parameters: Mapping[str, Any]) -> Hyperparameters:
         return Hyperparameters(**(PUBLISHED.as_dict() | self.constants | dict(parameters)))
 
     @property
@@ -58,14 +58,29 @@ class SearchSpace:
         return max([*depths, int(self.constants.get("truncation_depth", 1))])
 
 
-def in_range(distribution: BaseDistribution) -> str:
-    """What a parameter may be, in words."""
+def bounds(distribution: BaseDistribution) -> tuple[float, float, bool]:
+    """The least and the greatest value of a parameter, and whether its scale is logarithmic."""
     match distribution:
         case CategoricalDistribution(choices=choices):
-            return " or ".join(map(str, choices))
+            numbers = [float(str(choice)) for choice in choices]
+            return min(numbers), max(numbers), False
         case IntDistribution(low=low, high=high, log=log) | FloatDistribution(low=low, high=high, log=log):
-            return f"{low:g} to {high:g}{', logarithmic' if log else ''}"
-    return str(distribution)
+            return low, high, log
+    raise TypeError(f"{distribution!r}: a search space has none of these")
+
+
+def is_within(value: float, distribution: BaseDistribution) -> bool:
+    """Whether a value lies in a parameter's range: that of a fixed trial may lie outside."""
+    low, high, _ = bounds(distribution)
+    return low <= value <= high
+
+
+def in_range(distribution: BaseDistribution) -> str:
+    """What a parameter may be, in words."""
+    if isinstance(distribution, CategoricalDistribution):
+        return " or ".join(map(str, distribution.choices))
+    low, high, log = bounds(distribution)
+    return f"{low:g} to {high:g}{', logarithmic' if log else ''}"
 
 
 def read_space(path: Path) -> str:

@@ -12,8 +12,6 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from lungct_tune.cli import command_line
 from lungct_tune.errors import UserError
@@ -163,8 +161,13 @@ class Settings(BaseModel):
     @field_validator("study")
     @classmethod
     def _a_database(cls, url: str | None) -> str | None:
+        if not url:
+            return url
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
         try:
-            database = make_url(url or "sqlite://")
+            database = make_url(url)
         except (ArgumentError, ValueError):
             raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
         if database.password is not None or any(re.search(SECRETS, key, re.IGNORECASE) for key in database.query):

@@ -122,12 +122,16 @@ UNSPLIT = "unsplit"
 
 @dataclass(frozen=True, eq=False)
 class DataSplit:
-    """The images, and which of them are trained on, steer the search, and are asked once."""
+    """The images, and which of them are trained on, steer the search, and are asked once.
+
+    Images are named by their rows in `images` everywhere, here and where they are trained on.
+    """
 
     images: ImageSet
     split: np.ndarray
+    """(N,) str, each one of `SPLITS`."""
     fold: np.ndarray | None
-    """Of the searched images, from 0; None where validation steers the search."""
+    """(N,) int from 0, -1 for test images; None where validation steers the search."""
 
     @property
     def parts(self) -> np.ndarray:
@@ -135,25 +139,50 @@ class DataSplit:
         return self.split if self.fold is None else np.where(self.split == "test", "test", POOLED)
 
     @property
-    def searched(self) -> np.ndarray:
-        """Rows of the images that the search may see: train and validation."""
+    def searched_rows(self) -> np.ndarray:
+        """The images that the search may see: train and validation."""
         return np.flatnonzero(self.split != "test")
 
     @property
-    def test(self) -> np.ndarray:
-        """Rows of the images that only the final model is asked about."""
+    def test_rows(self) -> np.ndarray:
+        """The images that only the final model is asked about."""
         return np.flatnonzero(self.split == "test")
 
     @property
-    def judged_on(self) -> np.ndarray:
-        """Rows of the images that a trial is judged on."""
-        return np.flatnonzero(self.split == "valid") if self.fold is None else self.searched
+    def validation_rows(self) -> np.ndarray:
+        """The images that a trial is judged on: those of validation, with folds all that are searched."""
+        return np.flatnonzero(self.split == "valid") if self.fold is None else self.searched_rows
 
     @property
     def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What a model of a trial is trained on and what judges it, as indices into the searched images."""
+        """The images that each model of a trial is trained on, and those that judge it; one model without folds."""
         if self.fold is None:
-            parts = [self.split[self.searched] == "valid"]
-        else:
-            parts = [self.fold == fold for fold in range(self.fold.max() + 1)]
-        return [(np.flatnonzero(~part), np.flatnonzero(part)) for part in parts]
+            return [(np.flatnonzero(self.split == "train"), self.validation_rows)]
+        searched_N = self.fold >= 0
+        return [
+            (np.flatnonzero(searched_N & (self.fold != k)), np.flatnonzero(self.fold == k))
+            for k in range(self.fold.max() + 1)
+        ]
+
+    def as_csv(self) -> bytes:
+        """split.csv: path, label, group and split of every image, with folds its fold."""
+        label = [self.images.classes[label] for label in self.images.table["label"]]
+        table, columns = self.images.table.assign(split=self.split, label=label), ["path", "label", "group", "split"]
+        if self.fold is not None:
+            table = table.assign(fold=pd.Series(self.fold, index=table.index, dtype="Int64").replace(-1, pd.NA))
+            columns.append("fold")
+        return table[columns].to_csv(index=False).encode()
+
+
+def split_and_fold(images: ImageSet, how: Literal["grouped", "official"], folds: int | None, seed: int) -> DataSplit:
+    """The split of a search's images, and where folds are asked for, the folds of train and validation.
+
+    Raises:
+        DataError: see `split_images` and `fold_images`.
+    """
+    split, fold = split_images(images, how, seed), None
+    if folds:
+        searched = np.flatnonzero(split != "test")
+        fold = np.full(len(split), -1)
+        fold[searched] = fold_images(images, searched, folds, seed)
+    return DataSplit(images, split, fold)

@@ -12,7 +12,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import yaml
-from optuna.trial import FrozenTrial
 
 from lungct_tune.auditing.shortcuts import best_shortcut
 from lungct_tune.config.hyperparameters import Hyperparameters
@@ -27,7 +26,8 @@ from lungct_tune.experiment import bundle
 from lungct_tune.experiment.bundle import RetrainedModel, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import BASELINE, best_figures, effort, hyperparameters_of, row_of, trials_table
+from lungct_tune.experiment.study import effort, finished_trials
+from lungct_tune.experiment.trial import BASELINE, TrialRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +35,12 @@ class BundleFiles:
     """Makes the bundles of a search."""
 
     plan: Plan
-    dealt: DataSplit
+    split: DataSplit
     audit: Mapping[str, Any]
     study: optuna.Study
     slots: int
 
-    def so_far(self, best: FrozenTrial, weights: bytes) -> dict[str, bytes]:
+    def so_far(self, best: TrialRecord, weights: bytes) -> dict[str, bytes]:
         """The files of a trial's bundle, which says nothing about the test split.
 
         Args:
@@ -50,9 +50,9 @@ class BundleFiles:
 
     def final(
         self,
-        best: FrozenTrial,
+        best: TrialRecord,
         judged: RetrainedModel,
-        published: tuple[FrozenTrial, RetrainedModel] | None = None,
+        published: tuple[TrialRecord, RetrainedModel] | None = None,
         seeds: Mapping[str, Any] | None = None,
     ) -> dict[str, bytes]:
         """The files of the search's bundle, but for its pages.
@@ -62,7 +62,7 @@ class BundleFiles:
             published: the trial of the published configuration, and that retrained too.
             seeds: of `over_seeds`.
         """
-        images, test, searched = self.dealt.images, self.dealt.test, self.dealt.searched
+        images, test, searched = self.split.images, self.split.test_rows, self.split.searched_rows
         labels_N, groups_N = (images.table[column].to_numpy() for column in ("label", "group"))
         majority = int(np.bincount(labels_N[searched]).argmax())
         references = {
@@ -70,7 +70,7 @@ class BundleFiles:
             "shortcut": best_shortcut(images, searched, test),
         }
         if published:
-            name, other = str(hyperparameters_of(published[0])), published[1]
+            name, other = str(published[0].hyperparameters), published[1]
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
         scaling, probabilities_NC = self._calibration(best), judged.probabilities_NC
         if scaling:
@@ -83,34 +83,34 @@ class BundleFiles:
             uncalibrated_NC=judged.probabilities_NC if scaling else None,
             calibration=scaling,
             references=references,
-            overlaps_N=group_overlap(images, self.dealt.split),
+            overlaps_N=group_overlap(images, self.split.split),
         )
         rows = images.table.iloc[test]
         predictions = list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
         files = self._files(best, judged.weights, scaling, test=figures, seeds=seeds)
         return files | {bundle.PREDICTIONS: predictions}
 
-    def _calibration(self, best: FrozenTrial) -> dict[str, Any] | None:
+    def _calibration(self, best: TrialRecord) -> dict[str, Any] | None:
         """The temperature for a trial's configuration, from images that the trial was not trained on."""
         if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
             return None
-        table = self.dealt.images.table.iloc[self.dealt.judged_on]
+        table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.folds else 'validation'} predictions"
         return fit_temperature(table["label"].to_numpy(), np.load(io.BytesIO(kept)), table["group"].to_numpy(), what)
 
     def _files(
-        self, best: FrozenTrial, weights: bytes, calibration: Mapping[str, Any] | None, **judged: Any
+        self, best: TrialRecord, weights: bytes, calibration: Mapping[str, Any] | None, **judged: Any
     ) -> dict[str, bytes]:
-        settings, configuration = self.plan.settings, hyperparameters_of(best)
-        epochs = int(best_figures(best)["epoch"])
-        config = describe_model(settings, self.dealt.images, configuration, epochs, calibration)
-        table = trials_table(self.study)
+        assert best.best is not None  # it completed
+        settings, trials = self.plan.settings, finished_trials(self.study)
+        config = describe_model(settings, self.split.images, best.hyperparameters, best.best.epoch, calibration)
         metrics = {
             "data": PHANTOMS if settings.data is None else str(settings.data),
-            "baseline_trial": row_of(table, BASELINE),
-            "best_trial": row_of(table, best.number),
-            "search": effort(self.study, table, self.slots),
+            "baseline_trial": next((trial.row() for trial in trials if trial.number == BASELINE and trial.best), None),
+            "best_trial": best.row(),
+            "search": effort(self.study, trials, self.slots),
         } | judged
+        table = pd.DataFrame([trial.row() for trial in trials])
         return {
             bundle.MODEL: weights,
             bundle.CONFIG: bundle.as_json(config),
@@ -122,7 +122,7 @@ class BundleFiles:
 
     @cached_property
     def _learned(self) -> bytes:
-        return list_learned(self.dealt.images, self.dealt.searched)
+        return list_learned(self.split.images, self.split.searched_rows)
 
 
 def describe_model(

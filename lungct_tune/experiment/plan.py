@@ -11,20 +11,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, validate
-from lungct_tune.data import fetch_images, fold_images, make_phantoms, read_images, split_images
+from lungct_tune.data import fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
-from lungct_tune.data.split import DataSplit
+from lungct_tune.data.split import DataSplit, split_and_fold
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study_mirror import StudyMirror
+
+if TYPE_CHECKING:
+    import torch
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
@@ -135,22 +137,24 @@ class Plan:
                 f"the images in {images.root} are not those that {self.experiment.name} began with; "
                 "put them back as they were, or begin a new search"
             )
-        split = split_images(images, settings.split, settings.seed)
-        searched = np.flatnonzero(split != "test")
-        fold = fold_images(images, searched, settings.folds, settings.seed) if settings.folds else None
-        return DataSplit(images, split, fold)
+        return split_and_fold(images, settings.split, settings.folds, settings.seed)
 
-    def save(self, dealt: DataSplit) -> None:
+    def read_weights(self) -> dict[str, torch.Tensor] | None:
+        """The pretrained weights, which must reach as deep as any trial may; None for random ones.
+
+        Raises:
+            WeightsError: they cannot be had, or cover less.
+        """
+        from lungct_tune.models.pretrained import read_covering
+
+        source = self.settings.weights or ""
+        return None if source == "none" else read_covering(source, self.space.deepest)
+
+    def save(self, split: DataSplit) -> None:
         """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists."""
-        images = dealt.images
-        label = [images.classes[label] for label in images.table["label"]]
-        table, columns = images.table.assign(split=dealt.split, label=label), ["path", "label", "group", "split"]
-        if dealt.fold is not None:
-            table.loc[dealt.split != "test", "fold"] = dealt.fold
-            table, columns = table.astype({"fold": "Int64"}), [*columns, "fold"]
-        self.experiment.write("split.csv", table[columns].to_csv(index=False).encode())
+        self.experiment.write("split.csv", split.as_csv())
         self.experiment.write("space.yaml", self.space_text.encode())
-        kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": images.fingerprint})
+        kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": split.images.fingerprint})
         self.experiment.write("settings.yaml", kept.encode())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import yaml
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
@@ -26,8 +24,9 @@ from lungct_tune.data import SPLITS
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import BASELINE, COMPLETED, FINISHED, best_figures, best_trial, how_ended
+from lungct_tune.experiment.study import count_outcomes, read_trials
 from lungct_tune.experiment.study_mirror import COPY
+from lungct_tune.experiment.trial import BASELINE, Outcome, TrialRecord, best_trial
 from lungct_tune.training.objective import judged
 
 
@@ -82,7 +81,7 @@ class SearchResults:
     space: SearchSpace
     study: dict[str, Any]
     """The study's own attributes: wall_s, slot_s, cluster."""
-    trials: list[FrozenTrial]
+    trials: list[TrialRecord]
     """Those that began, by number."""
     split: pd.DataFrame
     """split.csv: path, label, group, split of every image."""
@@ -122,18 +121,24 @@ class SearchResults:
         return sorted(self.split["label"].unique())
 
     @cached_property
-    def winner(self) -> FrozenTrial | None:
+    def winner(self) -> TrialRecord | None:
         return best_trial(self.trials)
 
     @cached_property
-    def baseline(self) -> FrozenTrial | None:
+    def baseline(self) -> TrialRecord | None:
         """The trial of the published configuration, if an epoch of it has ended."""
-        return next((trial for trial in self.trials if trial.number == BASELINE and best_figures(trial)), None)
+        return next((trial for trial in self.trials if trial.number == BASELINE and trial.best), None)
+
+    @property
+    def baseline_score(self) -> float:
+        """The best balanced accuracy of the published configuration's trial, where there is one."""
+        assert self.baseline is not None and self.baseline.best is not None
+        return self.baseline.best.balanced_accuracy
 
     @cached_property
     def ended(self) -> dict[str, int]:
         """How many trials ended how."""
-        return dict(Counter(how_ended(trial) for trial in self.trials if trial.state in FINISHED).most_common())
+        return count_outcomes(self.trials)
 
     @property
     def done(self) -> int:
@@ -143,7 +148,7 @@ class SearchResults:
     @property
     def completed(self) -> int:
         """How many trials ran to their end."""
-        return self.ended.get(COMPLETED, 0)
+        return self.ended.get(Outcome.COMPLETED.value, 0)
 
     @property
     def has_failed(self) -> bool:
@@ -216,7 +221,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Mapping[
         settings=yaml.safe_load(settings),
         space=parse_space(space.decode(), f"{experiment.uri}/space.yaml"),
         study=study.user_attrs,
-        trials=[t for t in study.get_trials() if t.state != TrialState.WAITING and "configuration" in t.user_attrs],
+        trials=read_trials(study),
         split=_read_table(split),
         audit=json.loads(audit) if audit else None,
         bundle=bundle,

@@ -1,63 +1,43 @@
-"""The Optuna study of a search: opened, and what its trials have shown, read without Ray."""
+"""The Optuna study of a search: opened, and read back as records of its trials. No Ray is needed for it.
+
+Beside what Optuna keeps itself, a trial has the user attributes "configuration" (its hyperparameters), "history" (its
+epochs), "made_with" (versions and resources), "outcome" and "ended" (the same and why, in words).
+"""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
-import pandas as pd
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.config.search_space import SearchSpace
+from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_SD, rank
-
-
-class StudyError(UserError):
-    """The Optuna study cannot be used: the message names study and storage and says what to do."""
-
-
-BASELINE = 0
-"""The number of the first trial of every study: the published configuration."""
-
-
-EPOCH_FIGURES = (
-    "epoch",
-    OBJECTIVE,
-    "accuracy",
-    "log_loss",
-    "train_loss",
-    "train_s",
-    "valid_s",
-    OBJECTIVE_SD,
-)
-"""What a slot reports of an epoch, and the study keeps; the last only with folds."""
-
-
-WHEN_AND_WHERE = ("at", "slot")
-"""What the study keeps of an epoch beside its figures: when it ended, in seconds since 1970, and in which slot."""
-
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
 
 REDUCTION = 3
 """ASHA: the best third of the trials at a rung goes on to three times as many epochs."""
 
-
-COMPLETED, STOPPED, DIVERGED, FAILED = "completed", "stopped early", "diverged", "failed"
-"""How a trial ends, as its user attribute "ended" begins; after the last three follows when or why."""
-
-
 BAD_SCORE = 0.0
 """The objective of a trial whose training diverged: no balanced accuracy is lower."""
 
-
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+FEWEST = 4
+"""Completed trials that it takes to ask which parameter matters."""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class StudyError(UserError):
+    """The Optuna study cannot be used: the message names study and storage and says what to do."""
 
 
 def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
@@ -84,8 +64,8 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
         raise StudyError(f"there is no study {where}; give the --study that the search was begun with") from error
     except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
-    for configuration in space.fixed_trials:
-        values = configuration.as_dict()
+    for hyperparameters in space.fixed_trials:
+        values = hyperparameters.as_dict()
         study.enqueue_trial(
             {parameter: values[parameter] for parameter in space.distributions},
             user_attrs={"configuration": values},
@@ -93,93 +73,105 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
     return study
 
 
-def hyperparameters_of(trial: FrozenTrial) -> Hyperparameters:
-    """What a trial trains or trained."""
-    return Hyperparameters(**trial.user_attrs["configuration"])
+def read_trials(
+    study: optuna.Study, states: Sequence[TrialState] = (*FINISHED, TrialState.RUNNING)
+) -> list[TrialRecord]:
+    """The trials that have begun, in the order of their numbers."""
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [_record(trial) for trial in trials if "configuration" in trial.user_attrs]
 
 
-def how_ended(trial: FrozenTrial) -> str:
-    """COMPLETED, STOPPED, DIVERGED or FAILED; "running" for a trial that has not ended."""
-    ended = trial.user_attrs.get("ended", FAILED if trial.state in FINISHED else "running")
-    return next(how for how in (COMPLETED, STOPPED, DIVERGED, FAILED, "running") if ended.startswith(how))
-
-
-def best_figures(trial: FrozenTrial) -> dict[str, float]:
-    """The figures of a trial's best epoch, the first of several equals; none where no epoch ended."""
-    return max(trial.user_attrs.get("history", []), key=rank, default={})
-
-
-def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+def finished_trials(study: optuna.Study) -> list[TrialRecord]:
     """The trials that ended, however they did, in the order of their numbers."""
-    return study.get_trials(deepcopy=False, states=FINISHED)
+    return read_trials(study, FINISHED)
 
 
-def best_trial(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
-    """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals.
+def _record(trial: FrozenTrial) -> TrialRecord:
+    attributes = trial.user_attrs
+    outcome = _outcome(trial)
+    return TrialRecord(
+        number=trial.number,
+        hyperparameters=Hyperparameters(**attributes["configuration"]),
+        history=tuple(EpochFigures(**figures) for figures in attributes.get("history", ())),
+        outcome=outcome,
+        ended=attributes.get("ended", outcome.value) if outcome is not Outcome.RUNNING else outcome.value,
+        provenance=attributes.get("made_with", {}),
+        started=trial.datetime_start,
+        completed=trial.datetime_complete,
+    )
 
-    One that was stopped early may have shown a better epoch, but in the middle of its schedule, at a high learning
-    rate, where neighbouring epochs differ by luck.
-    """
-    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE and how_ended(trial) == COMPLETED]
-    return max(completed, key=lambda trial: rank(best_figures(trial)), default=None)
+
+def _outcome(trial: FrozenTrial) -> Outcome:
+    """Of studies that were made before "outcome" was kept, what state and "ended" leave no doubt about."""
+    if trial.state not in FINISHED:
+        return Outcome.RUNNING
+    if (kept := trial.user_attrs.get("outcome")) is not None:
+        return Outcome(kept)
+    if trial.state == TrialState.COMPLETE:
+        return Outcome.COMPLETED if trial.user_attrs.get("ended") == Outcome.COMPLETED.value else Outcome.DIVERGED
+    return Outcome.STOPPED if trial.state == TrialState.PRUNED else Outcome.FAILED
 
 
-def over_seeds(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The objective of one configuration trained with several seeds, each at its best epoch as a trial is.
+def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
+    """The balanced accuracy of one configuration trained with several seeds, each at its best epoch as a trial is.
 
     A training that diverged or failed counts with the worst score: it is what a user of that configuration may get.
+
+    Args:
+        reports: of each training, with all its epochs.
     """
-    histories = [[*answer["earlier"], answer] for answer in answers]
-    scores = [max(history, key=rank)[OBJECTIVE] if "epoch" in history[-1] else BAD_SCORE for history in histories]
-    return {OBJECTIVE: scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
+    failed = (Outcome.DIVERGED, Outcome.FAILED)
+    best = [None if report.outcome in failed else best_epoch(report.epochs) for report in reports]
+    scores = [BAD_SCORE if figures is None else figures.balanced_accuracy for figures in best]
+    return {"balanced_accuracy": scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 
 
-def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """One row a trial: number, state, why it ended, epochs, configuration, best epoch's figures, seconds."""
-    rows = []
-    for trial in finished_trials(study):
-        history = trial.user_attrs.get("history", [])
-        configuration = hyperparameters_of(trial)
-        best = best_figures(trial)
-        rows.append(
-            {"trial": trial.number, "state": trial.state.name, "ended": trial.user_attrs.get("ended", "")}
-            | configuration.as_dict()
-            | {"frozen_depth": configuration.frozen_depth, "epochs": len(history)}
-            | {f"best_{key}": best.get(key) for key in ("epoch", OBJECTIVE, "accuracy", "log_loss")}
-            | {f"best_{key}": best[key] for key in (OBJECTIVE_SD,) if key in best}
-            | {"training_s": sum(figures["train_s"] + figures["valid_s"] for figures in history)}
-        )
-    return pd.DataFrame(rows)
-
-
-def row_of(table: pd.DataFrame, number: int) -> dict[str, Any] | None:
-    """One trial's row of the table, as plain values; None for a trial that did not come to an epoch's end."""
-    rows = table[table["trial"] == number].dropna(subset=[f"best_{OBJECTIVE}"])
-    return None if rows.empty else dict(json.loads(rows.iloc[0].to_json(double_precision=15)))
-
-
-def effort(study: optuna.Study, table: pd.DataFrame, slots: int) -> dict[str, Any]:
+def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> dict[str, Any]:
     """What a search cost, in trials, epochs and seconds.
 
     `overhead_ratio` is slots x wall time (less the time in which slots waited for room on the cluster, and added
     up, if a resumed search had another number of slots) over the seconds in which slots were inside an epoch of
     training or validation: 1 where they did nothing else, None where they never were.
+
+    Args:
+        trials: those that have ended.
     """
-    wall_s, slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
-    training_s = float(table["training_s"].sum())
+    training_s = sum(trial.seconds for trial in trials)
     return {
-        "trials": len(table),
-        "epochs": int(table["epochs"].sum()),
-        "wall_s": wall_s,
+        "trials": len(trials),
+        "epochs": sum(len(trial.history) for trial in trials),
+        "wall_s": study.user_attrs.get("wall_s", 0.0),
         "training_s": training_s,
         "slots": slots,
-        "overhead_ratio": slot_s / training_s if training_s else None,
-        "ended": dict(Counter(map(how_ended, finished_trials(study))).most_common()),
+        "overhead_ratio": study.user_attrs.get("slot_s", 0.0) / training_s if training_s else None,
+        "ended": count_outcomes(trials),
     }
 
 
-def _tip(trial: FrozenTrial) -> str:
-    figures = best_figures(trial)
-    figure = f"{figures[OBJECTIVE]:.3f} at epoch {figures['epoch']:.0f}; " if figures else ""
-    ended = trial.user_attrs.get("ended", "running")
-    return f"trial {trial.number}: {figure}{ended}; {hyperparameters_of(trial)}"
+def count_outcomes(trials: Iterable[TrialRecord]) -> dict[str, int]:
+    """How many of the trials that have ended ended how, the most frequent first."""
+    return dict(Counter(trial.outcome.value for trial in trials if trial.is_finished).most_common())
+
+
+def parameter_importance(
+    trials: Iterable[TrialRecord], distributions: Mapping[str, BaseDistribution]
+) -> dict[str, float]:
+    """The importance of each parameter by fANOVA, the greatest first; empty where there are too few trials to tell.
+
+    Source: Hutter et al., ICML 2014; https://optuna.readthedocs.io, FanovaImportanceEvaluator.
+
+    Args:
+        trials: those that ran to their end within the space are looked at.
+        distributions: what was varied.
+    """
+    study = optuna.create_study(direction="maximize")
+    for trial in trials:
+        values = {name: getattr(trial.hyperparameters, name) for name in distributions}
+        inside = all(is_within(value, distributions[name]) for name, value in values.items())  # a fixed one may not be
+        if trial.outcome is Outcome.COMPLETED and trial.best and inside:
+            score = trial.best.balanced_accuracy
+            study.add_trial(optuna.create_trial(params=values, distributions=dict(distributions), value=score))
+    if len(study.trials) < FEWEST or len({trial.value for trial in study.trials}) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))

@@ -23,6 +23,11 @@ class ModelProfile:
     features: tuple[int, int]
     """What the head pools: channels, and width in pixels."""
 
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Parameters and floating-point operations of all stages."""
+        return sum(self.parameters.values()), sum(self.flops.values())
+
 
 @cache
 def model_profile(truncation_depth: int, classes: int, image_size: int) -> ModelProfile:
@@ -51,7 +56,3 @@ def _stage(name: str) -> str:
     room, _, rest = name.partition(".")
     part = rest.partition(".")[0]
     return "head" if room == "head" else part if part in STAGES else "stem"
-
-
-def _sums(network: ModelProfile) -> tuple[int, int]:
-    return sum(network.parameters.values()), sum(network.flops.values())

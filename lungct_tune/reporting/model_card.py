@@ -5,8 +5,7 @@ from __future__ import annotations
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CARD
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.experiment.study import hyperparameters_of
-from lungct_tune.models.complexity import _sums, model_profile
+from lungct_tune.models.complexity import model_profile
 from lungct_tune.reporting import verdict
 from lungct_tune.reporting.format import SAME_GROUP
 from lungct_tune.reporting.html import render
@@ -21,14 +20,14 @@ def model_card(name: str, found: SearchResults) -> bytes:
     After Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology: Artificial Intelligence 2024).
     """
     assert found.winner is not None and found.test is not None
-    configuration = hyperparameters_of(found.winner)
+    configuration = found.winner.hyperparameters
     network = model_profile(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
     shown = {
         "name": name,
         "found": found,
         "phantoms": PHANTOMS,
         "configuration": configuration,
-        "sums": _sums(network),
+        "sums": network.totals,
         "groups": found.split["group"].nunique(),
         "verdict": verdict.verdict(found),
         "same_group": SAME_GROUP,

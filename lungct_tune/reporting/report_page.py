@@ -14,10 +14,16 @@ from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting import verdict
 from lungct_tune.reporting.format import SAME_GROUP
 from lungct_tune.reporting.html import pairs_of_copies, render
-from lungct_tune.reporting.search_section import TRIAL_COLUMNS, _search_charts, about_the_search, failures, trial_rows
+from lungct_tune.reporting.search_section import (
+    TRIAL_COLUMNS,
+    about_the_search,
+    failures,
+    search_charts,
+    trial_rows,
+)
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, _judged, compared_accuracies
-from lungct_tune.reporting.winner_section import _winner
+from lungct_tune.reporting.winner_section import winner_section
 
 PAIRS_SHOWN = 6
 """Of the pairs of copies that the audit found; its own page shows more."""
@@ -47,11 +53,11 @@ def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
         "pairs": _pairs(found, pictures),
         "about_the_search": about_the_search(found),
         "failures": failures(found),
-        "search_charts": _search_charts(found),
+        "search_charts": search_charts(found),
         "trials": trial_rows(found),
         "trial_columns": TRIAL_COLUMNS,
         "winner_number": found.winner.number if found.winner else None,
-        "winner": _winner(found),
+        "winner": winner_section(found),
         "test": test,
         "command": command(found.settings),
         "facts": facts(found),
@@ -82,8 +88,8 @@ def command(settings: Mapping[str, Any]) -> str:
 
 def facts(found: SearchResults) -> list[tuple[str, str]]:
     """What the figures rest on: data, seed, machines, time."""
-    history = [epoch for trial in found.trials for epoch in trial.user_attrs.get("history", [])]
-    training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in history)
+    epochs = sum(len(trial.history) for trial in found.trials)
+    training_s = sum(trial.seconds for trial in found.trials)
     size = found.settings["image_size"]
     return [
         ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
@@ -92,7 +98,7 @@ def facts(found: SearchResults) -> list[tuple[str, str]]:
         ("weights to begin with", str(found.settings["weights"])),
         ("seed", str(found.settings["seed"])),
         ("hardware", found.study.get("cluster", "not noted")),
-        ("trials", f"{found.done}, of {len(history)} epochs in all"),
+        ("trials", f"{found.done}, of {epochs} epochs in all"),
         ("time of the search", f"{_duration(found.study.get('wall_s', 0))}; in epochs {_duration(training_s)}"),
     ]
 

@@ -10,24 +10,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
 
-from lungct_tune.experiment.study import (
-    BASELINE,
-    COMPLETED,
-    DIVERGED,
-    FAILED,
-    STOPPED,
-    _tip,
-    best_figures,
-    how_ended,
-    hyperparameters_of,
-)
+from lungct_tune.experiment.trial import BASELINE, EpochFigures, Outcome, TrialRecord
 from lungct_tune.reporting.format import parameter_name
 from lungct_tune.reporting.svg import (
     BAD,
@@ -41,13 +29,19 @@ from lungct_tune.reporting.svg import (
     in_percent,
     styled,
 )
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
+from lungct_tune.training.objective import OBJECTIVE_NAME
 
-_MARKS = {COMPLETED: "o", STOPPED: "v", DIVERGED: "X", FAILED: "X", "running": "o"}
+_MARKS = {
+    Outcome.COMPLETED: "o",
+    Outcome.STOPPED: "v",
+    Outcome.DIVERGED: "X",
+    Outcome.FAILED: "X",
+    Outcome.RUNNING: "o",
+}
 
 
 @styled
-def history(trials: Sequence[FrozenTrial], winner: int | None, judged: str) -> Markup:
+def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Markup:
     """Each trial's best epoch, and the best of those that completed so far.
 
     Args:
@@ -55,20 +49,18 @@ def history(trials: Sequence[FrozenTrial], winner: int | None, judged: str) -> M
     """
     chart = Chart(4.9, 3.0)
     axes = chart.axes
-    seen = [trial for trial in trials if best_figures(trial)]
-    for how, mark in _MARKS.items():
-        of_kind = [trial for trial in seen if how_ended(trial) == how]
-        for trial in of_kind:
-            figure = best_figures(trial)[OBJECTIVE]
+    seen = _with_scores(trials)
+    for outcome, mark in _MARKS.items():
+        of_kind = [(trial, score) for trial, score in seen if trial.outcome is outcome]
+        for trial, score in of_kind:
             colour = _colour(trial.number, winner)
-            (point,) = axes.plot([trial.number], [figure], mark, color=colour, markersize=6 if colour == OTHER else 9)
+            (point,) = axes.plot([trial.number], [score], mark, color=colour, markersize=6 if colour == OTHER else 9)
             point.set_gid(chart.tip(_tip(trial)))
         if of_kind:
-            axes.plot([], [], mark, color=OTHER, label=how)
-    done = [trial for trial in seen if how_ended(trial) == COMPLETED]
-    if done:
-        best = list(itertools.accumulate((best_figures(trial)[OBJECTIVE] for trial in done), max))
-        numbers = [trial.number for trial in done]
+            axes.plot([], [], mark, color=OTHER, label=outcome.value)
+    if done := [(trial.number, score) for trial, score in seen if trial.outcome is Outcome.COMPLETED]:
+        numbers, scores = zip(*done, strict=True)
+        best = list(itertools.accumulate(scores, max))
         axes.step([*numbers, trials[-1].number], [*best, best[-1]], where="post", color=WINNER, linewidth=1.2)
     axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -78,21 +70,20 @@ def history(trials: Sequence[FrozenTrial], winner: int | None, judged: str) -> M
 
 
 @styled
-def curves(trials: Sequence[FrozenTrial], winner: int | None, judged: str) -> Markup:
+def curves(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Markup:
     """Every trial's objective by epoch; where a curve ends early, the trial was stopped."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
-        epochs = trial.user_attrs.get("history", [])
-        if not epochs:
+        if not trial.history:
             continue
-        x, y = [e["epoch"] for e in epochs], [e[OBJECTIVE] for e in epochs]
+        x, y = [epoch.epoch for epoch in trial.history], [epoch.balanced_accuracy for epoch in trial.history]
         colour = _colour(trial.number, winner)
         plain = colour == OTHER
         (line,) = axes.plot(x, y, color=colour, linewidth=0.8 if plain else 2, alpha=0.6 if plain else 1)
         line.set_gid(chart.tip(_tip(trial)))
-        if how_ended(trial) != COMPLETED:
-            axes.plot(x[-1:], y[-1:], _MARKS[how_ended(trial)], color=colour, markersize=4)
+        if trial.outcome is not Outcome.COMPLETED:
+            axes.plot(x[-1:], y[-1:], _MARKS[trial.outcome], color=colour, markersize=4)
     _name_colours(axes, winner)
     axes.set(xlabel="epoch", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -117,25 +108,22 @@ def importances(importance: Mapping[str, float]) -> Markup:
 
 @styled
 def slice_of(
-    trials: Sequence[FrozenTrial], name: str, distribution: BaseDistribution, winner: int | None, *, epochs: int
+    trials: Sequence[TrialRecord], name: str, distribution: BaseDistribution, winner: int | None, *, epochs: int
 ) -> Markup:
     """One parameter against the objective; paler points are of trials that ran for fewer epochs."""
     chart = Chart(2.3, 1.9)
     axes = chart.axes
-    for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
-        figures = best_figures(trial)
-        if figures:
-            share = len(trial.user_attrs["history"]) / epochs
-            (point,) = axes.plot(
-                [getattr(hyperparameters_of(trial), name)],
-                [figures[OBJECTIVE]],
-                "o",
-                color=_colour(trial.number, winner),
-                markersize=5,
-                alpha=0.25 + 0.75 * min(1, share),
-                markeredgewidth=0,
-            )
-            point.set_gid(chart.tip(_tip(trial)))
+    for trial, score in sorted(_with_scores(trials), key=lambda pair: _colour(pair[0].number, winner) != OTHER):
+        (point,) = axes.plot(
+            [getattr(trial.hyperparameters, name)],
+            [score],
+            "o",
+            color=_colour(trial.number, winner),
+            markersize=5,
+            alpha=0.25 + 0.75 * min(1, len(trial.history) / epochs),
+            markeredgewidth=0,
+        )
+        point.set_gid(chart.tip(_tip(trial)))
     axes.xaxis.set_major_locator(MaxNLocator(3))
     if getattr(distribution, "log", False):
         axes.set_xscale("log")
@@ -148,24 +136,22 @@ def slice_of(
 
 @styled
 def parallel(
-    trials: Sequence[FrozenTrial], distributions: Mapping[str, BaseDistribution], winner: int | None
+    trials: Sequence[TrialRecord], distributions: Mapping[str, BaseDistribution], winner: int | None
 ) -> Markup:
     """A line a trial through its parameters to its objective; the better, the darker."""
     chart = Chart(WIDE, 3.6)
     axes = chart.axes
-    seen = [trial for trial in trials if best_figures(trial)]
+    seen = sorted(_with_scores(trials), key=lambda pair: pair[1])
     names = list(distributions)
-    scaled = {name: _Scale([getattr(hyperparameters_of(t), name) for t in seen], distributions[name]) for name in names}
-    reached = [best_figures(trial)[OBJECTIVE] for trial in seen]
-    scores = _Scale(reached, None)
-    order = np.argsort(np.argsort(reached))
-    for rank, trial in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0]):
-        heights = [scaled[name](getattr(hyperparameters_of(trial), name)) for name in names]
+    scaled = {name: _Scale([getattr(t.hyperparameters, name) for t, _ in seen], distributions[name]) for name in names}
+    scores = _Scale([score for _, score in seen], None)
+    for rank, (trial, score) in enumerate(seen):
+        heights = [scaled[name](getattr(trial.hyperparameters, name)) for name in names]
         colour, share = _colour(trial.number, winner), (rank + 1) / len(seen)
         special = colour != OTHER
         (line,) = axes.plot(
             range(len(names) + 1),
-            [*heights, scores(best_figures(trial)[OBJECTIVE])],
+            [*heights, scores(score)],
             color=colour if special else INK,
             linewidth=2.2 if special else 0.9,
             alpha=1 if special else 0.1 + 0.5 * share**2,
@@ -203,34 +189,26 @@ class _Scale:
 
 
 @styled
-def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None:
+def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None:
     """Which slot was in an epoch of which trial when; None where the study does not know."""
-    ran = [
-        (trial, epoch)
-        for trial in trials
-        for epoch in trial.user_attrs.get("history", [])
-        if "at" in epoch and "slot" in epoch
-    ]
+    ran = [(trial, epoch) for trial in trials for epoch in trial.history if epoch.at and epoch.slot is not None]
     if not ran:
         return None
-    began = min(epoch["at"] - epoch["train_s"] - epoch["valid_s"] for _, epoch in ran)
-    slots = sorted({epoch["slot"] for _, epoch in ran})
-    last = max(epoch["at"] for _, epoch in ran) - began
+    began = min(_began(epoch) for _, epoch in ran)
+    slots = sorted({epoch.slot for _, epoch in ran if epoch.slot is not None})
+    last = max(epoch.at or 0 for _, epoch in ran) - began
     unit, name = (3600, "hours") if last > 7200 else (60, "minutes") if last > 120 else (1, "seconds")
     chart = Chart(WIDE, 0.7 + 0.3 * len(slots))
     axes = chart.axes
     for trial, epochs in itertools.groupby(ran, key=lambda pair: pair[0]):
-        for slot, of_slot in itertools.groupby((epoch for _, epoch in epochs), key=lambda epoch: epoch["slot"]):
-            spans = [
-                ((e["at"] - e["train_s"] - e["valid_s"] - began) / unit, (e["train_s"] + e["valid_s"]) / unit)
-                for e in of_slot
-            ]
+        for slot, of_slot in itertools.groupby((epoch for _, epoch in epochs), key=lambda epoch: epoch.slot or 0):
+            spans = [((_began(epoch) - began) / unit, epoch.seconds / unit) for epoch in of_slot]
             colour = _colour(trial.number, winner)
-            dim = {COMPLETED: 0.75, STOPPED: 0.4}.get(how_ended(trial), 0.4)
+            dim = 0.75 if trial.outcome is Outcome.COMPLETED else 0.4
             bars = axes.broken_barh(
                 spans,
                 (slots.index(slot) - 0.36, 0.72),
-                color=BAD if how_ended(trial) in (DIVERGED, FAILED) else colour,
+                color=BAD if trial.outcome in (Outcome.DIVERGED, Outcome.FAILED) else colour,
                 alpha=dim if colour == OTHER else 1,
                 linewidth=0,
             )
@@ -246,15 +224,15 @@ def timeline(trials: Sequence[FrozenTrial], winner: int | None) -> Markup | None
 
 
 @styled
-def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]], judged: str) -> Markup:
+def validation(epochs: Sequence[EpochFigures], baseline: Sequence[EpochFigures], judged: str) -> Markup:
     """The winner's accuracies by epoch, beside the published configuration's."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
-    x = [epoch["epoch"] for epoch in epochs]
-    axes.plot(x, [epoch[OBJECTIVE] for epoch in epochs], color=WINNER, linewidth=2, label="winner, balanced")
-    axes.plot(x, [epoch["accuracy"] for epoch in epochs], color=WINNER, linestyle=":", label="winner, plain")
+    x = [epoch.epoch for epoch in epochs]
+    axes.plot(x, [epoch.balanced_accuracy for epoch in epochs], color=WINNER, linewidth=2, label="winner, balanced")
+    axes.plot(x, [epoch.accuracy for epoch in epochs], color=WINNER, linestyle=":", label="winner, plain")
     if baseline:
-        xs, ys = [e["epoch"] for e in baseline], [e[OBJECTIVE] for e in baseline]
+        xs, ys = [epoch.epoch for epoch in baseline], [epoch.balanced_accuracy for epoch in baseline]
         axes.plot(xs, ys, color=PUBLISHED, linewidth=1.4, label="published, balanced")
     axes.set(xlabel="epoch", ylabel=f"accuracy {judged}")
     in_percent(axes.yaxis)
@@ -264,18 +242,32 @@ def validation(epochs: Sequence[Mapping[str, float]], baseline: Sequence[Mapping
 
 
 @styled
-def losses(epochs: Sequence[Mapping[str, float]], judged: str) -> Markup:
+def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
     """The winner's losses by epoch."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
-    x = [epoch["epoch"] for epoch in epochs]
-    learning = [epoch["train_loss"] for epoch in epochs]
-    axes.plot(x, [epoch["log_loss"] for epoch in epochs], color=WINNER, linewidth=2, label=judged)
+    x = [epoch.epoch for epoch in epochs]
+    learning = [epoch.train_loss for epoch in epochs]
+    axes.plot(x, [epoch.log_loss for epoch in epochs], color=WINNER, linewidth=2, label=judged)
     axes.plot(x, learning, color=WINNER, linestyle=":", label="in training (smoothed labels)")
     axes.set(xlabel="epoch", ylabel="log loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return chart.svg(f"The winner's log loss in training and {judged} by epoch")
+
+
+def _with_scores(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float]]:
+    """The trials of which an epoch has ended, each with its best balanced accuracy."""
+    return [(trial, trial.best.balanced_accuracy) for trial in trials if trial.best]
+
+
+def _tip(trial: TrialRecord) -> str:
+    figure = f"{trial.best.balanced_accuracy:.3f} at epoch {trial.best.epoch}; " if trial.best else ""
+    return f"trial {trial.number}: {figure}{trial.ended}; {trial.hyperparameters}"
+
+
+def _began(epoch: EpochFigures) -> float:
+    return (epoch.at or 0) - epoch.seconds
 
 
 def _colour(number: int, winner: int | None) -> str:

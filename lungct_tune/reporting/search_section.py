@@ -6,25 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial
+from optuna.distributions import BaseDistribution
 
 from lungct_tune.config.hyperparameters import PUBLISHED
-from lungct_tune.config.search_space import in_range
+from lungct_tune.config.search_space import bounds, in_range
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.experiment.study import (
-    BASELINE,
-    COMPLETED,
-    DIVERGED,
-    FAILED,
-    best_figures,
-    how_ended,
-    hyperparameters_of,
-)
+from lungct_tune.experiment.study import parameter_importance
+from lungct_tune.experiment.trial import BASELINE, EpochFigures, Outcome, TrialRecord
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME, OBJECTIVE_SD
+from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 
 EDGE = 0.02
 """A value within this share of a range from its end counts as lying at the edge of the space."""
@@ -32,10 +23,6 @@ EDGE = 0.02
 
 LATE = 0.1
 """A best epoch within this share of the epochs from the last counts as still improving."""
-
-
-FEWEST = 4
-"""Completed trials that it takes to ask which parameter matters."""
 
 
 def about_the_search(found: SearchResults) -> list[str]:
@@ -53,18 +40,18 @@ def about_the_search(found: SearchResults) -> list[str]:
         f"of these changes the {OBJECTIVE_NAME} by {100 / (len(judged_on) * n):.1f} points; smaller differences "
         "between trials say nothing." + (f" There was none of {' and '.join(without)}." if without else ""),
     ]
-    if found.winner is None:
+    if found.winner is None or (best := found.winner.best) is None:
         return said
-    if spread := best_figures(found.winner).get(OBJECTIVE_SD):
+    if spread := best.balanced_accuracy_sd:
         said.append(f"Over the folds, the winner's {OBJECTIVE_NAME} has a standard deviation of {percent(spread)}.")
-    said += [_edges(found, found.winner), _improving(found, found.winner)]
+    said += [_edges(found, found.winner), _improving(found, best)]
     if found.winner.number == BASELINE:
         said.append(
             "The winner is the published configuration: "
             + ("nothing else was tried." if found.done == 1 else "nothing else that was tried did better.")
         )
     elif found.baseline is not None:
-        gain = best_figures(found.winner)[OBJECTIVE] - best_figures(found.baseline)[OBJECTIVE]
+        gain = best.balanced_accuracy - found.baseline_score
         said.append(
             f"{found.judged.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the "
             f"published configuration: as the best of {found.done} trials, which flatters it."
@@ -80,17 +67,17 @@ def about_the_search(found: SearchResults) -> list[str]:
 
 def _seeds_against_the_published(found: SearchResults, seeds: Mapping[str, Any]) -> str:
     assert found.baseline is not None and found.winner is not None
-    gain = f"{100 * (seeds['mean'] - best_figures(found.baseline)[OBJECTIVE]):+.1f} points against"
+    gain = f"{100 * (seeds['mean'] - found.baseline_score):+.1f} points against"
     if found.winner.number == BASELINE:
         return f"{gain} its own training in the search"
     return f"{gain} the published configuration's one training, without the luck of being chosen"
 
 
-def _edges(found: SearchResults, winner: FrozenTrial) -> str:
+def _edges(found: SearchResults, winner: TrialRecord) -> str:
     at = [
         f"{name.replace('_', ' ')} {value:.3g} ({where} of {in_range(distribution)})"
         for name, distribution in found.space.distributions.items()
-        for value in [getattr(hyperparameters_of(winner), name)]
+        for value in [getattr(winner.hyperparameters, name)]
         if (where := edge(value, distribution))
     ]
     if not at:
@@ -100,16 +87,7 @@ def _edges(found: SearchResults, winner: FrozenTrial) -> str:
 
 def edge(value: float, distribution: BaseDistribution) -> str:
     """ "the lower end", "the upper end", "outside", or "" for a value that lies well inside."""
-    logarithmic = False
-    match distribution:
-        case CategoricalDistribution(choices=choices):
-            numbers = [float(str(choice)) for choice in choices]
-            low, high = min(numbers), max(numbers)
-        case (
-            IntDistribution(low=low, high=high, log=logarithmic)
-            | FloatDistribution(low=low, high=high, log=logarithmic)
-        ):
-            pass
+    low, high, logarithmic = bounds(distribution)
     if not low <= value <= high:
         return "outside"
     if logarithmic:
@@ -118,39 +96,20 @@ def edge(value: float, distribution: BaseDistribution) -> str:
     return "" if low == high or EDGE < place < 1 - EDGE else "the lower end" if place <= EDGE else "the upper end"
 
 
-def _improving(found: SearchResults, winner: FrozenTrial) -> str:
-    epochs, best = found.settings["epochs"], int(best_figures(winner)["epoch"])
-    late = sum(how_ended(trial) == COMPLETED and _is_late(trial, epochs) for trial in found.trials)
-    if _is_late(winner, epochs):
-        about = f"The winner was still improving when it ended (best at epoch {best} of {epochs})"
+def _improving(found: SearchResults, best: EpochFigures) -> str:
+    """Whether the winner, and others, had their best epoch at the end."""
+    epochs = found.settings["epochs"]
+
+    def is_late(figures: EpochFigures) -> bool:
+        return bool(figures.epoch > epochs * (1 - LATE))
+
+    completed = [trial.best for trial in found.trials if trial.outcome is Outcome.COMPLETED and trial.best]
+    late = sum(map(is_late, completed))
+    if is_late(best):
+        about = f"The winner was still improving when it ended (best at epoch {best.epoch} of {epochs})"
     else:
-        about = f"The winner was best at epoch {best} of {epochs}, and not improving any more when it ended"
+        about = f"The winner was best at epoch {best.epoch} of {epochs}, and not improving any more when it ended"
     return f"{about}; {late} of {found.completed} trials that ran to their end were best in their last tenth."
-
-
-def _is_late(trial: FrozenTrial, epochs: int) -> bool:
-    return bool(best_figures(trial)["epoch"] > epochs * (1 - LATE))
-
-
-def importance(found: SearchResults) -> dict[str, float]:
-    """Optuna's importance of each parameter, the greatest first; empty where there are too few trials to tell."""
-    completed = [
-        trial
-        for trial in found.trials
-        if how_ended(trial) == COMPLETED and not _is_outside(trial)  # as a fixed one may be
-    ]
-    if len(completed) < FEWEST or len({trial.value for trial in completed}) < 2:
-        return {}
-    study = optuna.create_study(direction="maximize")
-    study.add_trials(completed)
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
-
-
-def _is_outside(trial: FrozenTrial) -> bool:
-    return any(
-        edge(trial.params[name], distribution) == "outside" for name, distribution in trial.distributions.items()
-    )
 
 
 TRIAL_COLUMNS = (
@@ -163,32 +122,30 @@ def trial_rows(found: SearchResults) -> list[list[str | int]]:
     """Every trial that began, as text under `TRIAL_COLUMNS`."""
     rows: list[list[str | int]] = []
     for trial in found.trials:
-        best = best_figures(trial)
-        figures = [f"{best[key]:.3f}" if best else "" for key in (OBJECTIVE, "accuracy", "log_loss")]
-        values = [f"{value:.3g}" for value in hyperparameters_of(trial).as_dict().values()]
-        rows.append([trial.number, how_ended(trial), len(trial.user_attrs.get("history", [])), *figures, *values])
+        best = trial.best
+        figures = [f"{x:.3f}" for x in (best.balanced_accuracy, best.accuracy, best.log_loss)] if best else ["", "", ""]
+        values = [f"{value:.3g}" for value in trial.hyperparameters.as_dict().values()]
+        rows.append([trial.number, trial.outcome.value, len(trial.history), *figures, *values])
     return rows
 
 
 def failures(found: SearchResults) -> list[tuple[int, str]]:
     """The trials that diverged or failed, and why."""
-    return [
-        (trial.number, trial.user_attrs.get("ended", FAILED))
-        for trial in found.trials
-        if how_ended(trial) in (DIVERGED, FAILED)
-    ]
+    bad = (Outcome.DIVERGED, Outcome.FAILED)
+    return [(trial.number, trial.ended) for trial in found.trials if trial.outcome in bad]
 
 
-def _search_charts(found: SearchResults) -> dict[str, Any] | None:
-    trials = found.trials
-    if not any(best_figures(trial) for trial in trials):
+def search_charts(found: SearchResults) -> dict[str, Any] | None:
+    """The charts of a search; None before an epoch has ended."""
+    trials, varied = found.trials, found.space.distributions
+    if not any(trial.best for trial in trials):
         return None
     winner = found.winner.number if found.winner else None
-    shares, varied = importance(found), found.space.distributions
+    importance = parameter_importance(trials, varied)
     return {
         "history": charts.history(trials, winner, found.judged),
         "curves": charts.curves(trials, winner, found.judged),
-        "importances": charts.importances(shares) if shares else "",
+        "importances": charts.importances(importance) if importance else "",
         "parallel": charts.parallel(trials, varied, winner),
         "slices": [
             charts.slice_of(trials, name, distribution, winner, epochs=found.settings["epochs"])

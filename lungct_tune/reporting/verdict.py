@@ -5,12 +5,8 @@ from __future__ import annotations
 from lungct_tune.auditing.shortcuts import RULES
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.experiment.study import (
-    best_figures,
-    hyperparameters_of,
-)
 from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, percent
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
+from lungct_tune.training.objective import OBJECTIVE_NAME
 
 
 def verdict(found: SearchResults) -> tuple[str, str, str]:
@@ -31,15 +27,15 @@ def _asked(found: SearchResults) -> str:
 
 
 def _found_out(found: SearchResults) -> str:
-    if found.winner is None:
+    if found.winner is None or found.winner.best is None:
         if found.has_failed:
             return f"Nothing: of {found.done} trials ({endings(found)}) none ran to its end."
         return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({endings(found)})."
-    what = f"trial {found.winner.number} ({hyperparameters_of(found.winner)})"
+    what = f"trial {found.winner.number} ({found.winner.hyperparameters})"
     if found.test is None:
         return (
             f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "
-            f"{what}, with a {OBJECTIVE_NAME} of {percent(best_figures(found.winner)[OBJECTIVE])} on the "
+            f"{what}, with a {OBJECTIVE_NAME} of {percent(found.winner.best.balanced_accuracy)} on the "
             f"{sum(found.searched_on.values())} images that trials are judged on."
         )
     majority = found.test["references"]["majority class"]

@@ -6,11 +6,7 @@ from typing import Any
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.experiment.study import (
-    best_figures,
-    hyperparameters_of,
-)
-from lungct_tune.models.complexity import _sums, model_profile
+from lungct_tune.models.complexity import model_profile
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, activation_nodes
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import percent
@@ -24,37 +20,43 @@ def compared(configuration: Hyperparameters) -> list[tuple[str, str, str]]:
     return [(name.replace("_", " "), f"{theirs[name]:.3g}", f"{ours[name]:.3g}") for name in ours]
 
 
-def _winner(found: SearchResults) -> dict[str, Any] | None:
-    if found.winner is None:
+def winner_section(found: SearchResults) -> dict[str, Any] | None:
+    """What report.html shows of the winner; None before a trial has completed."""
+    if found.winner is None or (best := found.winner.best) is None:
         return None
-    configuration, best = hyperparameters_of(found.winner), best_figures(found.winner)
+    ours = found.winner.hyperparameters
     size, classes = found.settings["image_size"], len(found.classes)
-    ours, whole = (model_profile(depth, classes, size) for depth in (configuration.truncation_depth, ACTIVATIONS))
-    published = model_profile(PUBLISHED.truncation_depth, classes, size)
-    baseline = best_figures(found.baseline) if found.baseline else None
-    history, published_history = found.winner.user_attrs["history"], []
-    if found.baseline and found.baseline.number != found.winner.number:
-        published_history = found.baseline.user_attrs["history"]
-    bars, labels = _activations(configuration.truncation_depth, configuration.frozen_depth)
+    network, whole, published = (
+        model_profile(depth, classes, size)
+        for depth in (ours.truncation_depth, ACTIVATIONS, PUBLISHED.truncation_depth)
+    )
+    baseline = found.baseline.best if found.baseline else None
+    is_published = found.baseline is None or found.baseline.number == found.winner.number
+    published_history = () if is_published or found.baseline is None else found.baseline.history
+    bars, labels = _activations(ours.truncation_depth, ours.frozen_depth)
     return {
-        "compared": compared(configuration),
+        "compared": compared(ours),
         "reached": [
-            (f"{what} {found.judged}", percent(baseline[key]) if baseline else "", percent(best[key]))
-            for key, what in ((OBJECTIVE, "balanced accuracy"), ("accuracy", "accuracy"))
+            (
+                f"{name.replace('_', ' ')} {found.judged}",
+                percent(getattr(baseline, name)) if baseline else "",
+                percent(getattr(best, name)),
+            )
+            for name in (OBJECTIVE, "accuracy")
         ],
-        "depth": configuration.truncation_depth,
-        "frozen": configuration.frozen_depth,
+        "depth": ours.truncation_depth,
+        "frozen": ours.frozen_depth,
         "bars": bars,
         "stage_labels": labels,
         "stages": [
-            *((stage, ours.parameters[stage], ours.flops[stage]) for stage in ours.parameters),
-            ("this network", *_sums(ours)),
-            ("published, 20 activations", *_sums(published)),
-            ("all 49 activations", *_sums(whole)),
+            *((stage, network.parameters[stage], network.flops[stage]) for stage in network.parameters),
+            ("this network", *network.totals),
+            ("published, 20 activations", *published.totals),
+            ("all 49 activations", *whole.totals),
         ],
-        "best_epoch": int(best["epoch"]),
-        "validation": charts.validation(history, published_history, found.judged),
-        "losses": charts.losses(history, found.judged),
+        "best_epoch": best.epoch,
+        "validation": charts.validation(found.winner.history, published_history, found.judged),
+        "losses": charts.losses(found.winner.history, found.judged),
     }
 
 

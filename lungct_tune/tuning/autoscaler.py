@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
+from lungct_tune.tuning.ray_compat import UTILIZATION_SCORER, private
 
 
 def prefer_available(
@@ -16,7 +16,7 @@ def prefer_available(
     are no spot nodes, it asks for one again and again (ray #20774). Types of equal score are taken from the end of the
     alphabet: `gpu-spot` before `gpu-on-demand`.
     """
-    score = _default_utilization_scorer(
+    score = private(UTILIZATION_SCORER)(
         resources, demands, node_type, node_availability_summary=node_availability_summary
     )
     last_try = node_availability_summary.node_availabilities.get(node_type)

@@ -6,11 +6,10 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,6 +27,7 @@ from lungct_tune.tuning.allocation import (
     divide_for_retraining,
     workers_of,
 )
+from lungct_tune.tuning.ray_compat import autoscaling_config
 from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
 
 WORKER_START_TIMEOUT_S = 7 * 24 * 3600
@@ -98,6 +98,17 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 
+@contextmanager
+def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
+    """`connect`; a cluster that was started for it is shut down at the end."""
+    started_here = not ray.is_initialized()
+    try:
+        yield connect(address, verbose, name)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
 def plan_resources(settings: Settings) -> ResourcePlan:
     """Slots that the cluster at hand holds or can grow to hold, by the settings where they say.
 
@@ -144,15 +155,12 @@ def autoscaler_nodes() -> Sequence[Mapping[str, float]] | None:
     machine (it is not the head, or the head's autoscaler runs elsewhere, as in Kubernetes), or the autoscaler does not
     say what its nodes have.
     """
-    gcs = f"--gcs-address={ray.get_runtime_context().gcs_address}"
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if gcs in words and any(word.endswith("monitor.py") for word in words):
-            file = next((word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")), "")
-            config = yaml.safe_load(Path(file).expanduser().read_text()) if file else {"max_workers": 0}
-            all_there = len(_nodes()) > config["max_workers"]  # the head is one more
-            return [] if all_there else workers_of(config)
-    return None
+    file = autoscaling_config(ray.get_runtime_context().gcs_address)
+    if file is None:
+        return None
+    config = yaml.safe_load(Path(file).expanduser().read_text()) if file else {"max_workers": 0}
+    all_there = len(_nodes()) > config["max_workers"]  # the head is one more
+    return [] if all_there else workers_of(config)
 
 
 def check_storage(experiment: Experiment) -> None:

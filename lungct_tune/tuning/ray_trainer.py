@@ -11,17 +11,15 @@ import psutil
 import ray
 from ray.train import RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.callbacks import DatasetsCallback
 
+from lungct_tune.tuning.ray_compat import DATASETS_CALLBACK, TORCH_BACKEND, private
 from lungct_tune.tuning.workers import scaling
 
 
 class GroupTrainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer whose process group uses the network that Ray itself uses.
 
-    It does without the actor that deals out Ray datasets: a process and 0.2 GB on the head for each group, and there
-    are none.
+    It does without the actor that deals out Ray datasets: there are none.
 
     Args:
         run_worker: what every worker runs, with `config`.
@@ -45,7 +43,7 @@ class GroupTrainer(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2, where mypy sees V1
-        return [callback for callback in made if not isinstance(callback, DatasetsCallback)]
+        return [callback for callback in made if not isinstance(callback, private(DATASETS_CALLBACK))]
 
 
 @dataclass
@@ -57,11 +55,11 @@ class ProcessGroup(TorchConfig):
     """
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Any]:
         return _Backend
 
 
-class _Backend(_TorchBackend):  # type: ignore[misc]
+class _Backend(private(TORCH_BACKEND)):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_name_interface)
         super().on_start(worker_group, backend_config)

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.plan import Plan
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder, TrialRecord
+from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
+from lungct_tune.tuning.shared_data import share_weights
 from lungct_tune.tuning.slots import Slot
+from lungct_tune.tuning.tuner import make_slot_plan, provenance
 from lungct_tune.tuning.workers import SlotPlan
 
 
-def train_again(
-    plan: SlotPlan, folder: str, orders: Sequence[dict[str, Any]], epochs: int, slots: int
-) -> list[dict[str, Any]]:
-    """The workers' last answer to each order, after so many epochs; those before it are its "earlier".
+def rerun_trials(
+    plan: SlotPlan, folder: str, orders: Sequence[TrialOrder], epochs: int, slots: int
+) -> list[EpochReport]:
+    """What the workers report of each order in the end, after so many epochs at most, with all its epochs.
 
-    What was trained stays in the experiment's folder, so that an interrupted training goes on where it was.
+    What was trained stays in an experiment's folder beside the search's, so that an interrupted training goes on where
+    it was.
 
     Args:
-        orders: `{"number": int, "seed": int, "configuration": {...}}`, the numbers distinct.
+        folder: that folder's name.
+        orders: of distinct numbers.
         slots: how many are trained at once, at most.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
     at_once = min(slots, len(orders))
     stopped = threading.Event()
 
-    def run(slot: Slot, mine: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [_last_answer(slot, order, epochs, stopped) for order in mine]
+    def run(slot: Slot, mine: Sequence[TrialOrder]) -> list[EpochReport]:
+        return [_rerun(slot, order, epochs, stopped) for order in mine]
 
     with ThreadPoolExecutor(at_once) as pool:
         running = [Slot(plan) for _ in range(at_once)]
@@ -42,12 +52,39 @@ def train_again(
     return [by_slot[i % at_once][i // at_once] for i in range(len(orders))]
 
 
-def _last_answer(slot: Slot, order: dict[str, Any], epochs: int, stopped: threading.Event) -> dict[str, Any]:
-    earlier: list[dict[str, float]] = []
+def rerun_with_seeds(
+    plan: SlotPlan, folder: str, trial: TrialRecord, seeds: Sequence[int], epochs: int, slots: int
+) -> list[EpochReport]:
+    """A trial's hyperparameters trained once with each of these seeds; see `rerun_trials`."""
+    orders = [TrialOrder(number, seed, trial.hyperparameters) for number, seed in enumerate(seeds, start=1)]
+    return rerun_trials(plan, folder, orders, epochs, slots)
+
+
+def replay_trial(
+    plan: Plan, split: DataSplit, weights: dict[str, Any] | None, trial: TrialRecord
+) -> tuple[EpochReport, dict[str, Any]]:
+    """A recorded trial trained again, as many epochs as it had, and what it was trained with this time.
+
+    Args:
+        plan: the search's, of one slot.
+        weights: the pretrained ones; None starts from random ones.
+    """
+    experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
+    experiment.delete_folder(folder)  # of an interrupted one, perhaps with other versions
+    with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
+        file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
+        slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), file)
+        order = TrialOrder(trial.number, plan.settings.seed, trial.hyperparameters)
+        (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1)
+    experiment.delete_folder(folder)
+    return report, provenance(slot)
+
+
+def _rerun(slot: Slot, order: TrialOrder, epochs: int, stopped: threading.Event) -> EpochReport:
+    done: list[EpochFigures] = []
     while not stopped.is_set():
-        answer = slot.run_epoch(order)
-        earlier += answer.get("earlier", [])
-        if answer["done"] or answer["epoch"] >= epochs:
-            return answer | {"earlier": earlier}
-        earlier.append(answer)
+        report = slot.run_epoch(order)
+        done += report.epochs
+        if report.is_last or len(done) >= epochs:
+            return replace(report, epochs=tuple(done))
     raise KeyboardInterrupt

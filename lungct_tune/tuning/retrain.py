@@ -28,24 +28,24 @@ class RetrainingFailed(UserError):
 
 
 @dataclass(frozen=True)
-class FinalPlan:
-    """What the retraining is to do, for all the epochs of the material.
+class RetrainPlan:
+    """What the retraining is to do, for all the epochs of the dataset's schedule.
 
     These are as many as were best in the search, and the learning rate falls to zero within them: a run that
     stopped where the search's schedule was then, in its middle, would leave the last epoch's luck in the model.
     """
 
     experiment: Experiment
-    material: SharedDataset
-    configuration: Hyperparameters
+    dataset: SharedDataset
+    hyperparameters: Hyperparameters
     seed: int
-    train_indices: np.ndarray
-    test_indices: np.ndarray
+    train_rows: np.ndarray
+    test_rows: np.ndarray
     workers: int
     resources_per_worker: dict[str, float]
 
 
-def retrain_and_predict(plan: FinalPlan, name: str) -> RetrainedModel:
+def retrain_and_predict(plan: RetrainPlan, name: str) -> RetrainedModel:
     """Runs the retraining as an ordinary TorchTrainer run; one that was interrupted goes on where it was.
 
     Args:
@@ -97,32 +97,33 @@ def retrain_and_predict(plan: FinalPlan, name: str) -> RetrainedModel:
 def _run_worker(config: dict[str, Any]) -> None:
     import safetensors.torch
     import torch
+    from ray.train.torch import get_device
 
-    plan: FinalPlan = config["plan"]
+    plan: RetrainPlan = config["plan"]
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
-    training = plan.material.training(plan.configuration, plan.train_indices, plan.seed)
+    trainer = plan.dataset.trainer(plan.hyperparameters, plan.train_rows, plan.seed, get_device())
     if (checkpoint := train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
-            training.load_state_dict(torch.load(Path(folder, "last.pt"), weights_only=True, map_location="cpu"))
+            trainer.load_state_dict(torch.load(Path(folder, "last.pt"), weights_only=True, map_location="cpu"))
 
     def state() -> bytes:
         stream = io.BytesIO()
-        torch.save(training.state_dict(), stream)
+        torch.save(trainer.state_dict(), stream)
         return stream.getvalue()
 
-    while training.epoch < plan.material.epochs:
-        loss = training.train_epoch()
-        _report({"epoch": training.epoch, "train_loss": loss}, {"last.pt": state()})
+    while trainer.epoch < plan.dataset.epochs:
+        loss = trainer.train_epoch()
+        _report({"epoch": trainer.epoch, "train_loss": loss}, {"last.pt": state()})
     # the one place in the program that looks at the test split
-    probabilities_NC = training.probabilities(plan.test_indices)
+    probabilities_NC = trainer.probabilities(plan.dataset.positions(plan.test_rows))
     judged = io.BytesIO()
     np.save(judged, probabilities_NC)
     files = {
         "test_probabilities.npy": judged.getvalue(),
-        "model.safetensors": safetensors.torch.save(training.model_state()),
+        "model.safetensors": safetensors.torch.save(trainer.model_state()),
         "last.pt": state(),  # a run that is asked again goes on from its newest checkpoint: this one
     }
-    _report({"epoch": training.epoch}, files)
+    _report({"epoch": trainer.epoch}, files)
 
 
 def _report(metrics: dict[str, Any], files: dict[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The Optuna study as the one memory of a search: what Ray Tune asks, reports and stops goes through it.
+"""Ray Tune's searcher and scheduler over the Optuna study, which is the one memory of a search.
 
 Ray ships `OptunaSearch`, but it tells trials that a scheduler stopped as complete (with the value of a
 shorter budget) and keeps its state in a pickle that lags behind. Here every epoch is an intermediate value
@@ -22,24 +22,16 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.experiment.folder import Experiment, state_file
-from lungct_tune.experiment.study import (
-    BAD_SCORE,
-    BASELINE,
-    COMPLETED,
-    DIVERGED,
-    EPOCH_FIGURES,
-    FAILED,
-    FINISHED,
-    STOPPED,
-    WHEN_AND_WHERE,
-)
+from lungct_tune.experiment.study import BAD_SCORE, FINISHED
+from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, Outcome, TrialOrder, best_epoch
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.ray_compat import reopen_trial, suggest_value
+from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.workers import NodeRefused
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass
@@ -47,9 +39,24 @@ class _Live:
     """A trial that runs: Optuna's handle on it and what the study has been told."""
 
     trial: Trial
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[EpochFigures] = field(default_factory=list)
+    stopped: bool = False
     failure: str = "unknown"
     """The last thing that went wrong; a trial may have recovered from it."""
+
+    def record(self, report: EpochReport) -> None:
+        """Tells the study of the epochs that it has not heard of."""
+        new = [figures for figures in report.epochs if figures.epoch > len(self.history)]
+        for figures in new:
+            self.trial.report(figures.balanced_accuracy, figures.epoch)
+        self.history += new
+        if new:
+            self.trial.set_user_attr("history", [figures.as_dict() for figures in self.history])
+
+    def end(self, outcome: Outcome, ended: str) -> None:
+        """Keeps in the study how the trial ended, before Optuna is told: a driver may die between the two."""
+        self.trial.set_user_attr("ended", ended)
+        self.trial.set_user_attr("outcome", outcome.value)
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
@@ -77,33 +84,34 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup, self._folds, self._made_with = startup, folds, dict(provenance or {})
+        self._startup, self._folds, self._provenance = startup, folds, dict(provenance or {})
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
         study.sampler = self._sampler()
         for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            trial = Trial(study, running._trial_id)
-            if (ended := trial.user_attrs.get("ended")) is None:
+            trial = reopen_trial(study, running)
+            if (outcome := trial.user_attrs.get("outcome")) is None:
                 self._interrupted.append(trial)
             else:  # it had ended, and the driver died before it told the study
-                self._tell(trial, ended)
+                self._tell(trial, Outcome(outcome), _history(trial))
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The configuration for Ray's next trial: first those that an interruption left running."""
+        """The order of Ray's next trial: first those that an interruption left running."""
         with warnings.catch_warnings():
             # experimental arguments, and fixed trials that lie outside the ranges, are meant
             warnings.simplefilter("ignore")
             self._study.sampler = self._sampler()
             trial = self._interrupted.popleft() if self._interrupted else self._study.ask()
             for name, distribution in self._space.distributions.items():
-                trial._suggest(name, distribution)  # also those that a crash in the middle of this left open
-        configuration = trial.user_attrs.get("configuration")
-        if configuration is None:
-            configuration = self._space.configuration(trial.params).as_dict()
-            trial.set_user_attr("configuration", configuration)
-        trial.set_user_attr("made_with", self._made_with)
-        self._live[trial_id] = _Live(trial, list(trial.user_attrs.get("history", [])))
-        return {"number": trial.number, "seed": self._seed, "configuration": configuration}
+                suggest_value(trial, name, distribution)  # also those that a crash in the middle of this left open
+        if (kept := trial.user_attrs.get("configuration")) is not None:
+            hyperparameters = Hyperparameters(**kept)
+        else:
+            hyperparameters = self._space.hyperparameters(trial.params)
+            trial.set_user_attr("configuration", hyperparameters.as_dict())
+        trial.set_user_attr("made_with", self._provenance)
+        self._live[trial_id] = _Live(trial, _history(trial))
+        return TrialOrder(trial.number, self._seed, hyperparameters).as_dict()
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         started = len(self._study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
@@ -112,16 +120,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             seed=seed, n_startup_trials=self._startup, multivariate=True, constant_liar=True
         )
 
-    def record(self, trial_id: str, result: dict[str, Any]) -> None:
+    def record(self, trial_id: str, report: EpochReport) -> None:
         """Tells the study of an epoch and of those before that an interruption kept from it."""
-        live = self._live[trial_id]
-        if "diverged" not in result:
-            last = {key: result[key] for key in (*EPOCH_FIGURES, *WHEN_AND_WHERE) if key in result}
-            for figures in [*result.get("earlier", []), last]:
-                if figures["epoch"] > len(live.history):
-                    live.trial.report(figures[OBJECTIVE], int(figures["epoch"]))
-                    live.history.append(figures)
-            live.trial.set_user_attr("history", live.history)
+        self._live[trial_id].record(report)
 
     def should_stop(self, trial_id: str) -> bool:
         """Whether the trial should stop after the epoch that was recorded last.
@@ -130,11 +131,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         epochs. The pruner is asked of it all the same, since its rungs are what the others are measured against.
         """
         live = self._live[trial_id]
-        stop = live.trial.should_prune()
-        if stop and live.trial.number != BASELINE:
-            live.trial.set_user_attr("ended", f"{STOPPED} after epoch {len(live.history)}")
-            return True
-        return False
+        live.stopped = live.trial.should_prune() and live.trial.number != BASELINE
+        if live.stopped:
+            live.end(Outcome.STOPPED, f"{Outcome.STOPPED.value} after epoch {len(live.history)}")
+        return live.stopped
 
     def note_failure(self, trial_id: str, reason: str) -> None:
         """Keeps why a trial lost its slot, for the case that it cannot go on in another."""
@@ -142,34 +142,28 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells the study how a trial ended, then drops what only a running trial needs."""
-        live = self._live[trial_id]
-        if error or result is None:
-            ended = f"{FAILED}: {live.failure}"
-        elif "failed" in result:
-            ended = f"{FAILED}: {result['failed']}"
-        elif "diverged" in result:
-            ended = f"{DIVERGED}: {result['diverged']}"
-        elif (stopped := live.trial.user_attrs.get("ended")) is not None:
-            ended = stopped
-        else:
-            self.record(trial_id, result)  # a trial's last epoch comes here only
-            ended = COMPLETED
-        live.trial.set_user_attr("ended", ended)
-        self._tell(live.trial, ended)
-        del self._live[trial_id]
+        live = self._live.pop(trial_id)
+        failed = EpochReport(Outcome.FAILED, reason=live.failure)
+        report: EpochReport = failed if error or result is None else result[REPORT]
+        outcome = Outcome.STOPPED if live.stopped else report.outcome
+        if not live.stopped:
+            live.record(report)  # a trial's last epoch comes here only
+            live.end(outcome, f"{outcome.value}: {report.reason}" if report.reason else outcome.value)
+        self._tell(live.trial, outcome, live.history)
         with suppress(StorageError):  # what stays there is never read again
             for fold in range(self._folds):
                 self._experiment.delete(state_file(live.trial.number, fold))
 
-    def _tell(self, trial: Trial, ended: str) -> None:
-        if ended.startswith(FAILED):
+    def _tell(self, trial: Trial, outcome: Outcome, history: list[EpochFigures]) -> None:
+        best = best_epoch(history)
+        if outcome is Outcome.FAILED:
             self._study.tell(trial, state=TrialState.FAIL)
-        elif ended.startswith(STOPPED):
+        elif outcome is Outcome.STOPPED:
             self._study.tell(trial, state=TrialState.PRUNED)
-        elif ended.startswith(DIVERGED):
+        elif outcome is Outcome.DIVERGED or best is None:
             self._study.tell(trial, BAD_SCORE)
         else:
-            self._study.tell(trial, max(figures[OBJECTIVE] for figures in trial.user_attrs["history"]))
+            self._study.tell(trial, best.balanced_accuracy)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save: the study's storage is the state."""
@@ -178,12 +172,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return {}  # Tune pickles its configuration for Tuner.restore, which the study makes needless
 
 
+def _history(trial: Trial) -> list[EpochFigures]:
+    return [EpochFigures(**figures) for figures in trial.user_attrs.get("history", ())]
+
+
 class OptunaScheduler(FIFOScheduler):  # type: ignore[misc]
     """Ray Tune's scheduler that does what the study's pruner says."""
 
-    def __init__(self, search: OptunaSearcher) -> None:
+    def __init__(self, searcher: OptunaSearcher) -> None:
         super().__init__()
-        self._search = search
+        self._searcher = searcher
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         """Whether the trial goes on.
@@ -192,12 +190,13 @@ class OptunaScheduler(FIFOScheduler):  # type: ignore[misc]
             NodeRefused: a slot's workers started on a node that cannot use the storage. The study keeps its trials as
                 they are.
         """
-        if "refused" in result:
-            raise NodeRefused(result["refused"])
-        self._search.record(trial.trial_id, result)
-        stop = self._search.should_stop(trial.trial_id)
+        report: EpochReport = result[REPORT]
+        if report.outcome is Outcome.REFUSED:
+            raise NodeRefused(report.reason)
+        self._searcher.record(trial.trial_id, report)
+        stop = self._searcher.should_stop(trial.trial_id)
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         error = trial.get_error()
-        self._search.note_failure(trial.trial_id, str(error).strip().splitlines()[-1] if error else "unknown")
+        self._searcher.note_failure(trial.trial_id, str(error).strip().splitlines()[-1] if error else "unknown")

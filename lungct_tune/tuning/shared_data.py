@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 class SharedDataset:
     """Images, labels and pretrained weights for a group of workers; it travels as references.
 
-    Whoever makes it decides what it holds: the slots of a search are made one without the test split.
+    Whoever makes it decides what it holds: the slots of a search are made one without the test split. Images are
+    named by their rows in the data set, whatever part of it is here.
     """
 
-    images: ray.ObjectRef[np.ndarray] | Path
-    """uint8 NHW, in the object store or, when larger, a .npy file that every node can open."""
+    images: ray.ObjectRef[np.ndarray] | Path | np.ndarray
+    """uint8 NHW: in the object store, or when larger a .npy file that every node can open."""
+    rows: np.ndarray
+    """Of the images that are here, ascending."""
     labels_N: np.ndarray
+    """Of these images."""
     classes: int
     backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
     normalisation: str
@@ -39,48 +43,73 @@ class SharedDataset:
     epochs: int
     """The length of the learning-rate schedule."""
 
-    @cached_property
-    def _images_NHW(self) -> torch.Tensor:
-        import torch
-        from ray.train.torch import get_device
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        """Where these rows of the data set are among the images here.
 
-        if isinstance(self.images, Path):
-            array, place = np.load(self.images, mmap_mode="r"), torch.device("cpu")
-        else:
-            array, place = ray.get(self.images), get_device()
-            if place.type == "cuda" and array.nbytes > torch.cuda.mem_get_info(place)[0] / 4:
-                place = torch.device("cpu")  # each batch is moved when its turn comes
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
-            return torch.from_numpy(array).to(place)
+        Raises:
+            ValueError: one of them is not here.
+        """
+        positions = np.searchsorted(self.rows, rows)
+        if len(rows) and (positions.max() == len(self.rows) or (self.rows[positions] != rows).any()):
+            raise ValueError("asked for an image that was not shared with these workers")
+        return positions
 
-    @cached_property
-    def _backbone(self) -> Any:
-        return None if self.backbone is None else ray.get(self.backbone)
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.labels_N[self.positions(rows)])
 
-    def training(
-        self, configuration: Hyperparameters, train_indices: np.ndarray, seed: int, alone: bool = False
+    def trainer(
+        self,
+        hyperparameters: Hyperparameters,
+        train_rows: np.ndarray,
+        seed: int,
+        device: torch.device,
+        alone: bool = False,
     ) -> Trainer:
-        """A training of one configuration; called in a Ray Train worker, by all of its group together or `alone`."""
+        """A training of these hyperparameters on these images, by all workers of a group together or `alone`."""
         import torch
-        from ray.train.torch import get_device
 
         from lungct_tune.training.trainer import Trainer
 
         return Trainer(
-            configuration,
-            images_NHW=self._images_NHW,
+            hyperparameters,
+            images_NHW=self._images_for(device),
             labels_N=torch.from_numpy(self.labels_N),
-            train_indices=torch.from_numpy(train_indices),
+            train_indices=torch.from_numpy(self.positions(train_rows)),
             classes=self.classes,
             epochs=self.epochs,
             batch_size=self.batch_size,
             seed=seed,
             normalisation=self.normalisation,
             backbone_state=self._backbone,
-            device=get_device(),
+            device=device,
             alone=alone,
         )
+
+    def _images_for(self, device: torch.device) -> torch.Tensor:
+        """On the device, where they take no more than a quarter of it: else each batch is moved when its turn comes."""
+        import torch
+
+        fits = device.type != "cuda" or self._array.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+        place = device if fits and not isinstance(self.images, Path) else torch.device("cpu")
+        if place not in self._on_devices:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
+                self._on_devices[place] = torch.from_numpy(self._array).to(place)
+        return self._on_devices[place]
+
+    @cached_property
+    def _on_devices(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        if isinstance(self.images, Path):
+            return np.asarray(np.load(self.images, mmap_mode="r"))
+        return self.images if isinstance(self.images, np.ndarray) else ray.get(self.images)
+
+    @cached_property
+    def _backbone(self) -> Any:
+        return None if self.backbone is None else ray.get(self.backbone)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
@@ -98,15 +127,17 @@ def share_dataset(
 
     Args:
         rows: which of them; the workers see no others.
+        backbone: pretrained weights, of `share_weights`.
         epochs: the length of the learning-rate schedule; by default that of a trial.
-        path: see `share`.
+        path: see `share_images`.
 
     Raises:
-        StorageError: see `share`.
+        StorageError: see `share_images`.
     """
     assert settings.epochs is not None and settings.batch_size is not None  # decided by for_data()
     return SharedDataset(
-        images=share(images.images_NHW, rows, path, object_store_room()),
+        images=share_images(images.images_NHW, rows, path, object_store_room()),
+        rows=rows,
         labels_N=images.table["label"].to_numpy()[rows],
         classes=len(images.classes),
         backbone=backbone,
@@ -116,7 +147,14 @@ def share_dataset(
     )
 
 
-def share(images_NHW: np.ndarray, rows: np.ndarray, path: Path | None, room: int) -> ray.ObjectRef[np.ndarray] | Path:
+def share_weights(weights: dict[str, torch.Tensor] | None) -> ray.ObjectRef[dict[str, torch.Tensor]] | None:
+    """Pretrained weights in the object store, once for all that train from them."""
+    return None if weights is None else ray.put(weights)
+
+
+def share_images(
+    images_NHW: np.ndarray, rows: np.ndarray, path: Path | None, room: int
+) -> ray.ObjectRef[np.ndarray] | Path:
     """Some of the images, for all workers: in the object store where they fit, else in a file that they map.
 
     Args:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -18,16 +19,19 @@ from ray import tune
 from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.ray_compat import HEAD_NODE
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker
+
+REPORT = "report"
+"""The key of the `EpochReport` in a result of Ray Tune."""
 
 MAX_LOSSES = 3
 """How many groups of workers may be lost over one epoch of a trial before the trial counts as failed."""
 
-ON_HEAD = {"node:__internal_head__": 0.001}
-"""The head has this resource alone. A slot's actor takes it, and all that coordinates its workers is on its node, so
-that the other nodes may come and go."""
+ON_HEAD = {HEAD_NODE: 0.001}
+"""A slot's actor takes some of it; all that coordinates its workers is on its node, so that others may come and go."""
 
 
 class WorkersLost(RuntimeError):
@@ -37,25 +41,32 @@ class WorkersLost(RuntimeError):
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's side of a slot: an actor that Tune reuses for one trial after another.
 
-    A trial is `{"number": int, "seed": int, "configuration": {...}}`; a step is one epoch of it.
+    A trial's configuration is a `TrialOrder` as a dictionary; a step is one epoch of it. Its result has the figures
+    that Tune's loggers write, and under `REPORT` the `EpochReport` that all else goes by.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
         # Returns before the workers are up: Tune starts the next slot only when this one is set up
-        self._order, self._slot = config, Slot(plan)
+        self._order, self._slot = TrialOrder.from_dict(config), Slot(plan)
 
     def __repr__(self) -> str:
         return self._slot.name  # Ray asks once, when the actor is made, and shows it in its dashboard
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._order = new_config
+        self._order = TrialOrder.from_dict(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         try:
-            return self._slot.run_epoch(self._order)
+            report = self._slot.run_epoch(self._order)
         except NodeRefused as refusal:  # raised, it would count as a failure of the trial, and be tried again
-            return {OBJECTIVE: 0.0, "refused": str(refusal)}
+            report = EpochReport(Outcome.REFUSED, reason=str(refusal))
+        result: dict[str, Any] = {OBJECTIVE: 0.0, REPORT: report, "done": report.is_last}
+        if report.epochs:
+            last = report.epochs[-1]
+            # Tune's loggers count by its iteration, which would begin anew where an interrupted trial goes on
+            result |= last.as_dict() | {"training_iteration": last.epoch}
+        return result | (asdict(report.cost) if report.cost else {})
 
     def cleanup(self) -> None:
         self._slot.release()
@@ -78,7 +89,7 @@ class Slot:
     def name(self) -> str:
         return self._group.name
 
-    def run_epoch(self, order: dict[str, Any]) -> dict[str, Any]:
+    def run_epoch(self, order: TrialOrder) -> EpochReport:
         """Has the workers run the trial's next epoch; others take their place when they are lost.
 
         They wait for room as long as it takes: for a node that comes, or for another slot's end.
@@ -88,14 +99,14 @@ class Slot:
         """
         for _ in range(MAX_LOSSES):
             try:
-                return self._group.run_epoch(order) | {"slot": self._group.number}
+                return self._group.run_epoch(order).of_slot(self._group.number)
             except WorkersLost as loss:
                 if self._released:
                     raise
                 reason = str(loss)
                 self._group.release()
                 self._group = Group(self._plan)
-        return {OBJECTIVE: 0.0, "failed": reason, "done": True}
+        return EpochReport(Outcome.FAILED, reason=reason)
 
     def release(self) -> None:
         """Lets the workers go, and whoever waits for them, with an error."""
@@ -107,32 +118,32 @@ class Group:
     """One Ray Train run whose workers take orders until there are no more."""
 
     def __init__(self, plan: SlotPlan) -> None:
-        self._turn, self._answered = 0, False
+        self._sequence, self._has_reported = 0, False
         self._error: Exception | None = None
         self.number, self._mailbox = _numbered_mailbox(plan.experiment.name)
         self.name = slot_name(plan.experiment.name, self.number)
         self._run = threading.Thread(target=self._fit, args=(plan,), daemon=True)
         self._run.start()
 
-    def run_epoch(self, order: dict[str, Any]) -> dict[str, Any]:
-        """The workers' answer to an order.
+    def run_epoch(self, order: TrialOrder) -> EpochReport:
+        """What the workers report of an order.
 
         Raises:
             WorkersLost: they ended instead; promptly, whatever ended them.
             NodeRefused: they ended because one of them is where the storage cannot be used.
         """
-        self._turn += 1
-        self._mailbox.put.remote("order", self._turn, order)
-        what = f"trial {order['number']}: {Hyperparameters(**order['configuration'])}"
-        answer = self._mailbox.get.options(name=what).remote("answer", self._turn)
-        while not ray.wait([answer], timeout=1)[0]:
+        self._sequence += 1
+        self._mailbox.put.remote("order", self._sequence, order)
+        what = f"trial {order.number}: {order.hyperparameters}"
+        waiting = self._mailbox.get.options(name=what).remote("report", self._sequence)
+        while not ray.wait([waiting], timeout=1)[0]:
             if not self._run.is_alive():
                 if isinstance(self._error, NodeRefused):
                     raise self._error
                 raise WorkersLost(f"the workers ended: {self._error or 'without an error'}") from self._error
-        said = dict(ray.get(answer))
-        self._answered = True
-        return said
+        report: EpochReport = ray.get(waiting)
+        self._has_reported = True
+        return report
 
     def release(self) -> None:
         """Lets the workers go. Those that do not leave in time lose their mailbox, and with it their run.
@@ -140,11 +151,11 @@ class Group:
         Those that have not started, or are in their first epoch, lose it at once: a run that waits for room hears of
         nothing, and ends with this process.
         """
-        if self._answered:
-            self._mailbox.put.remote("order", self._turn + 1, None)
+        if self._has_reported:
+            self._mailbox.put.remote("order", self._sequence + 1, None)
             self._run.join(timeout=10)
         ray.kill(self._mailbox)
-        self._run.join(timeout=10 if self._answered else 1)
+        self._run.join(timeout=10 if self._has_reported else 1)
 
     def _fit(self, plan: SlotPlan) -> None:
         from ray.train import FailureConfig, RunConfig

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
 from ray import tune
-from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from rich.console import Console
 
 from lungct_tune.config.search_space import SearchSpace
+from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.bundle import versions
+from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import finished_trials
+from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
-from lungct_tune.tuning.callbacks.progress import Progress
-from lungct_tune.tuning.callbacks.prometheus import Metrics
+from lungct_tune.tuning.callbacks.progress import ProgressCallback
+from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
+from lungct_tune.tuning.ray_compat import keep_credentials_from_actors
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
+from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
+from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.workers import NodeRefused, SlotPlan
 
 MOST_AT_RANDOM = 10
@@ -27,8 +33,29 @@ MOST_AT_RANDOM = 10
 MAX_FAILURES = 2
 """How often the actor of a slot, on the head, may die over a trial before the trial counts as failed."""
 
-# Tune sends AWS credentials from here to its actors, and so into Ray's logs and dashboard; nodes have their own
-ENV_VARS_TO_PROPAGATE.difference_update({name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")})
+keep_credentials_from_actors()
+
+
+def make_slot_plan(
+    plan: Plan,
+    split: DataSplit,
+    backbone: Any,
+    resources: ResourcePlan,
+    file: Path | None,
+) -> SlotPlan:
+    """What the slots of a search need: train and validation, and no test image.
+
+    Args:
+        backbone: of `share_weights`.
+        file: where images go that are too large for the object store, see `share_images`.
+    """
+    return SlotPlan(
+        experiment=plan.experiment,
+        dataset=share_dataset(plan.settings, split.images, split.searched_rows, backbone, path=file),
+        folds=tuple(Fold(*rows) for rows in split.folds),
+        workers=resources.workers,
+        resources_per_worker=resources.resources_per_worker,
+    )
 
 
 def run_search(
@@ -49,7 +76,7 @@ def run_search(
         NodeRefused: a node that came later cannot use the storage; they are as they were then too.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
-    search = OptunaSearcher(
+    searcher = OptunaSearcher(
         study,
         space,
         plan.experiment,
@@ -62,13 +89,13 @@ def run_search(
     if remaining <= 0:
         return
     clock = SlotTimeCallback(study, plan, slots)
-    with Progress(study, trials, clock, console) as progress, clock:
+    with ProgressCallback(study, trials, clock, console) as progress, clock:
         tuner = tune.Tuner(
             # the CPUs and GPUs are its workers' and reserved by them
             tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
-                search_alg=search,
-                scheduler=OptunaScheduler(search),
+                search_alg=searcher,
+                scheduler=OptunaScheduler(searcher),
                 num_samples=remaining,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -82,7 +109,7 @@ def run_search(
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 # the workers keep a trial's state themselves, each epoch, straight from where it is
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[clock, progress, Metrics(study, plan.experiment.name, trials, clock), *callbacks],
+                callbacks=[clock, progress, PrometheusCallback(study, plan.experiment.name, trials, clock), *callbacks],
                 verbose=0,
             ),
         )

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.trial import TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import Fold, TrialRunner
@@ -35,7 +36,7 @@ class SlotPlan:
     """All that a slot needs to know: the same for every slot of a search."""
 
     experiment: Experiment
-    material: SharedDataset
+    dataset: SharedDataset
     folds: tuple[Fold, ...]
     """One, or several whose mean is what a trial is worth."""
     workers: int
@@ -43,17 +44,17 @@ class SlotPlan:
 
 
 class Mailbox:
-    """Where a slot leaves orders and its workers leave answers; a letter is read once it is there."""
+    """Where a slot leaves orders and its workers leave reports, by a sequence number that both count."""
 
     def __init__(self) -> None:
         self._letters: defaultdict[tuple[str, int], asyncio.Future[Any]] = defaultdict(asyncio.Future)
 
-    async def put(self, kind: str, turn: int, letter: Any) -> None:
-        self._letters[kind, turn].set_result(letter)
-        self._letters.pop((kind, turn - 2), None)  # everybody has read it, or nobody would have come this far
+    async def put(self, kind: str, sequence: int, letter: Any) -> None:
+        self._letters[kind, sequence].set_result(letter)
+        self._letters.pop((kind, sequence - 2), None)  # everybody has read it, or nobody would have come this far
 
-    async def get(self, kind: str, turn: int) -> Any:
-        return await asyncio.shield(self._letters[kind, turn])
+    async def get(self, kind: str, sequence: int) -> Any:
+        return await asyncio.shield(self._letters[kind, sequence])
 
 
 def check_from_here(experiment: Experiment) -> None:
@@ -87,7 +88,7 @@ def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
 
 
 def run_worker(config: dict[str, Any]) -> None:
-    """A worker's life in a slot: take an order, run an epoch of that trial, answer, until there is no order.
+    """A worker's life in a slot: take an order, run an epoch of that trial, report, until there is no order.
 
     Raises:
         NodeRefused: it runs on a node that may have come since the search began, and cannot use its storage.
@@ -101,15 +102,15 @@ def run_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
-    first = get_context().get_world_rank() == 0
+    is_first = get_context().get_world_rank() == 0
     trial: TrialRunner | None = None
-    for turn in range(1, 2**62):
-        order = ray.get(mailbox.get.remote("order", turn))
+    for sequence in range(1, 2**62):
+        order: TrialOrder | None = ray.get(mailbox.get.remote("order", sequence))
         if order is None:
             return
-        if trial is None or trial.number != order["number"]:
+        if trial is None or trial.number != order.number:
             trial = None  # the model that was is gone before the next one comes
-            trial = TrialRunner(plan.experiment, plan.material, plan.folds, order)
-        answer = trial.run_epoch()
-        if first:
-            ray.get(mailbox.put.remote("answer", turn, answer))
+            trial = TrialRunner(plan.experiment, plan.dataset, plan.folds, order, device)
+        report = trial.run_epoch()
+        if is_first:
+            ray.get(mailbox.put.remote("report", sequence, report))

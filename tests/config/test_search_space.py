@@ -48,7 +48,7 @@ def test_ranges_choices_and_constants() -> None:
     assert space.distributions["head_lr"] == optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
     assert space.constants == {"augmentation": 0.2}
     assert [trial.dropout for trial in space.fixed_trials] == [0.5, 0.1]
-    configuration = space.configuration({"truncation_depth": 10, "dropout": 0.3, "head_lr": 1e-3})
+    configuration = space.hyperparameters({"truncation_depth": 10, "dropout": 0.3, "head_lr": 1e-3})
     assert (configuration.truncation_depth, configuration.augmentation) == (10, 0.2)
     assert configuration.weight_decay == PUBLISHED.weight_decay
     assert space.deepest == 20

@@ -127,7 +127,7 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     import torch
     from safetensors.torch import load_file
 
-    from lungct_tune.experiment.study import best_figures, finished_trials, hyperparameters_of
+    from lungct_tune.experiment.study import finished_trials
     from lungct_tune.models.preprocessing import as_grey, forward
     from lungct_tune.models.truncated_resnet import TruncatedResNet50
     from lungct_tune.training.objective import validation_figures
@@ -136,16 +136,16 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     valid = np.flatnonzero(split == "valid")
     grey_N1HW = as_grey(torch.from_numpy(images.images_NHW[valid]))
     for trial in finished_trials(study_of(finished)):
-        model = TruncatedResNet50(hyperparameters_of(trial).truncation_depth, classes=4)
+        model = TruncatedResNet50(trial.hyperparameters.truncation_depth, classes=4)
         model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "best.safetensors"))
         with torch.no_grad():
             probabilities_NC = forward(model.eval(), grey_N1HW, "imagenet").softmax(dim=1).numpy()
         figures = validation_figures(images.table["label"].to_numpy()[valid], probabilities_NC)
         kept_NC = np.load(finished / "trials" / f"{trial.number:04d}" / "valid.npy")
         np.testing.assert_allclose(kept_NC, probabilities_NC, atol=2e-3)
-        reported = best_figures(trial)
-        assert figures["log_loss"] == pytest.approx(reported["log_loss"], rel=1e-3)
-        assert figures[OBJECTIVE] == pytest.approx(reported[OBJECTIVE], abs=1e-6)
+        assert trial.best is not None
+        assert figures["log_loss"] == pytest.approx(trial.best.log_loss, rel=1e-3)
+        assert figures[OBJECTIVE] == pytest.approx(trial.best.balanced_accuracy, abs=1e-6)
     assert not list(finished.glob("trials/*/last.pt"))
 
 

@@ -29,7 +29,8 @@ from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
 from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.experiment.results import PREDICTIONS, Predictions, SearchResults, read_results
-from lungct_tune.experiment.study import best_trial, hyperparameters_of, open_study
+from lungct_tune.experiment.study import finished_trials, open_study
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.models.complexity import model_profile
 from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -40,8 +41,8 @@ from lungct_tune.reporting.report_page import command, report_page
 from lungct_tune.reporting.search_section import about_the_search, edge
 from lungct_tune.reporting.test_section import MOST_SHOWN, Pictures, find_pictures
 from lungct_tune.reporting.verdict import verdict
-from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning import searcher as studies
+from lungct_tune.tuning.slots import REPORT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,22 +88,30 @@ class Search:
         number = self._tune.suggest(name)["number"]
         for epoch in range(1, epochs + 1):
             reached = 0.3 + 0.1 * epoch + 0.01 * number
-            result = {"epoch": epoch, OBJECTIVE: reached, "accuracy": reached, "log_loss": 1 / reached}
-            result |= {"train_loss": 1.0, "train_s": 2.0, "valid_s": 0.5, "slot": 1 + number % 2}
-            result |= {"at": 1.8e9 + 10 * number + 3 * epoch}
+            figures = EpochFigures(
+                epoch=epoch,
+                balanced_accuracy=reached,
+                accuracy=reached,
+                log_loss=1 / reached,
+                train_loss=1.0,
+                train_s=2.0,
+                valid_s=0.5,
+                slot=1 + number % 2,
+                at=1.8e9 + 10 * number + 3 * epoch,
+            )
             if epoch == EPOCHS and not failure:
-                self._tune.on_trial_complete(name, result)
+                self._tune.on_trial_complete(name, {REPORT: EpochReport(Outcome.COMPLETED, (figures,))})
             else:
-                self._tune.record(name, result)
+                self._tune.record(name, EpochReport(Outcome.RUNNING, (figures,)))
         if failure:
-            self._tune.on_trial_complete(name, {"failed": failure})
+            self._tune.on_trial_complete(name, {REPORT: EpochReport(Outcome.FAILED, reason=failure)})
 
     def finish(self) -> None:
         """The bundle, of the best trial's configuration with random weights."""
-        best = best_trial(self.study.trials)
+        best = best_trial(finished_trials(self.study))
         assert best is not None
         torch.manual_seed(0)
-        model = TruncatedResNet50(hyperparameters_of(best).truncation_depth, classes=4).eval()
+        model = TruncatedResNet50(best.hyperparameters.truncation_depth, classes=4).eval()
         test = np.flatnonzero(self.split == "test")
         grey_N1HW = as_grey(torch.from_numpy(np.array(self.images.images_NHW[test])))
         with torch.no_grad():
@@ -116,7 +125,7 @@ class Search:
             references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
             overlaps_N=group_overlap(self.images, self.split),
         )
-        configuration = hyperparameters_of(best)
+        configuration = best.hyperparameters
         files = {
             bundle.MODEL: safetensors.torch.save(model.state_dict()),
             bundle.CONFIG: bundle.as_json(describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +12,10 @@ from optuna.trial import TrialState
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import (
-    StudyError,
-    best_trial,
-    effort,
-    finished_trials,
-    open_study,
-    row_of,
-    trials_table,
-)
-from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.experiment.study import StudyError, effort, finished_trials, open_study
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
+from lungct_tune.tuning.slots import REPORT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,21 +50,35 @@ class Tune:
         name = f"ray-{next(self._ids)}"
         suggested = self.search.suggest(name)
         for epoch in range(1, epochs + 1):
-            result = epoch_result(suggested["configuration"], epoch)
+            report = epoch_report(suggested["configuration"], epoch)
             if epoch == EPOCHS:
-                self.search.on_trial_complete(name, result)
+                self.search.on_trial_complete(name, {REPORT: report})
                 break
-            self.search.record(name, result)
+            self.search.record(name, report)
             if self.search.should_stop(name):
-                self.search.on_trial_complete(name, result)
+                self.search.on_trial_complete(name, {REPORT: report})
                 break
         return suggested
 
 
-def epoch_result(configuration: dict[str, Any], epoch: int, **more: Any) -> dict[str, Any]:
+def epoch_report(configuration: dict[str, Any], *epochs: int) -> EpochReport:
+    """What a slot reports of the last of these epochs, with those before it that the study may not know."""
     quality = 1 - abs(configuration["truncation_depth"] - 40) / 49 - configuration["dropout"] / 9
-    figures = {"epoch": epoch, OBJECTIVE: quality * epoch / EPOCHS, "accuracy": quality, "log_loss": 1 / epoch}
-    return figures | {"train_loss": 1.0, "train_s": 2.0, "valid_s": 0.5, "at": 1.8e9 + epoch, "slot": 1} | more
+    figures = [
+        EpochFigures(
+            epoch=epoch,
+            balanced_accuracy=quality * epoch / EPOCHS,
+            accuracy=quality,
+            log_loss=1 / epoch,
+            train_loss=1.0,
+            train_s=2.0,
+            valid_s=0.5,
+            at=1.8e9 + epoch,
+            slot=1,
+        )
+        for epoch in epochs
+    ]
+    return EpochReport(Outcome.COMPLETED if epochs[-1] == EPOCHS else Outcome.RUNNING, tuple(figures))
 
 
 def test_the_published_configuration_runs_first_even_outside_the_space(tmp_path: Path) -> None:
@@ -115,8 +123,7 @@ def test_a_trial_that_was_running_goes_on_and_earlier_epochs_are_filled_in(tmp_p
     again = tune.search.suggest("ray-new")
     assert again == first
     # the workers kept epoch 3, and the driver died before it told the study
-    earlier = [epoch_result(first["configuration"], epoch) for epoch in (1, 2, 3)]
-    tune.search.record("ray-new", epoch_result(first["configuration"], 4, earlier=earlier))
+    tune.search.record("ray-new", epoch_report(first["configuration"], 1, 2, 3, 4))
     assert sorted(tune.study.trials[0].intermediate_values) == [1, 2, 3, 4]
     assert [figures["epoch"] for figures in tune.study.trials[0].user_attrs["history"]] == [1, 2, 3, 4]
 
@@ -157,7 +164,7 @@ def test_a_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(tmp_path
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     tune.run()
     suggested = tune.search.suggest("a")
-    tune.search.record("a", epoch_result(suggested["configuration"], 1))
+    tune.search.record("a", epoch_report(suggested["configuration"], 1))
     assert tune.search.should_stop("a")
     resumed = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     assert resumed.study.trials[1].state == TrialState.PRUNED
@@ -183,30 +190,40 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
     tune.run()
     for name in ("a", "b", "c"):
         tune.search.suggest(name)
-    tune.search.record("a", epoch_result(PUBLISHED.as_dict(), 1))
-    tune.search.on_trial_complete("a", {OBJECTIVE: 0.0, "diverged": "loss nan in epoch 2", "done": True})
+    tune.search.record("a", epoch_report(PUBLISHED.as_dict(), 1))
+    tune.search.on_trial_complete("a", {REPORT: EpochReport(Outcome.DIVERGED, reason="loss nan in epoch 2")})
     tune.search.note_failure("b", "out of memory")
     tune.search.on_trial_complete("b", error=True)
-    tune.search.on_trial_complete("c", {OBJECTIVE: 0.0, "failed": "the workers ended", "done": True})
-    _, diverged, failed, lost = finished_trials(tune.study)
+    tune.search.on_trial_complete("c", {REPORT: EpochReport(Outcome.FAILED, reason="the workers ended")})
+    _, diverged, failed, lost = tune.study.trials
     assert (diverged.state, diverged.value) == (TrialState.COMPLETE, 0.0)
     assert diverged.user_attrs["ended"] == "diverged: loss nan in epoch 2"
     assert (failed.state, failed.user_attrs["ended"]) == (TrialState.FAIL, "failed: out of memory")
     assert (lost.state, lost.user_attrs["ended"]) == (TrialState.FAIL, "failed: the workers ended")
-    best = best_trial(finished_trials(tune.study))
+    trials = finished_trials(tune.study)
+    best = best_trial(trials)
     assert best is not None and best.number == 0
-    table = trials_table(tune.study)
-    assert list(table["epochs"]) == [EPOCHS, 1, 0, 0]
-    assert row_of(table, 2) is None
-    assert effort(tune.study, table, slots=2)["training_s"] == pytest.approx(2.5 * 10)
-    assert effort(tune.study, table, slots=2)["ended"] == {"completed": 1, "diverged": 1, "failed": 2}
+    assert [trial.outcome for trial in trials] == [
+        Outcome.COMPLETED,
+        Outcome.DIVERGED,
+        Outcome.FAILED,
+        Outcome.FAILED,
+    ]
+    assert [len(trial.history) for trial in trials] == [EPOCHS, 1, 0, 0]
+    assert trials[2].best is None
+    rows = [trial.row() for trial in trials]
+    assert [row["state"] for row in rows] == [trial.state.name for trial in tune.study.trials]
+    assert [row["ended"] for row in rows] == [trial.user_attrs["ended"] for trial in tune.study.trials]
+    assert effort(tune.study, trials, slots=2)["training_s"] == pytest.approx(2.5 * 10)
+    assert effort(tune.study, trials, slots=2)["ended"] == {"completed": 1, "diverged": 1, "failed": 2}
 
 
 def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
     suggested = tune.search.suggest("a")
     OptunaScheduler(tune.search).on_trial_error(None, RayTrial("a"))
-    tune.search.on_trial_complete("a", epoch_result(suggested["configuration"], 1))
+    last = replace(epoch_report(suggested["configuration"], 1), outcome=Outcome.COMPLETED)
+    tune.search.on_trial_complete("a", {REPORT: last})
     assert tune.study.trials[0].state == TrialState.COMPLETE
     assert tune.study.trials[0].user_attrs["ended"] == "completed"
 

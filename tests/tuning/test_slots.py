@@ -15,6 +15,7 @@ import pytest
 from ray.util.state import list_actors
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, best_epoch
 from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
 def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
     from lungct_tune.data import fold_images, read_images, split_images
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.shared_data import SharedDataset, share
+    from lungct_tune.tuning.shared_data import SharedDataset, share_images
     from lungct_tune.tuning.slots import TuneSlot
     from lungct_tune.tuning.trial_runner import Fold
     from lungct_tune.tuning.workers import SlotPlan
@@ -44,14 +45,15 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
     images = read_images(phantoms, 32, progress=False)
     split = split_images(images, "grouped", seed=0)
     # as if they did not fit the object store: the workers map the file (test_search.py has them in the store)
-    mapped = share(images.images_NHW, np.arange(len(split)), folder / "images.npy", room=0)
+    mapped = share_images(images.images_NHW, np.arange(len(split)), folder / "images.npy", room=0)
     assert np.array_equal(np.load(mapped), images.images_NHW)
     searched = np.flatnonzero(split != "test")
     fold_N = fold_images(images, searched, folds, seed=0) if folds > 1 else (split[searched] != "valid").astype(int)
     plan = SlotPlan(
         experiment=Experiment.at(str(folder), "one"),
-        material=SharedDataset(
+        dataset=SharedDataset(
             images=mapped,
+            rows=np.arange(len(split)),
             labels_N=images.table["label"].to_numpy(),
             classes=len(images.classes),
             backbone=None,
@@ -76,69 +78,88 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
         made.stop()
 
 
-def order(number: int, configuration: Hyperparameters) -> dict[str, Any]:
-    return {"number": number, "seed": 3, "configuration": configuration.as_dict()}
+def order(number: int, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    return TrialOrder(number, 3, hyperparameters).as_dict()
 
 
-def run(slot: Any, number: int, configuration: Hyperparameters) -> list[dict[str, Any]]:
-    assert slot.reset(order(number, configuration))
-    results = [slot.train()]
-    while not results[-1]["done"]:
-        results.append(slot.train())
-    return results
+def run(slot: Any, number: int, hyperparameters: Hyperparameters) -> list[EpochReport]:
+    assert slot.reset(order(number, hyperparameters))
+    reports = [step(slot)]
+    while not reports[-1].is_last:
+        reports.append(step(slot))
+    return reports
+
+
+def step(slot: Any) -> EpochReport:
+    """A step as Ray Tune has it done, and what it told Tune's own loggers."""
+    result = slot.train()
+    report: EpochReport = result["report"]
+    assert result["done"] == report.is_last
+    if report.epochs:
+        last = report.epochs[-1]
+        assert (result["training_iteration"], result[OBJECTIVE]) == (last.epoch, last.balanced_accuracy)
+        assert last.slot is not None
+    return report
+
+
+def epochs_of(reports: list[EpochReport]) -> list[EpochFigures]:
+    return [figures for report in reports for figures in report.epochs]
+
+
+def comparable(figures: EpochFigures) -> tuple[float, ...]:
+    """What does not depend on time and place."""
+    return figures.epoch, figures.balanced_accuracy, figures.accuracy, figures.log_loss, figures.train_loss
 
 
 def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: Any) -> None:
-    figures = ("epoch", OBJECTIVE, "accuracy", "log_loss", "train_loss")
     first = run(slot, 0, SHALLOW)
     others = [Hyperparameters(truncation_depth=k, dropout=0.1) for k in (7, 1)]
-    for number, configuration in enumerate(others, start=1):
-        assert [result["epoch"] for result in run(slot, number, configuration)] == [1, 2]
+    for number, hyperparameters in enumerate(others, start=1):
+        assert [figures.epoch for figures in epochs_of(run(slot, number, hyperparameters))] == [1, 2]
     *_, diverged = run(slot, 3, Hyperparameters(truncation_depth=4, backbone_lr=1e18, head_lr=1e18))
-    assert "epoch" in diverged["diverged"] and diverged[OBJECTIVE] == 0
+    assert diverged.outcome is Outcome.DIVERGED and "epoch" in diverged.reason and not diverged.epochs
     fifth = run(slot, 4, SHALLOW)
-    assert [[r[f] for f in figures] for r in fifth] == [[r[f] for f in figures] for r in first]
+    assert [*map(comparable, epochs_of(fifth))] == [*map(comparable, epochs_of(first))]
+    assert all(report.cost and report.cost.images and report.cost.checkpoint_bytes for report in fifth)
 
 
 def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any) -> None:
     from safetensors import safe_open
 
-    from lungct_tune.training.objective import rank
-
-    results = run(slot, 5, SHALLOW)
-    best = max(results, key=rank)
+    best = best_epoch(epochs_of(run(slot, 5, SHALLOW)))
+    assert best is not None
     with safe_open(slot.folder / "trials" / "0005" / "best.safetensors", "pt") as file:
-        assert int(file.metadata()["epoch"]) == best["epoch"]
-        assert float(file.metadata()[OBJECTIVE]) == best[OBJECTIVE]
+        assert int(file.metadata()["epoch"]) == best.epoch
+        assert float(file.metadata()[OBJECTIVE]) == best.balanced_accuracy
 
 
 def test_a_trial_goes_on_from_its_last_epoch(slot: Any) -> None:
-    whole = run(slot, 6, SHALLOW)
+    whole = epochs_of(run(slot, 6, SHALLOW))
     slot.reset(order(7, SHALLOW))
-    assert slot.train()["epoch"] == 1
+    assert [figures.epoch for figures in step(slot).epochs] == [1]
     run(slot, 8, Hyperparameters(truncation_depth=1))  # something else takes the slot
     slot.reset(order(7, SHALLOW))
-    result = slot.train()
-    assert (result["epoch"], result["done"]) == (2, True)
-    assert [earlier["epoch"] for earlier in result["earlier"]] == [1]
-    assert result["log_loss"] == whole[-1]["log_loss"]
+    report = step(slot)
+    assert report.outcome is Outcome.COMPLETED
+    assert [figures.epoch for figures in report.epochs] == [1, 2]  # the first for a study that may not know it
+    assert report.epochs[-1].log_loss == whole[-1].log_loss
 
 
 def test_a_state_of_another_study_is_not_taken_for_the_trials_own(slot: Any) -> None:
     slot.reset(order(10, SHALLOW))
-    assert slot.train()["epoch"] == 1
+    assert [figures.epoch for figures in step(slot).epochs] == [1]
     run(slot, 11, SHALLOW)
     slot.reset(order(10, Hyperparameters(truncation_depth=4, backbone_lr=2e-3)))
-    assert slot.train()["epoch"] == 1
+    assert [figures.epoch for figures in step(slot).epochs] == [1]
 
 
 def test_a_damaged_state_costs_the_epochs_that_it_held_and_not_the_trial(slot: Any) -> None:
     slot.reset(order(15, SHALLOW))
-    assert slot.train()["epoch"] == 1
+    assert [figures.epoch for figures in step(slot).epochs] == [1]
     run(slot, 16, SHALLOW)
     state = slot.folder / "trials" / "0015" / "last.pt"
     state.write_bytes(state.read_bytes()[:-1000])
-    assert [result["epoch"] for result in run(slot, 15, SHALLOW)] == [1, 2]
+    assert [figures.epoch for figures in epochs_of(run(slot, 15, SHALLOW))] == [1, 2]
 
 
 def kill_a_worker() -> None:
@@ -149,21 +170,22 @@ def kill_a_worker() -> None:
 
 
 def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any) -> None:
-    whole = run(slot, 9, SHALLOW)
+    whole = epochs_of(run(slot, 9, SHALLOW))
     slot.reset(order(12, SHALLOW))
-    assert slot.train()["epoch"] == 1
+    assert [figures.epoch for figures in step(slot).epochs] == [1]
     kill_a_worker()
-    result = slot.train()
-    assert (result["epoch"], result["done"]) == (2, True)
-    assert [earlier["epoch"] for earlier in result["earlier"]] == [1]  # for a study that may not know it yet
-    assert result["log_loss"] == whole[-1]["log_loss"]
+    report = step(slot)
+    assert report.outcome is Outcome.COMPLETED
+    assert [figures.epoch for figures in report.epochs] == [1, 2]  # the first for a study that may not know it yet
+    assert report.epochs[-1].log_loss == whole[-1].log_loss
 
 
 def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
     slot.reset(order(13, SHALLOW) | {"seed": "no number"})
-    assert "the workers ended" in slot.train()["failed"]
-    assert [result["epoch"] for result in run(slot, 14, SHALLOW)] == [1, 2]
+    failed = step(slot)
+    assert failed.outcome is Outcome.FAILED and "the workers ended" in failed.reason
+    assert [figures.epoch for figures in epochs_of(run(slot, 14, SHALLOW))] == [1, 2]
 
 
 def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: Any) -> None:
@@ -226,21 +248,21 @@ def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms:
 def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges_them(slot_of_folds: Any) -> None:
     import torch
 
-    from lungct_tune.training.objective import OBJECTIVE_SD, rank, validation_figures
+    from lungct_tune.training.objective import validation_figures
     from lungct_tune.training.trainer import Trainer
 
-    results = run(slot_of_folds, 0, SHALLOW)
+    epochs = epochs_of(run(slot_of_folds, 0, SHALLOW))
     plan = slot_of_folds.plan
-    labels_N, threads = plan.material.labels_N, torch.get_num_threads()
+    labels_N, threads = plan.dataset.labels_N, torch.get_num_threads()
     by_epoch: list[list[tuple[dict[str, float], np.ndarray]]] = [[] for _ in range(EPOCHS)]
     torch.set_num_threads(1)  # as the workers: sums of floats depend on it
     for fold in plan.folds:
-        assert not set(fold.train_indices) & set(fold.valid_indices)
+        assert not set(fold.train_rows) & set(fold.valid_rows)
         alone = Trainer(
             SHALLOW,
-            images_NHW=torch.from_numpy(np.load(plan.material.images)),
+            images_NHW=torch.from_numpy(np.load(plan.dataset.images)),
             labels_N=torch.from_numpy(labels_N.copy()),
-            train_indices=fold.train_indices,
+            train_indices=fold.train_rows,
             classes=4,
             epochs=EPOCHS,
             batch_size=8,
@@ -251,36 +273,38 @@ def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges
         )
         for of_epoch in by_epoch:
             alone.train_epoch()
-            probabilities_NC = alone.probabilities(fold.valid_indices)
-            of_epoch.append((validation_figures(labels_N[fold.valid_indices], probabilities_NC), probabilities_NC))
+            probabilities_NC = alone.probabilities(fold.valid_rows)
+            of_epoch.append((validation_figures(labels_N[fold.valid_rows], probabilities_NC), probabilities_NC))
     torch.set_num_threads(threads)
-    for result, of_epoch in zip(results, by_epoch, strict=True):
+    for epoch, of_epoch in zip(epochs, by_epoch, strict=True):
         for name in (OBJECTIVE, "accuracy", "log_loss"):
-            assert result[name] == pytest.approx(np.mean([figures[name] for figures, _ in of_epoch]), abs=1e-12)
-        assert result[OBJECTIVE_SD] == pytest.approx(np.std([f[OBJECTIVE] for f, _ in of_epoch], ddof=1), abs=1e-12)
-    best = by_epoch[int(max(results, key=rank)["epoch"]) - 1]
+            expected = np.mean([figures[name] for figures, _ in of_epoch])
+            assert epoch.as_dict()[name] == pytest.approx(expected, abs=1e-12)
+        spread = np.std([figures[OBJECTIVE] for figures, _ in of_epoch], ddof=1)
+        assert epoch.balanced_accuracy_sd == pytest.approx(spread, abs=1e-12)
+    ranked = best_epoch(epochs)
+    assert ranked is not None
+    best = by_epoch[ranked.epoch - 1]
     kept = np.load(slot_of_folds.folder / "trials" / "0000" / "valid.npy")
-    held_out = np.concatenate([fold.valid_indices for fold in plan.folds])
+    held_out = np.concatenate([fold.valid_rows for fold in plan.folds])
     assert sorted(held_out) == sorted(set(held_out))
     in_order = np.argsort(held_out)
     assert np.array_equal(kept, np.concatenate([probabilities_NC for _, probabilities_NC in best])[in_order])
 
 
 def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) -> None:
-    whole = run(slot_of_folds, 1, SHALLOW)
+    whole = epochs_of(run(slot_of_folds, 1, SHALLOW))
     slot_of_folds.reset(order(2, SHALLOW))
-    assert slot_of_folds.train()["epoch"] == 1
+    assert [figures.epoch for figures in step(slot_of_folds).epochs] == [1]
     ahead = slot_of_folds.folder / "trials" / "0002" / "last-1.pt"
     behind = ahead.read_bytes()
     kill_a_worker()
-    result = slot_of_folds.train()
-    assert (result["epoch"], result["done"], result["log_loss"]) == (2, True, whole[-1]["log_loss"])
+    report = step(slot_of_folds)
+    assert report.outcome is Outcome.COMPLETED and report.epochs[-1].log_loss == whole[-1].log_loss
     assert ahead.read_bytes() != behind
     # as if the workers had been lost when one of them had kept the second epoch and the others had not
     for kept in ("last.pt", "last-2.pt"):
         (slot_of_folds.folder / "trials" / "0002" / kept).unlink()
     kill_a_worker()
-    results = run(slot_of_folds, 2, SHALLOW)
-    assert [[r[f] for f in ("epoch", OBJECTIVE, "log_loss")] for r in results] == [
-        [r[f] for f in ("epoch", OBJECTIVE, "log_loss")] for r in whole
-    ]
+    again = epochs_of(run(slot_of_folds, 2, SHALLOW))
+    assert [*map(comparable, again)] == [*map(comparable, whole)]

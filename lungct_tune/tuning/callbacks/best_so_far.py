@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
 from ray import tune
 
 from lungct_tune.experiment.bundle import write_so_far
 from lungct_tune.experiment.folder import Experiment, trial_folder
-from lungct_tune.experiment.study import best_trial, finished_trials
+from lungct_tune.experiment.study import finished_trials
+from lungct_tune.experiment.trial import TrialRecord, best_trial
 from lungct_tune.filesystem import StorageError
 
 
@@ -27,7 +27,7 @@ class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
         self,
         study: optuna.Study,
         experiment: Experiment,
-        files: Callable[[FrozenTrial, bytes], Mapping[str, bytes]],
+        files: Callable[[TrialRecord, bytes], Mapping[str, bytes]],
     ) -> None:
         self._study, self._experiment, self._files = study, experiment, files
         self._kept: int | None = None

@@ -11,12 +11,12 @@ from datetime import datetime
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
 from rich.console import Console
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.study import COMPLETED, EPOCH_FIGURES, FAILED, STOPPED, best_figures, hyperparameters_of
+from lungct_tune.experiment.study import read_trials
+from lungct_tune.experiment.trial import Outcome
 from lungct_tune.training.objective import OBJECTIVE
 
 PERIOD_S = 5
@@ -24,6 +24,9 @@ PERIOD_S = 5
 
 LAST_CHANCE_S = 30
 """How long a search that ends waits for it."""
+
+WHEN_AND_WHERE = {"at", "slot"}
+"""What the study keeps of an epoch that is no figure: MLflow has times of its own."""
 
 TAG = "lungct_tune"
 """The tag that tells which trial a run is, whatever people rename it to."""
@@ -96,13 +99,13 @@ class MLflowTracker:
             if self._runs is None or thread.is_alive():
                 console.print(f"MLflow at {self._uri} lacks the end of this search", style="yellow", soft_wrap=True)
 
-    def add_final(self, trial: int, configuration: Hyperparameters, epochs: int, test: Mapping[str, Any]) -> None:
+    def add_final(self, trial: int, hyperparameters: Hyperparameters, epochs: int, test: Mapping[str, Any]) -> None:
         """Has the final model and its test figures (see `evaluate_predictions`) copied too."""
         figures = {name: test[name]["value"] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
         if interval := test["accuracy"]["ci95"]:
             figures |= {"accuracy_ci95_low": interval[0], "accuracy_ci95_high": interval[1]}
         self._final = (
-            {"trial": trial, "epochs": epochs} | configuration.as_dict(),
+            {"trial": trial, "epochs": epochs} | hyperparameters.as_dict(),
             {f"test_{name}": value for name, value in figures.items()},
         )
 
@@ -130,24 +133,21 @@ class MLflowTracker:
             found = self._client.get_experiment_by_name(self._name)
             self._experiment = found.experiment_id if found else self._client.create_experiment(self._name)
             self._runs = self._read_runs()
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.WAITING or "configuration" not in trial.user_attrs:
-                continue
-            run = self._run(f"trial_{trial.number:04d}", trial.datetime_start, hyperparameters_of(trial).as_dict())
+        for trial in read_trials(study):
+            run = self._run(f"trial_{trial.number:04d}", trial.started, trial.hyperparameters.as_dict())
             if run.ended:
                 continue
-            for figures in trial.user_attrs.get("history", [])[run.epochs :]:
-                now = _milliseconds(None)
-                told = {name: figures[name] for name in EPOCH_FIGURES if name in figures}
-                metrics = [Metric(name, value, now, run.epochs + 1) for name, value in told.items()]
+            for epoch in trial.history[run.epochs :]:
+                now, told = _milliseconds(None), epoch.as_dict()
+                metrics = [Metric(name, told[name], now, run.epochs + 1) for name in told.keys() - WHEN_AND_WHERE]
                 self._client.log_batch(run.id, metrics)
                 run.epochs += 1
-            if trial.state.is_finished():
-                best = {f"best_{OBJECTIVE}": figures[OBJECTIVE] for figures in [best_figures(trial)] if figures}
-                self._end(run, best, trial.user_attrs.get("ended", FAILED), trial.datetime_complete)
+            if trial.is_finished:
+                figures = {f"best_{OBJECTIVE}": trial.best.balanced_accuracy} if trial.best else {}
+                self._end(run, figures, trial.outcome, trial.ended, trial.completed)
         if self._final:
-            configuration, figures = self._final
-            self._end(self._run("final", None, configuration), figures, COMPLETED, None)
+            parameters, figures = self._final
+            self._end(self._run("final", None, parameters), figures, Outcome.COMPLETED, Outcome.COMPLETED.value, None)
 
     def _read_runs(self) -> dict[str, _Run]:
         runs, token = {}, None
@@ -173,13 +173,15 @@ class MLflowTracker:
             self._runs[name].described = True
         return self._runs[name]
 
-    def _end(self, run: _Run, figures: Mapping[str, float], ended: str, when: datetime | None) -> None:
+    def _end(
+        self, run: _Run, figures: Mapping[str, float], outcome: Outcome, ended: str, when: datetime | None
+    ) -> None:
         if run.ended:
             return
         for name, value in figures.items():
             self._client.log_metric(run.id, name, value)
         self._client.set_tag(run.id, "ended", ended)
-        status = "FINISHED" if ended.startswith((COMPLETED, STOPPED)) else "FAILED"
+        status = "FINISHED" if outcome in (Outcome.COMPLETED, Outcome.STOPPED) else "FAILED"
         self._client.set_terminated(run.id, status, _milliseconds(when))
         run.ended = True
 

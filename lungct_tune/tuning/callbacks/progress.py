@@ -12,14 +12,14 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from lungct_tune.experiment.study import best_figures, best_trial, finished_trials, hyperparameters_of
-from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.experiment.study import finished_trials
+from lungct_tune.experiment.trial import best_trial
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 
 SAY_WAITING_AFTER_S = 30.0
 
 
-class Progress(tune.Callback):  # type: ignore[misc]
+class ProgressCallback(tune.Callback):  # type: ignore[misc]
     """Shows trials done of all, the best so far, epochs a second and the time left."""
 
     def __init__(self, study: optuna.Study, trials: int, clock: SlotTimeCallback, console: Console) -> None:
@@ -30,7 +30,7 @@ class Progress(tune.Callback):  # type: ignore[misc]
         self._best = "none yet"
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressCallback:
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -59,17 +59,15 @@ class Progress(tune.Callback):  # type: ignore[misc]
     def _update(self, trial: Any) -> None:
         finished = finished_trials(self._study)
         self._done = len(finished)
-        if (best := best_trial(finished)) is not None:
-            figures = best_figures(best)
-            self._best = f"{figures[OBJECTIVE]:.3f} (trial {best.number}: {hyperparameters_of(best)})"
+        if (best := best_trial(finished)) is not None and best.best is not None:
+            self._best = f"{best.best.balanced_accuracy:.3f} (trial {best.number}: {best.hyperparameters})"
         if self._console.is_terminal:
             return
         number = trial.config["number"]
         this = next(t for t in finished if t.number == number)
-        reached = best_figures(this)
-        figure = f" at {reached[OBJECTIVE]:.3f}" if reached else ""
+        figure = f" at {this.best.balanced_accuracy:.3f}" if this.best else ""
         self._console.print(
-            f"trial {number} {this.user_attrs['ended']}{figure}; {self._summary()}; best {self._best}",
+            f"trial {number} {this.ended}{figure}; {self._summary()}; best {self._best}",
             soft_wrap=True,
             highlight=False,
         )

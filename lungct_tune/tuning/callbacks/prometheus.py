@@ -14,24 +14,18 @@ import optuna
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
-from lungct_tune.experiment.study import (
-    COMPLETED,
-    DIVERGED,
-    FAILED,
-    STOPPED,
-    best_figures,
-    best_trial,
-    finished_trials,
-    how_ended,
-)
-from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.experiment.study import finished_trials, read_trials
+from lungct_tune.experiment.trial import EpochReport, Outcome, best_trial
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
+from lungct_tune.tuning.slots import REPORT
+
+ENDINGS = (Outcome.COMPLETED, Outcome.STOPPED, Outcome.DIVERGED, Outcome.FAILED)
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""
 
 
-class Metrics(tune.Callback):  # type: ignore[misc]
+class PrometheusCallback(tune.Callback):  # type: ignore[misc]
     """Trials by state, the best figure, and of every slot how fast it trains and what its checkpoints take.
 
     The share of training time is the inverse of the bundle's `overhead_ratio`, as far as the search has come.
@@ -53,8 +47,7 @@ class Metrics(tune.Callback):  # type: ignore[misc]
         self._of_search: dict[Gauge, float] = {}
         self._of_slots: dict[tuple[Gauge, str], float] = {}
         self._refreshed = 0.0
-        epochs = [epoch for trial in study.get_trials(deepcopy=False) for epoch in trial.user_attrs.get("history", [])]
-        self._training_s = sum(epoch["train_s"] + epoch["valid_s"] for epoch in epochs)
+        self._training_s = sum(trial.seconds for trial in read_trials(study))
         self._count_finished()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -79,14 +72,16 @@ class Metrics(tune.Callback):  # type: ignore[misc]
             gauge.set(value, {"slot": slot})
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if "images" not in result:  # no epoch was run: the training diverged, or had been at its end
+        report: EpochReport = result[REPORT]
+        if (cost := report.cost) is None:  # no epoch was run: the training diverged, or had been at its end
             return
-        slot, epoch_s = str(result["slot"]), result["train_s"] + result["valid_s"]
-        self._bytes.inc(result["checkpoint_bytes"], {"slot": slot})
-        self._seconds.inc(result["checkpoint_s"], {"slot": slot})
-        self._training_s += epoch_s
-        self._of_slots[self._epoch, slot] = epoch_s
-        self._of_slots[self._speed, slot] = result["images"] / result["train_s"]
+        figures = report.epochs[-1]
+        slot = str(figures.slot)
+        self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
+        self._seconds.inc(cost.checkpoint_s, {"slot": slot})
+        self._training_s += figures.seconds
+        self._of_slots[self._epoch, slot] = figures.seconds
+        self._of_slots[self._speed, slot] = cost.images / figures.train_s
         if self._clock.slot_s:
             self._of_search[self._share] = self._training_s / self._clock.slot_s
 
@@ -98,10 +93,10 @@ class Metrics(tune.Callback):  # type: ignore[misc]
 
     def _count_finished(self) -> None:
         trials = finished_trials(self._study)
-        ended = Tally(map(how_ended, trials))
-        self._finished = {how: ended[how] for how in (COMPLETED, STOPPED, DIVERGED, FAILED)}
-        if (best := best_trial(trials)) is not None:
-            self._of_search[self._best] = best_figures(best)[OBJECTIVE]
+        ended = Tally(trial.outcome for trial in trials)
+        self._finished = {outcome.value: ended[outcome] for outcome in ENDINGS}
+        if (winner := best_trial(trials)) is not None and winner.best is not None:
+            self._of_search[self._best] = winner.best.balanced_accuracy
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its configuration; what is bound to this process does not travel

@@ -1,0 +1,59 @@
+"""Trials as they travel: orders, reports, records."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.trial import (
+    EpochFigures,
+    EpochReport,
+    Outcome,
+    TrialOrder,
+    TrialRecord,
+    best_epoch,
+    best_trial,
+)
+
+EPOCH = EpochFigures(
+    epoch=1, balanced_accuracy=0.5, accuracy=0.4, log_loss=1.0, train_loss=1.2, train_s=2.0, valid_s=0.5
+)
+
+
+def test_a_higher_balanced_accuracy_ranks_higher_and_ties_go_to_the_lower_negative_log_likelihood() -> None:
+    assert EPOCH.rank > replace(EPOCH, log_loss=2.0).rank
+    assert replace(EPOCH, balanced_accuracy=0.6, log_loss=9.0).rank > replace(EPOCH, log_loss=0.1).rank
+    first, second = EPOCH, replace(EPOCH, epoch=2)
+    assert best_epoch([first, second]) is first and best_epoch([]) is None
+
+
+def test_an_order_and_the_figures_of_an_epoch_are_kept_as_plain_values_and_read_back() -> None:
+    order = TrialOrder(7, 3, Hyperparameters(truncation_depth=4))
+    assert set(order.as_dict()) == {"number", "seed", "configuration"}  # the keys of states on storage
+    assert TrialOrder.from_dict(order.as_dict()) == order
+    assert EpochFigures(**EPOCH.as_dict()) == EPOCH and "slot" not in EPOCH.as_dict()
+    assert pickle.loads(pickle.dumps(order)) == order
+
+
+def test_a_slot_is_noted_for_the_new_epoch_alone() -> None:
+    report = EpochReport(Outcome.RUNNING, (EPOCH, replace(EPOCH, epoch=2)))
+    assert [figures.slot for figures in report.of_slot(5).epochs] == [None, 5]
+    assert EpochReport(Outcome.FAILED, reason="gone").of_slot(5) == EpochReport(Outcome.FAILED, reason="gone")
+
+
+def test_a_report_is_the_last_unless_the_trial_goes_on_or_stays_as_it_is() -> None:
+    goes_on = {outcome for outcome in Outcome if not EpochReport(outcome).is_last}
+    assert goes_on == {Outcome.RUNNING, Outcome.REFUSED}
+
+
+def test_only_a_trial_that_ran_to_its_end_can_be_the_best() -> None:
+    better = replace(EPOCH, balanced_accuracy=0.9)
+    trials = [
+        TrialRecord(0, Hyperparameters(), (EPOCH,), Outcome.COMPLETED),
+        TrialRecord(1, Hyperparameters(), (better,), Outcome.STOPPED),
+        TrialRecord(2, Hyperparameters(), (better,), Outcome.DIVERGED),
+        TrialRecord(3, Hyperparameters(), (EPOCH,), Outcome.COMPLETED),
+    ]
+    assert best_trial(trials) is trials[0]
+    assert best_trial(trials[1:3]) is None
