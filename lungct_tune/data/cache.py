@@ -55,6 +55,7 @@ class Reading:
 
 
 def default_cache() -> Path:
+    """The user's cache folder for this program: $XDG_CACHE_HOME/lungct_tune, or ~/.cache/lungct_tune."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lungct_tune"
 
 

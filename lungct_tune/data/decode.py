@@ -30,6 +30,8 @@ class FileProperties(NamedTuple):
 
 
 class Decoded(NamedTuple):
+    """A picture at the sizes that are worked with, and what its file is."""
+
     image_HW: np.ndarray
     """uint8, as large as asked for."""
     thumbnail_HW: np.ndarray

@@ -40,6 +40,8 @@ class DataError(UserError):
 
 
 class ImageFile(NamedTuple):
+    """A file that should be an image, and what its folders say of it."""
+
     path: str
     """Relative to the root, with forward slashes."""
     folder: str

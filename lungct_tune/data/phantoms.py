@@ -230,6 +230,7 @@ def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height
 
 def _draw_mass(thorax: _Thorax, rng: np.random.Generator, class_name: str, lung: _Lung, height: float) -> None:
     """Adenocarcinoma: small, at the pleura, spiculated. Large cell: large, in the outer lung, smooth.
+
     Squamous: at the hilum, often with a cavity. All slices cut it near its middle, so that all show it.
     """
     shrink = np.sqrt(1 - height**2)

@@ -1,5 +1,6 @@
 """What a model has learned from, kept so small that it travels with the model: so that others can tell whether the
-images that they judge it on are new to it."""
+images that they judge it on are new to it.
+"""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def write_so_far(experiment: Experiment, files: Mapping[str, bytes], trials: int
 
 
 def has_bundle(experiment: Experiment) -> bool:
+    """Whether the search has ended with a bundle."""
     return experiment.exists(f"{FOLDER}/{CHECKSUMS}")
 
 
@@ -73,6 +74,7 @@ def _complete_so_far(experiment: Experiment) -> list[str]:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
+    """A JSON file's content; NaN and infinity, which JSON has not, are errors."""
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 

@@ -86,7 +86,7 @@ def _edges(found: SearchResults, winner: TrialRecord) -> str:
 
 
 def edge(value: float, distribution: BaseDistribution) -> str:
-    """ "the lower end", "the upper end", "outside", or "" for a value that lies well inside."""
+    """Where a value lies in a range: "the lower end", "the upper end", "outside", or "" where it is well inside."""
     low, high, logarithmic = bounds(distribution)
     if not low <= value <= high:
         return "outside"

@@ -87,6 +87,7 @@ class Chart:
 
 
 def in_percent(axis: Any) -> None:
+    """Labels an axis of shares as percentages."""
     axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lungct_tune.config.settings import Settings
 from lungct_tune.errors import UserError
+from lungct_tune.tuning.ray_compat import HEAD_NODE
 
 
 class ClusterError(UserError):
@@ -133,7 +134,7 @@ def _most_workers(
     nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None, each: Mapping[str, float]
 ) -> int:
     """How many workers will ever fit: the nodes to come are there in part already, but the head is not among them."""
-    head = [node for node in nodes if "node:__internal_head__" in node]
+    head = [node for node in nodes if HEAD_NODE in node]
     return max(_workers_that_fit(nodes, each), _workers_that_fit([*head, *(to_come or ())], each))
 
 

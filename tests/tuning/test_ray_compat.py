@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import optuna
 import pytest
 from optuna.distributions import IntDistribution
 from ray.train.torch import TorchTrainer
 
+import lungct_tune
 from lungct_tune.tuning.ray_compat import PRIVATE_NAMES, private, reopen_trial, suggest_value
 
 
@@ -34,3 +37,10 @@ def test_a_trial_of_optuna_that_was_left_running_can_be_reopened() -> None:
         assert suggest_value(trial, "depth", IntDistribution(3, 3)) == 3
     study.tell(trial, 1.0)
     assert study.trials[left.number].params == {"depth": 3} and study.best_value == 1.0
+
+
+def test_no_other_module_uses_private_names() -> None:
+    package = Path(lungct_tune.__file__).parent
+    private_name = re.compile(r"\b_(private|internal)\b|\._trial_id|\._suggest\b")
+    users = {path.name for path in package.rglob("*.py") if private_name.search(path.read_text())}
+    assert users == {"ray_compat.py"}
