@@ -232,7 +232,7 @@ async def until(terminal: Terminal, pattern: str) -> re.Match[str]:
 
 UNFOLD = """
 (() => {
-  const leaves = [...document.querySelectorAll("a, p, span")].filter(element => !element.children.length);
+  const leaves = [...document.querySelectorAll("a, button, p, span")].filter(element => !element.children.length);
   let at = %s;
   if (!at) return false;
   while (!at.querySelector("svg")) at = at.parentElement;
