@@ -47,6 +47,9 @@ LIMIT = 300_000
 
 WIDTH, HEIGHT = 1280, 900
 COLUMNS, ROWS = 112, 40
+SHOWN_HOME, SHOWN_FOLDER = "/home/me", "/home/me/lungct_tune"
+"""What the terminal's picture shows instead of this machine's folders."""
+
 DONE_BEFORE_LOOKING = 4
 """Trials that have ended when the running search is looked at."""
 
@@ -283,6 +286,14 @@ def study_server(study: Path) -> Iterator[str]:
         server.wait()
 
 
+async def study_page(page: Page, study: Path) -> None:
+    """The study in optuna-dashboard."""
+    with study_server(study) as address:
+        await page.show(f"{address}/dashboard/studies/1", height=1130)
+        await page.wait_for("document.body.innerText.includes('Best Trial')")
+        await asyncio.sleep(3)  # its charts are drawn one after another
+
+
 # ---- the audit ----------------------------------------------------------------------------------------------
 
 
@@ -322,7 +333,7 @@ async def make(wanted: set[str], folder: Path) -> None:
             dashboard = (await until(terminal, r"dashboard +(http\S+)"))[1]
             await until(terminal, rf"\b{DONE_BEFORE_LOOKING} of \d+ trials")
             if "terminal" in wanted:
-                save_terminal(re.sub(rf"{folder}|{Path.home()}", "~", terminal.screen))
+                save_terminal(terminal.screen.replace(str(folder), SHOWN_FOLDER).replace(str(Path.home()), SHOWN_HOME))
             if "dashboard" in wanted:
                 await job_page(page, dashboard)
                 save("dashboard", await page.picture())
@@ -335,10 +346,8 @@ async def make(wanted: set[str], folder: Path) -> None:
             await page.show(report.as_uri())
             save("report", await page.picture(), height=735)
         if "study" in wanted:
-            with study_server(experiment / "study.db") as address:
-                await page.show(f"{address}/dashboard/studies/1")
-                await asyncio.sleep(5)
-                save("study", await page.picture())
+            await study_page(page, experiment / "study.db")
+            save("study", await page.picture())
 
 
 if __name__ == "__main__":

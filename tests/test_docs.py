@@ -26,7 +26,7 @@ def slug(heading: str) -> str:
 
 @every_page
 def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"""(?:\]\(|src=")([^)"\s]+)""", page.read_text()):
         link = urlsplit(target)
         if link.scheme:
             continue
