@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", metavar="N", help="of the grouped split (0)")
     parser.add_argument("--image-size", metavar="N", help="that the images are read at (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     asked = vars(parser.parse_args(argv))
     return exit_status(lambda: _run(asked, Console(highlight=False)))
 

@@ -26,7 +26,7 @@ examples:
   python -m lungct_tune.pull NAME --cluster clusters/onprem.yaml      from the disk of that cluster's head
   python -m lungct_tune.pull s3://bucket/lungct_tune/NAME --all       the trials and the study too
 
-While the search runs, this pulls its best trial so far. A pull that was cut off goes on when it is run again.
+While the search runs, this pulls its best trial so far. A pull that was interrupted continues when it is run again.
 """
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--storage", metavar="URI", help="where NAME lies (./results)")
     parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME lies on the head of this `ray up` cluster")
     asked = parser.parse_args(argv)
-    return exit_status(lambda: _run(asked, Console(highlight=False)), "The same command goes on where it was.")
+    return exit_status(lambda: _run(asked, Console(highlight=False)), "Run the same command again to continue.")
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
@@ -77,7 +77,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
         print_bundle(dest / found if everything else dest, console)
     if everything and found != FOLDER and dest.name == experiment.name:
         resume = f"python -m lungct_tune.search --resume {dest.name} --storage {dest.absolute().parent}"
-        console.print(f"to go on with it here: {resume}", soft_wrap=True, markup=False)
+        console.print(f"to continue it here: {resume}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ EXAMPLES = """\
 examples:
   python -m lungct_tune.report 2026-11-23-054807-phantoms          from ./results, to ./report.html
   python -m lungct_tune.report s3://bucket/lungct_tune/NAME --out lung.html
-  python -m lungct_tune.report NAME --data chest-ctscan            where the images lie elsewhere than they did
+  python -m lungct_tune.report NAME --data chest-ctscan            if the images are somewhere else now
 
 While the search runs, the page tells what is known so far.
 """
