@@ -47,6 +47,10 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         BundleError, DataError, StorageError: bundle or images cannot be used.
     """
     # imported when the command line is known to be right, so that --help answers at once
+    from lungct_tune.experiment.bundle import verify
+
+    verify(asked.bundle)  # before torch is imported, which takes seconds
+
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.evaluation.external import evaluate_images, load_bundle, read_map
     from lungct_tune.experiment.bundle import METRICS, PREDICTIONS, REPORT
