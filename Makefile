@@ -44,3 +44,15 @@ setup: .venv/.ready
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra dev pyproject.toml -o requirements.lock
+
+# The docs: the page of settings from the settings model, pictures from phantoms (needs chromium), and the site.
+.PHONY: docs pictures settings-page
+
+docs: .venv/.ready
+	$(BIN)/mkdocs build --strict --quiet
+
+pictures: .venv/.ready
+	$(BIN)/python docs/make_pictures.py
+
+settings-page: .venv/.ready
+	$(BIN)/python docs/make_settings_page.py

@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     parser = command_line(
         "audit",
-        "Look for copies, conflicts, shortcuts and leaks in images and their split.",
         EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", metavar="N", help="of the grouped split (0)")
     parser.add_argument("--image-size", metavar="N", help="that the images are read at (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     asked = vars(parser.parse_args(argv))
     return exit_status(lambda: _run(asked, Console(highlight=False)))
 
@@ -58,13 +57,13 @@ def _run(asked: dict[str, Any], console: Console) -> None:
 
     page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
     settings = validate(asked).for_data()
-    # imported when the command line is known to be right, so that --help and a refusal come at once
+    # imported when the settings are known to be right, so that --help and a refusal come at once
     from lungct_tune.auditing.audit import audit_images
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.experiment.bundle import as_json
     from lungct_tune.reporting.audit_page import audit_page
     from lungct_tune.reporting.console import print_audit
-    from lungct_tune.reporting.html import check_free
+    from lungct_tune.reporting.output_file import check_free
 
     if page:
         check_free(page, "--html")

@@ -19,7 +19,7 @@ EXAMPLES = """\
 examples:
   python -m lungct_tune.report 2026-11-23-054807-phantoms          from ./results, to ./report.html
   python -m lungct_tune.report s3://bucket/lungct_tune/NAME --out lung.html
-  python -m lungct_tune.report NAME --data chest-ctscan            where the images lie elsewhere than they did
+  python -m lungct_tune.report NAME --data chest-ctscan            if the images are somewhere else now
 
 While the search runs, the page tells what is known so far.
 """
@@ -27,7 +27,7 @@ While the search runs, the page tells what is known so far.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = command_line("report", "Make the report of a search again, or of one that has not ended.", EXAMPLES)
+    parser = command_line("report", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
@@ -37,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
-    # imported when the command line is known to be right, so that --help answers at once
+    # imported when the command line is known to be right, so that --help answers at once; what draws, when there is
+    # something to draw, since it brings torch
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
-    from lungct_tune.reporting.html import check_free
-    from lungct_tune.reporting.report_page import report_page
-    from lungct_tune.reporting.test_section import Pictures, find_pictures
+    from lungct_tune.reporting.output_file import check_free
 
     check_free(asked.out, "--out")
     experiment = locate(asked.source, asked.storage)
     found = read_results(experiment)
+
+    from lungct_tune.reporting.report_page import report_page
+    from lungct_tune.reporting.test_section import Pictures, find_pictures
+
     copies = found.audit["copies"]["pairs"] if found.audit else []
     pictures = find_pictures(found, asked.data) if found.test or copies else Pictures()
     page = report_page(experiment.name, found, pictures)

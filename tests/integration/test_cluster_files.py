@@ -60,7 +60,7 @@ def searches(file: str, data: Path) -> list[list[str]]:
     return [shlex.split(re.sub(r"--data \S+", f"--data {data}", arguments)) for arguments in shown]
 
 
-@pytest.mark.parametrize("file", ["README.md", *LAUNCHER_FILES, ONPREM, KUBERAY, SLURM])
+@pytest.mark.parametrize("file", ["docs/cluster.md", *LAUNCHER_FILES, ONPREM, KUBERAY, SLURM])
 def test_every_search_that_a_file_shows_is_one_that_the_settings_take(file: str, tmp_path: Path) -> None:
     shown = searches(file, data=tmp_path)
     assert shown
