@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment.bundle import as_json, write_bundle
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json
 
 JUDGED = evaluate_predictions(
     np.arange(8) % 4,
@@ -22,18 +22,18 @@ JUDGED = evaluate_predictions(
 )
 
 
-def files_of_a_bundle(model: bytes = b"weights", test: dict[str, Any] | None = JUDGED) -> dict[str, bytes]:
+def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:
     config = {
         "training": {"configuration": PUBLISHED.as_dict()},
         "preprocessing": {"image_size": 64},
         "settings": {"trials": 8},
     }
     best = {"trial": 3, "best_balanced_accuracy": 0.875}
-    metrics = {"data": PHANTOMS, "test": test, "best_trial": best, "search": {"trials": 5}}
+    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)
     return {
         "model.safetensors": model,
         "config.json": as_json(config),
-        "metrics.json": as_json(metrics),
+        "metrics.json": metrics_json(metrics),
         "trials.csv": b"trial\n3\n",
     }
 

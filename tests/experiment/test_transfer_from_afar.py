@@ -223,7 +223,7 @@ def test_a_destination_that_is_taken_is_said_before_a_head_is_asked(
     (tmp_path / "model").mkdir()
     for more in ([], ["--all"]):
         assert main(["one", str(tmp_path / "model"), "--cluster", str(tmp_path / "no.yaml"), *more]) == 2
-        assert "is there already, and left as it is" in capsys.readouterr().err
+        assert "already exists and was not changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
