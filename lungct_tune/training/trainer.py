@@ -221,7 +221,7 @@ class Trainer:
             loss, norm = health_S2[step].tolist()
             raise NotFiniteLoss(
                 f"loss {loss:g}, gradient norm {norm:g} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}; "
-                "use lower learning rates, or check the pretrained weights"
+                "use lower learning rates, or check the initial weights"
             )
 
 
