@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.evaluation.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 
 GROUPS = (3, 5, 10, 20, 50, 150)
 TRUTHS, CORRELATIONS = (0.8, 0.95), (0.1, 0.9)
@@ -28,7 +28,7 @@ def coverage(groups: int, truth: float, alike: float, simulations: int) -> float
         groups_N = np.repeat(np.arange(groups), rng.integers(1, 5, groups))
         rates_G = rng.beta(truth * (1 / alike - 1), (1 - truth) * (1 / alike - 1), groups)
         right_N = rng.random(len(groups_N)) < rates_G[groups_N]
-        interval = GroupBootstrap(groups_N, seed=simulation).rate(right_N, groups_N >= 0)["ci95"]
+        interval = ClusterBootstrap(groups_N, seed=simulation).rate(right_N, groups_N >= 0).ci95
         if interval:  # there is none where all resamples agree
             held.append(interval[0] <= truth <= interval[1])
     return float(np.mean(held))

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", metavar="N", help="of the grouped split (0)")
     parser.add_argument("--image-size", metavar="N", help="that the images are read at (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on without the files that cannot be read")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     asked = vars(parser.parse_args(argv))
     return exit_status(lambda: _run(asked, Console(highlight=False)))
 
@@ -58,7 +58,7 @@ def _run(asked: dict[str, Any], console: Console) -> None:
 
     page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
     settings = validate(asked).for_data()
-    # imported when the command line is known to be right, so that --help and a refusal come at once
+    # imported when the settings are known to be right, so that --help and a refusal come at once
     from lungct_tune.auditing.audit import audit_images
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.experiment.bundle import as_json

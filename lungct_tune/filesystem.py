@@ -21,17 +21,19 @@ GOOGLE_PATIENCE = timedelta(seconds=30)
 """How long Google Cloud Storage is asked again, instead of a quarter of an hour."""
 
 CAUSES = {
-    r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist": "there is no such bucket; make it, or mend its name",
+    r"NO_SUCH_BUCKET|Bucket '.*' not found|bucket does not exist": (
+        "there is no such bucket; create it, or correct its name"
+    ),
     r"ACCESS_DENIED|ACCESS_KEY|SIGNATURE|HTTP status 40[13]|UNAUTHENTICATED|OAuth2|PERMISSION_DENIED|[Pp]ermission d": (
-        "no right to; look at the credentials on that machine (environment, the store's usual files, instance "
+        "permission denied; check the credentials on that machine (environment, the store's usual files, instance "
         "profile) and at what they allow"
     ),
     r"NETWORK_CONNECTION|CURL error": (
-        "nobody answers there; look at the network, and at AWS_ENDPOINT_URL where S3 is not Amazon's"
+        "no server answers; check the network, and AWS_ENDPOINT_URL if the S3 server is not Amazon's"
     ),
     r"HTTP status 301|PERMANENT_REDIRECT": "the bucket is in another region; set AWS_REGION to it",
     r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE": "the server only answers with errors",
-    r"No space left": "no room is left",
+    r"No space left": "the disk is full",
 }
 """What an error's words say of its likely cause."""
 
@@ -68,7 +70,7 @@ def resolve_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     scheme, _, place = uri.partition("://")
     if re.match(r"[^/]*:.*@|.*\?", place):  # a secret may have slashes in it; said without repeating it
         raise StorageError(
-            f"the {scheme}:// URI has credentials or a query in it; it is written where others can read it. Put "
+            f"the {scheme}:// URI contains credentials or a query, and it is written where others can read it. Put "
             "credentials into the environment, the store's usual files or an instance profile, the address of an S3 "
             "server into AWS_ENDPOINT_URL (http://HOST:PORT) and its region into AWS_REGION, on every node"
         )

@@ -26,7 +26,7 @@ examples:
   python -m lungct_tune.pull NAME --cluster clusters/onprem.yaml      from the disk of that cluster's head
   python -m lungct_tune.pull s3://bucket/lungct_tune/NAME --all       the trials and the study too
 
-While the search runs, this pulls its best trial so far. A pull that was cut off goes on when it is run again.
+While the search runs, this pulls its best trial so far. A pull that was interrupted continues when it is run again.
 """
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--storage", metavar="URI", help="where NAME lies (./results)")
     parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME lies on the head of this `ray up` cluster")
     asked = parser.parse_args(argv)
-    return exit_status(lambda: _run(asked, Console(highlight=False)), "The same command goes on where it was.")
+    return exit_status(lambda: _run(asked, Console(highlight=False)), "Run the same command again to continue.")
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
@@ -65,7 +65,6 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     # imported when the command line is known to be right, so that --help answers at once
     from lungct_tune.experiment.bundle import FOLDER
     from lungct_tune.experiment.transfer import fetch
-    from lungct_tune.reporting import console as terminal
 
     dest = dest or Path(experiment.name)
     there = os.path.lexists(dest)
@@ -73,10 +72,12 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     done = f"{dest} holds this bundle already" if there else f"pulled {experiment.name} to {dest}"
     console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}", soft_wrap=True, markup=False)
     if found:
-        terminal.print_bundle(dest / found if everything else dest, console)
+        from lungct_tune.reporting.console import print_bundle
+
+        print_bundle(dest / found if everything else dest, console)
     if everything and found != FOLDER and dest.name == experiment.name:
         resume = f"python -m lungct_tune.search --resume {dest.name} --storage {dest.absolute().parent}"
-        console.print(f"to go on with it here: {resume}", soft_wrap=True, markup=False)
+        console.print(f"to continue it here: {resume}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
-    parser.add_argument("--address", metavar="ADDR", help="a running Ray cluster (the one at hand, else a local one)")
+    parser.add_argument(
+        "--address", metavar="ADDR", help="address of a Ray cluster (the running one, else a local one)"
+    )
     asked = parser.parse_args(argv)
     return exit_status(lambda: _run(asked, Console(highlight=False)))
 
@@ -121,7 +123,7 @@ def _compare(
 ) -> bool:
     names = ("train_loss", "balanced_accuracy", "accuracy", "log_loss")
     titles = (name.replace("_", " ") for name in names)
-    table = Table("epoch", *titles, title="recorded, and off by", title_justify="left")
+    table = Table("epoch", *titles, title="recorded figures, and by how much the new ones differ", title_justify="left")
     most, where = 0.0, ""
     for old, new in zip(then, now, strict=True):
         recorded, repeated = old.as_dict(), new.as_dict()
@@ -132,7 +134,9 @@ def _compare(
             most, where = abs(off[name]), f"{name.replace('_', ' ')} of epoch {old.epoch}"
     console.print(table)
     if changed:
-        console.print(f"made with others than now: {'; '.join(changed)}", style="yellow", soft_wrap=True, markup=False)
+        console.print(
+            f"versions or resources differ: {'; '.join(changed)}", style="yellow", soft_wrap=True, markup=False
+        )
     if most == 0:
         console.print(f"the same figures in all {len(then)} epochs, to the last digit")
     else:

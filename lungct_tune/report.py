@@ -19,7 +19,7 @@ EXAMPLES = """\
 examples:
   python -m lungct_tune.report 2026-11-23-054807-phantoms          from ./results, to ./report.html
   python -m lungct_tune.report s3://bucket/lungct_tune/NAME --out lung.html
-  python -m lungct_tune.report NAME --data chest-ctscan            where the images lie elsewhere than they did
+  python -m lungct_tune.report NAME --data chest-ctscan            if the images are somewhere else now
 
 While the search runs, the page tells what is known so far.
 """
@@ -37,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
-    # imported when the command line is known to be right, so that --help answers at once
+    # imported when the command line is known to be right, so that --help answers at once; what draws, when there is
+    # something to draw, since it brings torch
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
     from lungct_tune.reporting.html import check_free
-    from lungct_tune.reporting.report_page import report_page
-    from lungct_tune.reporting.test_section import Pictures, find_pictures
 
     check_free(asked.out, "--out")
     experiment = locate(asked.source, asked.storage)
     found = read_results(experiment)
+
+    from lungct_tune.reporting.report_page import report_page
+    from lungct_tune.reporting.test_section import Pictures, find_pictures
+
     copies = found.audit["copies"]["pairs"] if found.audit else []
     pictures = find_pictures(found, asked.data) if found.test or copies else Pictures()
     page = report_page(experiment.name, found, pictures)

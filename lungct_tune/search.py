@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported when the settings are known to be right: --help an
     from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment.bundle import RetrainedModel
     from lungct_tune.experiment.plan import Plan
+    from lungct_tune.experiment.results import Bundle
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.allocation import ResourcePlan
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
@@ -84,7 +85,7 @@ def _how_to_go_on(plan: Plan) -> Iterator[None]:
     except (KeyboardInterrupt, NodeRefused) as stop:
         if not plan.experiment.exists("settings.yaml"):
             raise
-        raise type(stop)(f"{stop}\nTo go on: {plan.resume_command}".lstrip()) from None
+        raise type(stop)(f"{stop}\nTo continue: {plan.resume_command}".lstrip()) from None
 
 
 def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, Any]]:
@@ -290,24 +291,21 @@ class SearchRun:
         seeds: dict[str, Any] | None,
     ) -> None:
         """Judges the final model and writes the bundle, with its pages, and says how it ended."""
-        import json
-
         from lungct_tune.experiment import bundle
         from lungct_tune.filesystem import StorageError
         from lungct_tune.reporting.console import print_outcome
 
         plan, experiment = self.plan, self.plan.experiment
-        files = self.files.final(winner, retrained, published, seeds)
-        bundle.write_bundle(experiment, files | self._pages(files))
+        final = self.files.final(winner, retrained, published, seeds)
+        bundle.write_bundle(experiment, self.files.files(final) | self._pages(final))
         with suppress(StorageError):  # what stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(self._seeds_folder)
-        metrics = json.loads(files[bundle.METRICS])
-        if self.tracker and winner.best:
-            self.tracker.add_final(winner.number, winner.hyperparameters, winner.best.epoch, metrics["test"])
-        print_outcome(plan, metrics, self.console)
+        if self.tracker and winner.best and final.metrics.test:
+            self.tracker.add_final(winner.number, winner.hyperparameters, winner.best.epoch, final.metrics.test)
+        print_outcome(plan, final.metrics, self.console)
 
-    def _pages(self, files: dict[str, bytes]) -> dict[str, bytes]:
+    def _pages(self, final: Bundle) -> dict[str, bytes]:
         """report.html and the model card."""
         from lungct_tune.experiment.bundle import CARD, REPORT
         from lungct_tune.experiment.results import gather_results
@@ -317,7 +315,7 @@ class SearchRun:
 
         name = self.plan.experiment.name
         try:
-            results = gather_results(self.plan.experiment, self.study, files)
+            results = gather_results(self.plan.experiment, self.study, final)
             return {REPORT: report_page(name, results, Pictures(self.split.images)), CARD: model_card(name, results)}
         except Exception as error:  # a page that cannot be drawn is no reason to lose a model
             message = f"the bundle is without report.html: {error!r}"

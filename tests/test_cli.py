@@ -108,7 +108,7 @@ def test_what_the_user_can_mend_is_said_and_gives_2(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error: no such folder\n"
 
 
-@pytest.mark.parametrize(("own", "said"), [("", "Nothing was written."), ("To go on: x", "To go on: x")])
+@pytest.mark.parametrize(("own", "said"), [("", "Nothing was written."), ("To continue: x", "To continue: x")])
 def test_ctrl_c_says_how_things_stand(own: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         raise KeyboardInterrupt(*filter(None, [own]))

@@ -22,31 +22,30 @@ def conclude(audit: dict[str, Any]) -> dict[str, Any]:
     likenesses, shortcuts = list(_likenesses(audit)), list(_shortcuts_taken(audit))
     level = "leaks" if leaking else "caution" if likenesses + shortcuts + gaps + lost else "clean"
     if judged == UNSPLIT:
-        headline = "These images make no split, so there is no accuracy to believe or not: a class has too few groups."
+        headline = "These images cannot be split, because a class has too few groups. So there is no held-out accuracy."
     elif judged in leaking:
         headline = (
-            f"This split leaks. Don't conclude from {accuracy} on it how a model would do on new patients: it also "
-            "says how well the model remembers images that it was trained on."
+            f"This split leaks: {accuracy} on it does not show how a model does on new patients. It also measures how "
+            "well the model remembers the images that it was trained on."
         )
     elif leaking:
         headline = (
-            f"Valid leaks, {judged} does not as far as can be told: {accuracy} may be read with what follows, but "
-            "validation accuracy also says how well a model remembers images that it was trained on, and the model "
-            "that it chooses may be the wrong one."
+            f"Valid leaks; no leak was found in {judged}. Validation accuracy also measures how well a model remembers "
+            f"the images that it was trained on, so it may choose the wrong model. Read {accuracy} with what follows."
         )
     elif alike:
         headline = (
-            f"No copy and no series was found across this split, but {' and '.join(alike)} may show patients that a "
-            "model has learned from in further slices: accuracy there may be too high."
+            f"No copy and no series was found across this split. But {' and '.join(alike)} may show further slices of "
+            "patients that a model was trained on, so accuracy there may be too high."
         )
     elif shortcuts:
-        headline = f"No leak was found in this split, but {accuracy} on it is not all about lungs: read it with this."
+        headline = f"No leak was found in this split, but {accuracy} on it does not depend on the lungs alone."
     elif gaps:
-        headline = f"No leak was found in this split, but it lacks images of a class: read {accuracy} with this."
+        headline = "No leak was found in this split, but a part of it has no images of a class."
     elif lost:
-        headline = f"Nothing was found that speaks against {accuracy} on this split, once some files are left out."
+        headline = f"No reason was found to doubt {accuracy} on this split, once some files are left out."
     else:
-        headline = f"Nothing was found that speaks against {accuracy} on this split."
+        headline = f"No reason was found to doubt {accuracy} on this split."
     reasons = leaks + likenesses + shortcuts + gaps + lost
     return {"level": level, "headline": headline, "reasons": reasons, "advice": list(_advice(audit, leaking))}
 
@@ -79,13 +78,13 @@ def _leaks(audit: dict[str, Any]) -> Iterator[str]:
         elif alike:
             reason += f" For {' and '.join(alike)}, {part} is a near copy of {' and '.join(before)}."
         yield (
-            f"{reason} The most similar image in {' or '.join(before)} names the class of "
-            f"{health['nearest_neighbour_accuracy']:.0%}."
+            f"{reason} The most similar image in {' or '.join(before)} has the right class for "
+            f"{health['nearest_neighbour_accuracy']:.0%} of them."
         )
     for run in audit["permuted"] or []:
         if run["proves_a_leak"]:
             yield (
-                f"Proof: having learnt labels that mean nothing, {run['title']} still reaches a balanced accuracy of "
+                f"Proof: trained on permuted labels, {run['title']} still reaches a balanced accuracy of "
                 f"{run['balanced_accuracy']:.2f} on {run['part']} (chance: {run['chance']:.2f})."
             )
 
@@ -105,9 +104,9 @@ def _likenesses(audit: dict[str, Any]) -> Iterator[str]:
         right = others["nearest_neighbour_right"] / others["images"]
         yield (
             f"Of the {others['images']} {'other ' if health['seen'] else ''}{health['part']} images, the most similar "
-            f"image in {before} names the class of {right:.0%}; of images in groups not seen it names "
-            f"{others['expected_of_unseen_groups']:.0%}. So {health['part']} probably shows patients of {before} in "
-            "further slices."
+            f"image in {before} has the right class for {right:.0%}; for images of groups not seen it is "
+            f"{others['expected_of_unseen_groups']:.0%}. So {health['part']} probably shows further slices of patients "
+            f"in {before}."
         )
 
 
@@ -117,11 +116,11 @@ def _shortcuts_taken(audit: dict[str, Any]) -> Iterator[str]:
     for name in _given_away(audit):
         by = {found["by"]: found["auroc"] for found in given if found["class"] == name}
         ways = " and by ".join(f"{what} (AUROC {auroc:.2f})" for what, auroc in by.items())
-        without = "knowing more than similar pictures" if set(by) == {RULES["pixels"].title} else "looking at a lung"
+        without = "more than similar pictures" if set(by) == {RULES["pixels"].title} else "a look at the lungs"
         classes_by_ways.setdefault((ways, without), []).append(name)
     for (ways, without), names in classes_by_ways.items():
         are, they = ("is", "it") if len(names) == 1 else ("are", "they")
-        yield f"{' and '.join(names)} {are} given away by {ways}: {they} can be recognised without {without}."
+        yield f"{' and '.join(names)} {are} recognised by {ways}: {they} can be told from the rest without {without}."
 
 
 def _given_away(audit: dict[str, Any]) -> list[str]:
@@ -131,8 +130,8 @@ def _given_away(audit: dict[str, Any]) -> list[str]:
 def _gaps(audit: dict[str, Any]) -> Iterator[str]:
     first, groups = audit["split"]["parts"][0], audit["groups"]["by_class"]
     what_follows = {
-        "valid": "trials are compared without regard to it",
-        "test": "how well it is recognised stays unknown",
+        "valid": "trials are compared without it",
+        "test": "how well it is recognised is not measured",
         first: "no model can learn it",
     }
     for name, counts in audit["inventory"]["by_class"].items():
@@ -146,7 +145,7 @@ def _gaps(audit: dict[str, Any]) -> Iterator[str]:
 def _lost(audit: dict[str, Any]) -> Iterator[str]:
     for conflict in audit["conflicts"]:
         where, classes = " and ".join(conflict["paths"]), " and ".join(conflict["classes"])
-        yield f"The same image stands under {classes}: {where}. They are left out."
+        yield f"The same image is filed under {classes}: {where}. Both are left out."
     if unreadable := len(audit["inventory"]["unreadable"]):
         yield f"{unreadable} files cannot be read and are left out."
 
@@ -156,14 +155,17 @@ def _advice(audit: dict[str, Any], leaking: set[str]) -> Iterator[str]:
         folds = "; --folds does so within train and valid" if "valid" in leaking else ""
         yield f"Use --split grouped, which keeps copies and series on one side{folds}."
     if "test" in leaking:
-        yield "To compare with figures published for this split, judge the test images apart that are of no such group."
+        yield "To compare with published figures, evaluate the test images of unseen groups separately."
     if easy := _given_away(audit):
         names = " and ".join(easy)
         if len(easy) < len(audit["classes"]) - 1:
-            yield f"Judge the other classes among themselves: recognising {names} is no achievement here."
+            yield f"Evaluate the other classes separately: recognising {names} proves nothing here."
         else:
-            yield f"Get images of all classes from one source: recognising {names} is no achievement here."
+            yield f"Get images of all classes from one source: recognising {names} proves nothing here."
     if audit["conflicts"]:
         yield "Find out which class the images under several classes belong to, and remove the wrong copies."
     if audit["groups"]["images_in_groups_csv"] < audit["images"]:
-        yield "Slices of a patient that don't look alike go unrecognised: list patients, where known, in groups.csv."
+        yield (
+            "Slices of one patient that look different are not recognised. If you know the patients, list them in "
+            "groups.csv."
+        )

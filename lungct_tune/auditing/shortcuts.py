@@ -19,6 +19,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
 from lungct_tune.data.dataset import ImageSet
+from lungct_tune.data.groups import unit_vectors
 
 FOLDS = 5
 GIVEN_AWAY = 0.97
@@ -62,9 +63,7 @@ def small_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
 
 def unit_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
     """The same as vectors of mean 0 and length 1, (n, 1024): the nearest is the one that correlates most."""
-    vectors_ND = small_pixels(images, rows).reshape(len(rows), -1)
-    vectors_ND -= vectors_ND.mean(axis=1, keepdims=True)
-    return np.asarray(vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-6))
+    return unit_vectors(small_pixels(images, rows))
 
 
 def _file_properties(images: ImageSet, rows: np.ndarray) -> np.ndarray:

@@ -28,9 +28,9 @@ SPACES = max(_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces", key=
 
 EXAMPLES = """\
 examples:
-  python -m lungct_tune.search                                      phantoms, a handful of trials, minutes
-  python -m lungct_tune.search --data chest-ctscan --trials 60      real images, on the cluster at hand
-  python -m lungct_tune.search --resume 2026-11-23-054807-phantoms  go on with an interrupted search
+  python -m lungct_tune.search                                      phantoms, a few trials, minutes
+  python -m lungct_tune.search --data chest-ctscan --trials 60      real images, on the running cluster
+  python -m lungct_tune.search --resume 2026-11-23-054807-phantoms  continue an interrupted search
 """
 
 
@@ -80,7 +80,7 @@ class Settings(BaseModel):
     class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
-    skip_unreadable: bool = Field(False, description="go on without the files that cannot be read")
+    skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: Path = Field(
         SPACES / "default.yaml",
         description="what Optuna may vary (search_spaces/default.yaml)",
@@ -89,22 +89,22 @@ class Settings(BaseModel):
     trials: Positive | None = _flag("trials to run (40; phantoms 8)")
     epochs: Positive | None = _flag("epochs a trial may have at most (30; phantoms 18)")
     image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("square, in pixels (224; phantoms 64)")
-    batch_size: Annotated[int, Field(ge=2)] | None = _flag("images a step, over all workers (32; phantoms 16)")
+    batch_size: Annotated[int, Field(ge=2)] | None = _flag("images per step, over all workers (32; phantoms 16)")
     split: Literal["grouped", "official"] = Field(
-        "grouped", description="70/10/20 without cutting a group, or the published folders"
+        "grouped", description="70/10/20 that keeps groups together, or the published folders"
     )
     folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
         "judge a trial by cross-validation over train and validation (off)", "K"
     )
     seeds: Annotated[int, Field(ge=2, le=100)] | None = _flag(
-        "train the winner anew with N other seeds, for the spread (off)", "N"
+        "train the winner again with N other seeds, to show the spread (off)", "N"
     )
     strict: bool = Field(False, description="refuse a split that leaks: copies or series in several parts")
     weights: str | None = _flag("imagenet, none or a FILE (imagenet; phantoms none)", "W")
     normalisation: Literal["imagenet", "unit"] = Field(
         "imagenet", description="what the weights expect: ImageNet's mean and deviation, or grey as 0 to 1"
     )
-    compare_baseline: bool = Field(False, description="retrain and judge the published configuration too")
+    compare_baseline: bool = Field(False, description="also retrain and evaluate the published configuration")
     workers: Positive = Field(
         1, description="Ray Train workers of a slot, data parallel (1)", json_schema_extra={"metavar": "N"}
     )
@@ -124,12 +124,12 @@ class Settings(BaseModel):
     name: Name | None = _flag("the experiment's name (time and data)", "NAME")
     study: str | None = _flag("a database for Optuna (SQLite in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
-    resume: Name | None = _flag("go on with an interrupted search", "NAME")
+    resume: Name | None = _flag("continue an interrupted search", "NAME")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="everything random comes from it (0)", json_schema_extra={"metavar": "N"}
+        0, description="the seed of everything random (0)", json_schema_extra={"metavar": "N"}
     )
-    address: str | None = _flag("a running Ray cluster (the one at hand, else a local one)", "ADDR")
-    plan: bool = Field(False, description="print what would happen, and stop")
+    address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
+    plan: bool = Field(False, description="print what would be done, and stop")
     verbose: bool = Field(False, description="show Ray's own output too")
 
     @model_validator(mode="after")
@@ -172,8 +172,8 @@ class Settings(BaseModel):
             raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
         if database.password is not None or any(re.search(SECRETS, key, re.IGNORECASE) for key in database.query):
             raise ValueError(
-                "a password in a command is seen by others, in Ray's dashboard for one; leave it to what the "
-                "database's driver reads (PostgreSQL: PGPASSWORD or ~/.pgpass)"
+                "others can read a password in a command, for example in Ray's dashboard; give it where the "
+                "database driver reads it (PostgreSQL: PGPASSWORD or ~/.pgpass)"
             )
         return url
 
@@ -185,8 +185,8 @@ class Settings(BaseModel):
         uri = urlsplit(track.removeprefix("mlflow:"))
         if "@" in uri.netloc:
             raise ValueError(
-                "no name or password in it, which would be kept and shown; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD instead"
+                "it must not contain a name or password, since it is stored and shown; set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD instead"
             )
         if not track.startswith("mlflow:") or uri.scheme not in ("http", "https") or not uri.hostname:
             raise ValueError("expected mlflow:http://HOST:PORT, or https")

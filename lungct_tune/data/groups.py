@@ -25,6 +25,17 @@ CORRELATIONS = (0.80, 0.85, SERIES_CORRELATION, 0.95, 0.98)
 _BLOCK = 2048  # images compared with as many others at once: 16 MB of correlations
 
 
+def unit_vectors(images_NHW: np.ndarray) -> np.ndarray:
+    """Images as vectors of mean 0 and length 1, (N, D) float32: dot products are Pearson correlations.
+
+    An image of one single grey becomes a vector of zeros, which correlates with nothing.
+    """
+    vectors_ND = images_NHW.reshape(len(images_NHW), -1).astype(np.float32)
+    vectors_ND -= vectors_ND.mean(axis=1, keepdims=True)
+    lengths_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    return np.asarray(vectors_ND / np.where(lengths_N1 > 0, lengths_N1, 1))
+
+
 def groups_by_likeness(
     thumbnails_NHW: np.ndarray, digests: Sequence[str], thresholds: Sequence[float] = (SERIES_CORRELATION,)
 ) -> dict[float, np.ndarray]:
@@ -41,9 +52,9 @@ def groups_by_likeness(
     groups = dict.fromkeys(thresholds, pd.factorize(np.asarray(digests, dtype=object))[0])
     starts = range(0, len(thumbnails_NHW), _BLOCK)
     for start in starts:
-        rows_ND = _unit_norm(thumbnails_NHW[start : start + _BLOCK])
+        rows_ND = unit_vectors(thumbnails_NHW[start : start + _BLOCK])
         for other in (other for other in starts if other >= start):
-            columns_ND = _unit_norm(thumbnails_NHW[other : other + _BLOCK])
+            columns_ND = unit_vectors(thumbnails_NHW[other : other + _BLOCK])
             correlations = rows_ND @ columns_ND.T
             for threshold in thresholds:
                 # Merged block by block, so that memory stays linear even if all images are alike.
@@ -71,14 +82,6 @@ def label_conflicts(copies_N: np.ndarray, labels: Sequence[str]) -> list[np.ndar
     """
     n_labels = pd.Series(labels).groupby(copies_N).nunique()
     return [np.flatnonzero(copies_N == number) for number in n_labels.index[n_labels > 1]]
-
-
-def _unit_norm(images_NHW: np.ndarray) -> np.ndarray:
-    """Images as vectors of mean 0 and length 1, (N, D) float32: their dot products are correlations."""
-    vectors_ND = images_NHW.reshape(len(images_NHW), -1).astype(np.float32)
-    vectors_ND -= vectors_ND.mean(axis=1, keepdims=True)
-    lengths = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    return np.asarray(vectors_ND / np.where(lengths > 0, lengths, 1))
 
 
 def merge(groups_N: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""What a search has come to, as a bundle: of its best trial so far, or of the final model when that has been judged."""
+"""Makes the bundle of a search: of its best trial so far, or of the final model with its test figures."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,12 +22,16 @@ from lungct_tune.data.seen_images import list_learned
 from lungct_tune.data.split import DataSplit
 from lungct_tune.evaluation.calibration import calibrated, fit_temperature
 from lungct_tune.evaluation.metrics import evaluate_predictions
-from lungct_tune.experiment import bundle
-from lungct_tune.experiment.bundle import RetrainedModel, versions
+from lungct_tune.experiment.bundle import AUDIT, LEARNED, RetrainedModel, as_json, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
+from lungct_tune.experiment.metrics import BundleMetrics, TemperatureScaling, TestMetrics
 from lungct_tune.experiment.plan import Plan
+from lungct_tune.experiment.predictions import Predictions
+from lungct_tune.experiment.results import Bundle
 from lungct_tune.experiment.study import effort, finished_trials
 from lungct_tune.experiment.trial import BASELINE, TrialRecord
+from lungct_tune.models.preprocessing import NORMALISATIONS
+from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,27 +48,55 @@ class BundleFiles:
         """The files of a trial's bundle, which says nothing about the test split.
 
         Args:
-            weights: the trial's best epoch's, safetensors.
+            weights: of the trial's best epoch, safetensors.
         """
-        return self._files(best, weights, self._calibration(best), test=None)
+        return self.files(self._bundle(best, weights, self._fit_temperature(best)))
 
     def final(
         self,
         best: TrialRecord,
         judged: RetrainedModel,
         published: tuple[TrialRecord, RetrainedModel] | None = None,
-        seeds: Mapping[str, Any] | None = None,
-    ) -> dict[str, bytes]:
-        """The files of the search's bundle, but for its pages.
+        seeds: dict[str, Any] | None = None,
+    ) -> Bundle:
+        """The search's bundle.
 
         Args:
             judged: the best trial's configuration, retrained.
             published: the trial of the published configuration, and that retrained too.
             seeds: of `over_seeds`.
         """
+        images, test = self.split.images, self.split.test_rows
+        rows = images.table.iloc[test]
+        labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
+        scaling, uncalibrated_NC = self._fit_temperature(best), judged.probabilities_NC
+        probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature) if scaling else uncalibrated_NC
+        figures = evaluate_predictions(
+            labels_N,
+            probabilities_NC,
+            images.classes,
+            groups_N,
+            uncalibrated_NC=uncalibrated_NC if scaling else None,
+            scaling=scaling,
+            references=self._references(published),
+            overlap_N=group_overlap(images, self.split.split),
+        )
+        predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
+        return self._bundle(best, judged.weights, scaling, figures, predictions, seeds)
+
+    def files(self, bundle: Bundle) -> dict[str, bytes]:
+        """All files of a bundle, but for its pages, by name."""
+        trials = pd.DataFrame([trial.row() for trial in finished_trials(self.study)])
+        return bundle.files | {
+            LEARNED: self._learned,
+            AUDIT: as_json(self.audit),
+            "trials.csv": trials.to_csv(index=False).encode(),
+        }
+
+    def _references(self, published: tuple[TrialRecord, RetrainedModel] | None) -> dict[str, tuple[str, np.ndarray]]:
+        """What else predicts the class of the test images."""
         images, test, searched = self.split.images, self.split.test_rows, self.split.searched_rows
-        labels_N, groups_N = (images.table[column].to_numpy() for column in ("label", "group"))
-        majority = int(np.bincount(labels_N[searched]).argmax())
+        majority = int(np.bincount(images.table["label"].to_numpy()[searched]).argmax())
         references = {
             "majority class": (images.classes[majority], np.full(len(test), majority)),
             "shortcut": best_shortcut(images, searched, test),
@@ -72,25 +104,9 @@ class BundleFiles:
         if published:
             name, other = str(published[0].hyperparameters), published[1]
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
-        scaling, probabilities_NC = self._calibration(best), judged.probabilities_NC
-        if scaling:
-            probabilities_NC = calibrated(judged.probabilities_NC, scaling["temperature"])
-        figures = evaluate_predictions(
-            labels_N[test],
-            probabilities_NC,
-            images.classes,
-            groups_N[test],
-            uncalibrated_NC=judged.probabilities_NC if scaling else None,
-            calibration=scaling,
-            references=references,
-            overlaps_N=group_overlap(images, self.split.split),
-        )
-        rows = images.table.iloc[test]
-        predictions = list_predictions(rows, labels_N[test], probabilities_NC, images.classes)
-        files = self._files(best, judged.weights, scaling, test=figures, seeds=seeds)
-        return files | {bundle.PREDICTIONS: predictions}
+        return references
 
-    def _calibration(self, best: TrialRecord) -> dict[str, Any] | None:
+    def _fit_temperature(self, best: TrialRecord) -> TemperatureScaling | None:
         """The temperature for a trial's configuration, from images that the trial was not trained on."""
         if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
             return None
@@ -98,27 +114,27 @@ class BundleFiles:
         what = f"the winner's {'out-of-fold' if self.plan.settings.folds else 'validation'} predictions"
         return fit_temperature(table["label"].to_numpy(), np.load(io.BytesIO(kept)), table["group"].to_numpy(), what)
 
-    def _files(
-        self, best: TrialRecord, weights: bytes, calibration: Mapping[str, Any] | None, **judged: Any
-    ) -> dict[str, bytes]:
+    def _bundle(
+        self,
+        best: TrialRecord,
+        weights: bytes,
+        scaling: TemperatureScaling | None,
+        test: TestMetrics | None = None,
+        predictions: Predictions | None = None,
+        seeds: dict[str, Any] | None = None,
+    ) -> Bundle:
         assert best.best is not None  # it completed
         settings, trials = self.plan.settings, finished_trials(self.study)
-        config = describe_model(settings, self.split.images, best.hyperparameters, best.best.epoch, calibration)
-        metrics = {
-            "data": PHANTOMS if settings.data is None else str(settings.data),
-            "baseline_trial": next((trial.row() for trial in trials if trial.number == BASELINE and trial.best), None),
-            "best_trial": best.row(),
-            "search": effort(self.study, trials, self.slots),
-        } | judged
-        table = pd.DataFrame([trial.row() for trial in trials])
-        return {
-            bundle.MODEL: weights,
-            bundle.CONFIG: bundle.as_json(config),
-            bundle.METRICS: bundle.as_json(metrics),
-            bundle.LEARNED: self._learned,
-            bundle.AUDIT: bundle.as_json(self.audit),
-            "trials.csv": table.to_csv(index=False).encode(),
-        }
+        metrics = BundleMetrics(
+            data=PHANTOMS if settings.data is None else str(settings.data),
+            baseline_trial=next((trial.row() for trial in trials if trial.number == BASELINE and trial.best), None),
+            best_trial=best.row(),
+            search=effort(self.study, trials, self.slots),
+            test=test,
+            seeds=seeds,
+        )
+        config = describe_model(settings, self.split.images, best.hyperparameters, best.best.epoch, scaling)
+        return Bundle(weights, config, metrics, predictions)
 
     @cached_property
     def _learned(self) -> bytes:
@@ -128,24 +144,21 @@ class BundleFiles:
 def describe_model(
     settings: Settings,
     images: ImageSet,
-    configuration: Hyperparameters,
+    hyperparameters: Hyperparameters,
     epochs: int,
-    calibration: Mapping[str, Any] | None,
+    scaling: TemperatureScaling | None,
 ) -> dict[str, Any]:
     """config.json: all that rebuilds the model and its preprocessing, and what made it.
 
     Args:
-        calibration: of `fit_temperature`; None leaves the probabilities as the network gives them.
+        scaling: None leaves the probabilities as the network gives them.
     """
-    from lungct_tune.models.preprocessing import NORMALISATIONS
-    from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
-
     mean, deviation = NORMALISATIONS[settings.normalisation]
     return {
         "model": {
             "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
-            "truncation_depth": configuration.truncation_depth,
-            "dropout": configuration.dropout,
+            "truncation_depth": hyperparameters.truncation_depth,
+            "dropout": hyperparameters.dropout,
             "head_widths": list(HEAD_WIDTHS),
         },
         "classes": list(images.classes),
@@ -155,31 +168,9 @@ def describe_model(
             "mean": list(mean),
             "deviation": list(deviation),
         },
-        "calibration": calibration,
-        "training": {"configuration": configuration.as_dict(), "epochs": epochs, "seed": settings.seed},
+        "calibration": asdict(scaling) if scaling else None,
+        "training": {"configuration": hyperparameters.as_dict(), "epochs": epochs, "seed": settings.seed},
         "settings": yaml.safe_load(settings.as_yaml()),
         "data_fingerprint": images.fingerprint,
         "versions": versions(),
     }
-
-
-def list_predictions(
-    rows: pd.DataFrame, labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]
-) -> bytes:
-    """predictions.csv: a row an image, with path, class, predicted class, probabilities (calibrated), group.
-
-    Args:
-        rows: of an `ImageSet`'s table.
-        classes: what labels and columns mean.
-    """
-    table = pd.DataFrame(
-        {
-            "path": rows["path"].to_numpy(),
-            "class": [classes[label] for label in labels_N],
-            "predicted": [classes[label] for label in probabilities_NC.argmax(axis=1)],
-        }
-    )
-    for c, name in enumerate(classes):
-        table[f"p_{name.replace(' ', '_')}"] = probabilities_NC[:, c]
-    table["group"] = rows["group"].to_numpy()
-    return table.to_csv(index=False).encode()

@@ -1,26 +1,84 @@
-"""Images from elsewhere: which of a bundle's classes they are told by."""
+"""Images from elsewhere, evaluated with a bundle's model as it is: the figures of the test split, without training."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungct_tune.config.settings import pairs
+from lungct_tune.data import ImageSet
+from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
 from lungct_tune.errors import UserError
+from lungct_tune.evaluation.calibration import calibrated
+from lungct_tune.evaluation.inference import load_model, uncalibrated
+from lungct_tune.evaluation.metrics import (
+    CANCER,
+    CANCERS,
+    NORMAL,
+    are_cancer_and_normal,
+    cancer_or_normal,
+    evaluate_predictions,
+)
+from lungct_tune.experiment.bundle import LEARNED
+from lungct_tune.experiment.metrics import EvaluationMetrics, FittedOn, LearnedFrom, LeftOut, TemperatureScaling
+from lungct_tune.experiment.predictions import Predictions
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 OTHER = "other"
-"""What a folder is mapped to whose images are of no class of the bundle's."""
+"""The class of folders whose images are of none of the bundle's classes."""
 
 
 class EvaluateError(UserError):
-    """These images cannot be judged by this bundle: the message says why and what to do."""
+    """These images cannot be evaluated with this bundle: the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBundle:
+    """A bundle whose model is asked about images from elsewhere."""
+
+    folder: Path
+    model: TruncatedResNet50
+    config: dict[str, Any]
+    """config.json."""
+    learned: bytes
+    """The list of the images that the model has learned from."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config["classes"])
+
+    @property
+    def scaling(self) -> TemperatureScaling | None:
+        kept = self.config["calibration"]
+        return TemperatureScaling(kept["temperature"], FittedOn(**kept["fitted_on"])) if kept else None
+
+
+def load_bundle(folder: Path) -> LoadedBundle:
+    """Verifies and reads a bundle.
+
+    Raises:
+        BundleError: it is incomplete or altered.
+        EvaluateError: it is too old to say what its model has learned from.
+    """
+    model, config = load_model(folder)
+    if not (folder / LEARNED).exists():
+        raise EvaluateError(f"{folder} has no {LEARNED}: an earlier version made it; make it again")
+    return LoadedBundle(folder, model, config, (folder / LEARNED).read_bytes())
 
 
 def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
-    """Which class each folder's images count as: what the user says, and with cancer in it, the cancers as cancer.
+    """The class that the images of each folder count as: as the user says; if "cancer" is in it, all cancers are that.
+
+    Args:
+        text: FOLDER=CLASS[,FOLDER=CLASS...].
+        classes: the bundle's.
 
     Raises:
-        EvaluateError: it is no map, or names what is neither a class of the bundle's nor cancer or other.
+        EvaluateError: it is no map, or its classes are not the bundle's, cancer or other.
     """
-    from lungct_tune.config.settings import pairs
-    from lungct_tune.evaluation.metrics import CANCER, CANCERS, are_cancer_and_normal
-
     try:
         given: dict[str, str] = pairs(text or {})
     except ValueError as error:
@@ -32,3 +90,67 @@ def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
         given = dict.fromkeys(set(CANCERS) & set(classes), CANCER) | given
         given = {folder: CANCER if name in CANCERS else name for folder, name in given.items()}
     return given
+
+
+def evaluate_images(
+    bundle: LoadedBundle, images: ImageSet, class_map: dict[str, str], data: str
+) -> tuple[EvaluationMetrics, Predictions]:
+    """What the bundle's model predicts for the images that are not `OTHER`, and its figures on them.
+
+    Args:
+        images: read with the bundle's `image_size` and the class map.
+        class_map: of `read_map`; with "cancer" in it, images are told apart as cancer and normal.
+        data: where the images are, for metrics.json.
+
+    Raises:
+        EvaluateError: some images are of classes that the bundle does not know.
+    """
+    two_classes = CANCER in class_map.values() and CANCER not in bundle.classes
+    classes = (CANCER, NORMAL) if two_classes else bundle.classes
+    names_N = _names(images, classes)
+    judged = np.flatnonzero(names_N != OTHER)
+    labels_N = np.array([classes.index(name) for name in names_N[judged]])
+    seen_N = seen_before(images, bundle.learned)[judged]
+
+    scaling = bundle.scaling
+    uncalibrated_NC = uncalibrated(bundle.model, bundle.config, images.images_NHW[judged])
+    probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature) if scaling else uncalibrated_NC
+    if two_classes:  # summed after the scaling, as a user of the bundle would: a sum has no temperature of its own
+        uncalibrated_NC = cancer_or_normal(uncalibrated_NC, bundle.classes)
+        probabilities_NC = cancer_or_normal(probabilities_NC, bundle.classes)
+
+    rows, largest = images.table.iloc[judged], int(np.bincount(labels_N).argmax())
+    groups_N = rows["group"].to_numpy()
+    test = evaluate_predictions(
+        labels_N,
+        probabilities_NC,
+        classes,
+        groups_N,
+        uncalibrated_NC=uncalibrated_NC if scaling else None,
+        scaling=scaling,
+        references={"majority class": (classes[largest], np.full(len(judged), largest))},
+        overlap_N=seen_N != NEW,
+    )
+    metrics = EvaluationMetrics(
+        data=data,
+        bundle=str(bundle.folder),
+        class_map=class_map,
+        left_out=LeftOut(
+            other=int((names_N == OTHER).sum()),
+            unreadable=len(images.unreadable),
+            under_several_classes=sum(map(len, images.conflicts)),
+        ),
+        learned_from=LearnedFrom(int((seen_N == SAME_FILE).sum()), int((seen_N == ALIKE).sum())),
+        test=test,
+    )
+    return metrics, Predictions(classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
+
+
+def _names(images: ImageSet, classes: tuple[str, ...]) -> np.ndarray:
+    """The class of each image by name: one of these, or `OTHER`."""
+    if unknown := sorted(set(images.classes) - {*classes, OTHER}):
+        raise EvaluateError(
+            f"{images.root} has images of {', '.join(unknown)}, and the bundle knows {', '.join(classes)}. "
+            f'Say what to count them as: --map "{unknown[0]}=CLASS,…", or =other to leave them out'
+        )
+    return np.array(images.classes)[images.table["label"]]

@@ -1,4 +1,4 @@
-"""From a bundle's folder and images to probabilities: the network, and the temperature that goes with it."""
+"""Loads the model of a bundle, and predicts with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from lungct_tune.evaluation.calibration import calibrated
@@ -66,10 +67,6 @@ def load_model(folder: Path | str) -> tuple[TruncatedResNet50, dict[str, Any]]:
 
 def build_model(config: Mapping[str, Any], weights: bytes) -> TruncatedResNet50:
     """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
-    import safetensors.torch
-
-    from lungct_tune.models.truncated_resnet import TruncatedResNet50
-
     model = TruncatedResNet50(
         config["model"]["truncation_depth"],
         dropout=config["model"]["dropout"],

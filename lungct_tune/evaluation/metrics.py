@@ -1,25 +1,36 @@
-"""Predictions in, figures out: what a classifier is worth, with the uncertainty of saying so."""
+"""Predictions in, figures out: what a classifier is worth, each figure with its 95 % interval."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from lungct_tune.data.folders import CANONICAL_CLASSES
-from lungct_tune.evaluation.bootstrap import INTERVAL, GroupBootstrap
-from lungct_tune.evaluation.calibration import calibration_figures, reliability
+from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap
+from lungct_tune.evaluation.calibration import calibration_errors, reliability_bins
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
+from lungct_tune.experiment.metrics import (
+    CalibrationMetrics,
+    CancerMetrics,
+    ClassMetrics,
+    Figure,
+    Reference,
+    ReferenceAccuracy,
+    Reliability,
+    TemperatureScaling,
+    TestMetrics,
+    WithoutOverlap,
+)
 
 NORMAL, CANCER = "normal", "cancer"
 CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))
 """The classes that are cancer when images are told apart as cancer and normal only."""
 
 SPECIFICITY = 0.95
-"""At which the sensitivity for cancer is told too: one threshold that figures of several models can be compared at."""
+"""The specificity at which the sensitivity for cancer is given too, so that models can be compared at one point."""
 
 
 def evaluate_predictions(
@@ -29,68 +40,53 @@ def evaluate_predictions(
     groups_N: np.ndarray,
     *,
     uncalibrated_NC: np.ndarray | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    scaling: TemperatureScaling | None = None,
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
-    overlaps_N: np.ndarray | None = None,
-) -> dict[str, Any]:
+    overlap_N: np.ndarray | None = None,
+) -> TestMetrics:
     """All figures of a model on images that it had not seen.
 
     Args:
         labels_N: true classes, as indices.
-        probabilities_NC: what the bundle says of them, rows sum to 1.
+        probabilities_NC: the model's calibrated probabilities, rows sum to 1.
         classes: names, in the order of the columns.
-        groups_N: of each image; the intervals draw groups, not images.
-        uncalibrated_NC: the same without temperature scaling, where there was any.
-        calibration: what `fit_temperature` has found, where there was any.
-        references: other ways to name the classes of these images, each with its name and what it predicts (N,).
-        overlaps_N: which of the images were learned from, they or others of their group, where that is known.
-
-    Returns:
-        A dictionary for metrics.json. Every figure is `{"value": float, "ci95": [low, high]}` (see
-        `GroupBootstrap`); what the images do not define (the AUROC of a class without images, say) is None.
+        groups_N: the group of each image; the intervals draw groups, not images.
+        uncalibrated_NC: the probabilities before temperature scaling; None where there was none.
+        scaling: the temperature, where there was any.
+        references: by kind, other ways to predict the class of these images: a name, and the predictions (N,).
+        overlap_N: bool, whether the model has learned from the image or one of its group; None where that is not known.
     """
-    bootstrap, predicted_N = GroupBootstrap(groups_N), probabilities_NC.argmax(axis=1)
-    plain_NC = probabilities_NC if uncalibrated_NC is None else uncalibrated_NC
-    scaled_NC = None if uncalibrated_NC is None else probabilities_NC
-    everything_N = np.ones(len(labels_N), dtype=bool)
-    return {
-        "n": len(labels_N),
-        "groups": bootstrap.count(everything_N),
-        "interval": INTERVAL,
-        **_overall(labels_N, predicted_N, bootstrap),
-        "macro_f1": _macro_f1(labels_N, predicted_N, bootstrap),
-        "per_class": {
-            name: {"n": int((labels_N == c).sum())}
-            | _two_classes(labels_N == c, predicted_N == c, bootstrap)
-            | _ranking(labels_N == c, probabilities_NC[:, c], bootstrap)
+    bootstrap, predicted_N = ClusterBootstrap(groups_N), probabilities_NC.argmax(axis=1)
+    right_N, others = labels_N == predicted_N, references or {}
+    return TestMetrics(
+        n=len(labels_N),
+        groups=bootstrap.count(bootstrap.everything_N),
+        interval=INTERVAL,
+        accuracy=bootstrap.rate(right_N),
+        balanced_accuracy=_balanced_accuracy(labels_N, predicted_N, bootstrap),
+        macro_f1=_macro_f1(labels_N, predicted_N, bootstrap),
+        per_class={
+            name: _one_class(labels_N == c, predicted_N == c, probabilities_NC[:, c], bootstrap)
             for c, name in enumerate(classes)
         },
-        "cancer_vs_normal": _cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap),
-        "calibration": {
-            **(calibration or {"temperature": None, "fitted_on": None}),
-            "before": calibration_figures(labels_N, plain_NC, bootstrap),
-            "after": None if scaled_NC is None else calibration_figures(labels_N, scaled_NC, bootstrap),
-            "reliability": {
-                "before": reliability(labels_N, plain_NC),
-                "after": None if scaled_NC is None else reliability(labels_N, scaled_NC),
+        cancer_vs_normal=_cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap),
+        calibration=_calibration(labels_N, probabilities_NC, uncalibrated_NC, scaling, bootstrap),
+        confusion_matrix=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
+        references={
+            kind: _reference(name, labels_N, predicted_N, other_N, bootstrap)
+            for kind, (name, other_N) in others.items()
+        },
+        without_overlap=None
+        if overlap_N is None or not overlap_N.any()
+        else WithoutOverlap(
+            n=int((~overlap_N).sum()),
+            accuracy=bootstrap.rate(right_N, ~overlap_N),
+            references={
+                kind: ReferenceAccuracy(name, bootstrap.rate(labels_N == other_N, ~overlap_N))
+                for kind, (name, other_N) in others.items()
             },
-        },
-        "confusion_matrix": confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
-        "references": {
-            key: {"name": name} | _compared(labels_N, predicted_N, other_N, bootstrap)
-            for key, (name, other_N) in (references or {}).items()
-        },
-        "leak_free": None
-        if overlaps_N is None or not overlaps_N.any()
-        else {
-            "n": int((~overlaps_N).sum()),
-            "accuracy": bootstrap.rate(labels_N == predicted_N, ~overlaps_N),
-            "references": {
-                key: {"name": name, "accuracy": bootstrap.rate(labels_N == other_N, ~overlaps_N)}
-                for key, (name, other_N) in (references or {}).items()
-            },
-        },
-    }
+        ),
+    )
 
 
 def cancer_or_normal(probabilities_NC: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
@@ -104,25 +100,23 @@ def are_cancer_and_normal(classes: tuple[str, ...]) -> bool:
     return NORMAL in classes and len(classes) > 1 and set(classes) <= {NORMAL, *CANCERS}
 
 
-def _overall(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
-    """Accuracy and balanced accuracy: the mean sensitivity of the classes that have images."""
+def _balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
+    """The mean sensitivity of the classes that have images."""
     of_class_KN = labels_N == np.unique(labels_N)[:, None]
     right_N = labels_N == predicted_N
     # where all is right, the class of the fewest groups is the one that leaves most open, and counts for 1 / K
-    groups = min(bootstrap.count(right_N | ~right_N), len(of_class_KN) * min(map(bootstrap.count, of_class_KN)))
+    fewest = min(bootstrap.count(of_N) for of_N in of_class_KN)
+    groups = min(bootstrap.count(bootstrap.everything_N), len(of_class_KN) * fewest)
 
     def balanced(weights_BN: np.ndarray) -> np.ndarray:
         rates_KB = [weights_BN @ (of_N & right_N) / (weights_BN @ of_N) for of_N in of_class_KN]
         return np.asarray(np.mean(rates_KB, axis=0))
 
-    return {
-        "accuracy": bootstrap.rate(right_N, right_N | ~right_N),
-        "balanced_accuracy": bootstrap.figure(balanced, groups, is_rate=True),
-    }
+    return bootstrap.figure(balanced, groups, is_rate=True)
 
 
-def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
-    """The mean F1 of the classes that have images or were named."""
+def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
+    """The mean F1 of the classes that have images or were predicted."""
     named = np.union1d(labels_N, predicted_N)
     of_class_KN, said_KN = labels_N == named[:, None], predicted_N == named[:, None]
 
@@ -133,10 +127,10 @@ def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: GroupBoo
         ]
         return np.asarray(np.mean(f1_KB, axis=0))
 
-    return bootstrap.figure(macro, bootstrap.count(labels_N >= 0), is_rate=True)
+    return bootstrap.figure(macro, bootstrap.count(bootstrap.everything_N), is_rate=True)
 
 
-def _two_classes(is_N: np.ndarray, said_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
+def _two_classes(is_N: np.ndarray, said_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
     return {
         "sensitivity": bootstrap.rate(said_N, is_N),
         "specificity": bootstrap.rate(~said_N, ~is_N),
@@ -145,51 +139,76 @@ def _two_classes(is_N: np.ndarray, said_N: np.ndarray, bootstrap: GroupBootstrap
     }
 
 
-def _ranking(is_N: np.ndarray, score_N: np.ndarray, bootstrap: GroupBootstrap) -> dict[str, Any]:
-    of_kind, others = bootstrap.count(is_N), bootstrap.count(~is_N)
-    return {
-        "auroc": bootstrap.figure(auroc(is_N, score_N), min(of_kind, others), is_rate=True),
-        "average_precision": bootstrap.figure(average_precision(is_N, score_N), of_kind, is_rate=True),
-    }
+def _one_class(is_N: np.ndarray, said_N: np.ndarray, score_N: np.ndarray, bootstrap: ClusterBootstrap) -> ClassMetrics:
+    of_class, others = bootstrap.count(is_N), bootstrap.count(~is_N)
+    return ClassMetrics(
+        n=int(is_N.sum()),
+        **_two_classes(is_N, said_N, bootstrap),
+        auroc=bootstrap.figure(auroc(is_N, score_N), min(of_class, others), is_rate=True),
+        average_precision=bootstrap.figure(average_precision(is_N, score_N), of_class, is_rate=True),
+    )
 
 
 def _cancer_against_normal(
-    labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], bootstrap: GroupBootstrap
-) -> dict[str, Any] | None:
-    """The two-class question: cancer is said where the cancers together are likelier than normal.
+    labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], bootstrap: ClusterBootstrap
+) -> CancerMetrics | None:
+    """The two-class question: cancer is predicted where the cancers together are likelier than normal.
 
-    That is asked of the probabilities that the bundle gives: temperature scaling may have changed the answer, which it
-    never does for the likeliest of all classes (see `calibrated`).
+    The probabilities are those that the bundle gives: temperature scaling may change this answer, though it never
+    changes the likeliest of all classes (see `calibrated`).
     """
     if not are_cancer_and_normal(classes):
         return None
     score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]
     is_N, said_N = labels_N != classes.index(NORMAL), score_N > 0.5
     fewest = min(bootstrap.count(is_N), bootstrap.count(~is_N))
-    return {
-        "n_cancer": int(is_N.sum()),
-        "n_normal": int((~is_N).sum()),
-        "table": confusion_matrix(is_N, said_N, labels=[False, True]).tolist(),
+    return CancerMetrics(
+        n_cancer=int(is_N.sum()),
+        n_normal=int((~is_N).sum()),
+        table=confusion_matrix(is_N, said_N, labels=[False, True]).tolist(),
         **_two_classes(is_N, said_N, bootstrap),
-        "auroc": bootstrap.figure(auroc(is_N, score_N), fewest, is_rate=True),
-        "sensitivity_at_95_specificity": bootstrap.figure(
+        auroc=bootstrap.figure(auroc(is_N, score_N), fewest, is_rate=True),
+        sensitivity_at_95_specificity=bootstrap.figure(
             sensitivity_at(SPECIFICITY, is_N, score_N), fewest, is_rate=True
         ),
-    }
+    )
 
 
-def _compared(
-    labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: GroupBootstrap
-) -> dict[str, Any]:
-    """Another's accuracy on the same images, how much better the model is, and whether that may be chance.
+def _calibration(
+    labels_N: np.ndarray,
+    probabilities_NC: np.ndarray,
+    uncalibrated_NC: np.ndarray | None,
+    scaling: TemperatureScaling | None,
+    bootstrap: ClusterBootstrap,
+) -> CalibrationMetrics:
+    before_NC = probabilities_NC if uncalibrated_NC is None else uncalibrated_NC
+    after_NC = None if uncalibrated_NC is None else probabilities_NC
+    return CalibrationMetrics(
+        temperature=scaling.temperature if scaling else None,
+        fitted_on=scaling.fitted_on if scaling else None,
+        before=calibration_errors(labels_N, before_NC, bootstrap),
+        after=None if after_NC is None else calibration_errors(labels_N, after_NC, bootstrap),
+        reliability=Reliability(
+            before=reliability_bins(labels_N, before_NC),
+            after=None if after_NC is None else reliability_bins(labels_N, after_NC),
+        ),
+    )
 
-    `mcnemar_p` is the exact two-sided test on the images that only one of the two names rightly (McNemar 1947). It
+
+def _reference(
+    name: str, labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
+) -> Reference:
+    """What the other predictions score on the same images, how much better the model is, and whether that is chance.
+
+    `mcnemar_p` is the exact two-sided test on the images on which only one of the two is right (McNemar 1947). It
     takes images as independent; where groups have several, the difference's interval is what to go by.
     """
     right_N, others_N = labels_N == predicted_N, labels_N == other_N
     gained, lost = int((right_N & ~others_N).sum()), int((~right_N & others_N).sum())
-    return {
-        **_overall(labels_N, other_N, bootstrap),
-        "difference": bootstrap.mean(right_N.astype(float) - others_N),
-        "mcnemar_p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
-    }
+    return Reference(
+        name=name,
+        accuracy=bootstrap.rate(others_N),
+        balanced_accuracy=_balanced_accuracy(labels_N, other_N, bootstrap),
+        difference=bootstrap.mean(right_N.astype(float) - others_N),
+        mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+    )

@@ -1,6 +1,6 @@
 """How well a score ranks images of one kind above the others, at many weightings of the images at once.
 
-scikit-learn has these figures (tests/test_evaluation.py holds them against it), one weighting a call: for 2,000
+scikit-learn has these figures (tests/evaluation/test_metrics.py holds them against it), one weighting a call: for 2,000
 resamples of a dozen figures that is a minute where this is a second.
 """
 

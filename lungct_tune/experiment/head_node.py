@@ -80,7 +80,7 @@ def _find(head: _Head, places: Sequence[str], name: str) -> _OnHead:
         if there == name:
             return _OnHead(head, folder, name)
     names = sorted({there for _, there in found})
-    there = f"there are: {', '.join(names)}" if names else "there is none at all"
+    there = f"there are: {', '.join(names)}" if names else "there are no experiments"
     raise StorageError(
         f"no experiment {name!r} on the head in {' or '.join(places)}; {there}. If the search was given a --storage, "
         "give it here too"

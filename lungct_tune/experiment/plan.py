@@ -134,8 +134,8 @@ class Plan:
         )
         if self.fingerprint not in (None, images.fingerprint):
             raise PlanError(
-                f"the images in {images.root} are not those that {self.experiment.name} began with; "
-                "put them back as they were, or begin a new search"
+                f"the images in {images.root} are not those that {self.experiment.name} started with; "
+                "restore them, or start a new search"
             )
         return split_and_fold(images, settings.split, settings.folds, settings.seed)
 
@@ -180,7 +180,7 @@ def _new(asked: Settings) -> Plan:
     experiment = Experiment.at(settings.storage, name)
     if experiment.exists("settings.yaml"):
         raise PlanError(
-            f"{experiment.uri} holds a search already; choose another --name, or go on with it: --resume {name}"
+            f"{experiment.uri} already holds a search; choose another --name, or continue it: --resume {name}"
         )
     text = read_space(settings.space)
     space = parse_space(text, str(settings.space))
@@ -196,8 +196,8 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
     if has_bundle(experiment):
         raise PlanError(
-            f"{asked.resume} is finished, its model is in {experiment.uri}/{FOLDER}. Its test split has been "
-            "judged, so more trials would be chosen knowing the answer: begin a new search for them"
+            f"{asked.resume} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
+            "used, so more trials would be chosen with knowledge of it: start a new search for them"
         )
     settings = validate(begun.model_dump() | {field: getattr(asked, field) for field in given & CHANGEABLE})
     return replace(plan, settings=settings)

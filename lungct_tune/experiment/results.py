@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 import yaml
@@ -22,8 +20,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import SPLITS
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, find_bundle
+from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, as_json, find_bundle
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
+from lungct_tune.experiment.predictions import Predictions, read_predictions, read_table
 from lungct_tune.experiment.study import count_outcomes, read_trials
 from lungct_tune.experiment.study_mirror import COPY
 from lungct_tune.experiment.trial import BASELINE, Outcome, TrialRecord, best_trial
@@ -34,42 +34,23 @@ class NothingHeld(UserError):
     """There is no search to report on: the message says where it was looked for and what to do."""
 
 
-def _read_table(csv: bytes) -> pd.DataFrame:
-    """Names are as they were written: a class may be called 1, None or NA."""
-    names = dict.fromkeys(("path", "label", "class", "predicted"), str)
-    return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """What a bundle says of its model: of the final one, or before the search has ended of the best so far."""
 
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model said of images."""
-
-    classes: list[str]
-    csv: bytes
-    """predictions.csv, a row an image."""
-
-    @cached_property
-    def _table(self) -> pd.DataFrame:
-        return _read_table(self.csv)
+    weights: bytes
+    """safetensors."""
+    config: dict[str, Any]
+    """config.json."""
+    metrics: BundleMetrics
+    predictions: Predictions | None
+    """Of the test images. There are none before the search has ended."""
 
     @property
-    def paths(self) -> np.ndarray:
-        return self._table["path"].to_numpy()
-
-    @cached_property
-    def labels_N(self) -> np.ndarray:
-        """What the images are, as indices into `classes`."""
-        return self._table["class"].map(self.classes.index).to_numpy()
-
-    @cached_property
-    def said_N(self) -> np.ndarray:
-        """What the model says they are."""
-        return self._table["predicted"].map(self.classes.index).to_numpy()
-
-    @cached_property
-    def probabilities_NC(self) -> np.ndarray:
-        columns = [f"p_{name.replace(' ', '_')}" for name in self.classes]
-        return self._table[columns].to_numpy(dtype=float)
+    def files(self) -> dict[str, bytes]:
+        """The files that hold this, by name."""
+        files = {MODEL: self.weights, CONFIG: as_json(self.config), METRICS: metrics_json(self.metrics)}
+        return files if self.predictions is None else files | {PREDICTIONS: self.predictions.as_csv()}
 
 
 @dataclass(frozen=True)
@@ -86,26 +67,23 @@ class SearchResults:
     split: pd.DataFrame
     """split.csv: path, label, group, split of every image."""
     audit: dict[str, Any] | None
-    bundle: Mapping[str, bytes]
-    """The files of the bundle, or of the best so far; empty before a trial has completed."""
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        return dict(json.loads(self.bundle[METRICS])) if METRICS in self.bundle else {}
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return dict(json.loads(self.bundle[CONFIG])) if CONFIG in self.bundle else {}
+    bundle: Bundle | None
+    """None before a trial has completed."""
 
     @property
-    def test(self) -> dict[str, Any] | None:
+    def test(self) -> TestMetrics | None:
         """The figures of the test split; None before the search has ended."""
-        return self.metrics.get("test")
+        return self.bundle.metrics.test if self.bundle else None
 
-    @cached_property
-    def predictions(self) -> Predictions:
-        """Of the test images. There are none before the search has ended."""
-        return Predictions(self.classes, self.bundle[PREDICTIONS])
+    @property
+    def seeds(self) -> dict[str, Any] | None:
+        """What the winner reached with other seeds; None where it was not trained with others."""
+        return self.bundle.metrics.seeds if self.bundle else None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the packages that made the bundle."""
+        return dict(self.bundle.config["versions"]) if self.bundle else {}
 
     @property
     def phantoms(self) -> bool:
@@ -206,14 +184,32 @@ def read_results(experiment: Experiment) -> SearchResults:
         )
     with tempfile.TemporaryDirectory() as scratch:
         study = _open_study(experiment, yaml.safe_load(kept), Path(scratch))
-        folder = find_bundle(experiment)
-        names = (CONFIG, METRICS, MODEL, PREDICTIONS)
-        files = {name: experiment.read(f"{folder}/{name}") for name in names} if folder else {}
-        return gather_results(experiment, study, {name: content for name, content in files.items() if content})
+        return gather_results(experiment, study, read_bundle(experiment))
 
 
-def gather_results(experiment: Experiment, study: optuna.Study, bundle: Mapping[str, bytes]) -> SearchResults:
-    """What an experiment holds, with its study open and the bundle's files at hand."""
+def read_bundle(experiment: Experiment) -> Bundle | None:
+    """Reads the bundle of an experiment, or the best so far; None before a trial has completed.
+
+    Raises:
+        StorageError: the storage refuses.
+    """
+    if (folder := find_bundle(experiment)) is None:
+        return None
+    names = (MODEL, CONFIG, METRICS, PREDICTIONS)
+    weights, config, metrics, predictions = (experiment.read(f"{folder}/{name}") for name in names)
+    if weights is None or config is None or metrics is None:
+        return None  # the search has deleted it meanwhile, for a better one
+    content = json.loads(config)
+    return Bundle(
+        weights=weights,
+        config=content,
+        metrics=read_metrics(metrics),
+        predictions=None if predictions is None else read_predictions(predictions, content["classes"]),
+    )
+
+
+def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle | None) -> SearchResults:
+    """What an experiment holds, with its study open and its bundle at hand."""
     settings, space, split, audit = (
         experiment.read(name) or b"" for name in ("settings.yaml", "space.yaml", "split.csv", AUDIT)
     )
@@ -222,7 +218,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Mapping[
         space=parse_space(space.decode(), f"{experiment.uri}/space.yaml"),
         study=study.user_attrs,
         trials=read_trials(study),
-        split=_read_table(split),
+        split=read_table(split),
         audit=json.loads(audit) if audit else None,
         bundle=bundle,
     )

@@ -40,7 +40,7 @@ STATES = "last*.pt"
 """Files that a running trial may replace faster than they come. What has come of two of them is as none to `--resume`,
 which sees by their own sha256 that it is no state."""
 
-TAKEN = "{} is there already, and left as it is; name another DEST, or move it away first"
+TAKEN = "{} already exists and was not changed. Give another DEST, or move it away first"
 """What is said of a destination, with its name."""
 
 
@@ -67,10 +67,12 @@ def fetch(experiment: Experiment, dest: Path, console: Console, *, everything: b
     try:
         return _fetch_verified(experiment, dest, part, console, everything)
     except StorageError as error:
-        kept = f"\nWhat has arrived is kept in {part}: the same command goes on from there" if part.is_dir() else ""
+        kept = f"\nWhat has arrived is kept in {part}. Run the same command again to continue" if part.is_dir() else ""
         raise StorageError(f"{error}{kept}") from error
     except (OSError, sqlite3.Error) as error:  # of this machine: the storage's are StorageErrors
-        raise FetchError(f"{part} cannot be filled ({error}); the same command goes on when that is mended") from error
+        raise FetchError(
+            f"{part} cannot be written ({error}). Fix that, then run the same command again to continue"
+        ) from error
 
 
 def check_free(dest: Path, everything: bool) -> None:
@@ -125,12 +127,9 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
 
 def _nothing(experiment: Experiment) -> str:
     if experiment.exists("settings.yaml"):
-        return (
-            f"{experiment.name}: no trial has completed yet, so there is no model to pull; try again when the search "
-            "has shown a best so far"
-        )
+        return f"{experiment.name}: no trial has completed yet, so there is no model to pull. Try again later"
     names = experiment.siblings()
-    there = f"there are: {', '.join(names)}" if names else "there is none at all"
+    there = f"there are: {', '.join(names)}" if names else "there are no experiments"
     return f"no experiment {experiment.name!r} in {experiment.uri.rpartition('/')[0]}; {there}"
 
 
@@ -149,12 +148,12 @@ def _alone(part: Path) -> Iterator[None]:
     mark = part / LOCK
     part.mkdir(parents=True, exist_ok=True)
     if not mark.exists() and any(part.iterdir()):
-        raise FetchError(f"{part} is in the way, and no pull has made it; move it away, or name another DEST")
+        raise FetchError(f"{part} exists, and no pull has made it. Move it away, or give another DEST")
     with mark.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FetchError(f"another pull is filling {part}; wait for it, or name another DEST") from error
+            raise FetchError(f"another pull is writing {part}. Wait for it, or give another DEST") from error
         yield
 
 
@@ -165,7 +164,7 @@ def _inside(part: Path, path: str) -> Path:
         FetchError: its name leads out of the folder.
     """
     if path.startswith("/") or not {"", ".", ".."}.isdisjoint(path.split("/")):
-        raise FetchError(f"{path!r} leads out of the experiment's folder: nothing is pulled from such a storage")
+        raise FetchError(f"{path!r} points outside the experiment's folder, so nothing was pulled")
     return part / path
 
 

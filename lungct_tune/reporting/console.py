@@ -19,6 +19,7 @@ from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
+from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, TestMetrics, read_metrics
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.reporting.format import in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
@@ -91,7 +92,7 @@ def print_space(space: SearchSpace, console: Console) -> None:
         console.print(f"  {name}: {value} in every other trial")
 
 
-def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> None:
+def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
     """The published configuration against the best found, the test accuracy, and where the bundle is."""
     columns = {
         "trial": ("trial", "d"),
@@ -103,21 +104,22 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
         "balanced accuracy": (f"best_{OBJECTIVE}", ".3f"),
     }
     table = Table("", *columns, title=f"best epoch {judged(plan.settings.folds)}", title_justify="left")
-    for title, trial in (("published", metrics["baseline_trial"]), ("best found", metrics["best_trial"])):
+    for title, trial in (("published", metrics.baseline_trial), ("best found", metrics.best_trial)):
         if trial is not None:
             table.add_row(title, *(format(trial[key], style) for key, style in columns.values()))
     console.print(table)
-    effort = metrics["search"]
+    effort = metrics.search
     ended = ", ".join(f"{count} {how}" for how, count in effort["ended"].items())
     ratio = f", overhead ratio {effort['overhead_ratio']:.2f}" if effort["overhead_ratio"] else ""
     console.print(
         f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}",
         soft_wrap=True,
     )
-    if (seeds := metrics["seeds"]) is not None:
+    if (seeds := metrics.seeds) is not None:
         scores = ", ".join(f"{score:.3f}" for score in seeds[OBJECTIVE])
         console.print(
-            f"the best found with other seeds: {scores}; mean {seeds['mean']:.3f}, deviation {seeds['sd']:.3f}",
+            f"the best found with other seeds: {scores}; mean {seeds['mean']:.3f}, standard deviation "
+            f"{seeds['sd']:.3f}",
             soft_wrap=True,
         )
     _print_worth(metrics, console)
@@ -126,15 +128,15 @@ def print_outcome(plan: Plan, metrics: Mapping[str, Any], console: Console) -> N
 
 def print_bundle(folder: Path, console: Console) -> None:
     """What a bundle holds, what it is worth, and how to use it."""
-    config, metrics = (json.loads((folder / name).read_text()) for name in (CONFIG, METRICS))
-    best = metrics["best_trial"]
+    config, metrics = json.loads((folder / CONFIG).read_text()), read_metrics((folder / METRICS).read_bytes())
+    best = metrics.best_trial
     configuration = Hyperparameters(**config["training"]["configuration"])
     console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
-    if metrics["test"] is None:
+    if metrics.test is None:
         console.print(
-            f"[bold yellow]The search has not ended[/]: this is the best of {metrics['search']['trials']} trials of "
+            f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
             f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} "
-            f"{judged(config['settings'].get('folds'))}. It has not been judged on the test split; pull again when the "
+            f"{judged(config['settings'].get('folds'))}. It has not been judged on the test split. Pull again when the "
             "search has ended.",
             soft_wrap=True,
         )
@@ -149,50 +151,48 @@ def print_bundle(folder: Path, console: Console) -> None:
     )
 
 
-def print_figures(test: Mapping[str, Any], console: Console, title: str = "test accuracy") -> None:
-    """What a model is worth on images that it had not seen, beside what is had without it."""
+def print_figures(test: TestMetrics, console: Console, title: str = "test accuracy") -> None:
+    """What a model scores on images that it had not seen, beside what scores there without it."""
     console.print(
-        f"[bold]{title} {in_words(test['accuracy'])}[/], {test['n']} images in {test['groups']} groups; "
-        f"balanced accuracy {in_words(test['balanced_accuracy'])}",
+        f"[bold]{title} {in_words(test.accuracy)}[/], {test.n} images in {test.groups} groups; "
+        f"balanced accuracy {in_words(test.balanced_accuracy)}",
         soft_wrap=True,
     )
-    for what, other in test["references"].items():
-        figures = f"{other['accuracy']['value']:.3f}, balanced {other['balanced_accuracy']['value']:.3f}"
-        if what == "published":
-            figures += f"; the model's accuracy less this {in_words(other['difference'], '+.3f')}"
-        console.print(f"  {what} ({other['name']}): {figures}", soft_wrap=True, markup=False)
-    if (two := test["cancer_vs_normal"]) is not None:
-        rates = ", ".join(f"{name} {in_words(two[name])}" for name in ("sensitivity", "specificity"))
+    for kind, other in test.references.items():
+        figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
+        if kind == "published":
+            figures += f"; accuracy of the model minus this {in_words(other.difference, '+.3f')}"
+        console.print(f"  {kind} ({other.name}): {figures}", soft_wrap=True, markup=False)
+    if (two := test.cancer_vs_normal) is not None:
+        rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         console.print(f"cancer against normal: {rates}", soft_wrap=True)
-    if (apart := test["leak_free"]) is not None:
-        accuracy = in_words(apart["accuracy"])
-        console.print(f"the {apart['n']} images that are new to the model: {accuracy}", soft_wrap=True)
-
-
-def print_judged(images: ImageSet, metrics: Mapping[str, Any], console: Console) -> None:
-    """What `evaluate` found: the images that were judged, those that were not, and the figures."""
-    counts = ", ".join(f"{name} {figures['n']}" for name, figures in metrics["test"]["per_class"].items())
-    console.print(f"judged: {counts}", soft_wrap=True)
-    if others := metrics["left_out"]["other"]:
+    if (clean := test.without_overlap) is not None:
         console.print(
-            f"left out, mapped to other: {others} images, of no class that the model can name", style="yellow"
+            f"accuracy on the {clean.n} images without group overlap: {in_words(clean.accuracy)}", soft_wrap=True
         )
+
+
+def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console) -> None:
+    """What `evaluate` found: the images that were evaluated, those that were not, and the figures."""
+    counts = ", ".join(f"{name} {figures.n}" for name, figures in metrics.test.per_class.items())
+    console.print(f"evaluated: {counts}", soft_wrap=True)
+    if others := metrics.left_out.other:
+        console.print(f"left out, mapped to other: {others} images", style="yellow")
     _print_left_out(images, console)
-    same, alike = metrics["learned_from"].values()
-    if same or alike:
+    if metrics.learned_from.total:
         console.print(
-            f"the model has learned from {same} of these files, and from images that look like {alike} more: the "
-            "accuracy is too high",
+            f"the model has learned from {metrics.learned_from.same_file} of these files, and from images that look "
+            f"like {metrics.learned_from.looks_alike} more: the accuracy is too high",
             style="bold yellow",
             soft_wrap=True,
         )
-    print_figures(metrics["test"], console, title="accuracy")
+    print_figures(metrics.test, console, title="accuracy")
 
 
-def _print_worth(metrics: Mapping[str, Any], console: Console) -> None:
-    if (test := metrics["test"]) is not None:
-        print_figures(test, console)
-    if metrics["data"] == PHANTOMS:
+def _print_worth(metrics: BundleMetrics, console: Console) -> None:
+    if metrics.test is not None:
+        print_figures(metrics.test, console)
+    if metrics.data == PHANTOMS:
         console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
 
 

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 
 SAME_GROUP = "an image of the same group (a copy, or of the same series or patient)"
-"""What a test image has in train or validation that has been seen."""
+"""What is in train or validation where there is group overlap."""
 
 
 def percent(share: float | None) -> str:
-    """With a space that no line breaks at."""
+    """A share in percent, with a space that no line breaks at."""
     return "not defined" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
-def interval(f: Mapping[str, Any]) -> str:
-    """The 95 % interval of a figure of metrics.json."""
-    return f"{100 * f['ci95'][0]:.1f} to {percent(f['ci95'][1])}" if f["ci95"] else "unknown"
+def interval(f: Figure) -> str:
+    """The 95 % interval of a figure in percent."""
+    return f"{100 * f.ci95[0]:.1f} to {percent(f.ci95[1])}" if f.ci95 else "unknown"
 
 
-def figure(f: Mapping[str, Any]) -> str:
-    """A figure of metrics.json with its 95 % interval, if it has one."""
-    return percent(f["value"]) + (f" ({interval(f)})" if f["ci95"] else "")
+def figure(f: Figure) -> str:
+    """A figure in percent with its 95 % interval, if it has one."""
+    return percent(f.value) + (f" ({interval(f)})" if f.ci95 else "")
+
+
+def in_words(f: Figure, style: str = ".3f") -> str:
+    """A figure with its 95 % interval, if it has one, as numbers."""
+    if f.value is None:
+        return "not defined"
+    value = format(f.value, style)
+    return f"{value} ({' to '.join(format(end, style) for end in f.ci95)})" if f.ci95 else value
+
+
+def is_above(f: Figure, other: Figure) -> bool:
+    """Whether the lower end of a figure's interval is above another figure; not if either is missing."""
+    return f.ci95 is not None and other.value is not None and f.ci95[0] > other.value
 
 
 def endings(found: SearchResults) -> str:
     """How many trials ended how, in words."""
     return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"
-
-
-def in_words(figure: Mapping[str, Any], style: str = ".3f") -> str:
-    """A figure of `evaluate_predictions` with its interval."""
-    if figure["value"] is None:
-        return "not defined"
-    value = format(figure["value"], style)
-    return f"{value} ({' to '.join(format(end, style) for end in figure['ci95'])})" if figure["ci95"] else value
 
 
 _NAMES = {

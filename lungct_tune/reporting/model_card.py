@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: for whom a model is and for whom it is not, with the search's own figures."""
+"""MODEL_CARD.md: what a model may be used for and what not, with the figures of its search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_card(name: str, found: SearchResults) -> bytes:
 
     After Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology: Artificial Intelligence 2024).
     """
-    assert found.winner is not None and found.test is not None
+    assert found.winner is not None and found.bundle is not None and found.test is not None
     configuration = found.winner.hyperparameters
     network = model_profile(configuration.truncation_depth, len(found.classes), found.settings["image_size"])
     shown = {
@@ -32,9 +32,10 @@ def model_card(name: str, found: SearchResults) -> bytes:
         "verdict": verdict.verdict(found),
         "same_group": SAME_GROUP,
         "about_the_search": about_the_search(found),
+        "config": found.bundle.config,
         "test": found.test,
         "references": references(found.test),
-        "calibration": about_calibration(found.test["calibration"]),
+        "calibration": about_calibration(found.test.calibration),
         "facts": facts(found),
     }
     return render(CARD, shown)

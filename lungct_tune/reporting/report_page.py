@@ -9,7 +9,7 @@ from typing import Any
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation.inference import build_model
-from lungct_tune.experiment.bundle import MODEL, REPORT
+from lungct_tune.experiment.bundle import REPORT
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting import verdict
 from lungct_tune.reporting.format import SAME_GROUP
@@ -22,7 +22,7 @@ from lungct_tune.reporting.search_section import (
     trial_rows,
 )
 from lungct_tune.reporting.test_charts import worth
-from lungct_tune.reporting.test_section import Network, Pictures, _judged, compared_accuracies
+from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
 from lungct_tune.reporting.winner_section import winner_section
 
 PAIRS_SHOWN = 6
@@ -61,18 +61,18 @@ def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
         "test": test,
         "command": command(found.settings),
         "facts": facts(found),
-        "versions": ", ".join(f"{package} {v}" for package, v in found.config.get("versions", {}).items()),
+        "versions": ", ".join(f"{package} {v}" for package, v in found.versions.items()),
     }
-    if test:
-        network = Network(
-            build_model(found.config, found.bundle[MODEL]), found.classes, found.settings["normalisation"]
-        )
-        on = f"The final model, on {test['n']} images in {test['groups']} groups, once. " + (
-            f"Of {found.seen} of them, trials have seen {SAME_GROUP}."
+    if test and found.bundle and found.bundle.predictions:
+        model = build_model(found.bundle.config, found.bundle.weights)
+        network = Network(model, found.bundle.predictions.classes, found.settings["normalisation"])
+        on = f"The final model, evaluated once, on {test.n} images in {test.groups} groups. " + (
+            f"For {found.seen} of them {SAME_GROUP} is in train or validation."
             if found.seen
-            else "No trial has seen an image of these groups."
+            else "None of these groups is in train or validation."
         )
-        shown |= _judged(test, found.predictions, pictures, network, found.settings["seed"], on)
+        seed = found.settings["seed"]
+        shown |= test_section(test, found.bundle.predictions, pictures, network, seed, on)
     return render(REPORT, shown)
 
 

@@ -56,7 +56,7 @@ def about_the_search(found: SearchResults) -> list[str]:
             f"{found.judged.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the "
             f"published configuration: as the best of {found.done} trials, which flatters it."
         )
-    if seeds := found.metrics.get("seeds"):
+    if seeds := found.seeds:
         said.append(
             f"Trained anew with {len(seeds[OBJECTIVE])} other seeds, the winner reached {percent(seeds['mean'])} on "
             f"average, with a standard deviation of {100 * seeds['sd']:.1f} points"

@@ -8,22 +8,17 @@ import numpy as np
 from markupsafe import Markup
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from lungct_tune.reporting.svg import (
-    CLASSES,
-    GRID,
-    INK,
-    SOFT,
-    WINNER,
-    Chart,
-    in_percent,
-    plain,
-    styled,
-)
+from lungct_tune.experiment.metrics import ReliabilityBins
+from lungct_tune.reporting.svg import CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
 
 
 @styled
 def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
-    """Accuracies from 0 to 1 below each other: (name, accuracy, interval, whether it is the model's)."""
+    """Accuracies from 0 to 1, a line each.
+
+    Args:
+        rows: name, accuracy, interval, whether it is the model's.
+    """
     chart = Chart(4.4, 0.4 + 0.5 * len(rows))
     axes = chart.axes
     for row, (name, value, interval, ours) in enumerate(rows):
@@ -41,7 +36,7 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Ma
 
 @styled
 def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
-    """Each class against the rest on the test images: sensitivity against false alarms."""
+    """Each class against the rest: sensitivity against 1 - specificity."""
     chart = Chart(4.4, 3.6)
     axes = chart.axes
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
@@ -55,28 +50,28 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[st
 
 @styled
 def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
-    """Each class against the rest on the test images: positive predictive value against sensitivity."""
+    """Each class against the rest: precision against recall."""
     chart = Chart(4.4, 3.6)
     axes = chart.axes
     for c, name in _defined(labels_N, classes):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
         axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=plain(name))
-    axes.set(xlabel="sensitivity", ylabel="positive predictive value", title="precision and recall", ylim=(0, 1.03))
+    axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
     axes.legend(loc="best")
     return chart.svg("Precision-recall curves of each class against the rest")
 
 
 def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
-    """The classes that have images and are not all there is: the others have no curve."""
+    """Number and name of the classes that have a curve: some images are of the class, and some are not."""
     return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
 
 
 @styled
-def reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
-    """How often the named class was right, by how sure the model was; a curve before and one after scaling.
+def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
+    """The reliability diagram: accuracy by confidence, before and after temperature scaling.
 
     Args:
-        curves: by name, (mean confidence, accuracy, number of images) of each bin that has images.
+        curves: by name, of each bin that has images: mean confidence, accuracy, number of images.
     """
     chart = Chart(4.4, 3.6)
     axes = chart.axes
@@ -85,9 +80,9 @@ def reliability(curves: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
         confidence, accuracy, n = np.array(bins).T
         axes.plot(confidence, accuracy, color=colour, linewidth=1.2, label=name)
         axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
-    axes.set(xlabel="how sure the model was", ylabel="how often it was right", title="reliability", xlim=(0, 1.03))
+    axes.set(xlabel="confidence", ylabel="accuracy", title="reliability diagram", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
     axes.legend(loc="upper left")
-    return chart.svg("Reliability diagram: how often the named class was right, by how sure the model was")
+    return chart.svg("Reliability diagram: accuracy by confidence")

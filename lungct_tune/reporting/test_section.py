@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,71 +10,24 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lungct_tune.data import ImageSet
-from lungct_tune.experiment.results import Predictions, SearchResults
+from lungct_tune.data import DataError, ImageSet, fetch_images, make_phantoms, read_images
+from lungct_tune.data.cache import default_cache
+from lungct_tune.experiment.metrics import CalibrationErrors, CalibrationMetrics, Reference, TestMetrics
+from lungct_tune.experiment.predictions import Predictions
+from lungct_tune.experiment.results import SearchResults
 from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.reporting import test_charts
 from lungct_tune.reporting.html import data_uri
 
-
-def compared_accuracies(test: Mapping[str, Any]) -> list[tuple[str, float, list[float] | None, bool]]:
-    """Accuracies on the same images: the model's, then what there is to compare with."""
-    rows = [("this model", test["accuracy"], True)]
-    if apart := test["leak_free"]:
-        rows.append((f"this model, {apart['n']} images new to it", apart["accuracy"], True))
-    rows += [(name, row["accuracy"], False) for name, row in references(test)]
-    return [(name, f["value"], f["ci95"], ours) for name, f, ours in rows if f["value"] is not None]
-
-
-def references(test: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What else was judged on the same test images, by what the report calls it."""
-    titles = {"published": "published configuration", "shortcut": "shortcut: {}", "majority class": "always {}"}
-    there = test["references"]
-    return [(title.format(there[key]["name"]), there[key]) for key, title in titles.items() if key in there]
-
-
-def about_calibration(calibration: Mapping[str, Any]) -> str:
-    """How far the probabilities are off, in figures."""
-
-    def said(f: Mapping[str, Any]) -> str:
-        return f"expected calibration error {f['ece']['value']:.3f}, Brier score {f['brier']['value']:.3f}"
-
-    before, after = calibration["before"], calibration["after"]
-    if after is None:
-        return f"Probabilities as the network gives them: {said(before)}."
-    fitted = calibration["fitted_on"]
-    return (
-        f"As the network gives them: {said(before)}; after temperature scaling: {said(after)}. The temperature, "
-        f"{calibration['temperature']:.2f}, was fitted on {fitted['images']} images ({fitted['what']})."
-    )
-
-
-def difference(test: Mapping[str, Any]) -> str:
-    """The paired difference to the published configuration, where it was retrained; "" where it was not."""
-    published = test["references"].get("published")
-    if published is None:
-        return ""
-    f = published["difference"]
-    between = f" (95 % interval {100 * f['ci95'][0]:+.1f} to {100 * f['ci95'][1]:+.1f})" if f["ci95"] else ""
-    return (
-        f"The published configuration was retrained in the same way. This model's accuracy less its, image by image: "
-        f"{100 * f['value']:+.1f} points{between}; McNemar's test, which takes images as independent: "
-        f"p = {published['mcnemar_p']:.2g}."
-    )
-
-
 MOST_SHOWN = 300
-"""Wrong images shown with pictures, at most: 25 KB each."""
-
+"""Misclassified images shown with pictures, at most: 25 KB each."""
 
 RIGHT_SHOWN = 2
-"""Of each class, images that were recognised and are shown."""
-
+"""Correctly classified images of each class that are shown."""
 
 PIXELS = 224
 """Width of a shown image; smaller ones are shown as they are."""
-
 
 MAP_RED = (226, 46, 26)
 
@@ -90,133 +42,97 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Network:
-    """A bundle's model, for looking at what it looks at."""
+    """A bundle's model, for the maps of where it looks."""
 
     model: TruncatedResNet50
-    classes: list[str]
+    classes: tuple[str, ...]
     normalisation: str
 
 
-def _judged(
-    test: dict[str, Any], said: Predictions, pictures: Pictures, network: Network, seed: int, on: str
+def test_section(
+    test: TestMetrics, predictions: Predictions, pictures: Pictures, network: Network, seed: int, on: str
 ) -> dict[str, Any]:
     """What judged.html shows: figures, curves, and every mistake.
 
     Args:
-        network: for the maps of what spoke for a class; of the same classes as the predictions, else there are none.
-        on: the images, in a sentence.
+        network: for the Grad-CAM maps; if its classes are not those of the predictions, there are none.
+        seed: of the sample of correctly classified images.
+        on: which images these are, in a sentence.
     """
-    matrix = np.array(test["confusion_matrix"])
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    calibration = test["calibration"]
-    curves = {"as trained": calibration["reliability"]["before"]}
-    if calibration["after"]:
-        curves["after temperature scaling"] = calibration["reliability"]["after"]
+    curves = {"before temperature scaling": test.calibration.reliability.before}
+    if test.calibration.reliability.after:
+        curves["after temperature scaling"] = test.calibration.reliability.after
+    labels_N, probabilities_NC, classes = predictions.labels_N, predictions.probabilities_NC, predictions.classes
     return {
         "test": test,
-        "classes": said.classes,
+        "classes": classes,
         "judged_on": on,
         "tiles": [
-            ("accuracy", test["accuracy"]),
-            ("balanced accuracy", test["balanced_accuracy"]),
-            ("macro F1", test["macro_f1"]),
-            *([("accuracy on images new to it", test["leak_free"]["accuracy"])] if test.get("leak_free") else []),
+            ("accuracy", test.accuracy),
+            ("balanced accuracy", test.balanced_accuracy),
+            ("macro F1", test.macro_f1),
+            *([("accuracy without group overlap", test.without_overlap.accuracy)] if test.without_overlap else []),
         ],
-        "confusion": [
-            (
-                name,
-                [
-                    (int(n), float(share), "winner" if row == column else "bad")
-                    for column, (n, share) in enumerate(zip(matrix[row], shares[row], strict=True))
-                ],
-            )
-            for row, name in enumerate(said.classes)
-        ],
+        "confusion": _confusion(test.confusion_matrix, classes),
         "test_charts": {
-            "roc": test_charts.roc(said.labels_N, said.probabilities_NC, said.classes),
-            "precision_recall": test_charts.precision_recall(said.labels_N, said.probabilities_NC, said.classes),
+            "roc": test_charts.roc(labels_N, probabilities_NC, classes),
+            "precision_recall": test_charts.precision_recall(labels_N, probabilities_NC, classes),
             "reliability": test_charts.reliability(curves),
         },
-        "calibration": about_calibration(calibration),
-        "cancer": test["cancer_vs_normal"],
+        "calibration": about_calibration(test.calibration),
         "references": references(test),
         "difference": difference(test),
-        "mistakes": _mistakes(said, pictures, network, seed),
+        "mistakes": _mistakes(predictions, pictures, network, seed),
     }
 
 
-def _mistakes(said: Predictions, pictures: Pictures, network: Network, seed: int) -> dict[str, Any]:
-    labels_N, said_N, sureness_N = said.labels_N, said.said_N, said.probabilities_NC.max(axis=1)
-    wrong = np.flatnonzero(said_N != labels_N)
-    wrong = wrong[np.argsort(-sureness_N[wrong], kind="stable")]
-    random = np.random.default_rng(seed)
-    recognised = [np.flatnonzero((labels_N == c) & (said_N == c)) for c in range(len(said.classes))]
-    right = [row for rows in recognised for row in random.permutation(rows)[:RIGHT_SHOWN]]
-    shown = np.array([*wrong[:MOST_SHOWN], *right], dtype=int)
-    cases = [
-        {
-            "id": number,
-            "path": said.paths[row],
-            "truth": said.classes[labels_N[row]],
-            "said": said.classes[said_N[row]],
-            "probabilities": list(zip(said.classes, said.probabilities_NC[row], strict=True)),
-        }
-        for number, row in enumerate(shown)
-    ]
-    same_classes = said.classes == network.classes
-    again = _add_pictures(cases, shown, said, pictures.images, network) if pictures.images and cases else ""
-    few = f" The first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
-    return {
-        "summary": f"{len(wrong)} of {len(labels_N)} images are wrong. What the model was surest of comes first." + few,
-        "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
-        "no_maps": ""
-        if same_classes
-        else "Where the network looked is not shown: its own classes are finer than these.",
-        "again": again,
-        "wrong": cases[: len(shown) - len(right)],
-        "right": cases[len(shown) - len(right) :],
-    }
+def compared_accuracies(test: TestMetrics) -> list[tuple[str, float, tuple[float, float] | None, bool]]:
+    """Accuracies on the same images, the model's first: name, value, interval, whether it is the model's."""
+    rows = [("this model", test.accuracy, True)]
+    if clean := test.without_overlap:
+        rows.append((f"this model, {clean.n} images without group overlap", clean.accuracy, True))
+    rows += [(name, reference.accuracy, False) for name, reference in references(test)]
+    return [(name, f.value, f.ci95, is_model) for name, f, is_model in rows if f.value is not None]
 
 
-def _add_pictures(
-    cases: list[dict[str, Any]], rows: np.ndarray, said: Predictions, images: ImageSet, network: Network
-) -> str:
-    """Gives each case its picture and maps; says whether the model named the same classes again here."""
-    places = pd.Index(images.table["path"]).get_indexer(said.paths[rows])
-    images_NHW = images.images_NHW[places]
-    for case, image_HW in zip(cases, images_NHW, strict=True):
-        case["picture"], case["maps"] = _picture(image_HW), []
-    if said.classes != network.classes:
+def references(test: TestMetrics) -> list[tuple[str, Reference]]:
+    """What else predicts the class of the same images, by what the report calls it."""
+    titles = {"published": "published configuration", "shortcut": "shortcut: {}", "majority class": "always {}"}
+    there = test.references
+    return [(title.format(there[kind].name), there[kind]) for kind, title in titles.items() if kind in there]
+
+
+def about_calibration(calibration: CalibrationMetrics) -> str:
+    """How far the probabilities are off, in figures."""
+
+    def said(errors: CalibrationErrors) -> str:
+        return f"expected calibration error {errors.ece.value:.3f}, Brier score {errors.brier.value:.3f}"
+
+    if calibration.after is None or calibration.fitted_on is None:
+        return f"Without temperature scaling: {said(calibration.before)}."
+    return (
+        f"Before temperature scaling: {said(calibration.before)}. After it: {said(calibration.after)}. The temperature "
+        f"is {calibration.temperature:.2f}, fitted on {calibration.fitted_on.images} images "
+        f"({calibration.fitted_on.what})."
+    )
+
+
+def difference(test: TestMetrics) -> str:
+    """The paired difference to the published configuration, where it was retrained; "" where it was not."""
+    published = test.references.get("published")
+    if published is None or published.difference.value is None:
         return ""
-    classes_N2 = np.stack([said.said_N[rows], said.labels_N[rows]], axis=1)
-    maps_N2hw, again_NC = grad_cam(network.model, images_NHW, classes_N2, network.normalisation)
-    for case, maps_2hw in zip(cases, maps_N2hw, strict=True):
-        case["maps"] = [_map(map_hw) for map_hw in maps_2hw[: 1 + (case["said"] != case["truth"])]]
-    same = int((again_NC.argmax(axis=1) == said.said_N[rows]).sum())
-    return f"The bundle's model, run again for these pictures, named the same class for {same} of {len(rows)}."
-
-
-def _picture(grey_HW: np.ndarray) -> str:
-    image = Image.fromarray(grey_HW)
-    image.thumbnail((PIXELS, PIXELS))
-    return data_uri(image, quality=70)
-
-
-def _map(map_hw: np.ndarray) -> str:
-    """Red where the map is high, transparent where it is low; "" for a map of nothing."""
-    if not map_hw.any():
-        return ""
-    alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
-    image = Image.new("RGBA", alpha.size, MAP_RED)
-    image.putalpha(alpha)
-    return data_uri(image, quality=50)
+    f = published.difference
+    between = f" (95 % interval {100 * f.ci95[0]:+.1f} to {100 * f.ci95[1]:+.1f})" if f.ci95 else ""
+    return (
+        "The published configuration was retrained in the same way. Accuracy of this model minus accuracy of the "
+        f"published configuration, paired by image: {100 * published.difference.value:+.1f} points{between}. McNemar's "
+        f"test, which assumes independent images: p = {published.mcnemar_p:.2g}."
+    )
 
 
 def find_pictures(found: SearchResults, data: str | Path | None) -> Pictures:
     """The images of a search, from `data` or where the search had them; why not, if they are not there."""
-    from lungct_tune.data import DataError, fetch_images, make_phantoms, read_images
-    from lungct_tune.data.cache import default_cache
-
     settings = found.settings
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:
@@ -231,3 +147,82 @@ def find_pictures(found: SearchResults, data: str | Path | None) -> Pictures:
     if images.fingerprint != settings["fingerprint"]:
         return Pictures(missing=f"the images in {root} are not those of the search; say where they are: --data DIR")
     return Pictures(images)
+
+
+def _confusion(table: list[list[int]], classes: tuple[str, ...]) -> list[tuple[str, list[tuple[int, float, str]]]]:
+    """Of each class: number of images, share of the row and colour of each cell."""
+    return [
+        (
+            name,
+            [(n, n / max(sum(row), 1), "winner" if true == predicted else "bad") for predicted, n in enumerate(row)],
+        )
+        for true, (name, row) in enumerate(zip(classes, table, strict=True))
+    ]
+
+
+def _mistakes(predictions: Predictions, pictures: Pictures, network: Network, seed: int) -> dict[str, Any]:
+    classes, labels_N, predicted_N = predictions.classes, predictions.labels_N, predictions.predicted_N
+    confidence_N = predictions.probabilities_NC.max(axis=1)
+    wrong = np.flatnonzero(predicted_N != labels_N)
+    wrong = wrong[np.argsort(-confidence_N[wrong], kind="stable")]
+    random = np.random.default_rng(seed)
+    right_by_class = [np.flatnonzero((labels_N == c) & (predicted_N == c)) for c in range(len(classes))]
+    right = [row for rows in right_by_class for row in random.permutation(rows)[:RIGHT_SHOWN]]
+    shown = np.array([*wrong[:MOST_SHOWN], *right], dtype=int)
+    cases = [
+        {
+            "id": number,
+            "path": predictions.paths_N[row],
+            "truth": classes[labels_N[row]],
+            "predicted": classes[predicted_N[row]],
+            "probabilities": list(zip(classes, predictions.probabilities_NC[row], strict=True)),
+        }
+        for number, row in enumerate(shown)
+    ]
+    again = _add_pictures(cases, shown, predictions, pictures.images, network) if pictures.images and cases else ""
+    few = f" The first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
+    return {
+        "summary": f"{len(wrong)} of {len(labels_N)} images are misclassified. The most confident come first." + few,
+        "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
+        "no_maps": ""
+        if classes == network.classes
+        else "No maps of where the network looked: its own classes are finer than these.",
+        "again": again,
+        "wrong": cases[: len(shown) - len(right)],
+        "right": cases[len(shown) - len(right) :],
+    }
+
+
+def _add_pictures(
+    cases: list[dict[str, Any]], rows: np.ndarray, predictions: Predictions, images: ImageSet, network: Network
+) -> str:
+    """Gives each case its picture and maps; says for how many the model predicts the same class again here."""
+    places = pd.Index(images.table["path"]).get_indexer(predictions.paths_N[rows])
+    images_NHW = images.images_NHW[places]
+    for case, image_HW in zip(cases, images_NHW, strict=True):
+        case["picture"], case["maps"] = _picture(image_HW), []
+    if predictions.classes != network.classes:
+        return ""
+    predicted_N, labels_N = predictions.predicted_N[rows], predictions.labels_N[rows]
+    classes_N2 = np.stack([predicted_N, labels_N], axis=1)
+    maps_N2hw, again_NC = grad_cam(network.model, images_NHW, classes_N2, network.normalisation)
+    for case, maps_2hw in zip(cases, maps_N2hw, strict=True):
+        case["maps"] = [_map(map_hw) for map_hw in maps_2hw[: 1 + (case["predicted"] != case["truth"])]]
+    same = int((again_NC.argmax(axis=1) == predicted_N).sum())
+    return f"Run again for these pictures, the model predicts the same class for {same} of {len(rows)}."
+
+
+def _picture(grey_HW: np.ndarray) -> str:
+    image = Image.fromarray(grey_HW)
+    image.thumbnail((PIXELS, PIXELS))
+    return data_uri(image, quality=70)
+
+
+def _map(map_hw: np.ndarray) -> str:
+    """Red where the map is high, transparent where it is low; "" for a map of zeros."""
+    if not map_hw.any():
+        return ""
+    alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
+    image = Image.new("RGBA", alpha.size, MAP_RED)
+    image.putalpha(alpha)
+    return data_uri(image, quality=50)

@@ -1,11 +1,12 @@
-"""What the report says of a search, in sentences and rows: the verdict first, then what speaks for and against it."""
+"""The verdict of a search in three sentences: what was asked, what was found, what it is worth."""
 
 from __future__ import annotations
 
 from lungct_tune.auditing.shortcuts import RULES
 from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.experiment.metrics import TestMetrics
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, percent
+from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, is_above, percent
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 
@@ -18,11 +19,11 @@ def _asked(found: SearchResults) -> str:
     *others, last = found.classes
     split = {
         "grouped": "split so that copies and slices of one series stay together",
-        "official": "split as they were published",
+        "official": "with the published split",
     }[found.settings["split"]]
     return (
-        f"How deep should a ResNet50 be cut, and how be trained, to tell {', '.join(others)} and {last} apart in "
-        f"{len(found.split)} images ({found.data}), {split}?"
+        f"Where should a ResNet50 be truncated, and how should it be trained, to tell {', '.join(others)} and {last} "
+        f"apart in {len(found.split)} images ({found.data}), {split}?"
     )
 
 
@@ -38,61 +39,63 @@ def _found_out(found: SearchResults) -> str:
             f"{what}, with a {OBJECTIVE_NAME} of {percent(found.winner.best.balanced_accuracy)} on the "
             f"{sum(found.searched_on.values())} images that trials are judged on."
         )
-    majority = found.test["references"]["majority class"]
+    majority = found.test.references["majority class"]
     return (
-        f"The winner, {what}, retrained on train and validation, names the right class for "
-        f"{percent(found.test['accuracy']['value'])} of {found.test['n']} test images (95 % interval "
-        f"{interval(found.test['accuracy'])}), where always saying {majority['name']} is right for "
-        f"{percent(majority['accuracy']['value'])}."
+        f"The winner, {what}, retrained on train and validation, is right on {percent(found.test.accuracy.value)} of "
+        f"{found.test.n} test images (95 % interval {interval(found.test.accuracy)}). Always predicting "
+        f"{majority.name} is right on {percent(majority.accuracy.value)}."
     )
 
 
 def _worth(found: SearchResults) -> str:
-    """The gravest thing that there is to say against what was found; of what leaks, by the figures without it."""
-    test = found.test
+    """The strongest objection to what was found. Where there is group overlap, by the figures without it."""
     if found.phantoms:
         return PHANTOMS
     if found.winner is None:
         return "Nothing: there is no model."
-    if test is None:
+    if found.test is None:
         return (
-            f"Nothing that may be quoted: figures {found.judged} have chosen the trial, so they flatter it, and the "
-            "test split has not been looked at."
+            f"Nothing yet: the trial was chosen by its figures {found.judged}, so these are too high. The test split "
+            "has not been used."
         )
-    new = test["leak_free"] or test
-    low = (new["accuracy"]["ci95"] or [0])[0]
-    majority, shortcut = new["references"]["majority class"], new["references"].get("shortcut")
-    given = sorted({easy["class"] for easy in (found.audit or {}).get("shortcuts", {}).get("given_away", [])})
-    seen = f"for {found.seen} of the {test['n']} test images {SAME_GROUP} is in train or validation"
-    if not new["n"]:
-        return f"Nothing: {seen}."
-    seen += f"; on the {new['n']} others the accuracy is {figure(new['accuracy'])}"
-    also, its = (f"; {seen}", "without what has been seen, its") if found.seen else ("", "its")
-    if low <= majority["accuracy"]["value"]:
-        return f"Nothing: {its} interval reaches down to what always saying {majority['name']} scores{also}."
-    if shortcut and low <= shortcut["accuracy"]["value"]:
+    return _worth_of_test(found, found.test)
+
+
+def _worth_of_test(found: SearchResults, test: TestMetrics) -> str:
+    overlap = f"For {found.seen} of the {test.n} test images {SAME_GROUP} is in train or validation"
+    new = test.without_overlap or test
+    if not new.n:
+        return f"Nothing: there is no test image without group overlap. {overlap}."
+    where = " without overlap" if found.seen else ""
+    overlap = f" {overlap}; on the {new.n} others the accuracy is {figure(new.accuracy)}." if found.seen else ""
+    majority, shortcut = new.references["majority class"], new.references.get("shortcut")
+    if not is_above(new.accuracy, majority.accuracy):
+        return f"Nothing: the model is not shown to beat always predicting {majority.name}{where}.{overlap}"
+    if shortcut and not is_above(new.accuracy, shortcut.accuracy):
         return (
-            f"Little: a rule that knows only {RULES[shortcut['name']].title} scores "
-            f"{percent(shortcut['accuracy']['value'])} on the same images, so the figure does not show that the model "
-            f"sees disease{also}."
+            f"Little: a rule that sees only {RULES[shortcut.name].title} is right on "
+            f"{percent(shortcut.accuracy.value)} of the same images. So the accuracy does not show that the model "
+            f"recognises disease.{overlap}"
         )
+    shortcuts = (found.audit or {}).get("shortcuts", {})
+    given = sorted({easy["class"] for easy in shortcuts.get("given_away", [])})
     if given == found.classes:
-        return f"Little: trivial rules recognise {' and '.join(given)} in these data (see below){also}."
+        return f"Little: simple rules recognise {' and '.join(given)} in these data (see below).{overlap}"
     if found.seen:
-        return f"Less than it looks: {seen}."
+        return f"Less than it seems.{overlap}"
     if given:
         return (
-            f"Less for {' and '.join(given)}, which a trivial rule recognises in these data (see below); for the rest "
-            "it holds for images from the same source, and is no diagnosis."
+            f"Less for {' and '.join(given)}, which a simple rule recognises in these data (see below). The rest holds "
+            "for images from the same source. It is no diagnosis."
         )
     return (
-        "It holds for images from the same source as these; it says nothing of other scanners, hospitals or patients, "
-        "and is no diagnosis."
+        "It holds for images from the same source. It says nothing about other scanners, hospitals or patients. It is "
+        "no diagnosis."
     )
 
 
 def standing(found: SearchResults) -> str:
-    """What a search lacks that has no test results; "" for one that has."""
+    """Why a search has no test results; "" where it has."""
     if found.test is not None:
         return ""
     if found.has_failed:
@@ -100,6 +103,6 @@ def standing(found: SearchResults) -> str:
     if found.done >= found.settings["trials"]:
         return "All trials have ended, but the winner has not been retrained and judged: there are no test results."
     return (
-        f"The search has not ended: {found.done} of {found.settings['trials']} trials so far. Nothing here has been "
-        "judged on the test split."
+        f"The search has not ended: {found.done} of {found.settings['trials']} trials so far. Nothing here was "
+        "measured on the test split."
     )

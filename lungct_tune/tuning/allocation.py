@@ -114,8 +114,8 @@ def divide_for_retraining(
     too_many = to_come is not None and settings.final_workers > most
     if too_many or batch % settings.final_workers or batch // settings.final_workers < 2:
         raise ClusterError(
-            f"--final-workers {settings.final_workers} cannot be: the cluster holds {most} workers, and the batch of "
-            f"{batch} images must divide evenly among them, two or more for each"
+            f"--final-workers {settings.final_workers} is not possible: the cluster holds {most} workers, and "
+            f"the batch of {batch} images must divide evenly among them, two or more for each"
         )
     return RetrainingResources(settings.final_workers, each)
 

@@ -189,8 +189,8 @@ def check_storage(experiment: Experiment) -> None:
                 raise error.cause if refused else StorageError(f"{name}: {error.cause}") from error
             except ray.exceptions.GetTimeoutError as error:
                 raise StorageError(
-                    f"{name}: {experiment.uri}: neither written nor refused within {STORAGE_CHECK_TIMEOUT_S:g} s; "
-                    "look there whether it is mounted and answers"
+                    f"{name}: {experiment.uri}: no answer within {STORAGE_CHECK_TIMEOUT_S:g} s; "
+                    "check on that node that it is mounted and responds"
                 ) from error
             except ray.exceptions.RayError as error:
                 raise StorageError(

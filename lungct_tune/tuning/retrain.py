@@ -77,9 +77,9 @@ def retrain_and_predict(plan: RetrainPlan, name: str) -> RetrainedModel:
         result = trainer.fit()
     except train.TrainingFailedError as error:
         raise RetrainingFailed(
-            f"the final retraining failed for good: {str(error).strip().splitlines()[-1]}\n"
-            "Mend the cause (Ray's log files have the whole of it, or go on with --verbose), or lower "
-            "--final-workers; the search is kept, and --resume goes on with the retraining"
+            f"the final retraining failed: {str(error).strip().splitlines()[-1]}\n"
+            "Fix the cause (Ray's log files have the full error; --verbose prints it), or lower "
+            "--final-workers; the search is kept, and --resume continues with the retraining"
         ) from error
     except SystemExit:  # with status 0, which is how Train's handler of SIGINT ends an aborted run
         raise KeyboardInterrupt from None

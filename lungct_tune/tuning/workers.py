@@ -74,7 +74,7 @@ def check_from_here(experiment: Experiment) -> None:
             experiment.delete(f"{PROBE}-{node}")
     if not seen:
         raise NodeRefused(
-            f"{experiment.uri}: node {ray.util.get_node_ip_address()} and the head do not see what the other writes "
+            f"{experiment.uri}: node {ray.util.get_node_ip_address()} and the head do not see each other's files "
             "there; with several nodes --storage must be a shared file system or an object store (s3://, gs://)"
         )
 

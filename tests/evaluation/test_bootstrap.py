@@ -1,4 +1,4 @@
-"""Grouped intervals: how often they hold the truth, by simulation."""
+"""Intervals of the cluster bootstrap: how often they hold the truth, by simulation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from lungct_tune.evaluation.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.evaluation.ranking import auroc
+from lungct_tune.experiment.metrics import Figure
 
 SIMULATIONS = 100
 LEAST = 0.88
@@ -32,7 +33,7 @@ def test_the_interval_of_an_accuracy_holds_the_truth(groups: int, of_each: int, 
         rng = np.random.default_rng([groups, simulation])
         groups_N = np.repeat(np.arange(groups), of_each)
         right_N = rng.random(len(groups_N)) < drawn_rates(rng, groups, alike, truth)[groups_N]
-        low, high = GroupBootstrap(groups_N, seed=simulation).rate(right_N, groups_N >= 0)["ci95"]
+        low, high = limits(ClusterBootstrap(groups_N, seed=simulation).rate(right_N))
         held += low <= truth <= high
     assert held / SIMULATIONS >= LEAST
 
@@ -45,7 +46,7 @@ def test_single_images_would_claim_more_than_they_know() -> None:
         groups_N = np.repeat(np.arange(40), 6)
         right_N = rng.random(len(groups_N)) < drawn_rates(rng, 40, 0.9, 0.8)[groups_N]
         for what, labels_N in (("groups", groups_N), ("images", np.arange(len(groups_N)))):
-            low, high = GroupBootstrap(labels_N).rate(right_N, groups_N >= 0)["ci95"]
+            low, high = limits(ClusterBootstrap(labels_N).rate(right_N))
             held[what] += low <= 0.8 <= high
     assert held["images"] / SIMULATIONS < 0.75 < LEAST <= held["groups"] / SIMULATIONS
 
@@ -56,7 +57,7 @@ def test_the_interval_of_an_auroc_holds_the_truth() -> None:
     for simulation in range(SIMULATIONS):
         rng = np.random.default_rng(simulation)
         score_N = is_N + rng.normal(size=40)[groups_N] * 0.8 + rng.normal(size=len(groups_N)) * 0.6  # variance 1
-        low, high = GroupBootstrap(groups_N).figure(auroc(is_N, score_N), 20, is_rate=True)["ci95"]
+        low, high = limits(ClusterBootstrap(groups_N).figure(auroc(is_N, score_N), 20, is_rate=True))
         held += low <= norm.cdf(1 / np.sqrt(2)) <= high
     assert held / SIMULATIONS >= LEAST
 
@@ -66,31 +67,38 @@ def test_a_difference_is_paired() -> None:
     rng = np.random.default_rng(0)
     first_N = rng.random(300) < 0.8
     second_N = first_N & (rng.random(300) < 0.95)
-    bootstrap = GroupBootstrap(np.arange(300))
-    low, high = bootstrap.mean(first_N.astype(float) - second_N)["ci95"]
+    bootstrap = ClusterBootstrap(np.arange(300))
+    low, high = limits(bootstrap.mean(first_N.astype(float) - second_N))
     assert 0 < low < high < 0.1
-    accuracy = bootstrap.rate(second_N, first_N | True)["ci95"]
+    accuracy = limits(bootstrap.rate(second_N))
     assert high - low < (accuracy[1] - accuracy[0]) / 1.5
 
 
 def test_a_class_that_was_all_right_is_not_called_certain() -> None:
-    everything_N = np.ones(20, dtype=bool)
-    low, high = GroupBootstrap(np.arange(20)).rate(everything_N, everything_N)["ci95"]
-    assert low == pytest.approx(0.025 ** (1 / 20)) and high == 1  # Clopper and Pearson, 20 of 20
-    low, high = GroupBootstrap(np.arange(20)).rate(~everything_N, everything_N)["ci95"]
+    right_N = np.ones(20, dtype=bool)
+    low, high = limits(ClusterBootstrap(np.arange(20)).rate(right_N))
+    assert low == pytest.approx(0.025 ** (1 / 20)) and high == 1  # Clopper-Pearson, 20 of 20
+    low, high = limits(ClusterBootstrap(np.arange(20)).rate(~right_N))
     assert high == pytest.approx(1 - 0.025 ** (1 / 20)) and low == 0
+    twelve_groups, right_N = ClusterBootstrap(np.arange(36) // 3), np.ones(36, dtype=bool)
+    assert limits(twelve_groups.rate(right_N)) == pytest.approx((0.735, 1), abs=5e-4)
 
 
 def test_what_all_resamples_agree_on_has_no_interval() -> None:
-    bootstrap = GroupBootstrap(np.arange(20))
+    bootstrap = ClusterBootstrap(np.arange(20))
     for difference in (0.0, 1.0):
-        assert bootstrap.mean(np.full(20, difference)) == {"value": difference, "ci95": None}
+        assert bootstrap.mean(np.full(20, difference)) == Figure(difference, None)
 
 
 def test_one_group_has_no_interval_and_no_image_no_value() -> None:
-    bootstrap = GroupBootstrap(np.array([7, 7, 9]))
-    assert bootstrap.rate(np.array([True, False, True]), np.array([True, True, False])) == {"value": 0.5, "ci95": None}
-    assert bootstrap.rate(np.ones(3, bool), np.zeros(3, bool)) == {"value": None, "ci95": None}
+    bootstrap = ClusterBootstrap(np.array([7, 7, 9]))
+    assert bootstrap.rate(np.array([True, False, True]), np.array([True, True, False])) == Figure(0.5, None)
+    assert bootstrap.rate(np.ones(3, bool), np.zeros(3, bool)) == Figure(None, None)
+
+
+def limits(figure: Figure) -> tuple[float, float]:
+    assert figure.ci95
+    return figure.ci95
 
 
 def drawn_rates(rng: np.random.Generator, groups: int, alike: float, truth: float) -> np.ndarray:

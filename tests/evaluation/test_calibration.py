@@ -10,14 +10,15 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss
 
-from lungct_tune.evaluation.bootstrap import GroupBootstrap
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.evaluation.calibration import (
     TEMPERATURES,
     calibrated,
-    calibration_figures,
+    calibration_errors,
     fit_temperature,
-    reliability,
+    reliability_bins,
 )
+from lungct_tune.experiment.metrics import FittedOn
 
 LOGITS = st.floats(-120, 120, width=32) | st.sampled_from([0.0, 1.0])
 PROBABILITIES = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 5)), elements=LOGITS).map(
@@ -46,14 +47,14 @@ def test_the_temperature_that_made_the_predictions_wrong_is_found(truth: float) 
     labels_N = np.array([rng.choice(4, p=row) for row in honest_NC])
     said_NC = calibrated(honest_NC, 1 / truth)
     fitted = fit_temperature(labels_N, said_NC, np.arange(4000), "made up")
-    assert fitted["temperature"] == pytest.approx(truth, rel=0.1)
-    assert fitted["fitted_on"] == {"images": 4000, "groups": 4000, "what": "made up"}
-    bootstrap = GroupBootstrap(np.arange(4000))
-    before = calibration_figures(labels_N, said_NC, bootstrap)
-    after = calibration_figures(labels_N, calibrated(said_NC, fitted["temperature"]), bootstrap)
-    assert after["ece"]["value"] < 0.03 and after["brier"]["value"] <= before["brier"]["value"] + 1e-3
+    assert fitted.temperature == pytest.approx(truth, rel=0.1)
+    assert fitted.fitted_on == FittedOn(images=4000, groups=4000, what="made up")
+    bootstrap = ClusterBootstrap(np.arange(4000))
+    before = calibration_errors(labels_N, said_NC, bootstrap)
+    after = calibration_errors(labels_N, calibrated(said_NC, fitted.temperature), bootstrap)
+    assert after.ece.value < 0.03 and after.brier.value <= before.brier.value + 1e-3
     if truth != 1:
-        assert before["ece"]["value"] > 0.08
+        assert before.ece.value > 0.08
 
 
 def test_a_few_images_move_the_temperature_less_than_many() -> None:
@@ -61,7 +62,7 @@ def test_a_few_images_move_the_temperature_less_than_many() -> None:
     said_NC = np.tile(np.array([[0.7, 0.3]], dtype=np.float32), (60, 1))
     labels_N = np.zeros(60, dtype=int)
     few, alike, many = (
-        fit_temperature(labels_N[:n], said_NC[:n], np.arange(n) // of_each, "made up")["temperature"]
+        fit_temperature(labels_N[:n], said_NC[:n], np.arange(n) // of_each, "made up").temperature
         for n, of_each in ((6, 1), (60, 10), (60, 1))
     )
     assert 1 > few > many >= TEMPERATURES[0]
@@ -70,24 +71,27 @@ def test_a_few_images_move_the_temperature_less_than_many() -> None:
 
 def test_predictions_that_are_sure_and_wrong_give_a_temperature_all_the_same() -> None:
     fitted = fit_temperature(np.array([1, 1]), np.array([[1, 0], [1, 0]], dtype=np.float32), np.arange(2), "made up")
-    assert 1 < fitted["temperature"] <= TEMPERATURES[1]
+    assert 1 < fitted.temperature <= TEMPERATURES[1]
 
 
 def test_brier_score_and_calibration_error_by_hand() -> None:
     labels_N = np.array([0, 1, 1, 0])
     probabilities_NC = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [0.35, 0.65]])
-    figures = calibration_figures(labels_N, probabilities_NC, GroupBootstrap(np.arange(4)))
-    assert figures["brier"]["value"] == pytest.approx(2 * (0.05**2 + 0.95**2 + 0.35**2 + 0.65**2) / 4)
-    assert figures["ece"]["value"] == pytest.approx((0.95 - 0.5) / 2 + (0.65 - 0.5) / 2)
-    assert reliability(labels_N, probabilities_NC) == [[pytest.approx(0.65), 0.5, 2], [pytest.approx(0.95), 0.5, 2]]
+    errors = calibration_errors(labels_N, probabilities_NC, ClusterBootstrap(np.arange(4)))
+    assert errors.brier.value == pytest.approx(2 * (0.05**2 + 0.95**2 + 0.35**2 + 0.65**2) / 4)
+    assert errors.ece.value == pytest.approx((0.95 - 0.5) / 2 + (0.65 - 0.5) / 2)
+    assert reliability_bins(labels_N, probabilities_NC) == [
+        (pytest.approx(0.65), 0.5, 2),
+        (pytest.approx(0.95), 0.5, 2),
+    ]
 
 
 def test_the_brier_score_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     labels_N, probabilities_NC = rng.integers(4, size=60), rng.dirichlet(np.ones(4), 60)
-    figures = calibration_figures(labels_N, probabilities_NC, GroupBootstrap(np.arange(60)))
+    errors = calibration_errors(labels_N, probabilities_NC, ClusterBootstrap(np.arange(60)))
     expected = brier_score_loss(labels_N, probabilities_NC, labels=range(4), scale_by_half=False)
-    assert figures["brier"]["value"] == pytest.approx(expected)
+    assert errors.brier.value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("temperature", [1.2, 1.5, 2.5])
@@ -100,16 +104,16 @@ def test_the_intervals_of_both_hold_what_many_images_give(temperature: float) ->
         return labels_N, calibrated(honest_NC, temperature)
 
     labels_N, many_NC = draw(np.random.default_rng(0), 100_000)
-    bins = reliability(labels_N, many_NC)
+    bins = reliability_bins(labels_N, many_NC)
     truth = {
         "brier": ((many_NC - np.eye(4)[labels_N]) ** 2).sum(axis=1).mean(),
         "ece": sum(abs(confidence - accuracy) * n for confidence, accuracy, n in bins) / 100_000,
     }
     held = dict.fromkeys(truth, 0)
     for simulation in range(60):
-        figures = calibration_figures(*draw(np.random.default_rng(1 + simulation), 200), GroupBootstrap(np.arange(200)))
-        for name, figure in figures.items():
-            low, high = figure["ci95"]
-            assert low <= figure["value"] <= high
+        errors = calibration_errors(*draw(np.random.default_rng(1 + simulation), 200), ClusterBootstrap(np.arange(200)))
+        for name, figure in (("brier", errors.brier), ("ece", errors.ece)):
+            low, high = figure.ci95
+            assert low <= figure.value <= high
             held[name] += low <= truth[name] <= high
     assert held["brier"] / 60 >= 0.86 and held["ece"] / 60 >= 0.86

@@ -24,6 +24,7 @@ from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.inference import load_model, predict
 from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, MODEL, as_json, write_bundle
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import FittedOn, TemperatureScaling
 
 CANCERS = ("adenocarcinoma", "large.cell.carcinoma", "squamous.cell.carcinoma")
 
@@ -55,7 +56,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     for _ in range(training.epochs):
         training.train_epoch()
     settings = Settings(name="one", data=phantoms, image_size=32, normalisation="unit", weights="none")
-    scaling = {"temperature": 1.5, "fitted_on": {"images": 6, "groups": 2, "what": "made up"}}
+    scaling = TemperatureScaling(1.5, FittedOn(images=6, groups=2, what="made up"))
     files = {
         MODEL: safetensors.torch.save(training.model_state()),
         CONFIG: as_json(describe_model(settings, images, configuration, training.epochs, scaling)),
@@ -107,7 +108,7 @@ def test_a_coarser_set_is_judged_as_cancer_against_normal(bundle: Path, coarse: 
     classes = "Malignant cases=cancer,Bengin cases=other,Normal cases=normal"
     ended = run(bundle, "--data", coarse, "--map", classes, "--out", tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
-    assert "judged: cancer 30, normal 15" in ended.stdout
+    assert "evaluated: cancer 30, normal 15" in ended.stdout
     assert "left out, mapped to other: 15 images" in ended.stdout
     metrics, predictions = judged(tmp_path / "out")
     two = metrics["test"]["cancer_vs_normal"]
@@ -143,8 +144,8 @@ def test_the_four_classes_are_judged_with_calibrated_probabilities(
     np.testing.assert_allclose(predictions[columns], calibrated(plain_NC, 1.5), atol=1e-4)
     scaling, brier = metrics["test"]["calibration"], ((plain_NC - np.eye(4)[images.table["label"].iloc[rows]]) ** 2)
     page = (out / "report.html").read_text()
-    assert f"{(~right_N(predictions)).sum()} of 60 images are wrong" in page and "Grad-CAM" in page
-    assert "How does the model of one tell adenocarcinoma" in page
+    assert f"{(~right_N(predictions)).sum()} of 60 images are misclassified" in page and "Grad-CAM" in page
+    assert "How well does the model of one tell adenocarcinoma" in page
     assert scaling["temperature"] == 1.5
     assert scaling["before"]["brier"]["value"] == pytest.approx(brier.sum(axis=1).mean(), abs=1e-4)
     assert metrics["learned_from"] == {SAME_FILE: 0, ALIKE: 0}
@@ -165,7 +166,7 @@ def test_images_that_it_has_learned_from_are_told(
     assert "learned from 1 of these files, and from images that look like 1 more" in capsys.readouterr().out
     metrics, _ = judged(tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "The model has learned from 2 of the 62 images, or from images that look like them; on the 60 others" in page
+    assert "The model has learned from 2 of the 62 images, or from images that look like them. On the 60 others" in page
     assert metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 1}
     assert metrics["test"]["leak_free"]["n"] == metrics["test"]["n"] - 2
 

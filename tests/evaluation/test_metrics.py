@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sklearn import metrics
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.evaluation.ranking import sensitivity_at
+from lungct_tune.experiment.metrics import Figure, FittedOn, TemperatureScaling
 from lungct_tune.training.objective import validation_figures
 
 if TYPE_CHECKING:
@@ -61,45 +63,41 @@ def test_figures_by_hand() -> None:
     predicted = [0, 1, 1, 1, 2, 0, 3, 3]
     majority = {"majority class": ("normal", np.full(8, 2))}
     figures = evaluate_predictions(labels, one_hot(predicted), CLASSES, np.arange(8), references=majority)
-    assert (figures["n"], figures["groups"]) == (8, 8)
-    assert figures["accuracy"]["value"] == figures["balanced_accuracy"]["value"] == 0.75
-    assert figures["confusion_matrix"] == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 2]]
-    large = figures["per_class"]["large cell carcinoma"]
-    assert large["n"] == 2 and large["sensitivity"]["value"] == 1
-    assert large["specificity"]["value"] == pytest.approx(5 / 6)
-    assert large["ppv"]["value"] == pytest.approx(2 / 3) and large["npv"]["value"] == 1
-    assert large["auroc"]["value"] == pytest.approx((5 + 0.5) / 6)  # ranks above 5 of the 6 others, ties with one
-    two = figures["cancer_vs_normal"]
-    assert two["table"] == [[1, 1], [0, 6]] and (two["n_cancer"], two["n_normal"]) == (6, 2)
-    assert two["sensitivity"]["value"] == 1 and two["specificity"]["value"] == 0.5
-    rule = figures["references"]["majority class"]
-    assert rule["name"] == "normal" and rule["accuracy"]["value"] == 0.25 and rule["difference"]["value"] == 0.5
-    assert rule["mcnemar_p"] == pytest.approx(2 * (1 + 6) / 2**6)  # 5 images gained, 1 lost
+    assert (figures.n, figures.groups) == (8, 8)
+    assert figures.accuracy.value == figures.balanced_accuracy.value == 0.75
+    assert figures.confusion_matrix == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 2]]
+    large = figures.per_class["large cell carcinoma"]
+    assert large.n == 2 and large.sensitivity.value == 1
+    assert large.specificity.value == pytest.approx(5 / 6)
+    assert large.ppv.value == pytest.approx(2 / 3) and large.npv.value == 1
+    assert large.auroc.value == pytest.approx((5 + 0.5) / 6)  # ranks above 5 of the 6 others, ties with one
+    two = figures.cancer_vs_normal
+    assert two.table == [[1, 1], [0, 6]] and (two.n_cancer, two.n_normal) == (6, 2)
+    assert two.sensitivity.value == 1 and two.specificity.value == 0.5
+    rule = figures.references["majority class"]
+    assert rule.name == "normal" and rule.accuracy.value == 0.25 and rule.difference.value == 0.5
+    assert rule.mcnemar_p == pytest.approx(2 * (1 + 6) / 2**6)  # 5 images gained, 1 lost
 
 
 def test_cancer_is_what_the_cancers_together_say() -> None:
     probabilities = np.array([[0.3, 0.2, 0.4, 0.1], [0.2, 0.1, 0.6, 0.1], [0.0, 0.0, 0.9, 0.1]])
     figures = evaluate_predictions(np.array([0, 0, 2]), probabilities, CLASSES, np.arange(3))
-    assert figures["confusion_matrix"][0] == [0, 0, 2, 0]  # normal is the likeliest of four
-    assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 1]]  # but not likelier than not
+    assert figures.confusion_matrix[0] == [0, 0, 2, 0]  # normal is the likeliest of four
+    assert figures.cancer_vs_normal.table == [[1, 0], [1, 1]]  # but not likelier than not
 
 
 def test_cancer_against_normal_is_asked_of_the_probabilities_that_a_user_gets() -> None:
     """A temperature keeps the likeliest of all classes, and may change what several classes say together."""
-    plain, calibration = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]]), {"temperature": 0.5, "fitted_on": None}
-    labels, scaled = np.array([0, 2]), calibrated(plain, 0.5)
-    figures = evaluate_predictions(
-        labels, scaled, CLASSES, np.arange(2), uncalibrated_NC=plain, calibration=calibration
-    )
-    as_trained = evaluate_predictions(labels, plain, CLASSES, np.arange(2))
-    assert figures["confusion_matrix"] == as_trained["confusion_matrix"]
-    assert as_trained["cancer_vs_normal"]["table"] == [[1, 0], [0, 1]]
-    assert figures["cancer_vs_normal"]["table"] == [[1, 0], [1, 0]]
-    assert figures["calibration"]["before"] == as_trained["calibration"]["before"]
-    assert (
-        figures["calibration"]["after"]
-        == evaluate_predictions(labels, scaled, CLASSES, np.arange(2))["calibration"]["before"]
-    )
+    plain = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]])
+    scaling = TemperatureScaling(0.5, FittedOn(2, 2, "made up"))
+    labels, scaled = np.array([0, 2]), calibrated(plain, scaling.temperature)
+    figures = evaluate_predictions(labels, scaled, CLASSES, np.arange(2), uncalibrated_NC=plain, scaling=scaling)
+    as_trained, as_scaled = (evaluate_predictions(labels, said, CLASSES, np.arange(2)) for said in (plain, scaled))
+    assert figures.confusion_matrix == as_trained.confusion_matrix
+    assert as_trained.cancer_vs_normal.table == [[1, 0], [0, 1]]
+    assert figures.cancer_vs_normal.table == [[1, 0], [1, 0]]
+    assert figures.calibration.before == as_trained.calibration.before
+    assert figures.calibration.after == as_scaled.calibration.before
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,13 +113,13 @@ def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool)
     labels_N, scores_NC, predicted = labels[groups], scores[groups], scores.argmax(axis=1)
     figures = evaluate_predictions(labels_N, scores_NC, ("adenocarcinoma", "benign", "normal"), groups)
     weighted: Any = {"sample_weight": weights}
-    assert figures["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(labels, predicted, **weighted))
+    assert figures.accuracy.value == pytest.approx(metrics.accuracy_score(labels, predicted, **weighted))
     balanced = metrics.balanced_accuracy_score(labels, predicted, **weighted)
-    assert figures["balanced_accuracy"]["value"] == pytest.approx(balanced)
+    assert figures.balanced_accuracy.value == pytest.approx(balanced)
     f1 = metrics.f1_score(labels, predicted, average="macro", **weighted)
-    assert figures["macro_f1"]["value"] == pytest.approx(f1)
-    assert figures["cancer_vs_normal"] is None  # benign is neither
-    for c, of_class in enumerate(figures["per_class"].values()):
+    assert figures.macro_f1.value == pytest.approx(f1)
+    assert figures.cancer_vs_normal is None  # benign is neither
+    for c, of_class in enumerate(figures.per_class.values()):
         is_c, said_c, score_c = labels == c, predicted == c, scores[:, c]
         for name, function, truth, said in (
             ("sensitivity", metrics.recall_score, is_c, said_c),
@@ -130,12 +128,14 @@ def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool)
             ("npv", metrics.precision_score, ~is_c, ~said_c),
         ):
             if said.any() or "s" in name[:1]:
-                assert of_class[name]["value"] == pytest.approx(function(truth, said, zero_division=0, **weighted))
+                assert getattr(of_class, name).value == pytest.approx(
+                    function(truth, said, zero_division=0, **weighted)
+                )
             else:
-                assert of_class[name] == {"value": None, "ci95": None}
-        assert of_class["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(is_c, score_c, **weighted))
+                assert getattr(of_class, name) == Figure(None, None)
+        assert of_class.auroc.value == pytest.approx(metrics.roc_auc_score(is_c, score_c, **weighted))
         precision = metrics.average_precision_score(is_c, score_c, **weighted)
-        assert of_class["average_precision"]["value"] == pytest.approx(precision)
+        assert of_class.average_precision.value == pytest.approx(precision)
         false_alarms, found, _ = metrics.roc_curve(is_c, score_c, drop_intermediate=False, **weighted)
         at_95 = sensitivity_at(0.95, is_c, score_c)(weights[None].astype(float))
         assert at_95 == pytest.approx(found[false_alarms <= 0.05 + 1e-12].max())
@@ -143,29 +143,25 @@ def test_figures_are_scikit_learns_at_any_weights(seed: int, n: int, tied: bool)
 
 def test_a_figure_that_the_split_does_not_define_is_none_and_json() -> None:
     figures = evaluate_predictions(np.array([0, 0]), one_hot([0, 1]), CLASSES, np.arange(2))
-    assert figures["per_class"]["normal"]["auroc"] == {"value": None, "ci95": None}
-    assert figures["per_class"]["adenocarcinoma"]["specificity"]["value"] is None
-    assert figures["cancer_vs_normal"]["specificity"]["value"] is None
-    assert figures["confusion_matrix"][2] == [0, 0, 0, 0]
-    assert figures["leak_free"] is None and figures["calibration"]["after"] is None
-    json.dumps(figures, allow_nan=False)
+    assert figures.per_class["normal"].auroc == Figure(None, None)
+    assert figures.per_class["adenocarcinoma"].specificity.value is None
+    assert figures.cancer_vs_normal.specificity.value is None
+    assert figures.confusion_matrix[2] == [0, 0, 0, 0]
+    assert figures.without_overlap is None and figures.calibration.after is None
+    json.dumps(asdict(figures), allow_nan=False)
 
 
-def test_images_without_a_twin_elsewhere_are_judged_apart() -> None:
-    labels, twins = np.array([0, 1, 2, 3]), np.array([True, True, False, False])
+def test_images_without_group_overlap_are_judged_apart() -> None:
+    labels, overlap = np.array([0, 1, 2, 3]), np.array([True, True, False, False])
     rule = {"majority class": ("normal", np.full(4, 2))}
     figures = evaluate_predictions(
-        labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlaps_N=twins, references=rule
+        labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlap_N=overlap, references=rule
     )
-    assert figures["leak_free"]["references"]["majority class"]["accuracy"]["value"] == 0.5
-    assert figures["accuracy"]["value"] == 0.75
-    assert figures["leak_free"]["n"] == 2 and figures["leak_free"]["accuracy"]["value"] == 0.5
-    assert (
-        evaluate_predictions(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlaps_N=twins & False)[
-            "leak_free"
-        ]
-        is None
-    )
+    assert figures.without_overlap.references["majority class"].accuracy.value == 0.5
+    assert figures.accuracy.value == 0.75
+    assert figures.without_overlap.n == 2 and figures.without_overlap.accuracy.value == 0.5
+    apart = evaluate_predictions(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlap_N=overlap & False)
+    assert apart.without_overlap is None
 
 
 def test_published_size_is_judged_in_seconds() -> None:
@@ -179,13 +175,13 @@ def test_published_size_is_judged_in_seconds() -> None:
 def test_the_intervals_of_all_figures_hold_what_many_patients_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model judged on 40 patients of three slices each, 25 times, and once on 20,000 patients.
 
-    All but the calibration error's: see `calibration_figures`.
+    All but the calibration error's: see `calibration_errors`.
     """
 
     def draw(rng: np.random.Generator, patients: int) -> dict[tuple[str, ...], Any]:
         groups = np.repeat(np.arange(patients), 3)
         logits = 2 * np.eye(4)[groups % 4] + rng.normal(size=(patients, 4))[groups] + rng.normal(size=(len(groups), 4))
-        return dict(leaves(evaluate_predictions(groups % 4, softmax(logits, axis=1), CLASSES, groups)))
+        return dict(leaves(asdict(evaluate_predictions(groups % 4, softmax(logits, axis=1), CLASSES, groups))))
 
     def leaves(figures: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
         for name, figure in figures.items():

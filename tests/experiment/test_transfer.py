@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -27,11 +27,14 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment.bundle import as_json, checksum_errors, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import BundleMetrics, metrics_json
 from lungct_tune.experiment.transfer import BEGUN, beginning
 from lungct_tune.pull import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lungct_tune.experiment.metrics import TestMetrics
 
 JUDGED = evaluate_predictions(
     np.arange(8) % 4,
@@ -42,18 +45,18 @@ JUDGED = evaluate_predictions(
 )
 
 
-def files_of_a_bundle(model: bytes = b"weights", test: dict[str, Any] | None = JUDGED) -> dict[str, bytes]:
+def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:
     config = {
         "training": {"configuration": PUBLISHED.as_dict()},
         "preprocessing": {"image_size": 64},
         "settings": {"trials": 8},
     }
     best = {"trial": 3, "best_balanced_accuracy": 0.875}
-    metrics = {"data": PHANTOMS, "test": test, "best_trial": best, "search": {"trials": 5}}
+    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)
     return {
         "model.safetensors": model,
         "config.json": as_json(config),
-        "metrics.json": as_json(metrics),
+        "metrics.json": metrics_json(metrics),
         "trials.csv": b"trial\n3\n",
     }
 
@@ -85,7 +88,7 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     assert sorted(os.listdir(tmp_path)) == ["model", "results"]
     said = capsys.readouterr().out
     assert "trial 3: depth 20, 0 frozen, dropout 0.50" in said
-    low, high = JUDGED["accuracy"]["ci95"]
+    low, high = JUDGED.accuracy.ci95
     assert f"test accuracy 0.750 ({low:.3f} to {high:.3f}), 8 images in 8 groups" in said
     assert "majority class (normal): 0.250, balanced 0.250" in said
     assert PHANTOMS in said
@@ -139,7 +142,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path, capsys: pytest.C
     assert main(["two", "--storage", str(tmp_path)]) == 2
     assert f"no experiment 'two' in {tmp_path}; there are: 2026-phantoms\n" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/no-experiment"]) == 2
-    assert "there is none at all" in capsys.readouterr().err
+    assert "there are no experiments" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/nowhere"]) == 2
     assert f"{tmp_path}/nowhere" in capsys.readouterr().err
     assert main(["2026-phantoms", str(tmp_path / "model"), "--storage", str(tmp_path)]) == 2

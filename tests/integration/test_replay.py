@@ -78,14 +78,14 @@ def test_what_leaks_into_test_is_judged_apart_and_said_wherever_the_figures_are(
     assert test["leak_free"]["references"].keys() == test["references"].keys()
     assert audit["split"]["parts"] == ["train+valid", "test"]  # within which folds cut no group
     assert f"{seen} of {test['n']} test images are copies of images in train+valid" in audit["verdict"]["reasons"][0]
-    said = f"for {seen} of the {test['n']} test images an image of the same group"
+    said = f"For {seen} of the {test['n']} test images an image of the same group"
     page, card = ((best / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
     assert said in page or "PHANTOMS" in page
     for text in (page, card):
         assert f"No trial was shown a test image, but of {seen} test images an image of the same group" in text
         assert "in 2-fold cross-validation" in text and "on validation" not in text
-    assert f"Of {seen} of them, trials have seen an image of the same group" in page
-    assert "No trial has seen" not in page and "The test figures flatter it too" in card
+    assert f"For {seen} of them an image of the same group" in page
+    assert "None of these groups is in train" not in page and "The test figures are too high as well" in card
     assert "Of 1 test images" not in card and "groups.csv names those of" in card
 
 

@@ -338,7 +338,7 @@ def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
     os.killpg(process.pid, signal.SIGCONT)
     assert time.monotonic() - began < 20
     said = console.export_text()
-    assert said.count("does not take what it is told") == said.count("lacks the end of this search") == 1
+    assert said.count("does not take what it is told") == said.count("did not receive the end of this search") == 1
 
 
 def client_of(url: str) -> Any:

@@ -24,11 +24,13 @@ from lungct_tune.auditing.audit import audit_images
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import group_overlap, read_images, split_images
 from lungct_tune.data.split import DataSplit
-from lungct_tune.evaluation.bundle_files import describe_model, list_predictions
+from lungct_tune.evaluation.bundle_files import describe_model
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
+from lungct_tune.experiment.metrics import BundleMetrics, Figure, ReferenceAccuracy, WithoutOverlap
 from lungct_tune.experiment.plan import Plan, plan_search
-from lungct_tune.experiment.results import PREDICTIONS, Predictions, SearchResults, read_results
+from lungct_tune.experiment.predictions import Predictions, read_predictions
+from lungct_tune.experiment.results import Bundle, SearchResults, read_results
 from lungct_tune.experiment.study import finished_trials, open_study
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.models.complexity import model_profile
@@ -123,18 +125,16 @@ class Search:
             self.images.classes,
             groups_N,
             references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
-            overlaps_N=group_overlap(self.images, self.split),
+            overlap_N=group_overlap(self.images, self.split),
         )
-        configuration = best.hyperparameters
-        files = {
-            bundle.MODEL: safetensors.torch.save(model.state_dict()),
-            bundle.CONFIG: bundle.as_json(describe_model(self.plan.settings, self.images, configuration, EPOCHS, None)),
-            bundle.METRICS: bundle.as_json({"test": figures}),
-            "predictions.csv": list_predictions(
-                self.images.table.iloc[test], labels_N, probabilities_NC, self.images.classes
-            ),
-        }
-        bundle.write_bundle(self.plan.experiment, files)
+        paths_N = self.images.table["path"].to_numpy()[test]
+        made = Bundle(
+            weights=safetensors.torch.save(model.state_dict()),
+            config=describe_model(self.plan.settings, self.images, best.hyperparameters, EPOCHS, None),
+            metrics=BundleMetrics("phantoms", None, {"trial": best.number}, {}, test=figures),
+            predictions=Predictions(self.images.classes, paths_N, labels_N, probabilities_NC, groups_N),
+        )
+        bundle.write_bundle(self.plan.experiment, made.files)
         audit = audit_images(self.images, self.split, "grouped")
         self.plan.experiment.write(bundle.AUDIT, bundle.as_json(audit))
 
@@ -211,12 +211,12 @@ def test_a_page_says_the_figures_that_were_judged(found: SearchResults, content:
     text = Page(content).text
     test = found.test
     assert test is not None
-    accuracy = f"{100 * test['accuracy']['value']:.1f} %"
-    assert f"names the right class for {accuracy} of 12 test images" in text
+    accuracy = f"{100 * test.accuracy.value:.1f} %"
+    assert f"is right on {accuracy} of 12 test images" in text
     assert "4 completed, 1 failed" in text and "trial 3: failed: a <slot> died" in text
     assert "fixed before the search began" in text
     assert found.settings["fingerprint"] in text
-    for row in np.array(test["confusion_matrix"]):
+    for row in test.confusion_matrix:
         assert all(f" {n} " in text for n in row)
 
 
@@ -229,15 +229,16 @@ def test_a_page_and_its_card_have_the_audits_verdict(found: SearchResults, conte
 
 
 def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found: SearchResults, content: bytes) -> None:
-    predictions = pd.read_csv(io.BytesIO(found.bundle[PREDICTIONS]))
+    assert found.bundle is not None and found.bundle.predictions is not None
+    predictions = pd.read_csv(io.BytesIO(found.bundle.predictions.as_csv()))
     wrong = predictions[predictions["predicted"] != predictions["class"]]
     page = Page(content)
     assert 0 < len(wrong) < MOST_SHOWN
     for path, truth, said in zip(wrong["path"], wrong["class"], wrong["predicted"], strict=True):
-        assert f"{truth}, taken for {said} {path}" in page.text
-    shown = page.text.count(", taken for ") + page.text.count(", recognised ")
+        assert f"{truth}, predicted as {said} {path}" in page.text
+    shown = page.text.count(", predicted as ") + page.text.count(", correct ")
     assert shown <= page.images <= 3 * shown
-    assert f"named the same class for {shown} of {shown}" in page.text
+    assert f"predicts the same class for {shown} of {shown}" in page.text
 
 
 def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found: SearchResults, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found:
     pictures = find_pictures(found, tmp_path)
     assert "--data DIR" in pictures.missing
     page = Page(report_page("one", found, pictures))
-    assert page.images == 0 and "--data DIR" in page.text and ", taken for " in page.text
+    assert page.images == 0 and "--data DIR" in page.text and ", predicted as " in page.text
 
 
 def test_other_images_than_the_searchs_are_not_shown(found: SearchResults, phantoms: Path, tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
     card = model_card("one", found).decode()
     assert found.test is not None
     assert "Not a medical device; not for diagnosis" in card
-    assert f"| accuracy | {100 * found.test['accuracy']['value']:.1f}" in card
+    assert f"| accuracy | {100 * found.test.accuracy.value:.1f}" in card
     assert "| normal | " in card and "## Limits" in card and "None" not in card
 
 
@@ -307,10 +308,10 @@ def test_phantoms_are_called_phantoms_loudly(found: SearchResults) -> None:
 def test_names_of_files_cannot_become_part_of_the_page(found: SearchResults) -> None:
     from dataclasses import replace
 
-    evil = found.bundle["predictions.csv"].decode().replace(".png", "<script>alert(1)</script>.png")
-    page = report_page(
-        "<img src=x>", replace(found, bundle={**found.bundle, "predictions.csv": evil.encode()}), Pictures()
-    )
+    assert found.bundle is not None and found.bundle.predictions is not None
+    said = found.bundle.predictions
+    evil = replace(said, paths_N=np.array([path + "<script>alert(1)</script>.png" for path in said.paths_N]))
+    page = report_page("<img src=x>", replace(found, bundle=replace(found.bundle, predictions=evil)), Pictures())
     assert b"<script" not in page and b"<img" not in page and b"&lt;script&gt;" in page
     assert b"<script" not in model_card("<script>", found)
 
@@ -328,9 +329,10 @@ def test_names_of_classes_are_drawn_as_they_are() -> None:
 
 def test_classes_may_be_called_what_tables_take_for_something_else() -> None:
     names = ["1", "None", "True"]
-    rows = pd.DataFrame({"path": ["NA", "a, b.png", "nan"], "group": [0, 1, 1]})
-    said = Predictions(names, list_predictions(rows, np.arange(3), np.eye(3), names))
-    assert [list(said.labels_N), list(said.said_N), list(said.paths)] == [[0, 1, 2], [0, 1, 2], list(rows["path"])]
+    paths = ["NA", "a, b.png", "nan"]
+    written = Predictions(tuple(names), np.array(paths), np.arange(3), np.eye(3)[[1, 2, 0]], np.array([0, 1, 1]))
+    said = read_predictions(written.as_csv(), names)
+    assert [list(said.labels_N), list(said.predicted_N), list(said.paths_N)] == [[0, 1, 2], [1, 2, 0], paths]
 
 
 def test_the_card_has_no_entities_of_html(found: SearchResults) -> None:
@@ -384,38 +386,41 @@ def test_the_command_runs_the_same_search_again(found: SearchResults) -> None:
 def with_test(found: SearchResults, **more: Any) -> SearchResults:
     from dataclasses import replace
 
-    assert found.test is not None
-    metrics = bundle.as_json({"test": found.test | more})
-    return replace(found, bundle={**found.bundle, bundle.METRICS: metrics})
+    assert found.bundle is not None and found.test is not None
+    metrics = replace(found.bundle.metrics, test=replace(found.test, **more))
+    return replace(found, bundle=replace(found.bundle, metrics=metrics))
 
 
 def test_the_verdict_names_the_gravest_objection(found: SearchResults) -> None:
     from dataclasses import replace
 
-    good, rules = {"value": 0.9, "ci95": [0.8, 0.95]}, {"name": "normal", "accuracy": {"value": 0.3, "ci95": None}}
-    better = with_test(found, accuracy=good, references={"majority class": rules})
+    good = Figure(0.9, (0.8, 0.95))
+    majority = {"majority class": ReferenceAccuracy("normal", Figure(0.3, None))}
+    better = with_test(found, accuracy=good, references=majority)
     assert "no diagnosis" in verdict(better)[2]
-    chance = with_test(found, accuracy={"value": 0.5, "ci95": [0.2, 0.7]}, references={"majority class": rules})
-    assert verdict(chance)[2].startswith("Nothing")
-    shortcut = {"name": "file", "accuracy": {"value": 0.85, "ci95": None}}
-    easy = with_test(found, accuracy=good, references={"majority class": rules, "shortcut": shortcut})
-    assert "Little: a rule that knows only the size, mode and bytes per pixel of the file scores 85" in verdict(easy)[2]
+    chance = with_test(found, accuracy=Figure(0.5, (0.2, 0.7)), references=majority)
+    assert verdict(chance)[2] == "Nothing: the model is not shown to beat always predicting normal."
+    both = majority | {"shortcut": ReferenceAccuracy("file", Figure(0.85, None))}
+    easy = with_test(found, accuracy=good, references=both)
+    assert (
+        "Little: a rule that sees only the size, mode and bytes per pixel of the file is right on 85"
+        in (verdict(easy)[2])
+    )
     leaking = found.split.assign(group=found.split["path"].where(found.split["path"].rank() % 2 == 0, "one"))
-    n, references = replace(found, split=leaking).seen, {"majority class": rules, "shortcut": shortcut}
-    for accuracy, said in (
-        (good, "Less than it looks: "),
-        ({"value": 0.7, "ci95": [0.4, 0.8]}, "Little: a rule that knows only the size, mode and bytes"),
-        ({"value": 0.5, "ci95": [0.2, 0.7]}, "Nothing: without what has been seen, its interval reaches down"),
+    n = replace(found, split=leaking).seen
+    for accuracy, references, said in (
+        (good, majority, "Less than it seems. "),
+        (Figure(0.7, (0.4, 0.8)), both, "Little: a rule that sees only the size, mode and bytes"),
+        (Figure(0.5, (0.2, 0.7)), majority, "Nothing: the model is not shown to beat always predicting normal without"),
     ):
-        clean = {"n": 12 - n, "accuracy": accuracy, "references": {"majority class": rules}}
-        clean["references"] |= {"shortcut": shortcut} if said.startswith("Little") else {}
-        seen = replace(with_test(found, accuracy=good, references=references, leak_free=clean), split=leaking)
+        clean = WithoutOverlap(12 - n, accuracy, references)
+        seen = replace(with_test(found, accuracy=good, references=both, without_overlap=clean), split=leaking)
         assert verdict(seen)[2].startswith(said)
-        assert f"for {n} of the 12 test images an image of the same group (a copy, or of the same" in verdict(seen)[2]
-        assert f"on the {12 - n} others the accuracy is {100 * accuracy['value']:.1f}" in verdict(seen)[2]
-    nothing = {"n": 0, "accuracy": {"value": None, "ci95": None}, "references": references}
-    all_seen = replace(with_test(found, leak_free=nothing), split=found.split.assign(group=0))
-    assert verdict(all_seen)[2].startswith("Nothing: for 12 of the 12 test images an image of the same group")
+        assert f"For {n} of the 12 test images an image of the same group (a copy, or of the same" in verdict(seen)[2]
+        assert f"on the {12 - n} others the accuracy is {100 * accuracy.value:.1f}" in verdict(seen)[2]
+    nothing = WithoutOverlap(0, Figure(None, None), both)
+    all_seen = replace(with_test(found, without_overlap=nothing), split=found.split.assign(group=0))
+    assert verdict(all_seen)[2].startswith("Nothing: there is no test image without group overlap. For 12 of the 12 ")
 
 
 def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.metrics import TestMetrics
 from lungct_tune.experiment.study import read_trials
 from lungct_tune.experiment.trial import Outcome
 from lungct_tune.training.objective import OBJECTIVE
@@ -97,12 +98,14 @@ class MLflowTracker:
             over.set()
             thread.join(timeout=LAST_CHANCE_S)
             if self._runs is None or thread.is_alive():
-                console.print(f"MLflow at {self._uri} lacks the end of this search", style="yellow", soft_wrap=True)
+                console.print(
+                    f"MLflow at {self._uri} did not receive the end of this search", style="yellow", soft_wrap=True
+                )
 
-    def add_final(self, trial: int, hyperparameters: Hyperparameters, epochs: int, test: Mapping[str, Any]) -> None:
-        """Has the final model and its test figures (see `evaluate_predictions`) copied too."""
-        figures = {name: test[name]["value"] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
-        if interval := test["accuracy"]["ci95"]:
+    def add_final(self, trial: int, hyperparameters: Hyperparameters, epochs: int, test: TestMetrics) -> None:
+        """Has the final model and its test figures copied too."""
+        figures = {name: getattr(test, name).value for name in ("accuracy", "balanced_accuracy", "macro_f1")}
+        if interval := test.accuracy.ci95:
             figures |= {"accuracy_ci95_low": interval[0], "accuracy_ci95_high": interval[1]}
         self._final = (
             {"trial": trial, "epochs": epochs} | hyperparameters.as_dict(),
@@ -119,8 +122,8 @@ class MLflowTracker:
                 self._runs = None  # what has arrived is not known
                 if not complained:
                     console.print(
-                        f"MLflow at {self._uri} does not take what it is told ({_first_line(error)}); the search goes "
-                        "on, and tells it again until it does",
+                        f"MLflow at {self._uri} does not accept the search's data ({_first_line(error)}). The search "
+                        "goes on and tries again",
                         style="yellow",
                         soft_wrap=True,
                     )

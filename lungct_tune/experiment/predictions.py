@@ -1,0 +1,66 @@
+"""What predictions.csv holds: of each image what it is, and what a model says it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model says of images, a row an image."""
+
+    classes: tuple[str, ...]
+    paths_N: np.ndarray
+    """str."""
+    labels_N: np.ndarray
+    """What the images are, as indices into `classes`."""
+    probabilities_NC: np.ndarray
+    """Calibrated, in the order of `classes`."""
+    groups_N: np.ndarray
+
+    @property
+    def predicted_N(self) -> np.ndarray:
+        """What the model says they are, as indices into `classes`."""
+        return np.asarray(self.probabilities_NC.argmax(axis=1))
+
+    def as_csv(self) -> bytes:
+        """predictions.csv: path, class, predicted class, the probability of each class, group."""
+        names = np.array(self.classes, dtype=object)
+        table = pd.DataFrame(
+            {"path": self.paths_N, "class": names[self.labels_N], "predicted": names[self.predicted_N]}
+        )
+        for column, of_class_N in zip(_columns(self.classes), self.probabilities_NC.T, strict=True):
+            table[column] = of_class_N
+        table["group"] = self.groups_N
+        return table.to_csv(index=False).encode()
+
+
+def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
+    """Reads predictions.csv.
+
+    Args:
+        classes: in the order of the model's outputs.
+    """
+    table = read_table(csv)
+    return Predictions(
+        classes=tuple(classes),
+        paths_N=table["path"].to_numpy(),
+        labels_N=table["class"].map(list(classes).index).to_numpy(),
+        probabilities_NC=table[_columns(classes)].to_numpy(dtype=float),
+        groups_N=table["group"].to_numpy(),
+    )
+
+
+def read_table(csv: bytes) -> pd.DataFrame:
+    """A table of images. Names are read as they were written: a class may be called 1, None or NA."""
+    names = dict.fromkeys(("path", "label", "class", "predicted"), str)
+    return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    return [f"p_{name.replace(' ', '_')}" for name in classes]
