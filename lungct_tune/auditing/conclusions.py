@@ -145,7 +145,7 @@ def _gaps(audit: dict[str, Any]) -> Iterator[str]:
 def _lost(audit: dict[str, Any]) -> Iterator[str]:
     for conflict in audit["conflicts"]:
         where, classes = " and ".join(conflict["paths"]), " and ".join(conflict["classes"])
-        yield f"The same image is filed under {classes}: {where}. Both are left out."
+        yield f"The same image is filed under {classes}: {where}. They are left out."
     if unreadable := len(audit["inventory"]["unreadable"]):
         yield f"{unreadable} files cannot be read and are left out."
 
