@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     parser = command_line(
         "audit",
-        "Look for copies, conflicts, shortcuts and leaks in images and their split.",
         EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
@@ -64,7 +63,7 @@ def _run(asked: dict[str, Any], console: Console) -> None:
     from lungct_tune.experiment.bundle import as_json
     from lungct_tune.reporting.audit_page import audit_page
     from lungct_tune.reporting.console import print_audit
-    from lungct_tune.reporting.html import check_free
+    from lungct_tune.reporting.output_file import check_free
 
     if page:
         check_free(page, "--html")

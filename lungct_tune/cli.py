@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def command_line(name: str, description: str, examples: str, **more: Any) -> argparse.ArgumentParser:
+def command_line(name: str, examples: str, **more: Any) -> argparse.ArgumentParser:
     """The parser of `python -m lungct_tune.NAME`, without arguments yet."""
     return argparse.ArgumentParser(
         prog=f"python -m lungct_tune.{name}",
-        description=description,
+        description=COMMANDS[name],
         epilog=examples,
         formatter_class=_formatter,
         allow_abbrev=False,

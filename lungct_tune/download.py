@@ -47,7 +47,7 @@ def download(folder: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = command_line("download", "Fetch the public CT images from Kaggle.", EXAMPLES)
+    parser = command_line("download", EXAMPLES)
     parser.add_argument(
         "folder", metavar="FOLDER", nargs="?", type=Path, default=Path("chest-ctscan"), help="(./chest-ctscan)"
     )

@@ -28,7 +28,7 @@ the model is evaluated on cancer against normal. Folders that are mapped to othe
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = command_line("evaluate", "Judge a bundle's model on other images, without training.", EXAMPLES)
+    parser = command_line("evaluate", EXAMPLES)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="its folder, results/NAME/best or as pulled")
     parser.add_argument("--data", metavar="DIR", required=True, help="a folder or URI of images, in folders by class")
     parser.add_argument("--map", metavar="MAP", help="FOLDER=CLASS[,...]; CLASS may be cancer or other")
@@ -47,6 +47,10 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         BundleError, DataError, StorageError: bundle or images cannot be used.
     """
     # imported when the command line is known to be right, so that --help answers at once
+    from lungct_tune.experiment.bundle import verify
+
+    verify(asked.bundle)  # before torch is imported, which takes seconds
+
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.evaluation.external import evaluate_images, load_bundle, read_map
     from lungct_tune.experiment.bundle import METRICS, PREDICTIONS, REPORT

@@ -32,7 +32,7 @@ While the search runs, this pulls its best trial so far. A pull that was interru
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = command_line("pull", "Fetch the best model of a search, verify it, and say what it is worth.", EXAMPLES)
+    parser = command_line("pull", EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="an experiment's NAME, path or URI")
     parser.add_argument("dest", metavar="DEST", nargs="?", type=Path, help="a folder to make (./NAME)")
     parser.add_argument("--all", action="store_true", help="the whole experiment: trials and study too")
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace, console: Console) -> None:
     if asked.cluster:
         from lungct_tune.experiment.head_node import on_head
-        from lungct_tune.experiment.transfer import check_free
+        from lungct_tune.experiment.transfer import check_destination
 
-        check_free(asked.dest or Path(asked.source), asked.all)
+        check_destination(asked.dest or Path(asked.source), asked.all)
         with on_head(asked.cluster, asked.source, asked.storage, asked.all, console) as experiment:
             pull(experiment, asked.dest, console, everything=asked.all)
     else:

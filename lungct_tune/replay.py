@@ -36,9 +36,7 @@ Exit status: 0 the same figures, 1 others, 2 it could not be trained again.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 1 where figures differ, 2 for what the user can mend."""
-    parser = command_line(
-        "replay", "Train one trial of a search again, and compare its figures with those that were recorded.", EXAMPLES
-    )
+    parser = command_line("replay", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")

@@ -27,7 +27,7 @@ While the search runs, the page tells what is known so far.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = command_line("report", "Make the report of a search again, or of one that has not ended.", EXAMPLES)
+    parser = command_line("report", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
@@ -41,7 +41,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     # something to draw, since it brings torch
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
-    from lungct_tune.reporting.html import check_free
+    from lungct_tune.reporting.output_file import check_free
 
     check_free(asked.out, "--out")
     experiment = locate(asked.source, asked.storage)

@@ -233,7 +233,6 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
     """
     parser = command_line(
         "search",
-        "Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
         EXAMPLES,
         usage="%(prog)s [--data DIR] [--space FILE] [--trials N] [--epochs N] ...",
         argument_default=argparse.SUPPRESS,

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from scipy import fft
 from scipy.ndimage import gaussian_filter
-from sklearn.neighbors import NearestNeighbors
 
 VERSION = 1
 """Part of every cache key: raise it when other pairs would be found in the same images."""
@@ -143,6 +142,8 @@ def _description(fingerprints_BHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _neighbours(descriptions_ND: np.ndarray) -> np.ndarray:
     """Pairs (P, 2) of which one is among the nearest neighbours of the other, each pair once."""
+    from sklearn.neighbors import NearestNeighbors  # takes seconds, which who only reads an experiment can do without
+
     vectors_ND = descriptions_ND - descriptions_ND.mean(axis=0)
     vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     n = len(vectors_ND)

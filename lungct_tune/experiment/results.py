@@ -18,7 +18,7 @@ import yaml
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
-from lungct_tune.data import SPLITS
+from lungct_tune.data.split import SPLITS
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, as_json, find_bundle
 from lungct_tune.experiment.folder import Experiment

@@ -75,7 +75,7 @@ def fetch(experiment: Experiment, dest: Path, console: Console, *, everything: b
         ) from error
 
 
-def check_free(dest: Path, everything: bool) -> None:
+def check_destination(dest: Path, everything: bool) -> None:
     """What can be said of a destination before anything is fetched.
 
     Raises:
@@ -96,7 +96,7 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
         found = find_bundle(experiment)
         if found is None and not (everything and experiment.exists("settings.yaml")):
             raise FetchError(_nothing(experiment))
-        check_free(dest, everything)
+        check_destination(dest, everything)
         if os.path.lexists(dest):
             if not _same(dest, experiment, f"{found}/{CHECKSUMS}"):
                 raise FetchError(TAKEN.format(dest))

@@ -17,12 +17,8 @@ from PIL import Image
 from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
 from lungct_tune.data.decode import to_grey
-from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import check_outside_bundles
 from lungct_tune.reporting.format import figure, interval, percent
-
-GENERATOR = '<meta name="generator" content="lungct_tune">'
-"""What every page has in its head, and by which it is known."""
+from lungct_tune.reporting.output_file import GENERATOR
 
 THUMBNAIL = 192
 """Of a copy's picture the longer side, in pixels."""
@@ -48,23 +44,6 @@ def render(template: str, shown: Mapping[str, Any]) -> bytes:
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     }
     return environment.get_template(template).render({**common, **shown}).encode()
-
-
-def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
-    """Keeps what a user made from being written over.
-
-    Args:
-        flag: the option that named it.
-        mark: what a file begins with that may be written over, since this program made it.
-
-    Raises:
-        UserError: something lies at `out` that is not ours, or it would be in a bundle.
-    """
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
-    check_outside_bundles(out, flag)
-    if out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
-        raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
 
 
 def data_uri(image: Image.Image, quality: int) -> str:
