@@ -31,6 +31,7 @@ from rich.console import Console
 from services import get, server
 
 from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.experiment.trial import EpochFigures
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.callbacks.mlflow import MLflowTracker, TrackingError
 
@@ -304,22 +305,31 @@ def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
     trial.set_user_attr("configuration", PUBLISHED.as_dict())
     console = Console(record=True, width=400, file=io.StringIO())
 
+    def train(*scores: float) -> None:
+        epochs = [
+            EpochFigures(
+                epoch=n, balanced_accuracy=score, accuracy=0.5, log_loss=1.0, train_loss=1.0, train_s=1.0, valid_s=0.1
+            )
+            for n, score in enumerate(scores, start=1)
+        ]
+        trial.set_user_attr("history", [figures.as_dict() for figures in epochs])
+
     def at_mlflow() -> list[tuple[int, float]]:
         return [figures for run in mlflow_runs(url, name="stalled") for figures in mlflow_history(url, run, OBJECTIVE)]
 
     with MLflowTracker(f"mlflow:{url}", "stalled", new=True).kept_up(study, console):
-        trial.set_user_attr("history", [{"epoch": 1, OBJECTIVE: 0.25}])
+        train(0.25)
         wait_for(lambda: at_mlflow() == [(1, 0.25)])
         os.killpg(process.pid, signal.SIGSTOP)
         try:
-            trial.set_user_attr("history", [{"epoch": 1, OBJECTIVE: 0.25}, {"epoch": 2, OBJECTIVE: 0.5}])
+            train(0.25, 0.5)
             wait_for(lambda: "does not accept the search's data" in console.export_text(clear=False))
             time.sleep(3)  # it is tried again, and not said again
         finally:
             os.killpg(process.pid, signal.SIGCONT)
         wait_for(lambda: at_mlflow() == [(1, 0.25), (2, 0.5)])
         os.killpg(process.pid, signal.SIGSTOP)
-        trial.set_user_attr("history", [{"epoch": epoch, OBJECTIVE: 0.5} for epoch in (1, 2, 3)])
+        train(0.25, 0.5, 0.5)
         began = time.monotonic()
     os.killpg(process.pid, signal.SIGCONT)
     assert time.monotonic() - began < 20
