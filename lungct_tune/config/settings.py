@@ -75,7 +75,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Annotated[str | Path | None, BeforeValidator(_place)] = _flag(
-        "images: DIR or DIR/Data with train/ valid/ test/ of class folders; or a URI", "DIR"
+        "images in class folders, alone or in train/ valid/ test/; a folder or URI (phantoms)", "DIR"
     )
     class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
