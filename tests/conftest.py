@@ -1,8 +1,16 @@
-"""One Ray for all tests that need it: starting it takes seconds."""
+"""What tests share: one Ray, one small data set, one finished search.
+
+Tests run in three lanes. The Makefile says how; which test is in which lane is decided here:
+
+- A test marked `long` needs hosts, services, a failing store or a long search. `make test-all` runs it.
+- A test that uses the fixture `cluster` is marked `ray`. All of them share one Ray, in one process.
+- All others need no Ray. They run in two processes, each with one thread for torch.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +19,16 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from s3 import Faulty
+
 # Ray runs its workers at nice 15; beside the test runner on two cores they would starve
 os.environ.setdefault("RAY_worker_niceness", "0")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of two processes on two cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell ignores Ctrl-C for what it starts in the background, and the processes that tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 CT_IMAGES = REPOSITORY.parent / "shared" / "chest-ctscan"
@@ -24,6 +40,13 @@ fixed_trials: [{truncation_depth: 4}]
 """
 SMALL = ["--weights", "none", "--image-size", "32", "--batch-size", "8"]
 CT_WEIGHTS = REPOSITORY.parent / "shared" / "weights" / "resnet_ct_k22.pth"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest picks tests by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and "cluster" in item.fixturenames:
+            item.add_marker("ray")
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +71,65 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lungct_tune.data import make_phantoms
 
     return make_phantoms(tmp_path_factory.mktemp("data"), seed=1, patients=20, size=48)
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a small search space."""
+    file = tmp_path_factory.mktemp("space") / "small.yaml"
+    file.write_text(SPACE)
+    return file
+
+
+@pytest.fixture(scope="session")
+def finished(cluster: None, tmp_path_factory: pytest.TempPathFactory, space: Path) -> Path:
+    """The folder of a search that has ended, made as a user makes it. Tests read it and leave it as it is.
+
+    It ran 6 trials in 2 slots on phantoms of its own, compared its winner with the published configuration, and left
+    nothing behind in Ray.
+    """
+    from processes import searching
+    from ray_state import nothing_held
+
+    storage = tmp_path_factory.mktemp("storage")
+    where = ["--space", str(space), "--storage", str(storage), "--name", "one"]
+    how = ["--trials", "6", "--epochs", "4", "--slots", "2", "--final-workers", "2", "--compare-baseline"]
+    with searching(*where, *SMALL, *how) as run:
+        output, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, output
+    assert nothing_held()
+    return storage / "one"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[int]:
+    """The port of an S3 server with the bucket `bucket`."""
+    from http.client import HTTPConnection
+
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    connection = HTTPConnection("127.0.0.1", port)
+    connection.request("PUT", "/bucket")
+    assert connection.getresponse().status == 200
+    yield port
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """The proxy before the S3 server, which this process takes for S3."""
+    from s3 import Faulty, environment
+
+    proxy = Faulty(s3_server)
+    for name, value in environment(proxy).items():
+        monkeypatch.setenv(name, value)
+    yield proxy
+    proxy.ended.set()
+    proxy.shutdown()
+    proxy.server_close()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None
 
 
 @contextmanager
-def searching(
-    *arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None
+def running(
+    command: str, *arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A search, with what it prints in its pipe; killed at the end if it still runs."""
+    """`python -m lungct_tune.COMMAND`, with what it prints in its pipe; killed at the end if it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lungct_tune.search", *arguments],
+        [sys.executable, "-m", f"lungct_tune.{command}", *arguments],
         env=environment,
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -47,6 +48,9 @@ def searching(
     finally:
         process.kill()
         process.wait()
+
+
+searching = partial(running, "search")
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Pulling: real folders, a real S3 server, lines that break in the middle, and a search that runs."""
+"""Pulling from folders: what comes, what is refused, and what a search that runs meanwhile does to it."""
 
 from __future__ import annotations
 
@@ -7,75 +7,23 @@ import hashlib
 import os
 import resource
 import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
+from bundles import JUDGED, begun, contents, files_of_a_bundle, finished
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
-from lungct_tune.evaluation.metrics import evaluate_predictions
-from lungct_tune.experiment.bundle import as_json, checksum_errors, find_bundle, verify, write_bundle, write_so_far
-from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.metrics import BundleMetrics, metrics_json
+from lungct_tune.experiment.bundle import checksum_errors, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.experiment.transfer import BEGUN, beginning
+from lungct_tune.experiment.trial import EpochFigures
 from lungct_tune.pull import main
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lungct_tune.experiment.metrics import TestMetrics
-
-JUDGED = evaluate_predictions(
-    np.arange(8) % 4,
-    np.eye(4)[[0, 1, 2, 3, 0, 1, 3, 2]],
-    ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma"),
-    np.arange(8),
-    references={"majority class": ("normal", np.full(8, 2))},
-)
-
-
-def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:
-    config = {
-        "training": {"configuration": PUBLISHED.as_dict()},
-        "preprocessing": {"image_size": 64},
-        "settings": {"trials": 8},
-    }
-    best = {"trial": 3, "best_balanced_accuracy": 0.875}
-    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)
-    return {
-        "model.safetensors": model,
-        "config.json": as_json(config),
-        "metrics.json": metrics_json(metrics),
-        "trials.csv": b"trial\n3\n",
-    }
-
-
-def begun(storage: str | Path, name: str = "one") -> Experiment:
-    experiment = Experiment.at(str(storage), name)
-    experiment.write("settings.yaml", b"trials: 8\n")
-    return experiment
-
-
-def finished(storage: str | Path, model: bytes = b"weights") -> Experiment:
-    experiment = begun(storage)
-    write_bundle(experiment, files_of_a_bundle(model))
-    return experiment
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
 
 # ---- what is pulled, from where, to where --------------------------------------------------------------
 
@@ -88,7 +36,7 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     assert sorted(os.listdir(tmp_path)) == ["model", "results"]
     said = capsys.readouterr().out
     assert "trial 3: depth 20, 0 frozen, dropout 0.50" in said
-    low, high = JUDGED.accuracy.ci95
+    low, high = JUDGED["accuracy"]["ci95"]
     assert f"test accuracy 0.750 ({low:.3f} to {high:.3f}), 8 images in 8 groups" in said
     assert "majority class (normal): 0.250, balanced 0.250" in said
     assert PHANTOMS in said
@@ -142,7 +90,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path, capsys: pytest.C
     assert main(["two", "--storage", str(tmp_path)]) == 2
     assert f"no experiment 'two' in {tmp_path}; there are: 2026-phantoms\n" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/no-experiment"]) == 2
-    assert "there are no experiments" in capsys.readouterr().err
+    assert "there is none at all" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/nowhere"]) == 2
     assert f"{tmp_path}/nowhere" in capsys.readouterr().err
     assert main(["2026-phantoms", str(tmp_path / "model"), "--storage", str(tmp_path)]) == 2
@@ -311,37 +259,6 @@ def test_a_bundle_that_is_replaced_while_it_is_pulled_is_pulled_whole(tmp_path: 
         search.join()
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_search_is_pulled_from_while_it_runs_and_what_was_pulled_goes_on(
-    tmp_path: Path, phantoms: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-    from test_search import command, nothing_held, wait_for
-
-    from lungct_tune.evaluation.inference import load_model
-    from lungct_tune.search import main as search
-
-    (tmp_path / "space.yaml").write_text("truncation_depth: {low: 1, high: 8}\n")
-    results, copy = tmp_path / "results", tmp_path / "copy"
-    asked = ["--trials", "5", "--epochs", "8", "--slots", "1"]
-    with command(results, phantoms, tmp_path / "space.yaml", *asked) as run:
-        wait_for(lambda: list(results.glob("killed/so_far/*/checksums.txt")), run)
-        assert main(["killed", str(tmp_path / "model"), "--storage", str(results)]) == 0
-        assert main([str(results / "killed"), str(copy / "killed"), "--all"]) == 0
-        run.kill()
-    said = capsys.readouterr().out
-    assert "best of 1 trials of 5" in said and "not been judged" in said
-    assert f"--resume killed --storage {copy}" in said
-    model, config = load_model(tmp_path / "model")
-    with torch.no_grad():
-        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, len(config["classes"]))
-    assert nothing_held()
-    assert search(["--resume", "killed", "--storage", str(copy), "--trials", "1"]) == 0
-    assert main([str(copy / "killed"), str(tmp_path / "judged")]) == 0
-    assert "test accuracy" in capsys.readouterr().out
-    assert not (copy / "killed" / "so_far").exists()
-
-
 def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(tmp_path: Path) -> None:
     import optuna
     from optuna.trial import TrialState, create_trial
@@ -352,8 +269,10 @@ def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(
     kept = BestSoFarCallback(study, experiment, lambda trial, weights: files_of_a_bundle(weights, test=None))
 
     def end(state: TrialState, ended: str, score: float) -> None:
-        history = [{"epoch": 1, "balanced_accuracy": score, "log_loss": 1.0}]
-        attributes = {"ended": ended, "history": history}
+        figures = EpochFigures(
+            epoch=1, balanced_accuracy=score, accuracy=score, log_loss=1.0, train_loss=1.0, train_s=1.0, valid_s=0.1
+        )
+        attributes = {"configuration": PUBLISHED.as_dict(), "ended": ended, "history": [figures.as_dict()]}
         study.add_trial(create_trial(state=state, value=score, user_attrs=attributes))
         experiment.write(f"trials/{len(study.trials) - 1:04d}/best.safetensors", f"weights {score}".encode())
         kept.on_trial_complete(0, [], None)
@@ -416,7 +335,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
         search.join()
     assert f"predict('{dest}/best', images_NHW)" in capsys.readouterr().out
     assert main([experiment.uri, str(dest), "--all"]) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_all_of_a_damaged_experiment_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -425,233 +344,3 @@ def test_all_of_a_damaged_experiment_is_refused(tmp_path: Path, capsys: pytest.C
     assert main([experiment.uri, str(tmp_path / "copy"), "--all"]) == 2
     assert f"{experiment.uri}/best/model.safetensors: not the file that was written" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
-
-
-# ---- an object store, and the line to it ----------------------------------------------------------------
-
-MIB = 2**20
-
-
-class Line:
-    """A TCP line to a server on this machine, which counts what it carries from there, and can be made worse."""
-
-    def __init__(self, server: int) -> None:
-        self._server = server
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.mend()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def mend(self) -> None:
-        self.carried, self.slow_after, self.broken_after = 0, sys.maxsize, sys.maxsize
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server))
-                threading.Thread(target=self._carry, args=(client, server, False), daemon=True).start()
-                threading.Thread(target=self._carry, args=(server, client, True), daemon=True).start()
-
-    def _carry(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
-        with contextlib.suppress(OSError):
-            while (data := source.recv(2**16)) and self.carried < self.broken_after:
-                target.sendall(data)
-                if counted:
-                    self.carried += len(data)
-                    if self.carried > self.slow_after:
-                        time.sleep(0.02)  # about 3 MiB/s
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)  # the other direction's thread wakes up too
-            end.close()
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def arrived(part: Path) -> int:
-    return sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
-
-
-@pytest.fixture(scope="module")
-def line() -> Iterator[Line]:
-    """The line to an S3 server with the bucket `lungct`, which pyarrow and the processes started here use."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    line = Line(server.get_host_and_port()[1])
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "someone")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3").create_bucket(Bucket="lungct")
-        yield line
-    line.close()
-    server.stop()
-
-
-@pytest.fixture
-def bucket(line: Line, request: pytest.FixtureRequest) -> str:
-    """A folder of the test's own in the bucket."""
-    line.mend()
-    return f"s3://lungct/{hashlib.sha256(request.node.name.encode()).hexdigest()[:8]}"
-
-
-def test_a_bundle_comes_from_an_object_store_and_what_is_not_there_is_said(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    experiment = begun(bucket)
-    write_so_far(experiment, files_of_a_bundle(test=None), trials=1)
-    assert main([f"{bucket}/one", str(tmp_path / "so_far")]) == 0
-    assert "not been judged" in capsys.readouterr().out
-    write_bundle(experiment, files_of_a_bundle(b"judged"))
-    assert main([f"{bucket}/one/best", str(tmp_path / "model")]) == 0
-    verify(tmp_path / "model")
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"judged"
-    assert main([f"{bucket}/one", str(tmp_path / "all"), "--all"]) == 0
-    assert {path.name for path in (tmp_path / "all").iterdir()} == {"settings.yaml", "so_far", "best"}
-    assert main([f"{bucket}/two", str(tmp_path / "two")]) == 2
-    assert "there are: one" in capsys.readouterr().err
-    assert main(["s3://no-such-bucket/one", str(tmp_path / "two")]) == 2
-    assert "no-such-bucket" in capsys.readouterr().err
-
-
-def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rests(
-    bucket: str, line: Line, tmp_path: Path
-) -> None:
-    """The study's copy and a running trial's state change faster than anybody can fetch them."""
-    experiment, ended = finished(bucket), threading.Event()
-    experiment.write("trials/0003/best.safetensors", b"weights")
-
-    def search() -> None:
-        with contextlib.closing(sqlite3.connect(":memory:")) as study:
-            study.executescript("CREATE TABLE epochs (filler); INSERT INTO epochs VALUES (zeroblob(500000))")
-            stop = time.monotonic() + 60
-            while not ended.is_set() and time.monotonic() < stop:
-                study.execute("INSERT INTO epochs VALUES (zeroblob(5000))")
-                study.commit()
-                experiment.write("study.db", study.serialize())
-                experiment.write("trials/0004/last.pt", os.urandom(500_000))
-
-    running = threading.Thread(target=search)
-    running.start()
-    try:
-        while not experiment.exists("trials/0004/last.pt"):
-            time.sleep(0.01)
-        line.slow_after = 0
-        for dest in (tmp_path / "1", tmp_path / "2"):
-            assert main([f"{bucket}/one", str(dest), "--all"]) == 0
-            assert running.is_alive()
-            verify(dest / "best")
-            assert (dest / "trials" / "0003" / "best.safetensors").read_bytes() == b"weights"
-            with contextlib.closing(sqlite3.connect(dest / "study.db")) as copy:
-                assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    finally:
-        ended.set()
-        running.join()
-
-
-def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import boto3
-
-    finished(bucket)
-    folder = bucket.removeprefix("s3://lungct/")
-    boto3.client("s3").put_object(Bucket="lungct", Key=f"{folder}/one/best/../../evil", Body=b"")
-    assert main([f"{bucket}/one", str(tmp_path / "in" / "model"), "--all"]) == 2
-    assert "leads out of the experiment's folder" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("evil"))
-
-
-def test_after_a_break_in_the_line_a_pull_goes_on_where_it_was(
-    bucket: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 3)
-    model = os.urandom(16 * MIB)
-    finished(bucket, model)
-    line.carried, line.broken_after = 0, 10 * MIB
-    pull = [f"{bucket}/one", str(tmp_path / "model")]
-    assert main(pull) == 2
-    said = capsys.readouterr().err
-    assert "cannot read best/model.safetensors" in said and "the same command goes on from there" in said
-    assert not (tmp_path / "model").exists()
-    kept = arrived(tmp_path / "model.part")
-    assert 4 * MIB <= kept <= 10 * MIB
-    line.mend()
-    assert main(pull) == 0
-    assert line.carried < len(model) - kept + MIB
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
-    verify(tmp_path / "model")
-    assert not (tmp_path / "model.part").exists()
-
-
-@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_pull_that_is_stopped_leaves_no_dest_and_goes_on(
-    bucket: str, line: Line, tmp_path: Path, by: signal.Signals, status: int
-) -> None:
-    model = os.urandom(16 * MIB)
-    finished(bucket, model)
-    line.carried, line.slow_after = 0, 5 * MIB
-    pull = [f"{bucket}/one", str(tmp_path / "model")]
-    with subprocess.Popen([sys.executable, "-m", "lungct_tune.pull", *pull]) as run:
-        deadline = time.monotonic() + 60
-        while arrived(tmp_path / "model.part") < 4 * MIB:
-            assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        run.send_signal(by)
-        assert run.wait(60) == status
-    assert not (tmp_path / "model").exists()
-    kept = arrived(tmp_path / "model.part")
-    line.mend()
-    assert main(pull) == 0
-    assert line.carried < len(model) - kept + MIB
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == model
-    verify(tmp_path / "model")
-
-
-# ---- the head of a cluster ------------------------------------------------------------------------------
-
-
-def test_a_relative_storage_on_a_head_begins_where_a_search_may_have_been_run() -> None:
-    from lungct_tune.experiment.head_node import places_on_head
-
-    assert places_on_head(None) == ["~/results", "~/lungct_tune/results"]
-    assert places_on_head("./else where") == ["~/'else where'", "~/lungct_tune/'else where'"]
-    assert places_on_head("/shared/results") == ["/shared/results"]
-    assert places_on_head("~/results") == ["~/results"]
-    with pytest.raises(ValueError, match="leave --cluster out"):
-        places_on_head("s3://bucket/results")
-
-
-def test_a_destination_that_is_taken_is_said_before_a_head_is_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "model").mkdir()
-    for more in ([], ["--all"]):
-        assert main(["one", str(tmp_path / "model"), "--cluster", str(tmp_path / "no.yaml"), *more]) == 2
-        assert "is there already, and left as it is" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "No such file"),
-        ("a: [", "while parsing"),
-        ("cluster_name: x\nprovider: {type: local, head_ip: h}", "ray exec"),
-    ],
-)
-def test_a_cluster_that_cannot_be_asked_is_said(
-    tmp_path: Path, content: str | None, says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cluster = tmp_path / "cluster.yaml"
-    if content is not None:
-        cluster.write_text(content)
-    assert main(["one", str(tmp_path / "model"), "--cluster", str(cluster)]) == 2
-    said = capsys.readouterr().err
-    assert str(cluster) in said and says in said

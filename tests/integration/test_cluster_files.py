@@ -354,6 +354,7 @@ def no_machine() -> str | None:
 machine = pytest.mark.skipif(no_machine() is not None, reason=no_machine() or "")
 
 
+@pytest.mark.long
 @machine
 def test_the_head_of_cluster_yaml_asks_for_a_token_and_grows_the_cluster(tmp_path: Path) -> None:
     said = on_a_machine_of_its_own([sys.executable, str(Path(__file__).parent / "aws_head.py")], tmp_path / "home")
@@ -363,6 +364,7 @@ def test_the_head_of_cluster_yaml_asks_for_a_token_and_grows_the_cluster(tmp_pat
     assert (seen["nodes"] > 1, seen["asked"][0], seen["asked"][-1]) == (True, "spot", "on-demand")
 
 
+@pytest.mark.long
 @machine
 def test_a_slurm_job_is_one_cluster_of_all_its_nodes_and_ends_as_its_search(tmp_path: Path) -> None:
     (tmp_path / "srun").write_text(SRUN)

@@ -21,6 +21,8 @@ from processes import free_port, wait_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.long
+
 NODES = 2
 WORKER = {"resources": {"CPU": 1, "object_store_memory": 10**8}, "node_config": {}, "min_workers": 0}
 SILENT: dict[str, object] = {
@@ -114,7 +116,8 @@ def test_slots_wait_for_nodes_that_come_and_go(
     assert "holds 0 workers, and 2 with all the nodes that its autoscaler may bring, and 3 are" in refused.stderr
 
     most, log = 1, tmp_path / "search.log"
-    asked = ["--name", "elastic", "--trials", "6", "--epochs", "4"]
+    study_url = f"sqlite:///{tmp_path}/elsewhere.db"
+    asked = ["--name", "elastic", "--study", study_url, "--trials", "6", "--epochs", "4"]
     with log.open("w") as printed, subprocess.Popen([*search, *asked], stdout=printed, stderr=printed) as run:
         try:
             while run.poll() is None:
@@ -125,7 +128,8 @@ def test_slots_wait_for_nodes_that_come_and_go(
     assert run.returncode == 0, log.read_text()
     assert "2 slots of 1 worker with 1 CPU each (room for 0 now; the others start as nodes come)" in log.read_text()
     assert most >= 1 + NODES  # at times more: the autoscaler replaces a node that it ended before the head missed it
-    study = optuna.load_study(study_name="elastic", storage=f"sqlite:///{tmp_path}/elastic/study.db")
+    study = optuna.load_study(study_name="elastic", storage=study_url)
+    assert not (tmp_path / "elastic" / "study.db").exists()
     ended = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     assert [trial.number for trial in ended] == list(range(6))
     histories = [trial.user_attrs["history"] for trial in ended]

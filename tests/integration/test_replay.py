@@ -6,8 +6,6 @@ import json
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,7 @@ import optuna
 import pandas as pd
 import pytest
 from conftest import SMALL, SPACE
-from processes import wait_for
+from processes import running, wait_for
 
 from lungct_tune import replay, search
 from lungct_tune.config.settings import Settings
@@ -123,10 +121,9 @@ def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:
 
     bundle = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     ray.get(bundle.ready())
-    command = [sys.executable, "-m", "lungct_tune.replay", searched.name, "1", "--storage", str(searched.parent)]
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-            assert run.stdout and "epochs again" in run.stdout.readline()
+        with running("replay", searched.name, "1", "--storage", str(searched.parent)) as run:
+            assert run.stdout and any("epochs again" in line for line in run.stdout)
             wait_for(lambda: "PENDING" in [each["state"] for each in ray.util.placement_group_table().values()], run)
             run.send_signal(signal.SIGINT)
             run.communicate(timeout=300)

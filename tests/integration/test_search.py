@@ -1,70 +1,26 @@
-"""The main job, as a user runs it: real Ray, real workers, phantoms from the disk."""
+"""A finished search: what it leaves on the disk, and what is refused before or after one."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
-import os
 import re
-import signal
-import sqlite3
-import time
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 import pytest
-from conftest import CT_IMAGES, CT_WEIGHTS, SMALL, SPACE
+from conftest import SMALL
 from optuna.trial import TrialState
-from processes import searching, wait_for
 
 from lungct_tune.search import main
 from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("cluster")
-
-SLOW = ["--image-size", "96", "--epochs", "8"]  # seconds a trial, so that it can be caught in the middle
-
-
-@pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("space") / "small.yaml"
-    file.write_text(SPACE)
-    return file
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, space: Path) -> Path:
-    """The folder of a search of 6 trials in 2 slots on phantoms of its own, when the command has ended."""
-    storage = tmp_path_factory.mktemp("storage")
-    arguments = ["--space", str(space), "--storage", str(storage), "--name", "one"]
-    assert (
-        main(
-            [
-                *arguments,
-                *SMALL,
-                "--trials",
-                "6",
-                "--epochs",
-                "4",
-                "--slots",
-                "2",
-                "--final-workers",
-                "2",
-                "--compare-baseline",
-            ]
-        )
-        == 0
-    )
-    assert nothing_held()
-    return storage / "one"
 
 
 @pytest.fixture(scope="module")
@@ -78,25 +34,6 @@ def images(finished: Path) -> Any:
 
 def study_of(experiment: Path) -> optuna.Study:
     return optuna.load_study(study_name=experiment.name, storage=f"sqlite:///{experiment}/study.db")
-
-
-def nothing_held(within_s: float = 90) -> bool:
-    """No actor, no placement group, all CPUs free; what is going away gets a little time to be gone."""
-    import ray
-    from ray.util.state import list_actors, list_placement_groups
-
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        alive = [a for a in list_actors(limit=10_000) if a.state in ("ALIVE", "PENDING_CREATION", "RESTARTING")]
-        # Ray Train's own, without resources: one for the whole cluster, and one that stays when Ray's state API is slow
-        own = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
-        actors = [a for a in alive if a.class_name not in own]
-        groups = [g for g in list_placement_groups(limit=10_000) if g.state != "REMOVED"]
-        if not actors and not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-            return True
-        time.sleep(0.5)
-    print([(a.class_name, a.state) for a in actors], groups, ray.available_resources())
-    return False
 
 
 def test_the_study_knows_every_epoch_and_what_was_stopped_early(finished: Path) -> None:
@@ -330,124 +267,3 @@ def test_a_study_that_is_not_there_is_named(finished: Path, tmp_path: Path, caps
     resume = ["--storage", str(tmp_path / "storage"), "--resume", "one"]
     assert main([*resume, "--study", f"sqlite:///{tmp_path}/other.db"]) == 2
     assert "there is no study 'one'" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(
-    not CT_IMAGES.is_dir() or not CT_WEIGHTS.is_file(), reason="no ../shared with CT images and weights"
-)
-def test_real_images_and_real_weights(tmp_path: Path) -> None:
-    space = "search_spaces/shallow.yaml"
-    arguments = ["--data", str(CT_IMAGES), "--weights", str(CT_WEIGHTS), "--normalisation", "unit", "--space", space]
-    tiny = ["--image-size", "32", "--trials", "2", "--epochs", "2", "--name", "ct", "--storage", str(tmp_path)]
-    assert main([*arguments, *tiny]) == 0
-    metrics = json.loads((tmp_path / "ct" / "best" / "metrics.json").read_text())
-    assert 130 <= metrics["test"]["n"] <= 145
-    assert metrics["test"]["references"]["majority class"]["difference"]["value"] > 0
-    split = (tmp_path / "ct" / "split.csv").read_text()
-    assert "/l4.png" not in split and "/sq2.png" not in split
-
-
-def test_two_workers_of_a_slot_and_one_of_them_killed(tmp_path: Path, phantoms: Path, space: Path) -> None:
-    url = f"sqlite:///{tmp_path}/elsewhere.db"
-    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "2", *SLOW, "--study", url) as run:
-        experiment = tmp_path / "killed"
-        wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
-        victim = train_workers()[-1]
-        os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: train_workers() and victim not in train_workers(), run)
-        assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
-        output, _ = run.communicate(timeout=900)
-    assert run.returncode == 0, output
-    study = optuna.load_study(study_name="killed", storage=url)
-    trials = [trial for trial in study.trials if trial.state.is_finished()]
-    assert [trial.state for trial in trials].count(TrialState.FAIL) == 0
-    for trial in trials:
-        epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
-        assert epochs == list(range(1, len(epochs) + 1))  # every epoch once
-        assert (trial.user_attrs["ended"] == "completed") == (len(epochs) == 8) == (trial.state == TrialState.COMPLETE)
-    assert len(trials) == 2 and nothing_held()
-
-
-def test_stopped_and_killed_searches_go_on(tmp_path: Path, phantoms: Path, space: Path) -> None:
-    """Ctrl-C in the search, SIGKILL in the retraining, then left alone: as many trials as asked.
-
-    What SIGKILL in the search leaves is seen in test_storage and test_watching.
-    """
-    experiment = tmp_path / "killed"
-    with command(tmp_path, phantoms, space, "--slots", "2", "--trials", "4", *SLOW) as run:
-        wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
-        run.send_signal(signal.SIGINT)
-        output, _ = run.communicate(timeout=120)
-    assert run.returncode == 130
-    assert f"--resume killed --storage {tmp_path}" in output
-    assert nothing_held()
-    after_stop = {trial.number: trial for trial in study_of(experiment).trials}
-    assert 1 <= ended_trials(experiment) < 4
-    running = [n for n, t in after_stop.items() if t.state == TrialState.RUNNING and t.user_attrs.get("history")]
-    assert running
-
-    with command(tmp_path, None, None) as run:
-        wait_for(lambda: list(experiment.glob("final/*/checkpoint*")), run)
-        run.kill()
-    assert nothing_held() and not (experiment / "best").exists()
-
-    with command(tmp_path, None, None) as run:
-        output, _ = run.communicate(timeout=900)
-    assert run.returncode == 0, output
-    at_end = {trial.number: trial for trial in study_of(experiment).trials}
-    assert len(finished_numbers(at_end)) == 4
-    for number in finished_numbers(after_stop):
-        assert at_end[number].datetime_complete == after_stop[number].datetime_complete
-    for number in running:  # they went on: what they had stands at the beginning of what they have
-        had, has = after_stop[number].user_attrs["history"], at_end[number].user_attrs["history"]
-        assert has[: len(had)] == had
-    for number in finished_numbers(at_end):
-        epochs = [figures["epoch"] for figures in at_end[number].user_attrs["history"]]
-        assert epochs == list(range(1, len(epochs) + 1))
-    assert (experiment / "best" / "checksums.txt").exists() and nothing_held()
-    metrics = json.loads((experiment / "best" / "metrics.json").read_text())
-    assert metrics["search"]["trials"] == 4
-
-
-# ---- a search in a process of its own -----------------------------------------------------------------
-
-
-def command(
-    storage: Path, data: Path | None, space: Path | None, *arguments: str
-) -> AbstractContextManager[subprocess.Popen[str]]:
-    """The search's command line in a process of its own; without data it resumes."""
-    which = ["--resume", "killed"]
-    if data is not None:
-        which = ["--name", "killed", "--data", str(data), "--space", str(space), *SMALL, *arguments]
-    return searching("--storage", str(storage), *which)
-
-
-def train_workers() -> list[int]:
-    from ray.util.state import list_actors
-
-    alive = [
-        a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"
-    ]
-    return [worker.pid for worker in alive]
-
-
-def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
-    return [number for number, trial in trials.items() if trial.state.is_finished()]
-
-
-def ended_trials(experiment: Path) -> int:
-    return count(experiment, "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')")
-
-
-def epochs_of_running_trials(experiment: Path) -> int:
-    values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
-    return count(experiment, f"{values} WHERE state = 'RUNNING'")
-
-
-def count(experiment: Path, query: str) -> int:
-    """Read without Optuna, which would create the tables that the search is about to create."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{experiment}/study.db?mode=ro", uri=True)) as study:
-            return int(study.execute(query).fetchone()[0])
-    except sqlite3.OperationalError:  # not there yet, or being written
-        return 0

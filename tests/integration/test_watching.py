@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,13 +26,15 @@ import optuna
 import pytest
 from conftest import REPOSITORY
 from optuna.trial import TrialState
-from processes import free_port, searching, wait_for
+from processes import searching, wait_for
 from rich.console import Console
+from services import get, server
 
 from lungct_tune.config.hyperparameters import PUBLISHED
-from lungct_tune.search import main
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.callbacks.mlflow import MLflowTracker, TrackingError
+
+pytestmark = pytest.mark.long
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}
@@ -284,27 +285,12 @@ def test_mlflow_has_a_run_for_each_trial_and_one_for_the_final_model(watched: Wa
     assert runs["final"].data.params["trial"] == str(metrics["best_trial"]["trial"])
 
 
-def test_a_search_that_mlflow_cannot_track_is_refused_before_it_begins(
-    tmp_path: Path, phantoms: Path, cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--data", str(phantoms), "--weights", "none", "--storage", str(tmp_path / "s"), "--image-size", "32"]
-    assert main([*arguments, "--track", "mlflow:http://127.0.0.1:9"]) == 2
-    assert "MLflow at http://127.0.0.1:9 cannot be used" in capsys.readouterr().err
-    assert not list((tmp_path / "s").glob("*/study.db"))
-
-
 def test_a_name_that_mlflow_has_already_is_refused(mlflow_server: Any) -> None:
     url, _ = mlflow_server
     client_of(url).create_experiment("taken")
     with pytest.raises(TrackingError, match="has an experiment 'taken' already; choose another --name"):
         MLflowTracker(f"mlflow:{url}", "taken", new=True)
     MLflowTracker(f"mlflow:{url}", "taken", new=False)
-
-
-def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(TrackingError, match="uv pip install mlflow"):
-        MLflowTracker("mlflow:http://127.0.0.1:9", "any", new=True)
 
 
 def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
@@ -357,37 +343,7 @@ def mlflow_history(url: str, run: Any, metric: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in client_of(url).get_metric_history(run.info.run_id, metric))
 
 
-# ---- servers, and a search in a process of its own ----------------------------------------------------
-
-
-@contextlib.contextmanager
-def server(command: Callable[[int], list[str]], ready: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server on loopback, when it answers at the path `ready`: its address and its process, a group of its own."""
-    port = free_port()
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(
-        command(port), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(lambda: answers(url + ready), process)
-        yield url, process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        get(url)
-    except OSError:
-        return False
-    return True
-
-
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        return str(answer.read().decode())
+# ---- the study, Prometheus ---------------------------------------------------------------------------
 
 
 def epochs_in(folder: Path, state: TrialState) -> set[int]:

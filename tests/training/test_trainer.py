@@ -201,18 +201,33 @@ def no_chance() -> Trainer:
     return shared
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of 2 or 3 real worker processes says of the same trainings."""
+WORLDS = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What real worker processes say, in a file each for every group of them."""
     folder = tmp_path_factory.mktemp("workers")
-    mp.spawn(work, args=(request.param, folder), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    mp.spawn(work, args=(folder,), nprocs=max(WORLDS))  # one set of processes for all groups: each imports torch
+    return folder
 
 
-def work(rank: int, world: int, folder: Path) -> None:
+@pytest.fixture(scope="module", params=WORLDS)
+def reports(request: pytest.FixtureRequest, workers: Path) -> list[dict[str, Any]]:
+    """What each of 2 or 3 real worker processes says of the same trainings."""
+    return [torch.load(workers / f"{rank} of {request.param}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def work(rank: int, folder: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    for world in WORLDS:
+        if rank < world:
+            work_in_group(rank, world, folder)
+
+
+def work_in_group(rank: int, world: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous-of-{world}", rank=rank, world_size=world)
     report: dict[str, Any] = {"validation": {n: training().probabilities(range(n)) for n in (0, 2, 7)}}
 
     shared = no_chance()
@@ -229,7 +244,7 @@ def work(rank: int, world: int, folder: Path) -> None:
             training(**changes).train_epoch()
         except (NotFiniteLoss, ValueError) as error:
             report[name] = f"{type(error).__name__}: {error}"
-    torch.save(report, folder / f"{rank}.pt")
+    torch.save(report, folder / f"{rank} of {world}.pt")
     dist.destroy_process_group()
 
 

@@ -1,0 +1,160 @@
+"""Long searches in processes of their own: interrupted in every way and resumed, and one of real images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+import pytest
+from conftest import CT_IMAGES, CT_WEIGHTS, SMALL
+from optuna.trial import TrialState
+from processes import searching, wait_for
+from ray_state import nothing_held, train_workers
+
+from lungct_tune.pull import main as pull
+from lungct_tune.search import main
+
+if TYPE_CHECKING:
+    import subprocess
+
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
+
+EPOCHS = 8
+SLOW = ["--image-size", "96", "--epochs", str(EPOCHS)]  # seconds a trial, so that it can be caught in the middle
+
+
+def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
+    tmp_path: Path, phantoms: Path, space: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL for a worker, Ctrl-C in the search, SIGKILL in the retraining, then left alone: as many trials as asked.
+
+    Two workers share its slot. While it runs it is pulled from.
+    What SIGKILL in the search leaves is seen in test_failing_storage and test_watching.
+    """
+    experiment = tmp_path / "killed"
+    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "3", *SLOW) as run:
+        wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
+        victim = train_workers()[-1]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: train_workers() and victim not in train_workers(), run)
+        assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
+        wait_for(lambda: list(experiment.glob("so_far/*/checksums.txt")), run)
+        pull_while_it_runs(experiment, tmp_path, capsys)
+        wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
+        run.send_signal(signal.SIGINT)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert f"--resume killed --storage {tmp_path}" in output
+    assert nothing_held()
+    after_stop = trials_of(experiment)
+    assert 1 <= ended_trials(experiment) < 3
+    running = [n for n, t in after_stop.items() if t.state == TrialState.RUNNING and t.user_attrs.get("history")]
+    assert running
+
+    with command(tmp_path, None, None) as run:
+        wait_for(lambda: list(experiment.glob("final/*/checkpoint*")), run)
+        run.kill()
+    assert nothing_held() and not (experiment / "best").exists()
+
+    with command(tmp_path, None, None) as run:
+        output, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, output
+    at_end = trials_of(experiment)
+    assert len(finished_numbers(at_end)) == 3
+    for number in finished_numbers(after_stop):
+        assert at_end[number].datetime_complete == after_stop[number].datetime_complete
+    for number in running:  # they went on: what they had stands at the beginning of what they have
+        had, has = after_stop[number].user_attrs["history"], at_end[number].user_attrs["history"]
+        assert has[: len(had)] == had
+    for number in finished_numbers(at_end):
+        trial = at_end[number]
+        epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
+        assert epochs == list(range(1, len(epochs) + 1))  # every epoch once
+        completed = trial.user_attrs["ended"] == "completed"
+        assert completed == (len(epochs) == EPOCHS) == (trial.state == TrialState.COMPLETE)
+        assert trial.state != TrialState.FAIL
+    assert (experiment / "best" / "checksums.txt").exists() and nothing_held()
+    metrics = json.loads((experiment / "best" / "metrics.json").read_text())
+    assert metrics["search"]["trials"] == 3
+
+
+def pull_while_it_runs(experiment: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The best model so far can be used, and a copy of everything can be resumed from."""
+    import torch
+
+    from lungct_tune.evaluation.inference import load_model
+
+    copy = folder / "copy" / experiment.name
+    assert pull([experiment.name, str(folder / "model"), "--storage", str(experiment.parent)]) == 0
+    assert pull([str(experiment), str(copy), "--all"]) == 0
+    said = capsys.readouterr().out
+    assert "best of 1 trials of 3" in said and "not been judged" in said
+    resume = ["--resume", experiment.name, "--storage", str(copy.parent)]
+    assert " ".join(resume) in said
+    model, config = load_model(folder / "model")
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, len(config["classes"]))
+    assert trials_of(copy)[0].state == TrialState.COMPLETE and list(copy.glob("so_far/*/checksums.txt"))
+    assert main([*resume, "--plan"]) == 0
+
+
+@pytest.mark.skipif(
+    not CT_IMAGES.is_dir() or not CT_WEIGHTS.is_file(), reason="no ../shared with CT images and weights"
+)
+def test_real_images_and_real_weights(tmp_path: Path) -> None:
+    space = "search_spaces/shallow.yaml"
+    arguments = ["--data", str(CT_IMAGES), "--weights", str(CT_WEIGHTS), "--normalisation", "unit", "--space", space]
+    tiny = ["--image-size", "32", "--trials", "2", "--epochs", "2", "--name", "ct", "--storage", str(tmp_path)]
+    assert main([*arguments, *tiny]) == 0
+    metrics = json.loads((tmp_path / "ct" / "best" / "metrics.json").read_text())
+    assert 130 <= metrics["test"]["n"] <= 145
+    assert metrics["test"]["references"]["majority class"]["difference"]["value"] > 0
+    split = (tmp_path / "ct" / "split.csv").read_text()
+    assert "/l4.png" not in split and "/sq2.png" not in split
+
+
+# ---- a search in a process of its own, and its study ---------------------------------------------------
+
+
+def command(
+    storage: Path, data: Path | None, space: Path | None, *arguments: str
+) -> AbstractContextManager[subprocess.Popen[str]]:
+    """The search's command line in a process of its own; without data it resumes."""
+    which = ["--resume", "killed"]
+    if data is not None:
+        which = ["--name", "killed", "--data", str(data), "--space", str(space), *SMALL, *arguments]
+    return searching("--storage", str(storage), *which)
+
+
+def trials_of(experiment: Path) -> dict[int, optuna.trial.FrozenTrial]:
+    study = optuna.load_study(study_name="killed", storage=f"sqlite:///{experiment}/study.db")
+    return {trial.number: trial for trial in study.trials}
+
+
+def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
+    return [number for number, trial in trials.items() if trial.state.is_finished()]
+
+
+def ended_trials(experiment: Path) -> int:
+    return count(experiment, "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')")
+
+
+def epochs_of_running_trials(experiment: Path) -> int:
+    values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
+    return count(experiment, f"{values} WHERE state = 'RUNNING'")
+
+
+def count(experiment: Path, query: str) -> int:
+    """Read without Optuna, which would create the tables that the search is about to create."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{experiment}/study.db?mode=ro", uri=True)) as study:
+            return int(study.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet, or being written
+        return 0
