@@ -95,7 +95,7 @@ def pull_while_it_runs(experiment: Path, folder: Path, capsys: pytest.CaptureFix
     assert pull([experiment.name, str(folder / "model"), "--storage", str(experiment.parent)]) == 0
     assert pull([str(experiment), str(copy), "--all"]) == 0
     said = capsys.readouterr().out
-    assert "best of 1 trials of 3" in said and "not been judged" in said
+    assert "best of 1 trials of 3" in said and "not been evaluated" in said
     resume = ["--resume", experiment.name, "--storage", str(copy.parent)]
     assert " ".join(resume) in said
     model, config = load_model(folder / "model")
