@@ -1,10 +1,10 @@
-"""How often an accuracy's interval holds the truth, by the number of groups that it rests on.
+"""Measures how often the confidence interval of an accuracy contains the true value, by number of groups.
 
 python benchmarks/coverage.py [--simulations 400]
 
-Groups of 1 to 4 images, each group with a rate of its own (beta-distributed, so that images of a group are right or
-wrong together with the correlation named); an interval for 95 % should hold the truth in 95 of 100 simulations. With
-400 simulations a figure is off by 0.011 (one standard error).
+Groups have 1 to 4 images. Each group has its own beta-distributed rate, so that the results of its images have the
+given correlation. A 95 % interval should contain the true value in 95 of 100 simulations. With 400 simulations the
+standard error of a figure is 0.011.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Two folds on two workers: each worker trains one alone, or both train one after the other together.
+"""Compares two ways to train two folds on two workers: one fold per worker, or both workers on one fold at a time.
 
 python benchmarks/folds.py [--depth 20] [--size 64] [--repeats 3]
 
-Worker processes with a Gloo group, as a slot has them, a thread each; the two ways take turns, and the medians count.
+The workers are processes of a Gloo group with one thread each, as in a slot. The two ways take turns; the result is
+their medians.
 """
 
 from __future__ import annotations

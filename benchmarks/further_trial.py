@@ -1,12 +1,12 @@
-"""What one further trial costs: warm slots beside Ray's documented way of running Tune with Train.
+"""Measures the cost of one further trial: in warm slots, and in Ray's documented way to run Tune with Train.
 
     python benchmarks/further_trial.py
 
-The same toy trial both ways, one at a time on one CPU: two epochs of a ResNet50 cut at 1 on 32-pixel phantoms,
-validated and checkpointed each epoch. "documented" is a Tune function trainable that starts a TorchTrainer and
-reports through TuneReportCallback (https://docs.ray.io, "Hyperparameter Tuning with Ray Tune"). Each way is run
-with a few and with more trials; the difference is what the further ones cost, and what is not spent inside an
-epoch is their overhead.
+Both ways run the same small trial, one at a time on one CPU: two epochs of a ResNet50 truncated at 1 on 32-pixel
+phantoms, with validation and a checkpoint in each epoch. "documented" is a Tune function trainable that starts a
+TorchTrainer and reports through TuneReportCallback (https://docs.ray.io, "Hyperparameter Tuning with Ray Tune"). Each
+way runs with few and with more trials. The difference is the cost of the further trials. Their time outside of epochs
+is the overhead.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def plan_in(folder: Path) -> SlotPlan:
 
 
 def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
-    """Wall and epoch seconds of a search in one slot."""
+    """Wall seconds and epoch seconds of a search in one slot."""
     name = f"warm-{trials}"
     study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS, new=True)
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
@@ -71,7 +71,7 @@ def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple
 
 
 def documented(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
-    """Wall and epoch seconds of as many trials that each start a Train run of their own."""
+    """Wall seconds and epoch seconds of as many trials, each of which starts its own Train run."""
 
     def run_trial(config: dict[str, Any]) -> None:
         from ray.train.torch import TorchTrainer

@@ -1,13 +1,13 @@
-"""The search for near copies: what it finds, what it wrongly finds, and what it costs.
+"""Measures the search for near copies: recall, precision, time and memory.
 
     python benchmarks/near_copies.py                          recall and precision on planted copies of phantoms
     python benchmarks/near_copies.py --data chest-ctscan      the same on planted copies of real images
     python benchmarks/near_copies.py --cost 1000 10000 50000  time and memory, by number of images
 
-Copies are planted in images of different patients: a copy that is found with its original counts as found, a pair
-of anything else as a false alarm (of real images, a pair of originals that stands without planted copies too counts
-as neither). The cost is that of the search alone, on phantoms of 64 pixels, one for each patient, once they are
-decoded; memory is the process's own at its highest, without the images, which are mapped.
+Copies are planted in images of different patients. A pair of a copy and its original is correct, any other pair is a
+false alarm. In real images, a pair of originals that is also found without planted copies counts as neither. The cost
+is that of the search alone, without decoding, on phantoms of 64 pixels, one per patient. Memory is the peak of the
+process, without the images, which are memory-mapped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def rescaled(image: Image.Image, factor: float) -> Image.Image:
 
 
 def shifted(image: Image.Image, x: float, y: float) -> Image.Image:
-    """By shares of its width and height; what comes in is black."""
+    """Shifts an image by shares of its width and height; the new area is black."""
     matrix = (1, 0, -round(x * image.width), 0, 1, -round(y * image.height))
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
@@ -93,7 +93,7 @@ def pairs_of(images: list[Image.Image]) -> set[tuple[int, int]]:
 
 
 def quality(originals: list[Image.Image], console: Console) -> None:
-    """Prints recall and precision by kind; of each kind, a copy of half of the images is planted."""
+    """Prints recall and precision for each kind of copy; for each kind, copies of half of the images are planted."""
     already = pairs_of(originals)
     n, rng = len(originals), np.random.default_rng(0)
     table = Table("planted copies", "planted", "found", "recall", "false alarms", "precision")
@@ -101,7 +101,7 @@ def quality(originals: list[Image.Image], console: Console) -> None:
         which = rng.choice(n, n // 2, replace=False)
         found = pairs_of(originals + [change(originals[i], rng) for i in which])
         right = {(int(i), n + at) for at, i in enumerate(which)}
-        # a copy of an image that had a copy before is rightly found with that one too
+        # if an original already had a copy, a pair of that copy and the planted one is correct too
         alike = {(min(a, b), max(a, b)) for a, b in already} | {(i, i) for i in range(n)}
         origin = [*range(n), *(int(i) for i in which)]
         false = [(i, j) for i, j in found if (min(origin[i], origin[j]), max(origin[i], origin[j])) not in alike]
@@ -119,7 +119,7 @@ def draw(patient: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cost(sizes: list[int], console: Console) -> None:
-    """Prints time, CPU time and peak memory of both searches, each in a process of its own."""
+    """Prints time, CPU time and peak memory of both searches, each in its own process."""
     table = Table("images", "copies", "CPU", "memory", "false alarms", "groups by likeness", "CPU", "memory")
     with tempfile.TemporaryDirectory() as folder:
         largest = max(sizes)
@@ -154,7 +154,7 @@ def _search_groups(folder: str, n: int) -> int:
 
 
 def _measured(search: Callable[[str, int], int], folder: str, n: int) -> tuple[float, float, float, int]:
-    """Seconds, CPU seconds, peak MB beyond what was there before, and the search's answer."""
+    """Seconds, CPU seconds, peak MB more than before the search, and the search's result."""
     before, peak, done = _own_memory(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -172,7 +172,7 @@ def _measured(search: Callable[[str, int], int], folder: str, n: int) -> tuple[f
 
 
 def _own_memory() -> float:
-    """Of this process, without the pages of mapped files, in MB."""
+    """Memory of this process in MB, without the pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 

@@ -1,12 +1,12 @@
-"""What the training pipeline costs beside the arithmetic that cannot be avoided, and what freezing saves.
+"""Measures the speed of the training pipeline relative to a bare training loop, and the gain from freezing.
 
     python benchmarks/pipeline_share.py
 
-For each cut: an epoch of `lungct_tune.training` on random uint8 images (shuffled, augmented, normalised, with
-class weights, clipping and learning-rate schedule) beside the bare loop of forward, backward and optimizer step
-on one ready random batch of the same shape; then the same epoch with all of the backbone frozen. The three take
-turns, so that other load on the machine meets them alike; medians. The aim is a share of at least 0.95. On 2 CPU
-cores about 5 minutes; on a GPU, if there is one, with `--steps 50`.
+There are three measurements for each truncation depth: an epoch of `lungct_tune.training` on random uint8 images
+(shuffled, augmented, normalised, with class weights, clipping and learning-rate schedule), a bare loop of forward,
+backward and optimizer step on one ready random batch of the same shape, and the same epoch with the whole backbone
+frozen. The three take turns, so that other load on the machine affects them equally; the result is their medians. The
+aim is a share of at least 0.95. It takes about 5 minutes on 2 CPU cores. On a GPU, add `--steps 50`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def median_seconds(epochs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each kind of epoch, taking turns; the first round only warms up."""
+    """Median seconds of each kind of epoch. The kinds take turns; the first round only warms up."""
     rounds = [[seconds(epoch) for epoch in epochs] for _ in range(repeats + 1)]
     return [median(times) for times in zip(*rounds[1:], strict=True)]
 
@@ -67,7 +67,7 @@ def seconds(epoch: Callable[[], object]) -> float:
 def pipeline(
     cut: int, frozen_share: float, px: int, batch: int, steps: int, epochs: int, device: torch.device
 ) -> Callable[[], object]:
-    """An epoch of the real training, published augmentation included."""
+    """An epoch of the real training, with the published augmentation."""
     n = batch * steps
     return Trainer(
         Hyperparameters(truncation_depth=cut, frozen_share=frozen_share),
@@ -85,7 +85,7 @@ def pipeline(
 
 
 def bare_loop(cut: int, px: int, batch: int, steps: int, device: torch.device) -> Callable[[], object]:
-    """As many steps of forward, backward and optimizer on one batch that lies ready."""
+    """The same number of steps of forward, backward and optimizer, on one ready batch."""
     model = TruncatedResNet50(cut).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images_NCHW = torch.randn(batch, 3, px, px, device=device).to(memory_format=torch.channels_last)

@@ -1,9 +1,10 @@
-"""How far the winner's validation figure lies from what the final model scores on images that nothing had seen.
+"""Measures the difference between the winner's validation figure and the final model's figure on unseen test images.
 
     python benchmarks/selection.py --data chest-ctscan --folds 5 --seeds 0 1 2 3 -- --image-size 48 --trials 8
 
-Each seed deals the images anew, holds a grouped fifth of them out, and is searched twice: judging trials on the
-validation split, and with --folds. What follows `--` goes to every search. Both figures are balanced accuracies.
+Each seed splits the images again, with a grouped fifth of them for test. Two searches run for each seed: one evaluates
+trials on the validation split, one with --folds. Every search gets the arguments after `--`. Both figures are balanced
+accuracies.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lungct_tune.training.objective import OBJECTIVE
 
 
 def searched(storage: Path, name: str, arguments: list[str]) -> tuple[float, float, float]:
-    """The winner's figure on validation, the final model's on test, and the seconds that the search took."""
+    """The winner's figure on validation, the final model's figure on test, and the seconds of the search."""
     began = time.monotonic()
     if search(["--storage", str(storage), "--name", name, *arguments]):
         raise SystemExit(f"the search {name} failed")

@@ -37,7 +37,7 @@ Flags win over the file. The flags that you need most:
 ## All settings
 
 """
-COLUMNS = ("flag", "YAML key", "type", "default", "what it does")
+COLUMNS = ("flag, YAML key", "type", "default", "what it does")
 
 
 def settings_page() -> str:
@@ -53,7 +53,7 @@ def _row(name: str, schema: dict[str, Any]) -> tuple[str, ...]:
     text = schema["description"]
     told = re.fullmatch(r"(.+) \(([^()]+)\)", text)
     what, default = told.groups() if told else (text, _shown(schema.get("default")))
-    return f"`--{name.replace('_', '-')}`", f"`{name}`", _type(schema), default, what
+    return f"`--{name.replace('_', '-')}`<br>`{name}`", _type(schema), default, what
 
 
 def _shown(default: Any) -> str:

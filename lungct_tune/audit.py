@@ -1,4 +1,4 @@
-"""What a data set and its split are worth, before a single GPU hour is spent on them.
+"""Audits a data set and its split, before any training: copies, conflicts, shortcuts and leaks.
 
 python -m lungct_tune.audit --help
 """
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   python -m lungct_tune.audit --data chest-ctscan                        the published folders
-  python -m lungct_tune.audit --data chest-ctscan --html audit.html      with the pairs of copies to look at
+  python -m lungct_tune.audit --data chest-ctscan --html audit.html      a page that shows the pairs of copies
   python -m lungct_tune.audit --data chest-ctscan --split grouped        the split that a search makes
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line(
         "audit",
         EXAMPLES,
@@ -41,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--html", metavar="FILE", type=Path, help="write a page, with the copies as pairs of thumbnails"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
-    parser.add_argument("--split", metavar="grouped|official", help="(official where there are its folders)")
-    parser.add_argument("--permuted", action="store_true", help="also learn permuted labels: slower; can prove a leak")
-    parser.add_argument("--seed", metavar="N", help="of the grouped split (0)")
-    parser.add_argument("--image-size", metavar="N", help="that the images are read at (224)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON")
+    parser.add_argument(
+        "--split", metavar="grouped|official", help="the split to audit (official if its folders exist)"
+    )
+    parser.add_argument("--permuted", action="store_true", help="also train on permuted labels: slow; can prove a leak")
+    parser.add_argument("--seed", metavar="N", help="the seed of the grouped split (0)")
+    parser.add_argument("--image-size", metavar="N", help="width and height at which images are read, in pixels (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     asked = vars(parser.parse_args(argv))
@@ -57,7 +59,7 @@ def _run(asked: dict[str, Any], console: Console) -> None:
 
     page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
     settings = validate(asked).for_data()
-    # imported when the settings are known to be right, so that --help and a refusal come at once
+    # imported after the settings are validated, so that --help and error messages come at once
     from lungct_tune.auditing.audit import audit_images
     from lungct_tune.data import fetch_images, read_images
     from lungct_tune.experiment.bundle import as_json
@@ -87,12 +89,13 @@ def _run(asked: dict[str, Any], console: Console) -> None:
 
 
 def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.ndarray]:
-    """The split to audit and its name: the folders as they are, with or without test, unless asked otherwise.
+    """The name of the split to audit, and the split. Without --split: the split folders, if there are at least two.
 
-    Images that make no split are still worth an audit, unless a split was asked for.
+    If there are fewer, it is a grouped split. Images that cannot be split are audited as one part, unless --split is
+    given.
 
     Raises:
-        DataError: the official split is asked for where there are no folders of one, or a grouped one cannot be made.
+        DataError: --split official is given without split folders, or --split grouped and there are too few groups.
     """
     import numpy as np
 
@@ -102,7 +105,9 @@ def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.n
     folders = images.table["folder"].to_numpy(dtype=str)
     has_folders = len(set(folders)) > 1
     if settings.split == "official" and not has_folders:
-        raise DataError(f"{images.root} has no two of the folders train, valid and test; choose --split grouped")
+        raise DataError(
+            f"{images.root} has fewer than two of the folders train, valid and test; choose --split grouped"
+        )
     if has_folders and (settings.split == "official" or not asked):
         return "official", folders
     try:

@@ -1,4 +1,4 @@
-"""The command `lungct-tune`, and what its commands share: how each begins and ends."""
+"""The command `lungct-tune`, and the argument parser and exit status that all commands share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lungct_tune import __version__
 from lungct_tune.errors import UserError
 
 COMMANDS = {
-    "search": "Search the best truncated ResNet50 for lung CT images, retrain it, judge it once.",
+    "search": "Search for the best truncated ResNet50 for lung CT images, retrain it, and evaluate it once.",
     "audit": "Look for copies, conflicts, shortcuts and leaks in images and their split.",
-    "evaluate": "Judge a bundle's model on other images, without training.",
-    "report": "Make the report of a search again, or of one that has not ended.",
-    "replay": "Train one trial of a search again, and compare its figures with those that were recorded.",
-    "pull": "Fetch the best model of a search, verify it, and say what it is worth.",
+    "evaluate": "Evaluate a bundle's model on other images, without training.",
+    "report": "Make the report of a search again, or of a search that has not ended.",
+    "replay": "Train one trial of a search again, and compare its figures with the recorded ones.",
+    "pull": "Fetch the best model of a search, verify it, and show how accurate it is.",
     "download": "Fetch the public CT images from Kaggle.",
 }
 """What each command does. `lungct-tune NAME` and `python -m lungct_tune.NAME` both run `lungct_tune.NAME.main`."""
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lungct-tune",
         usage="%(prog)s [-h] [--version] COMMAND ...",
-        description="Search the best ResNet50-based classifier of lung CT images, and say what it is worth.",
+        description="Search for the best ResNet50-based classifier of lung CT images, and show how accurate it is.",
         epilog="\n".join(["commands:", *(f"  {name:<10}{line}" for name, line in COMMANDS.items())])
-        + "\n\nlungct-tune COMMAND --help says more of one. python -m lungct_tune.COMMAND is the same command.",
+        + "\n\nlungct-tune COMMAND --help shows its options. python -m lungct_tune.COMMAND is the same command.",
         formatter_class=_formatter,
         allow_abbrev=False,
     )
@@ -42,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = words
     if name not in COMMANDS:
         parser.error(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
-    # by name, when it is known which: a command imports much, and stands above this module
+    # imported by name here, since commands import much, and are in a layer above this module
     status: int = importlib.import_module(f"lungct_tune.{name}").main(rest)
     return status
 
 
 def command_line(name: str, examples: str, **more: Any) -> argparse.ArgumentParser:
-    """The parser of `python -m lungct_tune.NAME`, without arguments yet."""
+    """Makes the parser of `python -m lungct_tune.NAME`, without arguments yet."""
     return argparse.ArgumentParser(
         prog=f"python -m lungct_tune.{name}",
         description=COMMANDS[name],
@@ -64,11 +64,11 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
-    """Runs a command to its end: its own status, 2 for what the user can mend, 130 for Ctrl-C.
+    """Runs a command and returns its exit status; 2 for an error that the user can fix, 130 for Ctrl-C.
 
     Args:
         run: the command; it returns its exit status, or None for 0.
-        stopped: what to know after Ctrl-C, where that itself says nothing.
+        stopped: the message after Ctrl-C, if the KeyboardInterrupt has no message.
     """
     try:
         return run() or 0

@@ -22,14 +22,14 @@ examples:
 
 
 class DownloadError(UserError):
-    """The images could not be fetched: the message says why and what else to do."""
+    """The images cannot be fetched; the message says why and what to do."""
 
 
 def download(folder: Path) -> Path:
-    """Downloads and unpacks the data set through kagglehub; a complete earlier download is used again.
+    """Downloads and unpacks the data set with kagglehub; an earlier complete download is used again.
 
     Raises:
-        DownloadError: kagglehub is not installed, Kaggle cannot be reached or refuses.
+        DownloadError: kagglehub is not installed, or Kaggle cannot be reached or refuses the download.
     """
     try:
         import kagglehub
@@ -37,19 +37,24 @@ def download(folder: Path) -> Path:
         raise DownloadError("kagglehub is not installed (the extra `kaggle`): pip install kagglehub") from error
     try:
         return Path(kagglehub.dataset_download(DATASET, output_dir=str(folder)))
-    except Exception as error:  # kagglehub lets every error of requests, sockets and zip files through
+    except Exception as error:  # kagglehub raises every error of requests, sockets and zip files
         raise DownloadError(
             f"{DATASET} cannot be downloaded from Kaggle ({type(error).__name__}: {error}).\n"
-            "Check the network; or download the zip file in a browser from "
+            "Check the network. Or download the zip file in a browser from "
             f"https://www.kaggle.com/datasets/{DATASET}, unpack it, and give its folder to --data"
         ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line("download", EXAMPLES)
     parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", type=Path, default=Path("chest-ctscan"), help="(./chest-ctscan)"
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        type=Path,
+        default=Path("chest-ctscan"),
+        help="where to put the images (./chest-ctscan)",
     )
     asked = parser.parse_args(argv)
     return exit_status(lambda: _run(asked.folder))
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(folder: Path) -> None:
     found = download(folder)
-    print(f"the images are in {found}; now: python -m lungct_tune.search --data {found}")
+    print(f"The images are in {found}. Next: python -m lungct_tune.search --data {found}")
 
 
 if __name__ == "__main__":

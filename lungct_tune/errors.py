@@ -1,7 +1,7 @@
-"""What a user can mend, and is told in words."""
+"""The base class of errors that a user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message says what is wrong, where, and what to do."""
+    """An error that the user can fix; the message says what is wrong, where, and what to do."""

@@ -95,7 +95,7 @@ def finished(cluster: None, tmp_path_factory: pytest.TempPathFactory, space: Pat
     where = ["--space", str(space), "--storage", str(storage), "--name", "one"]
     how = ["--trials", "6", "--epochs", "4", "--slots", "2", "--final-workers", "2", "--compare-baseline"]
     with searching(*where, *SMALL, *how) as run:
-        output, _ = run.communicate(timeout=600)
+        output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
     assert nothing_held()
     return storage / "one"

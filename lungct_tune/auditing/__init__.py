@@ -1,1 +1,1 @@
-"""What a data set and its split are worth: copies, shortcuts, leaks, and what follows from them."""
+"""Audits a data set and its split: finds copies, shortcuts and leaks, and draws conclusions."""

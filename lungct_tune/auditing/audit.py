@@ -1,15 +1,15 @@
-"""What must be known of a data set and its split before a figure measured on them is believed.
+"""Audits a data set and its split, to show whether a figure measured on them can be trusted.
 
 The audit is a plain dictionary of names, numbers and texts, for audit.json and for the pages made from it:
 
-    verdict       level ("leaks", "caution" or "clean"), headline, reasons and advice, in plain words
-    inventory     images by class and split, formats, modes, sizes, what was left out
+    verdict       level ("leaks", "caution" or "clean"), headline, reasons and advice, as text
+    inventory     images by class and split, formats, modes, sizes, unreadable files
     copies        by kind and by class; across parts and inside them; the pairs, worst first
     conflicts     copies under several classes
-    groups        how many, at the threshold in force and at others; how many the split cuts
-    shortcuts     what each rule scores beside chance; which classes are given away by which
-    split_health  how alike each part is to those before it, which a model judged on it has learned from
-    permuted      only where asked for: what is learnt from labels that mean nothing
+    groups        their number, at the threshold that is used and at others; how many the split divides
+    shortcuts     the score of each rule and of chance; the classes that a rule gives away
+    split_health  the similarity of each part to the parts before it, on which an evaluated model was trained
+    permuted      only on request: the scores of rules that were trained on permuted labels
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from lungct_tune.data.split import POOLED, SPLITS, UNSPLIT
 KINDS = ("byte-identical", "pixel-identical", "near-identical")
 PERMUTATIONS = 10
 PROOF = 0.001
-"""Chance of a false alarm for the whole of the permuted runs (Bonferroni over rules and parts)."""
+"""Probability of a false alarm over all permuted runs together (Bonferroni over rules and parts)."""
 
 TOO_ALIKE = 0.01
-"""Chance of a false alarm when a part is called more alike to what was learned from than unseen groups are."""
+"""Probability of a false alarm when a part is called more similar to the training images than unseen groups are."""
 
 _SUFFIXES = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm", ".pnm"}}
 
 
 def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: bool = False) -> dict[str, Any]:
-    """The audit of a data set under a split.
+    """Audits a data set and a split of it.
 
     Args:
-        images: as they were read.
-        split: (N,) str, the part of each image: "train", "valid" or "test", of which any may be missing; `POOLED`
-            instead of the first two where folds cure what train and valid have in common; or all `UNSPLIT`.
-        how: what the split is called: "grouped", "official" or "no".
+        images: the data set.
+        split: (N,) str, the part of each image: "train", "valid" or "test". Parts may be missing. With folds, `POOLED`
+            replaces "train" and "valid". Without a split, all are `UNSPLIT`.
+        how: the name of the split: "grouped", "official" or "no".
         permuted: also train the rules on permuted labels (a minute for 1,000 images).
     """
     parts = [part for part in (UNSPLIT, POOLED, *SPLITS) if (split == part).any()]
@@ -76,10 +76,10 @@ def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: boo
 
 
 def refuse_leaks(audit: dict[str, Any]) -> None:
-    """For a search that is told to be strict.
+    """Stops a search with --strict if its split leaks.
 
     Raises:
-        DataError: the split cuts through groups.
+        DataError: the verdict's level is "leaks".
     """
     if audit["verdict"]["level"] == "leaks":
         raise DataError(
@@ -144,11 +144,11 @@ def _copied_by_class(copies: list[CopyOf]) -> dict[str, int]:
 
 
 def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) -> dict[str, Any]:
-    """How many images of a part have a copy in another part, or in the same: none is a copy of itself."""
+    """How many images of a part have a copy in another part, or in the same part. No image is a copy of itself."""
 
     def found(keys_N: np.ndarray) -> np.ndarray:
-        there_N = pd.Series(keys_N).map(pd.Series(keys_N[is_other_N]).value_counts()).fillna(0).to_numpy()
-        return np.asarray(is_part_N & (there_N > (is_part_N & is_other_N)))
+        in_other_N = pd.Series(keys_N).map(pd.Series(keys_N[is_other_N]).value_counts()).fillna(0).to_numpy()
+        return np.asarray(is_part_N & (in_other_N > (is_part_N & is_other_N)))
 
     with_copy_N = found(copy_numbers(images))
     return {
@@ -164,14 +164,14 @@ def _by_class(names: Iterable[str]) -> dict[str, int]:
 
 
 def copy_numbers(images: ImageSet) -> np.ndarray:
-    """(N,) int: images of one number are copies of one another."""
+    """(N,) int: images with the same number are copies of one another."""
     row_of = {path: row for row, path in enumerate(images.table["path"])}
     pairs = [(row_of[c.path], row_of[c.other]) for c in images.copies if c.path in row_of and c.other in row_of]
     return merge(np.arange(len(row_of)), *np.array(pairs, dtype=np.intp).reshape(-1, 2).T)
 
 
 def _change(files: pd.DataFrame, pair: CopyOf) -> str:
-    """What was done to make one of a near-identical pair from the other, as far as it can be told."""
+    """How the images of a near-identical pair differ, as text: flip, shift, size, format."""
     changes = [f"flipped {pair.flip}" if pair.flip in ("left-right", "top-bottom") else pair.flip]
     changes.append(f"shifted by {pair.shift:.1%}" if pair.shift else "")
     if pair.path in files.index and pair.other in files.index:
@@ -184,7 +184,7 @@ def _change(files: pd.DataFrame, pair: CopyOf) -> str:
 
 
 def _badness(pair: dict[str, Any]) -> tuple[bool, bool, int, float]:
-    """Smaller is worse: under two classes, across splits, then by kind and likeness."""
+    """Sort key, worst pairs first: under two classes, across splits, then by kind and similarity."""
     first, second = pair["first"], pair["second"]
     return (
         first["class"] == second["class"],
@@ -236,35 +236,35 @@ def _shortcuts(images: ImageSet, measured: Mapping[str, Shortcut]) -> dict[str, 
 
 
 def _likeness(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Mapping[int, float]) -> dict[str, Any]:
-    """How alike a part is to those before it, by its images' nearest neighbours there at 32 x 32 pixels.
+    """How similar a part is to the parts before it, by its images' nearest neighbours there at 32 x 32 pixels.
 
     Args:
-        images: all of them.
-        split: the part of each.
-        parts: the part asked last, before it those that a model which is judged on it has learned from.
-        unseen: by label, how often the nearest neighbour names it rightly in groups that it has not seen.
+        images: all images.
+        split: the part of each image.
+        parts: the part to examine comes last; a model that is evaluated on it was trained on the parts before it.
+        unseen: by label, the share of images whose nearest neighbour in other groups has the right label.
     """
     *before, part = parts
-    is_known_N, is_asked_N = np.isin(split, before), split == part
+    is_known_N, is_part_N = np.isin(split, before), split == part
     labels_N, groups_N = (images.table[name].to_numpy() for name in ("label", "group"))
-    asked, known = np.flatnonzero(is_asked_N), np.flatnonzero(is_known_N)
-    similarity_N, nearest_N = _nearest(images, asked, known)
-    is_seen_N, is_right_N = np.isin(groups_N[asked], groups_N[known]), labels_N[nearest_N] == labels_N[asked]
+    rows, known = np.flatnonzero(is_part_N), np.flatnonzero(is_known_N)
+    similarity_N, nearest_N = _nearest(images, rows, known)
+    is_seen_N, is_right_N = np.isin(groups_N[rows], groups_N[known]), labels_N[nearest_N] == labels_N[rows]
     others_N = np.flatnonzero(~is_seen_N)
-    expected = float(np.mean([unseen[label] for label in labels_N[asked[others_N]]])) if unseen and len(others_N) else 1
+    expected = float(np.mean([unseen[label] for label in labels_N[rows[others_N]]])) if unseen and len(others_N) else 1
     right = int(is_right_N[others_N].sum())
     return {
         "part": part,
         "before": before,
-        "images": len(asked),
+        "images": len(rows),
         "seen": int(is_seen_N.sum()),
-        "copies": _with_copy(images, is_asked_N, is_known_N),
+        "copies": _with_copy(images, is_part_N, is_known_N),
         "nearest_neighbour_accuracy": float(is_right_N.mean()),
         "others": {
             "images": len(others_N),
             "nearest_neighbour_right": right,
             "expected_of_unseen_groups": expected,
-            "too_alike": too_alike(is_right_N[others_N], groups_N[asked[others_N]], expected),
+            "too_alike": too_alike(is_right_N[others_N], groups_N[rows[others_N]], expected),
         },
         "by_class": {
             name: {
@@ -273,15 +273,15 @@ def _likeness(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Map
                 "median_similarity": float(np.median(similarity_N[is_class_N])),
             }
             for label, name in enumerate(images.classes)
-            if (is_class_N := labels_N[asked] == label).any()
+            if (is_class_N := labels_N[rows] == label).any()
         },
     }
 
 
 def too_alike(right_N: np.ndarray, groups_N: np.ndarray, expected: float) -> bool:
-    """Whether more are right than is to be expected of groups that were not seen, by more than chance (`TOO_ALIKE`).
+    """Whether significantly more images are right than is expected for unseen groups (binomial test, `TOO_ALIKE`).
 
-    The images of a group are right or wrong together, so a group counts once, with the share of it that is right.
+    The images of a group are right or wrong together, so each group counts once, with its share of right images.
     """
     right_G = pd.Series(right_N).groupby(groups_N).mean()
     if not len(right_G):
@@ -289,25 +289,24 @@ def too_alike(right_N: np.ndarray, groups_N: np.ndarray, expected: float) -> boo
     return bool(binomtest(round(right_G.sum()), len(right_G), expected, alternative="greater").pvalue < TOO_ALIKE)
 
 
-def _nearest(images: ImageSet, asked: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row asked, the correlation with its most similar row among those known, and that row."""
+def _nearest(images: ImageSet, rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `rows`, the correlation with its most similar row in `known`, and that row."""
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(unit_pixels(images, known))
-    distance_N1, position_N1 = search.kneighbors(unit_pixels(images, asked))
+    distance_N1, position_N1 = search.kneighbors(unit_pixels(images, rows))
     return 1 - distance_N1[:, 0] ** 2 / 2, known[position_N1[:, 0]]
 
 
 def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dict[str, Any]]:
-    """What the rules score on parts held out when they learn from labels that mean nothing.
+    """Scores on the held-out parts of the rules trained on permuted labels.
 
-    Every group is given the label of another one, drawn anew `PERMUTATIONS` times, and all its images get it. The
-    labels then say nothing about an image but which group it belongs to, so a rule can be above chance on held-out
-    images only by recognising that a group of theirs was in train: a figure above chance proves that the split leaks,
-    and is about what the leak alone is worth. (Permuting image by image would prove nothing: copies would get different
-    labels, and who remembers them would gain nothing by it. Yagis et al., Sci Rep 2021, permuted by patient for the
-    same reason, and scored 96 %.) A figure at chance is no proof of the opposite: groups that the audit has not
-    recognised are given labels of their own.
+    Every group gets the label of another group, for all its images; this is repeated `PERMUTATIONS` times. The label
+    then depends only on the group. A rule can be above chance on held-out images only if it recognises a group from
+    training. So a score above chance proves that the split leaks, and shows about how much the leak alone adds to an
+    accuracy. (Permuting image by image would prove nothing: copies would get different labels, so remembering them
+    would not help. Yagis et al., Sci Rep 2021, permuted by patient for the same reason, and scored 96 %.) A score at
+    chance does not prove that there is no leak: groups that the audit does not recognise get separate labels.
 
-    Recall is averaged over all classes, those without an image counting 0, so that chance is at most 1 in C.
+    Recall is averaged over all classes. A class without images counts as 0, so chance is at most 1 in C.
     """
     if parts[0] not in (POOLED, "train"):
         return []

@@ -1,4 +1,4 @@
-"""What an audit means: what an accuracy on the held-out images of a split is worth, why, and what to do instead."""
+"""Draws the conclusions of an audit: whether an accuracy on held-out images can be trusted, why, and what to do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lungct_tune.data.split import SPLITS, UNSPLIT
 
 
 def conclude(audit: dict[str, Any]) -> dict[str, Any]:
-    """The verdict: what an accuracy on the held-out images of this split is worth, why, and what to do instead.
+    """The verdict: whether an accuracy on the held-out images of this split can be trusted, why, and what to do.
 
     Args:
-        audit: all the rest of it.
+        audit: the other entries of the audit.
     """
     judged = audit["split"]["parts"][-1]
     accuracy = "test accuracy" if judged == "test" else "validation accuracy"
@@ -51,7 +51,7 @@ def conclude(audit: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaking(audit: dict[str, Any]) -> set[str]:
-    """The parts of which images, or images of their group, are in parts before them."""
+    """The parts whose images have copies, or images of the same group, in the parts before them."""
     proofs = {run["part"] for run in audit["permuted"] or [] if run["proves_a_leak"]}
     return proofs | {health["part"] for health in audit["split_health"] if health["seen"]}
 
@@ -90,7 +90,7 @@ def _leaks(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """How many of what, in words."""
+    """Counts and their names, as text."""
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
@@ -111,7 +111,7 @@ def _likenesses(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def _shortcuts_taken(audit: dict[str, Any]) -> Iterator[str]:
-    """Classes that are given away in the same ways share a sentence, as both of two classes always do."""
+    """Classes that the same rules give away share a sentence; with two classes, this is always so."""
     given, classes_by_ways = audit["shortcuts"]["given_away"], dict[tuple[str, str], list[str]]()
     for name in _given_away(audit):
         by = {found["by"]: found["auroc"] for found in given if found["class"] == name}

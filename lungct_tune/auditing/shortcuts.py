@@ -1,8 +1,8 @@
-"""How well the class can be told without looking at a lung: from the file, the greys, the border, or a likeness.
+"""Measures how well the class is predicted without the lungs: from the file, the greys, the border, or similar images.
 
-Each rule is given one kind of property and nothing else. What it scores in grouped cross-validation, on images of
-groups that it has not seen, is what a network may score by the same shortcut (Geirhos et al., Nature Machine
-Intelligence 2020; DeGrave et al., 2021, on chest X-rays told apart by their hospital).
+Each rule gets only one kind of property. Its score in grouped cross-validation, on images of unseen groups, shows what
+a network may reach by the same shortcut (Geirhos et al., Nature Machine Intelligence 2020; DeGrave et al., 2021, where
+networks recognised the hospital of a chest X-ray).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lungct_tune.data.groups import unit_vectors
 
 FOLDS = 5
 GIVEN_AWAY = 0.97
-"""A class that a shortcut tells from the rest with this AUROC or more is given away by it."""
+"""A shortcut gives a class away if it separates the class from the others with at least this AUROC."""
 
 MOST_IMAGES = 4000
-"""Of more images a random sample is learnt from: the question is whether there is a shortcut, not its third digit."""
+"""If there are more images, a random sample is used: it is enough to show whether there is a shortcut."""
 
 LEAST_OF_CLASS = 50
-"""Images of a class, where it has as many, that a sample holds at least."""
+"""The least number of images of a class in a sample; fewer if the class has fewer."""
 
 SMALL = 32  # pixels, each way
 _BORDER = 2  # of those, on each side
@@ -37,7 +37,7 @@ _BINS = 32
 
 
 class Rule(NamedTuple):
-    """A shortcut: what it looks at, and the classifier that learns from it."""
+    """A shortcut: its features, and the classifier that learns from them."""
 
     title: str
     features: Callable[[ImageSet, np.ndarray], np.ndarray]
@@ -46,23 +46,23 @@ class Rule(NamedTuple):
 
 
 class Shortcut(NamedTuple):
-    """What a rule scored, each image predicted by a rule that had seen nothing of its group."""
+    """The scores of a rule in grouped cross-validation: no image's group was in training when it was predicted."""
 
     balanced_accuracy: float
     per_class: dict[int, float]
-    """By label: the AUROC of that class against the rest; chance is 0.5."""
+    """By label: the AUROC of that class against the others; chance is 0.5."""
     sensitivity: dict[int, float]
-    """By label: the share of its images that is recognised."""
+    """By label: the share of its images that are predicted correctly."""
 
 
 def small_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
-    """The images at 32 by 32 pixels, (n, 32, 32) float32, one by one: the set may be larger than memory."""
+    """The images at 32 by 32 pixels, (n, 32, 32) float32. Read one by one, since the set may be larger than memory."""
     resized = (Image.fromarray(images.images_NHW[i]).resize((SMALL, SMALL), Image.Resampling.BOX) for i in rows)
     return np.stack([np.asarray(image, dtype=np.float32) for image in resized])
 
 
 def unit_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
-    """The same as vectors of mean 0 and length 1, (n, 1024): the nearest is the one that correlates most."""
+    """`small_pixels` as vectors of mean 0 and length 1, (n, 1024): the nearest vector has the highest correlation."""
     return unit_vectors(small_pixels(images, rows))
 
 
@@ -96,9 +96,9 @@ RULES = {
 
 
 def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]:
-    """What each rule scores in grouped, stratified cross-validation over these images; {} where that cannot be.
+    """The scores of each rule in grouped, stratified cross-validation over these images.
 
-    It cannot be where a class has but one group: then no fold could be predicted from others.
+    Returns {} if a class has only one group: it cannot be in both training and validation.
     """
     rows = _sample(images, rows)
     table = images.table.iloc[rows]
@@ -111,10 +111,10 @@ def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]
     shortcuts = {}
     for name, rule in RULES.items():
         features_ND, probabilities_NC = rule.features(images, rows), np.zeros((len(rows), len(images.classes)))
-        for learnt, asked in cut:
+        for train, valid in cut:
             model: Any = clone(rule.classifier)
-            model.fit(features_ND[learnt], labels_N[learnt])
-            probabilities_NC[np.ix_(asked, model.classes_)] = model.predict_proba(features_ND[asked])
+            model.fit(features_ND[train], labels_N[train])
+            probabilities_NC[np.ix_(valid, model.classes_)] = model.predict_proba(features_ND[valid])
         present, predicted_N = np.unique(labels_N).tolist(), probabilities_NC.argmax(axis=1)
         shortcuts[name] = Shortcut(
             float(balanced_accuracy_score(labels_N, predicted_N)),
@@ -125,31 +125,31 @@ def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]
 
 
 def best_shortcut(images: ImageSet, known: np.ndarray, unseen: np.ndarray) -> tuple[str, np.ndarray]:
-    """The trivial rule that a network has to beat: the strongest shortcut of what may be learnt from.
+    """The trivial rule that a network has to beat: the strongest shortcut on train and validation.
 
     Args:
-        images: all of them.
-        known: rows that may be learnt from (train and validation). The shortcut is chosen by grouped
-            cross-validation on them, then learns from all of them.
-        unseen: rows to predict (test). Nothing of them but their features is looked at.
+        images: all images.
+        known: rows to learn from (train and validation). The rule is chosen by grouped cross-validation on them,
+            then trained on all of them.
+        unseen: rows to predict (test). Only their features are used.
 
     Returns:
         The rule's name in `RULES`, and the labels that it predicts for `unseen`.
     """
     scores = measure_shortcuts(images, known)
     name = max(scores, key=lambda rule: scores[rule].balanced_accuracy) if scores else "pixels"
-    rule, learnt = RULES[name], _sample(images, known)
+    rule, sample = RULES[name], _sample(images, known)
     model: Any = clone(rule.classifier)
-    model.fit(rule.features(images, learnt), images.table["label"].to_numpy()[learnt])
+    model.fit(rule.features(images, sample), images.table["label"].to_numpy()[sample])
     return name, np.asarray(model.predict(rule.features(images, unseen)))
 
 
 def _sample(images: ImageSet, rows: np.ndarray) -> np.ndarray:
-    """About `MOST_IMAGES` of the rows at most, in order: of each class its share, from as many groups as can be."""
+    """At most about `MOST_IMAGES` of the rows, in order: each class in proportion, from as many groups as possible."""
     if len(rows) <= MOST_IMAGES:
         return rows
     shuffled = images.table.iloc[rows][["label", "group"]].assign(row=rows).sample(frac=1, random_state=0)
-    # first an image of every group, then a second one of those that have one, ...
+    # first one image of every group, then a second image of each group that has one, ...
     in_turn = shuffled.iloc[np.argsort(shuffled.groupby("group").cumcount(), kind="stable")]
     of_class = in_turn["label"].map(in_turn["label"].value_counts())
     share = np.maximum(LEAST_OF_CLASS, of_class * MOST_IMAGES / len(rows))

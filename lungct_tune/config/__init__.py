@@ -1,1 +1,1 @@
-"""Every choice a user can make, validated in one place, and nothing else."""
+"""Settings, hyperparameters and search spaces: what a user can choose, validated in one place."""

@@ -1,4 +1,4 @@
-"""A configuration: one point of the search space, the thing that a trial trains."""
+"""The hyperparameters of one trial: one point of the search space."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What Optuna may vary. The defaults are the published configuration where it says something.
+    """The values that Optuna may vary. The defaults are the published configuration, as far as it is known.
 
-    The published model keeps 20 of ResNet50's 50 activations and uses dropout 0.5, flips, turns of up
-    to 0.2 and zooms of up to 20 %; its text says nothing of learning rates or weight decay.
+    The published model keeps 20 of ResNet50's 50 activations. It uses dropout 0.5, flips, rotations of up to 0.2 turns
+    and zooms of up to 20 %. Learning rates and weight decay are not published.
     """
 
     truncation_depth: int = 20
-    """k: the features are the output of the k-th of the network's 49 ReLUs; nothing behind it exists."""
+    """k: the features are the output of the k-th of the network's 49 ReLUs; the layers behind it are removed."""
     frozen_share: float = 0.0
-    """Share of the k kept activations that stay as they were loaded, 0 to 1 (see `frozen_depth`)."""
+    """Share of the k kept activations whose layers keep their loaded weights, 0 to 1 (see `frozen_depth`)."""
     dropout: float = 0.5
     """Probability of dropping a unit between the dense layers of the head, 0 to below 1."""
     augmentation: float = 0.4
-    """Strength of flips, rotation and zoom, 0 (none) to 1; 0.4 are the published ranges."""
+    """Strength of flips, rotation and zoom, 0 (none) to 1; 0.4 gives the published ranges."""
     backbone_lr: float = 3e-4
     """Peak learning rate of the pretrained layers."""
     head_lr: float = 1e-3
@@ -31,10 +31,10 @@ class Hyperparameters:
 
     @property
     def frozen_depth(self) -> int:
-        """How many of the first activations keep weights and batch-norm statistics, 0 to k.
+        """Up to which activation the layers keep their loaded weights and batch-norm statistics, 0 to k.
 
-        The search varies the share, not the depth: a range that ends at another parameter's value
-        would drop out of multivariate TPE (https://optuna.readthedocs.io, TPESampler, `multivariate`).
+        The search varies the share, not the depth. Multivariate TPE cannot use a range that depends on another
+        parameter's value (https://optuna.readthedocs.io, TPESampler, `multivariate`).
         """
         return round(self.frozen_share * self.truncation_depth)
 

@@ -1,4 +1,4 @@
-"""Search spaces: YAML files that say what Optuna may vary and which trials are fixed."""
+"""Reads search spaces: YAML files with the ranges that Optuna may search, and the fixed trials."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "head_lr": (1e-8, 1),
     "weight_decay": (0, 10),
 }
-"""What the model and the training can take; a space may only narrow it."""
+"""The least and greatest allowed value of each parameter. A space may only narrow these."""
 
 
 class SpaceError(UserError):
@@ -36,12 +36,12 @@ class SpaceError(UserError):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search may vary. Parameters that a space does not name keep the published value."""
+    """The ranges of a search. Parameters that a space does not name keep the published value."""
 
     distributions: dict[str, BaseDistribution]
     constants: dict[str, int | float]
     fixed_trials: tuple[Hyperparameters, ...]
-    """The trials that run before Optuna chooses any: the published configuration, then the file's."""
+    """The trials that run first: the published configuration, then those in the file. Optuna chooses the others."""
 
     def hyperparameters(self, parameters: Mapping[str, Any]) -> Hyperparameters:
         return Hyperparameters(**(PUBLISHED.as_dict() | self.constants | dict(parameters)))
@@ -70,13 +70,13 @@ def bounds(distribution: BaseDistribution) -> tuple[float, float, bool]:
 
 
 def is_within(value: float, distribution: BaseDistribution) -> bool:
-    """Whether a value lies in a parameter's range: that of a fixed trial may lie outside."""
+    """Whether a value is in a parameter's range. The value of a fixed trial may be outside."""
     low, high, _ = bounds(distribution)
     return low <= value <= high
 
 
 def in_range(distribution: BaseDistribution) -> str:
-    """What a parameter may be, in words."""
+    """The allowed values of a parameter, as text."""
     if isinstance(distribution, CategoricalDistribution):
         return " or ".join(map(str, distribution.choices))
     low, high, log = bounds(distribution)
@@ -92,13 +92,13 @@ def read_space(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpaceError(f"{path}: cannot be read ({error}); search_spaces/ holds spaces to begin with") from error
+        raise SpaceError(f"{path}: cannot be read ({error}); search_spaces/ has spaces to start from") from error
 
 
 def parse_space(text: str, path: str) -> SearchSpace:
-    """Reads a space from YAML; `path` says in errors where it came from.
+    """Reads a space from YAML; errors name `path` as its source.
 
-    Each key is a field of `Hyperparameters`, its value one of
+    Each key is a field of `Hyperparameters`. Its value is one of
 
     - `{low: 4, high: 49}`, with `log: true` for a logarithmic scale,
     - `[a, b, c]`, a choice of values,
@@ -107,7 +107,7 @@ def parse_space(text: str, path: str) -> SearchSpace:
     `fixed_trials` lists trials by the parameters in which they differ from the published configuration.
 
     Raises:
-        SpaceError: the text is not YAML, or a key or value of it is wrong.
+        SpaceError: the text is not YAML, or a key or a value is wrong.
     """
     try:
         content = yaml.safe_load(text)
@@ -130,16 +130,16 @@ def parse_space(text: str, path: str) -> SearchSpace:
         else:
             constants[key] = _number(path, key, value)
     if not distributions:
-        raise SpaceError(f"{path}: varies no parameter; possible are {', '.join(LIMITS)}")
+        raise SpaceError(f"{path}: varies no parameter; give a range for one of {', '.join(LIMITS)}")
     return SearchSpace(distributions, constants, tuple(trials))
 
 
 def _choice(path: str, key: str, value: list[Any], trials: list[Hyperparameters]) -> BaseDistribution:
     choices = [_number(path, key, choice) for choice in value]
-    # Optuna takes a value outside a range from a fixed trial, but none outside a list of choices
+    # Optuna accepts a fixed trial with a value outside a range, but not outside a list of choices
     if missing := {getattr(trial, key) for trial in trials} - set(choices):
         raise SpaceError(
-            f"{path}: {key}: the choices {choices} lack {sorted(missing)}, which the published configuration "
+            f"{path}: {key}: the choices {choices} do not include {sorted(missing)}, which the published configuration "
             "or a fixed trial has; add it, or give a range {low: ..., high: ...}"
         )
     return CategoricalDistribution(choices)
@@ -163,7 +163,7 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
         raise SpaceError(f"{path}: {key}: a logarithmic range must begin above 0, not at {low}")
     if log and any(getattr(trial, key) <= 0 for trial in trials):
         raise SpaceError(
-            f"{path}: {key}: a logarithmic range has no place for 0, which the published configuration or a fixed "
+            f"{path}: {key}: a logarithmic range cannot include 0, which the published configuration or a fixed "
             "trial has; leave out `log`, or change the fixed trial"
         )
     if isinstance(low, int) and isinstance(high, int):
@@ -174,7 +174,7 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
 def _number(path: str, key: str, value: Any) -> int | float:
     low, high = LIMITS[key]
     integer = isinstance(getattr(PUBLISHED, key), int)
-    # YAML 1.1 reads 1e-5 as text: what a person means by it is a number
+    # YAML 1.1 reads 1e-5 as text, but the user means a number
     try:
         number = float(value) if not isinstance(value, bool) else float("nan")
     except (TypeError, ValueError):
@@ -196,4 +196,4 @@ def _fixed_trial(path: str, where: str, trial: Any) -> Hyperparameters:
 
 def _known(path: str, key: Any, where: str = "") -> None:
     if key not in LIMITS:
-        raise SpaceError(f"{path}: {where}{key}: no such parameter; there are {', '.join(LIMITS)}")
+        raise SpaceError(f"{path}: {where}{key}: no such parameter; the parameters are {', '.join(LIMITS)}")

@@ -1,4 +1,4 @@
-"""Every choice a user can make, validated in one place; the command line and YAML are two doors to it."""
+"""The settings of a search, validated in one place for the command line and for YAML files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
-"""In the names of a database URL's options: drivers have many for a password, such as sslpassword."""
+"""Pattern for options of a database URL that may hold a password; drivers have many, such as sslpassword."""
 
 _PACKAGE = Path(__file__).parents[1]
 SPACES = max(_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces", key=Path.is_dir)
-"""The search spaces that come with the program: inside an installed package, beside it in a checkout."""
+"""Folder of the search spaces that come with the program: inside an installed package, beside it in a checkout."""
 
 EXAMPLES = """\
 examples:
@@ -35,11 +35,11 @@ examples:
 
 
 class SettingsError(UserError):
-    """A choice that cannot be: the message names the field, the value and what is allowed."""
+    """A setting that is not allowed; the message names the field, the value and the allowed values."""
 
 
 def pairs(value: Any) -> Any:
-    """`a=b,c=d` from the command line becomes the mapping that YAML gives."""
+    """Turns `a=b,c=d` from the command line into a mapping, as YAML gives it."""
     if not isinstance(value, str):
         return value
     pairs = [pair.partition("=") for pair in value.split(",")]
@@ -49,7 +49,7 @@ def pairs(value: Any) -> Any:
 
 
 def _place(value: Any) -> Any:
-    """A folder as a path, however it is written; any other URI as it is."""
+    """Returns a folder, also one written as file://, as a path; any other URI as it is."""
     if not isinstance(value, str):
         return value
     place = value.removeprefix("file://")
@@ -57,7 +57,7 @@ def _place(value: Any) -> Any:
 
 
 def _without_secrets(text: str) -> str:
-    """What may be repeated of a text from a user: without what URLs have as NAME:PASSWORD@ and ?OPTIONS."""
+    """Hides NAME:PASSWORD@ and ?OPTIONS of URLs in a user's text, so that a message can quote it."""
     return re.sub(r"[^/'\n]*:.*@|(?<=\?).*", "***", text)
 
 
@@ -68,14 +68,14 @@ def _flag(help: str, metavar: str = "N") -> Any:
 class Settings(BaseModel):
     """All settings of a search. A field is a flag (`--image-size`) and a key of a YAML file (`image_size`).
 
-    Fields left at None are decided when the program sees the data and the cluster; `for_data` fills those
-    that depend on whether the images are real.
+    Fields left at None are decided later, from the data and the cluster. `for_data` fills the fields that depend on
+    whether the images are real.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Annotated[str | Path | None, BeforeValidator(_place)] = _flag(
-        "images: DIR or DIR/Data with train/ valid/ test/ of class folders; or a URI", "DIR"
+        "images in class folders, alone or in train/ valid/ test/; a folder or URI (phantoms)", "DIR"
     )
     class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
@@ -83,26 +83,26 @@ class Settings(BaseModel):
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: Path = Field(
         SPACES / "default.yaml",
-        description="what Optuna may vary (search_spaces/default.yaml)",
+        description="the search space: what Optuna may vary (search_spaces/default.yaml)",
         json_schema_extra={"metavar": "FILE"},
     )
     trials: Positive | None = _flag("trials to run (40; phantoms 8)")
-    epochs: Positive | None = _flag("epochs a trial may have at most (30; phantoms 18)")
-    image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("square, in pixels (224; phantoms 64)")
+    epochs: Positive | None = _flag("the most epochs of a trial (30; phantoms 18)")
+    image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("width and height, in pixels (224; phantoms 64)")
     batch_size: Annotated[int, Field(ge=2)] | None = _flag("images per step, over all workers (32; phantoms 16)")
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 that keeps groups together, or the published folders"
     )
     folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
-        "judge a trial by cross-validation over train and validation (off)", "K"
+        "evaluate each trial by cross-validation over train and validation (off)", "K"
     )
     seeds: Annotated[int, Field(ge=2, le=100)] | None = _flag(
         "train the winner again with N other seeds, to show the spread (off)", "N"
     )
     strict: bool = Field(False, description="refuse a split that leaks: copies or series in several parts")
-    weights: str | None = _flag("imagenet, none or a FILE (imagenet; phantoms none)", "W")
+    weights: str | None = _flag("pretrained weights: imagenet, none or a FILE (imagenet; phantoms none)", "W")
     normalisation: Literal["imagenet", "unit"] = Field(
-        "imagenet", description="what the weights expect: ImageNet's mean and deviation, or grey as 0 to 1"
+        "imagenet", description="the weights' input: ImageNet's mean and deviation, or grey as 0 to 1"
     )
     compare_baseline: bool = Field(False, description="also retrain and evaluate the published configuration")
     workers: Positive = Field(
@@ -114,7 +114,7 @@ class Settings(BaseModel):
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = _flag(
         "GPUs a worker reserves, fractions share one (1 where there are GPUs)", "F"
     )
-    slots: Positive | None = _flag("trials at once (as many as the cluster holds)")
+    slots: Positive | None = _flag("trials at the same time (as many as the cluster holds)")
     final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 16 images each or more)")
     storage: str = Field(
         "./results",
@@ -126,10 +126,10 @@ class Settings(BaseModel):
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="the seed of everything random (0)", json_schema_extra={"metavar": "N"}
+        0, description="the seed of all random numbers (0)", json_schema_extra={"metavar": "N"}
     )
     address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
-    plan: bool = Field(False, description="print what would be done, and stop")
+    plan: bool = Field(False, description="print what a search would do, and stop")
     verbose: bool = Field(False, description="show Ray's own output too")
 
     @model_validator(mode="after")
@@ -137,22 +137,22 @@ class Settings(BaseModel):
         if self.batch_size is not None and self.batch_size % self.workers:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of workers {self.workers}: "
-                "every worker takes an equal share of a step's images"
+                "every worker gets an equal share of a step's images"
             )
         if self.batch_size is not None and self.batch_size < 2 * self.workers:
             raise ValueError(
-                f"batch_size {self.batch_size} leaves a single image to each of {self.workers} workers: "
+                f"batch_size {self.batch_size} gives each of {self.workers} workers a single image: "
                 "batch normalisation needs at least two"
             )
         if self.folds is not None and self.folds < self.workers:
             raise ValueError(
-                f"workers {self.workers} with folds {self.folds}: a worker trains whole folds, and some would have "
-                "none; take fewer workers, and more slots"
+                f"workers {self.workers} with folds {self.folds}: a worker trains whole folds, so some workers would "
+                "have none; use fewer workers and more slots"
             )
         if self.gpus_per_worker and self.gpus_per_worker < 1 and self.workers > 1:
             raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker} with workers {self.workers}: NCCL refuses two workers of one "
-                "group on one GPU; share a GPU among slots of one worker, or give every worker a whole one"
+                f"gpus_per_worker {self.gpus_per_worker} with workers {self.workers}: NCCL does not allow two workers "
+                "of one group on one GPU; share a GPU among slots with one worker, or give every worker a whole one"
             )
         if self.gpus_per_worker and self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved")
@@ -172,8 +172,8 @@ class Settings(BaseModel):
             raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
         if database.password is not None or any(re.search(SECRETS, key, re.IGNORECASE) for key in database.query):
             raise ValueError(
-                "others can read a password in a command, for example in Ray's dashboard; give it where the "
-                "database driver reads it (PostgreSQL: PGPASSWORD or ~/.pgpass)"
+                "others can read a password in a command, for example in Ray's dashboard; put it where the "
+                "database driver looks for it (PostgreSQL: PGPASSWORD or ~/.pgpass)"
             )
         return url
 
@@ -195,11 +195,11 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _found(self) -> Self:
         if isinstance(self.data, Path) and not self.data.is_dir():
-            raise ValueError(f"data {str(self.data)!r} is not a folder; it must hold the images' class folders")
+            raise ValueError(f"data {str(self.data)!r} is not a folder; it must contain the images' class folders")
         return self
 
     def for_data(self) -> Settings:
-        """These settings with what depends on the kind of images filled in: small and quick for phantoms."""
+        """These settings, with defaults filled in that depend on the images: small and quick for phantoms."""
         phantoms = self.data is None
         decided = {
             "trials": 8 if phantoms else 40,
@@ -211,7 +211,7 @@ class Settings(BaseModel):
         return self.model_copy(update={k: v for k, v in decided.items() if getattr(self, k) is None})
 
     def with_absolute_paths(self) -> Settings:
-        """These settings as they are meant from any other folder too."""
+        """These settings with absolute paths, so that they are valid in any working folder."""
         paths: dict[str, Any] = {"space": self.space.resolve()}
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
@@ -220,13 +220,13 @@ class Settings(BaseModel):
         return self.model_copy(update=paths)
 
     def as_yaml(self) -> str:
-        """The settings that make the experiment what it is."""
+        """The settings that define the experiment, as YAML."""
         kept = self.model_dump(mode="json", exclude={"resume", "plan", "address", "track", "verbose"})
         return yaml.safe_dump(kept, sort_keys=False)
 
 
 def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]]:
-    """The settings from a command line and the YAML file it may name, and the names of the fields given.
+    """Reads the settings from a command line and its --settings file, and the names of the fields given.
 
     Raises:
         SettingsError: a value is not allowed, a key is unknown, or the file cannot be read.
@@ -252,7 +252,7 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
 
 
 def flags(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The words of a command line that give these settings, where they are not the defaults."""
+    """The command-line arguments for those of these settings that are not the defaults."""
     words = []
     for name in names:
         default = Settings.model_fields[name].default
@@ -266,10 +266,10 @@ def flags(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def validate(values: dict[str, Any]) -> Settings:
-    """Settings from plain values.
+    """Makes settings from plain values.
 
     Raises:
-        SettingsError: naming each wrong field, its value and what is allowed.
+        SettingsError: a value is wrong; the message names each wrong field, its value and the allowed values.
     """
     try:
         return Settings.model_validate(values)
@@ -280,14 +280,14 @@ def validate(values: dict[str, Any]) -> Settings:
 def _explain(problem: Any) -> str:
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{field}: no such setting; there are {', '.join(Settings.model_fields)}"
-    said = problem["msg"].removeprefix("Value error, ")
-    return f"{field} = {_without_secrets(repr(problem['input']))}: {said}" if field else said
+        return f"{field}: no such setting; the settings are {', '.join(Settings.model_fields)}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{field} = {_without_secrets(repr(problem['input']))}: {reason}" if field else reason
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with path.open() as file:  # of a file, not of its text, YAML's errors quote nothing
+        with path.open() as file:  # given a file instead of its text, YAML's errors quote nothing
             values = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"settings file {path} cannot be read: {_without_secrets(str(error))}") from error

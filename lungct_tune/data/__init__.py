@@ -1,4 +1,4 @@
-"""From a folder of CT slices to one array, its labels, its groups and a split that does not leak."""
+"""Reads a folder of CT slices into one array, with labels, groups and a split that does not leak."""
 
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.dataset import ImageSet, read_images

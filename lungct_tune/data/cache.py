@@ -1,7 +1,7 @@
-"""Decodes every image once and remembers the result by content, so that the next start is instant.
+"""Decodes every image once and caches the result by content, so that the next start is fast.
 
-An entry is two files: `<key>.npy`, the pixels, memory-mapped from then on (a set may be larger than memory),
-and `<key>.json`, what was learnt about the images while they were decoded, with the checksum of the first.
+An entry is two files. `<key>.npy` has the pixels; it is memory-mapped, since a set may be larger than memory.
+`<key>.json` has what decoding found (groups, copies, unreadable files) and the checksum of the first file.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, FileProperties, 
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
 
-_COPY_BLOCK = 1024  # images held in memory while the kept ones are copied
+_COPY_BLOCK = 1024  # images copied at a time
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What reading the images showed; images are named by their position in the list that was decoded."""
+    """What decoding found. An image is named by its position in the list that was decoded."""
 
     kept: list[int]
     """The images whose pixels are in the array, in its order."""
     groups: list[int]
-    """The group of each kept image: copies, and those that look like slices of one series."""
+    """The group of each kept image. A group has copies, and slices that look like one series."""
     group_counts: list[tuple[float, int]]
-    """How many groups there would be at other thresholds of likeness."""
+    """(threshold, groups): the number of groups at each similarity threshold."""
     copies: list[Copy]
-    """Pairs of copies, also among the images that are not kept."""
+    """Pairs of copies, including images that are not kept."""
     conflicts: list[list[int]]
     """Sets of copies under different classes."""
     properties: list[FileProperties]
-    """What the file of each kept image is."""
+    """The file properties of each kept image."""
     unreadable: list[tuple[int, str]]
-    """Images that cannot be decoded, and why."""
+    """(image, reason) of each image that cannot be decoded."""
 
 
 def default_cache() -> Path:
@@ -60,7 +60,7 @@ def default_cache() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, or "" if it cannot be opened: decoding will say why."""
+    """sha256 of a file's bytes, or "" if it cannot be opened; decoding then reports the reason."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -76,10 +76,10 @@ def decode_all(
     cache: Path,
     progress: bool,
 ) -> tuple[np.ndarray, Reading]:
-    """The decoded images, (N, size, size) uint8, read-only and memory-mapped, and what was found.
+    """Returns the decoded images, (N, size, size) uint8, read-only and memory-mapped, and what decoding found.
 
-    Taken from `cache` if it has an intact entry for this content, else decoded into it. Unreadable images and
-    copies under different classes are not in the array.
+    Uses the entry in `cache` for this content. If there is none, or it is damaged, decodes the images into a new
+    entry. Unreadable images and copies under different classes are not in the array.
 
     Raises:
         DataError: the cache folder cannot be written or its disk is too full.
@@ -111,16 +111,16 @@ def _is_intact(pixels: Path, findings: Path) -> bool:
 
 
 def require_space(cache: Path, needed: int) -> None:
-    """Makes the folder, where it is missing.
+    """Creates the cache folder if it is missing, and checks the free space.
 
     Raises:
-        DataError: it cannot be made or written, or its disk has less than `needed` bytes free.
+        DataError: the folder cannot be created or written, or its disk has less than `needed` bytes free.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
-        if free < needed:  # a memory map on a full disk ends in SIGBUS, which nobody can catch
-            raise OSError(f"it needs {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB free")
+        if free < needed:  # a memory map on a full disk ends in SIGBUS, which cannot be caught
+            raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise DataError(
@@ -136,7 +136,7 @@ def _decode_into(
     size: int,
     progress: bool,
 ) -> Reading:
-    """Writes the usable images to `scratch`/kept.npy, with as little in memory as the threads need."""
+    """Writes the usable images to `scratch`/kept.npy. Arrays are memory-mapped, so that little memory is used."""
     n = len(paths)
     images_NHW = open_memmap(scratch / "all.npy", "w+", np.uint8, (n, size, size))
     thumbnails_NHW = open_memmap(scratch / "thumbnails.npy", "w+", np.uint8, (n, THUMBNAIL, THUMBNAIL))
@@ -149,7 +149,7 @@ def _decode_into(
             images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i] = decode(
                 paths[i], size
             )
-        except Exception as error:  # Pillow's plugins raise almost anything on broken files
+        except Exception as error:  # Pillow's plugins raise many kinds of errors on broken files
             return str(error).replace(str(paths[i]), "the file") or type(error).__name__
         return None
 
@@ -186,9 +186,9 @@ def _decode_into(
 
 
 def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:
-    """What `decode_row` returns for 0 to n - 1; threads suffice, as Pillow decodes without the GIL."""
+    """The results of `decode_row` for 0 to n - 1. Threads are enough, since Pillow decodes without the GIL."""
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a file is either usable or reported
+        warnings.simplefilter("ignore")  # files that cannot be used are reported anyway
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
         reasons = track(
             pool.map(decode_row, range(n)),

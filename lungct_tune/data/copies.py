@@ -1,9 +1,9 @@
-"""Finds images that are one picture saved twice: as it was, rescaled, recompressed, flipped, shifted or re-windowed.
+"""Finds copies: one picture saved twice, unchanged, rescaled, recompressed, flipped, shifted or re-windowed.
 
-Three steps, each for fewer pairs than the one before. Identical bytes and identical pixels are found by their hashes.
-For the rest, a description that neither flips nor shifts change finds each image's nearest neighbours, and those are
-compared detail by detail once they lie on one another. Detail tells a copy from the next slice of a series: the next
-slice has the same organs, but other vessels and other noise. Memory grows with the number of images, not its square.
+There are three steps, each for fewer pairs. First, hashes find identical bytes and identical pixels. Then a descriptor
+that does not depend on flips and shifts finds the nearest neighbours of each other image. Last, these pairs are
+aligned, and their details are correlated. Details tell a copy from the next slice of a series: that slice has the same
+organs, but other vessels and other noise. Memory grows with the number of images, not with its square.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from scipy import fft
 from scipy.ndimage import gaussian_filter
 
 VERSION = 1
-"""Part of every cache key: raise it when other pairs would be found in the same images."""
+"""Part of every cache key. Raise it when a change finds other pairs in the same images."""
 
 PRINT = 128
-"""Pixels, each way, that images are compared at: enough for the detail that two slices of a series don't share."""
+"""Width and height, in pixels, for comparing: enough to show the details that differ between slices of a series."""
 
 COPY_CORRELATION = 0.94
-"""Two images whose details correlate at least so much, once aligned, are copies.
+"""Two images are copies if the correlation of their details, once aligned, is at least this.
 
-Measured on 60 of the 685 published train and valid images and their planted copies: 95 % of those rescaled to 0.3 to
-1.7 times, saved as JPEG of quality 20, shifted by 5 %, or with other windows and gammas (0.6 to 1.6) reach 0.949.
-Pairs of the originals looked at: at 0.957 the same slice cut out a little differently; at 0.919 neighbouring slices.
-Of flipped pairs that are no copies, none reaches 0.61.
+Measured on 60 of the 685 published train and valid images and their planted copies. Of the copies rescaled to 0.3 to
+1.7 times, saved as JPEG of quality 20, shifted by 5 %, or with other windows and gammas (0.6 to 1.6), 95 % reach 0.949.
+Some pairs of originals were checked by eye: at 0.957 it is the same slice with a slightly different crop, at 0.919 two
+neighbouring slices. No flipped pair that is not a copy reaches 0.61.
 """
 
 _NEIGHBOURS = 8
-"""Each image's candidates; of 900 planted copies in the published images, 896 had at most one image before them."""
+"""Candidates for each image. Of 900 copies planted in the published images, 896 were the first or second neighbour."""
 
-_COARSE, _COARSE_CORRELATION = 32, 0.75  # pixels, and the correlation at them that a copy has at the very least
-_REACH = 1 / 16  # of the width or height: the shift that is looked for
-_LOW = 7  # cycles over the width or height that the description goes up to
-_BLOCK = 512  # images or pairs that are in memory as float at once
+_COARSE, _COARSE_CORRELATION = 32, 0.75  # width and height in pixels, and the least correlation of copies at that size
+_REACH = 1 / 16  # the largest shift, as a share of the width or height
+_LOW = 7  # the highest frequency in the descriptor, in cycles over the width or height
+_BLOCK = 512  # images or pairs in memory as float at the same time
 
 FLIPS = {"": (1, 1), "left-right": (1, -1), "top-bottom": (-1, 1), "turned by 180°": (-1, -1)}
 
 
 class Copy(NamedTuple):
-    """A pair of copies, by their positions in what was searched."""
+    """A pair of copies, by their positions in the list that was searched."""
 
     first: int
     second: int
     kind: str
     """"byte-identical", "pixel-identical" (the same picture in another file) or "near-identical"."""
     similarity: float
-    """The correlation that `COPY_CORRELATION` is for; 1 for identical ones."""
+    """The correlation that `COPY_CORRELATION` is compared with; 1 for identical images."""
     flip: str = ""
-    """How the second is flipped against the first."""
+    """How the second image is flipped relative to the first; one of `FLIPS`."""
     shift: float = 0.0
-    """How far the second is shifted against the first: a share of the width or height, whichever is more."""
+    """How far the second image is shifted relative to the first: a share of the width or height, the larger one."""
 
 
 def find_copies(fingerprints_NHW: np.ndarray, digests: Sequence[str], pixel_digests: Sequence[str]) -> list[Copy]:
-    """All pairs of copies; of identical ones each with the first of them, which stands for them among the others.
+    """Returns all pairs of copies. Of identical images, only the first is compared with the other images.
 
     Args:
-        fingerprints_NHW: uint8 grey, `PRINT` pixels each way whatever the image's shape; may be memory-mapped. An
-            image of one single grey is like identical ones only.
-        digests: for each image the hash of its file.
-        pixel_digests: for each image the hash of its size and pixels.
+        fingerprints_NHW: uint8 grey, `PRINT` pixels wide and high for images of any shape; may be memory-mapped. An
+            image with a single grey value can only match identical images.
+        digests: the hash of each image's file.
+        pixel_digests: the hash of each image's size and pixels.
     """
     images_N = np.arange(len(fingerprints_NHW))
     same_bytes_N, same_pixels_N = (_first_alike(hashes) for hashes in (digests, pixel_digests))
@@ -78,7 +78,7 @@ def find_copies(fingerprints_NHW: np.ndarray, digests: Sequence[str], pixel_dige
 
 
 def _first_alike(hashes: Sequence[str]) -> np.ndarray:
-    """For each image the first one of the same hash."""
+    """For each image, the index of the first image with the same hash."""
     return pd.Series(np.arange(len(hashes))).groupby(np.asarray(hashes, dtype=object)).transform("first").to_numpy()
 
 
@@ -125,10 +125,10 @@ def _blocks(n: int, size: int = _BLOCK) -> Iterator[slice]:
 
 
 def _description(fingerprints_BHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What neighbours are found by, (B, D), and the detail at `_COARSE` pixels.
+    """Descriptors for the search for neighbours, (B, D), and the details at `_COARSE` pixels.
 
-    A shift leaves the amplitudes of the Fourier transform as they are, and a flip exchanges those of (u, v) and
-    (u, -v): of each two, sum and difference are kept.
+    A shift does not change the amplitudes of the Fourier transform. A flip exchanges those of (u, v) and (u, -v), so
+    the descriptor has the sum and the absolute difference of the two.
     """
     equalised_BHW = _equalised(fingerprints_BHW)
     half_BHW = _pooled(equalised_BHW, PRINT // 2)
@@ -141,8 +141,8 @@ def _description(fingerprints_BHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _neighbours(descriptions_ND: np.ndarray) -> np.ndarray:
-    """Pairs (P, 2) of which one is among the nearest neighbours of the other, each pair once."""
-    from sklearn.neighbors import NearestNeighbors  # takes seconds, which who only reads an experiment can do without
+    """Pairs (P, 2) in which one image is a nearest neighbour of the other, each pair once."""
+    from sklearn.neighbors import NearestNeighbors  # takes seconds, and is not needed to read an experiment
 
     vectors_ND = descriptions_ND - descriptions_ND.mean(axis=0)
     vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), np.finfo(np.float32).tiny)
@@ -155,7 +155,7 @@ def _neighbours(descriptions_ND: np.ndarray) -> np.ndarray:
 
 
 def _equalised(images_NHW: np.ndarray) -> np.ndarray:
-    """Grey values replaced by their ranks, -0.5 to 0.5: what no window or gamma that keeps their order changes."""
+    """Grey values replaced by their ranks, -0.5 to 0.5. Windows and gammas that keep the order change nothing."""
     equalised_NHW = np.empty(images_NHW.shape, dtype=np.float32)
     for i, image_HW in enumerate(images_NHW):
         counts = np.bincount(image_HW.ravel(), minlength=256)
@@ -169,27 +169,27 @@ def _pooled(images_NHW: np.ndarray, side: int) -> np.ndarray:
 
 
 def _taper(side: int) -> np.ndarray:
-    """Fades an image out towards its edges, where a shift brings in what the other has not."""
+    """Weights that fade an image out towards its edges, since a shift brings in other content there."""
     fade = np.sqrt(np.hanning(side + 2)[1:-1]).astype(np.float32)
     return np.outer(fade, fade)
 
 
 def _detail(equalised_NHW: np.ndarray, scale: float) -> np.ndarray:
-    """What is about `scale` to 4 `scale` pixels large, as strong everywhere as anywhere; tapered, of length 1."""
+    """Structures of about `scale` to 4 `scale` pixels, contrast-normalised locally, tapered, scaled to length 1."""
     fine_NHW, coarse_NHW = (gaussian_filter(equalised_NHW, (0, sigma, sigma)) for sigma in (scale, 4 * scale))
     detail_NHW = fine_NHW - coarse_NHW
     strength_NHW = np.sqrt(gaussian_filter(detail_NHW**2, (0, 8 * scale, 8 * scale)))
-    floor_N11 = 0.3 * strength_NHW.mean(axis=(1, 2), keepdims=True)  # flat regions are not blown up into noise
+    floor_N11 = 0.3 * strength_NHW.mean(axis=(1, 2), keepdims=True)  # does not amplify noise in flat regions
     detail_NHW /= np.maximum(strength_NHW + floor_N11, 1e-6)
     detail_NHW *= _taper(detail_NHW.shape[1])
     return np.asarray(detail_NHW / np.maximum(np.linalg.norm(detail_NHW, axis=(1, 2), keepdims=True), 1e-6))
 
 
 def _aligned(left_PHW: np.ndarray, right_PHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pair the correlation at the shift, up to `_REACH`, where it is highest, and that shift.
+    """The highest correlation of each pair over all shifts up to `_REACH`, and the shift that gives it.
 
-    All shifts at once, by the convolution theorem; between pixels by the parabola through the highest point and its
-    neighbours.
+    The convolution theorem gives all shifts at once. A parabola through the highest point and its neighbours gives the
+    correlation between pixels.
     """
     side = left_PHW.shape[1]
     reach = int(side * _REACH) + 1

@@ -1,4 +1,4 @@
-"""The images of a data set, ready to train on: pixels, classes, groups, and what had to be left out."""
+"""Reads a data set for training: pixels, classes, groups, and the files that were left out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lungct_tune.data.decode import DECODER_VERSION, FileProperties
 from lungct_tune.data.folders import DataError, find_images, known_groups
 from lungct_tune.data.groups import join_groups
 
-_LISTED = 20  # files named in an error before the rest is only counted
+_LISTED = 20  # files that an error message names; it only counts the others
 
 
 class CopyOf(NamedTuple):
-    """Two images that are copies; see `Copy` for the last four."""
+    """Two images that are copies; see `Copy` for the last four fields."""
 
     path: str
     other: str
@@ -39,9 +39,9 @@ class ImageSet:
 
     root: Path
     table: pd.DataFrame
-    """One row an image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
+    """One row per image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
     as published), label (index into classes), digest (sha256 of the file), group (images of one group must
-    stay in one split), is_listed (whether groups.csv names it), and the fields of `FileProperties`."""
+    stay in one part of the split), is_listed (whether groups.csv names it), and the fields of `FileProperties`."""
     images_NHW: np.ndarray
     """uint8 grey, square, memory-mapped, read-only."""
     classes: tuple[str, ...]
@@ -49,13 +49,13 @@ class ImageSet:
     unreadable: list[tuple[str, str]]
     """(path, reason) of each file that could not be decoded."""
     conflicts: list[tuple[str, ...]]
-    """Paths of copies that stand under different classes; they are not in the table."""
+    """Paths of copies that are filed under different classes. They are not in the table."""
     copies: list[CopyOf]
-    """Pairs of copies, also among the conflicts."""
+    """Pairs of copies, including the conflicts."""
     group_counts: list[tuple[float, int]]
-    """(threshold, groups): how many groups there would be at other thresholds of likeness, without groups.csv."""
+    """(threshold, groups): the number of groups at each similarity threshold, without groups.csv."""
     fingerprint: str
-    """sha256 of all that makes these "the same data": content, classes, groups, paths and size."""
+    """sha256 of all that identifies the data: content, classes, groups, paths and size."""
 
 
 def read_images(
@@ -67,12 +67,12 @@ def read_images(
     cache: Path | None = None,
     progress: bool = True,
 ) -> ImageSet:
-    """Finds, decodes and groups the images in `root`; instant for data that were read before.
+    """Finds, decodes and groups the images in `root`. Images that were read before come from the cache.
 
     Args:
-        root: a folder as `find_images` understands it, with a groups.csv or without (see `known_groups`).
+        root: a folder in a layout that `find_images` accepts; groups.csv is optional (see `known_groups`).
         size: width and height of the decoded images in pixels.
-        class_map: class of each folder name, for other names than those of the four classes.
+        class_map: the class of each folder whose name is not one of the four classes.
         skip_unreadable: leave out files that cannot be decoded instead of raising.
         cache: where decoded images are kept; $XDG_CACHE_HOME/lungct_tune or ~/.cache/lungct_tune by default.
         progress: show a bar while decoding, if stderr is a terminal.

@@ -1,4 +1,4 @@
-"""Any picture file to a square of 8-bit grey: the one place where pixels are interpreted."""
+"""Decodes an image file to a square 8-bit grey image. Pixels are interpreted only here."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from PIL import Image, ImageChops
 from lungct_tune.data.copies import PRINT
 
 DECODER_VERSION = 1
-"""Part of every cache key: raise it when the same file would come out with other pixels."""
+"""Part of every cache key. Raise it when a change gives other pixels for the same file."""
 
-THUMBNAIL = 64  # pixels; what chest-ctscan's series were measured at, whatever size the network sees
+THUMBNAIL = 64  # pixels; at this size the series of chest-ctscan were measured; the network's input size is separate
 
 
 class FileProperties(NamedTuple):
-    """What a file is, whatever it shows."""
+    """Properties of an image file, independent of what it shows."""
 
     width: int
     height: int
     mode: str
-    """As Pillow names it: "L", "RGB", "RGBA", ..."""
+    """Pillow's name: "L", "RGB", "RGBA", ..."""
     format: str
-    """Of the content, whatever the suffix says: "PNG", "JPEG", ..."""
+    """Read from the content, not from the suffix: "PNG", "JPEG", ..."""
     bytes: int
 
 
 class Decoded(NamedTuple):
-    """A picture at the sizes that are worked with, and what its file is."""
+    """An image at the sizes that the program uses, and the properties of its file."""
 
     image_HW: np.ndarray
-    """uint8, as large as asked for."""
+    """uint8, at the size given to `decode`."""
     thumbnail_HW: np.ndarray
-    """uint8, `THUMBNAIL` pixels each way."""
+    """uint8, `THUMBNAIL` pixels wide and high."""
     fingerprint_HW: np.ndarray
-    """uint8, `PRINT` pixels each way."""
+    """uint8, `PRINT` pixels wide and high."""
     properties: FileProperties
     pixel_digest: str
-    """sha256 of the picture in grey, at its own size."""
+    """sha256 of the grey image at its original size."""
 
 
 def decode(path: Path, size: int) -> Decoded:
-    """The image at three sizes, resized bilinearly with antialiasing, and what its file is.
+    """Decodes the image at three sizes, resized bilinearly with antialiasing.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file cannot be read; Pillow
-            raises all of these, depending on the format and on what is wrong.
+            raises all of these, depending on the format and on the fault.
     """
     length = path.stat().st_size
     if length == 0:
         raise ValueError("empty file")
     with Image.open(path) as image:
-        image.verify()  # checksums, which Pillow's PNG decoder passes over; leaves the file unusable
+        image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
     with Image.open(path) as image:
         grey = to_grey(image)
         properties = FileProperties(*image.size, image.mode, image.format or "", length)
@@ -68,10 +68,9 @@ def decode(path: Path, size: int) -> Decoded:
 def to_grey(image: Image.Image) -> Image.Image:
     """8-bit grey ("L") of an image of any mode.
 
-    Deeper modes (16-bit, 32-bit, float) are scaled linearly from their own minimum..maximum to 0..255: what
-    range a file uses of what it could hold (12 of 16 bits, Hounsfield units, 0..1) is nowhere written, and
-    scaling by the nominal depth would turn a 12-bit CT slice almost black. Colours become ITU-R 601 luma;
-    transparency is composited over black.
+    Deeper modes (16-bit, 32-bit, float) are scaled linearly from the image's minimum..maximum to 0..255. A file does
+    not record which range it uses (12 of 16 bits, Hounsfield units, 0..1), and scaling by the nominal depth would turn
+    a 12-bit CT slice almost black. Colours become ITU-R 601 luma. Transparency is composited over black.
     """
     if image.mode.startswith(("I", "F")):
         values_HW = np.asarray(image, dtype=np.float64)

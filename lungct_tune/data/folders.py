@@ -1,7 +1,7 @@
-"""Which files are images, and of which class: everything that can be told without opening one.
+"""Finds the image files, their classes and their known groups, without opening an image.
 
-Copies of the Kaggle data set differ in how they name and nest their folders; this module knows the
-variants, and refuses what it does not know rather than guess a diagnosis from a folder's name.
+Copies of the Kaggle data set name and nest their folders differently. This module knows the variants. It refuses a
+folder name that it does not know, since a guessed class would be a guessed diagnosis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPLIT_FOLDERS = {
     "testing": "test",
 }
 
-# What people and systems leave beside images. Any other file should be an image, and is reported if not.
+# Files that people and systems leave beside images. Any other file should be an image, and is reported if it is not.
 _NOT_IMAGES = {
     *(".csv", ".tsv", ".txt", ".md", ".rst", ".pdf", ".htm", ".html", ".json", ".xml", ".yaml", ".yml"),
     *(".docx", ".xls", ".xlsx", ".py", ".ipynb", ".npy", ".npz", ".zip", ".log", ".db", ".ini", ".lnk"),
@@ -40,22 +40,21 @@ class DataError(UserError):
 
 
 class ImageFile(NamedTuple):
-    """A file that should be an image, and what its folders say of it."""
+    """A file that should be an image, with the split and the class that its folders give."""
 
     path: str
     """Relative to the root, with forward slashes."""
     folder: str
-    """Published split that it lies in: "train", "valid", "test", or "" where there are none."""
+    """The published split that it is in: "train", "valid", "test", or "" if there are no split folders."""
     class_name: str
 
 
 def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> list[ImageFile]:
     """All image files below `root` or `root/Data`, sorted by path, with the classes of their folders.
 
-    Understood are class folders inside train, valid and test (or their usual synonyms) and bare class
-    folders; a class folder may have folders inside. A class folder's name is one of the four classes in
-    any case and with any separators, alone or followed by `_` and a stage
-    ("adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib"), or a key of `class_map`, which is compared the same way.
+    The class folders are inside train, valid and test (or their usual synonyms), or directly in the data folder. A
+    class folder may contain folders. Its name is one of the four classes, alone or followed by `_` and a stage
+    ("adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib"), or a key of `class_map`. Case and separators do not matter.
 
     Raises:
         DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
@@ -95,10 +94,10 @@ def image_base(root: Path) -> Path:
 
 
 def known_groups(root: Path, paths: Iterable[str]) -> list[str | None]:
-    """For each path its group (a patient, say) from groups.csv, or None where that has no line for it.
+    """The group of each path (a patient, for example) from groups.csv, or None if the file has no line for it.
 
-    groups.csv has the columns path and group and lies in `root`, in `root/Data`, or both; its paths are
-    relative to the folder that it lies in.
+    groups.csv has the columns path and group. It is in `root`, in `root/Data`, or in both. Its paths are relative to
+    its own folder.
 
     Raises:
         DataError: the file is malformed, has one path twice, or names a path that is not among `paths`.
@@ -165,25 +164,25 @@ def _is_clutter(path: Path) -> bool:
 def _refuse_loose_images(folder: Path) -> None:
     if loose := sorted(path.name for path in folder.iterdir() if not path.is_dir() and not _is_clutter(path)):
         raise DataError(
-            f"{len(loose)} files in {folder} lie in no class folder, such as {loose[0]!r}; "
-            "move each into the folder of its class, or away"
+            f"{len(loose)} files in {folder} are in no class folder, such as {loose[0]!r}; "
+            "move each file into the folder of its class, or out of the data folder"
         )
 
 
 def _letters(name: str) -> str:
-    """What remains of a name when case and separators don't matter."""
+    """A name without separators and without case, for comparing."""
     return re.sub(r"[\W_]", "", name.casefold())
 
 
 def _canonical(class_name: str) -> str:
-    """The display name of one of the four classes however it is spelled; other names unchanged."""
+    """The display name of one of the four classes, in any spelling; other names are only stripped."""
     return _class_of(class_name, {}) or class_name.strip()
 
 
 def _class_of(folder_name: str, spellings: Mapping[str, str]) -> str | None:
-    """The class that a folder's name stands for, or None; `spellings` goes before the four classes."""
-    # Stage suffixes begin at an underscore, but squamous_cell_carcinoma has underscores of its own:
-    # so every beginning of the name that ends at an underscore may be the class.
+    """The class that a folder's name means, or None; `spellings` has priority over the four classes."""
+    # A stage suffix begins at an underscore, but squamous_cell_carcinoma has underscores too. So every
+    # beginning of the name that ends at an underscore is tried, the longest first.
     parts = folder_name.split("_")
     beginnings = [_letters("".join(parts[:n])) for n in range(len(parts), 0, -1)]
     known = {_letters(name): name for name in CANONICAL_CLASSES} | dict(spellings)
@@ -195,7 +194,7 @@ def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
     example = Path(next(iter(unknown))).name
     return (
         f"the classes of these folders in {root} are not known:\n{listing}\n"
-        f"Known are {', '.join(CANONICAL_CLASSES)}. To use others, say which class each folder holds: "
+        f"The known classes are {', '.join(CANONICAL_CLASSES)}. To use other folders, give the class of each: "
         f'--class-map "{example}=CLASS,…" or class_map: {{{example}: CLASS, …}} in the settings file '
-        "(of evaluate: --map)"
+        "(for evaluate: --map)"
     )

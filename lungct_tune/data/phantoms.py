@@ -1,9 +1,8 @@
-"""Invented CT slices, so that the whole journey runs, and can be tested, where there are no patients' images.
+"""Draws artificial CT slices, so that the program can run and be tested without images of patients.
 
-The classes differ as the real ones do in kind (where the mass lies, how large it is, what its edge is like),
-and nothing else does: model_profile, placement, window and noise are drawn alike for all four. A phantom patient
-has several slices that look nearly alike, as a real series has. No result on phantoms says anything about
-people.
+The classes differ like the real ones, in the position, the size and the edge of the mass. Nothing else differs:
+anatomy, placement, window and noise have the same distributions for all four. A phantom patient has several slices
+that look nearly the same, like a real series. No result on phantoms says anything about people.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ _FOLDERS = {
     "large.cell.carcinoma": "large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa",
     "normal": "normal",
     "squamous.cell.carcinoma": "squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa",
-}  # class, as the published test folder names it: as train and valid name it
+}  # name of a class in the published test folder: its name in train and valid
 
-_VERSION = 1  # part of the folder's name; raise it when the same seed gives other images
+_VERSION = 1  # part of the folder's name; raise it when a change gives other images for the same seed
 
 _NOTICE = """\
 THESE ARE NOT PATIENTS.
@@ -37,15 +36,15 @@ files with real ones.
 """
 
 _AIR, _LUNG, _FAT, _TISSUE, _BLOOD, _BONE = -1000, -850, -100, 0, 40, 250  # Hounsfield units
-_MASS = 300  # brighter than life, so that a small network sees it at 64 px after a few epochs
+_MASS = 300  # brighter than a real mass, so that a small network learns it at 64 px in a few epochs
 
 
 def make_phantoms(root: Path, seed: int, *, patients: int = 80, size: int = 96) -> Path:
     """Draws phantom patients, a quarter of them of each class, and writes them in Kaggle's layout.
 
     Args:
-        root: the images go into a folder of their own in here, named after the other arguments; a finished
-            one is reused.
+        root: the images go into a new folder in it, which is named after the other arguments. A complete folder is
+            reused.
         seed: the same seed gives the same files.
         patients: at least 12, so that every class has a patient in train, valid and test (about 70/10/20).
         size: width and height of the images in pixels.
@@ -92,9 +91,9 @@ def _write_patient(root: Path, seed: int, patient: int, size: int) -> list[Path]
 
 
 def _slice(patient_seed: list[int], class_name: str, height: float, size: int) -> np.ndarray:
-    """One slice, (size, size) uint8; `height` is its place in the patient's stack, -0.5 to 0.5.
+    """One slice, (size, size) uint8; `height` is its position in the patient's stack, -0.5 to 0.5.
 
-    All slices of a patient make the same random draws, so that they differ by height and noise alone.
+    All slices of a patient use the same random numbers, so they differ only in height and noise.
     """
     rng = np.random.default_rng(patient_seed)
     thorax = _Thorax(rng, size)
@@ -129,7 +128,7 @@ class _Thorax:
         self.pixel = 2 / size
 
     def fill(self, distance_HW: np.ndarray, hounsfield: float) -> None:
-        """Paints where `distance_HW` is negative, with an edge one pixel soft."""
+        """Paints where `distance_HW` is negative, with a soft edge of one pixel."""
         cover_HW = np.clip(0.5 - distance_HW / self.pixel, 0, 1)
         self.hounsfield_HW += cover_HW * (hounsfield - self.hounsfield_HW)
 
@@ -142,7 +141,7 @@ class _Thorax:
         turn: float = 0,
         waves: tuple[tuple[int, float, float], ...] = (),
     ) -> None:
-        """An ellipse whose radius varies around it by `waves`: (how many, how much, phase)."""
+        """Draws an ellipse whose radius varies by `waves`: (number around the ellipse, amplitude, phase)."""
         dx_HW, dy_HW = self.x_HW - centre[0], self.y_HW - centre[1]
         across_HW = (dx_HW * np.cos(turn) + dy_HW * np.sin(turn)) / radii[0]
         along_HW = (dy_HW * np.cos(turn) - dx_HW * np.sin(turn)) / radii[1]
@@ -153,7 +152,7 @@ class _Thorax:
         self.fill(distance_HW * min(radii[0], radii[1]), hounsfield)
 
     def line(self, start: _Point, end: _Point, width: float, hounsfield: float) -> None:
-        """A line from `start` (x, y), where it is `width` wide, to `end`, where it is half as wide."""
+        """Draws a line from `start` (x, y), where it is `width` wide, to `end`, where it is half as wide."""
         dx, dy = end[0] - start[0], end[1] - start[1]
         x_HW, y_HW = self.x_HW - start[0], self.y_HW - start[1]
         along_HW = np.clip((x_HW * dx + y_HW * dy) / (dx**2 + dy**2), 0, 1)
@@ -162,7 +161,7 @@ class _Thorax:
 
 
 class _Lung:
-    """Where a lung lies: the side it is on (-1 or 1), its centre and its radii."""
+    """A lung: its side (-1 or 1), its centre and its radii."""
 
     def __init__(self, rng: np.random.Generator, side: int, level: float) -> None:
         self.side = side
@@ -204,7 +203,7 @@ def _draw_lungs(thorax: _Thorax, rng: np.random.Generator, level: float) -> list
 
 
 def _draw_mediastinum(thorax: _Thorax, rng: np.random.Generator, level: float) -> None:
-    """Great vessels and trachea above, the heart, leaning to the image's right, below; spine and aorta."""
+    """Draws the heart or the great vessels (depending on `level`), the aorta, and in upper slices the trachea."""
     wide = 0.14 + 0.17 * level + rng.normal(0, 0.02)
     x = 0.09 * level + rng.normal(0, 0.03)
     thorax.blob((x, rng.uniform(-0.2, -0.05)), (wide, rng.uniform(0.28, 0.4)), _BLOOD, turn=-0.5 * level)
@@ -215,7 +214,7 @@ def _draw_mediastinum(thorax: _Thorax, rng: np.random.Generator, level: float) -
 
 
 def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height: float) -> None:
-    """Branches from the hilum, and dots where a vessel crosses the slice; they drift with height."""
+    """Draws branches from the hilum, and dots where a vessel crosses the slice; they move with height."""
     thorax.blob(lung.hilum, (0.07, 0.09), _BLOOD)
     for _ in range(rng.integers(4, 7)):
         angle, depth = rng.uniform(-1.6, 1.6) + 0.1 * height, rng.uniform(0.1, 0.4)
@@ -231,7 +230,7 @@ def _draw_vessels(thorax: _Thorax, rng: np.random.Generator, lung: _Lung, height
 def _draw_mass(thorax: _Thorax, rng: np.random.Generator, class_name: str, lung: _Lung, height: float) -> None:
     """Adenocarcinoma: small, at the pleura, spiculated. Large cell: large, in the outer lung, smooth.
 
-    Squamous: at the hilum, often with a cavity. All slices cut it near its middle, so that all show it.
+    Squamous: at the hilum, often with a cavity. Every slice cuts the mass near its middle, so every slice shows it.
     """
     shrink = np.sqrt(1 - height**2)
     outward = rng.uniform(-1.1, 1.1)

@@ -1,4 +1,4 @@
-"""Images that lie on an object store or another machine: a copy in the cache, kept equal to what is there."""
+"""Copies images from an object store or another machine into the cache, and keeps the copy up to date."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from lungct_tune.data.folders import DataError
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 DOWNLOADS = 16
-"""Files fetched at once."""
+"""Files fetched at the same time."""
 
 
 def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool = True) -> Path:
-    """A folder as it is; of a URI a copy of all files below it: new and changed are fetched, those gone there go here.
+    """Returns a local folder of the images: a path as it is, or a copy of all files below a URI.
 
-    A file is the same if its size and its time are. Of an interrupted run, the files that had come stay.
+    Fetches new and changed files, and deletes files that are no longer at the URI. A file is unchanged if its size and
+    its modification time are the same. After an interrupted run, the files that were fetched are kept.
 
     Raises:
-        DataError: the place cannot be read, holds no files, or the cache cannot take them.
+        DataError: the URI cannot be read, has no files, or the cache cannot hold them.
     """
     if isinstance(uri, Path) or "://" not in uri:
         return Path(uri)
@@ -41,35 +42,35 @@ def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool =
         raise DataError(f"--data {error}") from error
     except Exception as error:  # fsspec's file systems raise any kind
         raise DataError(f"--data {refusal(uri, 'list it', error)}") from error
-    there = {info.path.removeprefix(root).lstrip("/"): info for info in found if info.is_file}
-    if not there:
-        raise DataError(f"--data {uri}: there are no files; it must hold the images' class folders")
+    remote_files = {info.path.removeprefix(root).lstrip("/"): info for info in found if info.is_file}
+    if not remote_files:
+        raise DataError(f"--data {uri}: there are no files; it must contain the images' class folders")
     name = f"{root.rpartition('/')[2]}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
     copy = (cache or default_cache()) / "data" / name
-    if outside := [path for path in there if not (copy / path).resolve().is_relative_to(copy.resolve())]:
-        raise DataError(f"--data {uri}: {outside[0]!r} cannot be a file's name here; rename it there")
+    if outside := [path for path in remote_files if not (copy / path).resolve().is_relative_to(copy.resolve())]:
+        raise DataError(f"--data {uri}: {outside[0]!r} cannot be a file's name here; rename it at the source")
 
     def fetch(path: str) -> None:
         part = copy / f"{path}.{uuid4().hex[:8]}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.fs.copy_files(there[path].path, str(part), source_filesystem=filesystem, use_threads=False)
-        os.utime(part, ns=(there[path].mtime_ns or 0,) * 2)
+        pyarrow.fs.copy_files(remote_files[path].path, str(part), source_filesystem=filesystem, use_threads=False)
+        os.utime(part, ns=(remote_files[path].mtime_ns or 0,) * 2)
         part.replace(copy / path)
 
-    missing = [path for path, info in there.items() if not _is_same(copy / path, info)]
-    require_space(copy, sum(there[path].size for path in missing))
+    missing = [path for path, info in remote_files.items() if not _is_same(copy / path, info)]
+    require_space(copy, sum(remote_files[path].size for path in missing))
     with copy.with_name(f"{copy.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # searches that begin together share the copy
-        for path in sorted(copy.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)  # searches that start at the same time share the copy
+        for path in sorted(copy.rglob("*"), reverse=True):  # the content of a folder comes before the folder
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-            elif not path.is_dir() and path.relative_to(copy).as_posix() not in there:
+            elif not path.is_dir() and path.relative_to(copy).as_posix() not in remote_files:
                 path.unlink()
         pool = ThreadPoolExecutor(DOWNLOADS)
         try:
             fetched = track(
                 pool.map(fetch, missing),
-                description=f"Fetching {len(missing)} of {len(there)} files",
+                description=f"Fetching {len(missing)} of {len(remote_files)} files",
                 total=len(missing),
                 console=Console(stderr=True),
                 transient=True,

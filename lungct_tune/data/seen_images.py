@@ -1,4 +1,4 @@
-"""Which images a model has learned from, as a small table in its bundle: it tells which other images are new to it."""
+"""Lists a model's training images as a small table for its bundle, and tells which other images are new to it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.groups import unit_vectors
 
 SIDE = 16
-"""Pixels of the thumbnails that are kept: enough to know a slice again, too few to see what it shows."""
+"""Width and height of the stored thumbnails: enough to recognise a slice, too few to see what it shows."""
 
 ALIKE_CORRELATION = 0.98
-"""Two images whose thumbnails correlate at least so much, one of them flipped or not, are copies or of one series.
+"""Two images are copies or of one series if the correlation of their thumbnails, flipped or not, is at least this.
 
-Measured on the 685 published train and valid images: JPEG of quality 20 leaves 0.9995 or more, half the size 0.9999,
-a crop of 2 % 0.981 in 95 of 100; between different groups nothing reaches 0.967, with a flip 0.933.
+Measured on the 685 published train and valid images. JPEG of quality 20 leaves a correlation of 0.9995 or more, half
+the size 0.9999, a crop of 2 % 0.981 in 95 of 100. Between different groups no pair reaches 0.967; with a flip, 0.933.
 """
 
-_BLOCK = 1024  # images compared at once with all that were learned from
+_BLOCK = 1024  # images compared with all training images at the same time
 
 SAME_FILE, ALIKE, NEW = "same file", "looks alike", "new"
 
 
 def list_learned(images: ImageSet, rows: np.ndarray) -> bytes:
-    """A CSV with the sha256 of each image's file and its thumbnail (uint8 grey, row by row, in hexadecimal)."""
+    """Returns a CSV: the sha256 of each image's file and its thumbnail (uint8 grey, row by row, in hexadecimal)."""
     thumbnails_ND = _thumbnails(images.images_NHW[rows])
     digests = images.table["digest"].to_numpy()[rows]
     table = pd.DataFrame({"sha256": digests, "thumbnail": [row.tobytes().hex() for row in thumbnails_ND]})
@@ -36,17 +36,17 @@ def list_learned(images: ImageSet, rows: np.ndarray) -> bytes:
 
 
 def seen_before(images: ImageSet, learned: bytes) -> np.ndarray:
-    """Whether each image is one of those that `list_learned` lists: (N,) of `SAME_FILE`, `ALIKE` and `NEW`."""
+    """Whether each image is in the CSV of `list_learned`: (N,) of `SAME_FILE`, `ALIKE` and `NEW`."""
     table = pd.read_csv(BytesIO(learned), dtype=str)
     learned_NHW = np.array([np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]])
     learned_NHW = learned_NHW.reshape(-1, SIDE, SIDE)
-    asked_ND = unit_vectors(_thumbnails(images.images_NHW))
-    correlation_N = np.full(len(asked_ND), -1.0)
+    images_ND = unit_vectors(_thumbnails(images.images_NHW))
+    correlation_N = np.full(len(images_ND), -1.0)
     for y, x in FLIPS.values():
         flipped_ND = unit_vectors(learned_NHW[:, ::y, ::x])
-        for start in range(0, len(asked_ND), _BLOCK):
+        for start in range(0, len(images_ND), _BLOCK):
             block = slice(start, start + _BLOCK)
-            correlation_N[block] = np.maximum(correlation_N[block], (asked_ND[block] @ flipped_ND.T).max(axis=1))
+            correlation_N[block] = np.maximum(correlation_N[block], (images_ND[block] @ flipped_ND.T).max(axis=1))
     same_N = images.table["digest"].isin(table["sha256"]).to_numpy()
     return np.select([same_N, correlation_N >= ALIKE_CORRELATION], [SAME_FILE, ALIKE], NEW)
 

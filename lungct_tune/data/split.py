@@ -1,4 +1,4 @@
-"""Who is trained on, who steers the search, and who is asked only once: splits that cut no group."""
+"""Splits the images into train, validation and test, and into folds, without dividing a group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lungct_tune.data.folders import DataError
 SPLITS = ("train", "valid", "test")
 
 POOLED = "train+valid"
-"""What train and valid are together where folds are cut from them."""
+"""The name of train and valid together, if they are divided into folds."""
 
 _SHARES = {"train": 0.7, "test": 0.2, "valid": 0.1}  # largest first: ties go to the largest
 
@@ -23,12 +23,12 @@ _SHARES = {"train": 0.7, "test": 0.2, "valid": 0.1}  # largest first: ties go to
 def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed: int) -> np.ndarray:
     """The split of each image, (N,) str, each one of `SPLITS`.
 
-    "grouped" pools all images and splits them 70/10/20 by class without cutting through a group; it depends
-    on the seed, the paths and the groups, and on nothing else. "official" is the published folders.
+    "grouped" pools all images and splits them 70/10/20 by class without dividing a group. It depends only on the seed,
+    the paths and the groups. "official" takes the published folders.
 
     Raises:
-        DataError: "grouped": a class that cannot be in every split. "official": a folder is missing, or train has
-            no image of a class.
+        DataError: "grouped": a class cannot be in every split. "official": a folder is missing, or train has no image
+            of a class.
     """
     if how == "official":
         return _official(image_set)
@@ -39,19 +39,19 @@ def split_images(image_set: ImageSet, how: Literal["grouped", "official"], seed:
         if missing := sorted(set(SPLITS) - set(split[of_class])):
             raise DataError(
                 f"no image of {name!r} would be in {' or '.join(missing)}: its {of_class.sum()} images in "
-                f"{image_set.root} form {image_set.table['group'][of_class].nunique()} groups of copies or "
-                "series, which a split may not cut, and at least 3 that are not tied to other classes are "
-                "needed; add images of that class" + (", or choose --split official" if has_folders else "")
+                f"{image_set.root} form {image_set.table['group'][of_class].nunique()} groups of copies or series. "
+                "A split does not divide groups, so at least 3 groups without images of other classes are needed; "
+                "add images of that class" + (", or choose --split official" if has_folders else "")
             )
     return split
 
 
 def fold_images(image_set: ImageSet, rows: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """The fold of each of these images, (len(rows),) int from 0: stratified by class, and no group is cut.
+    """The fold of each of these images, (len(rows),) int from 0: stratified by class, without dividing a group.
 
     Args:
-        rows: the images to be dealt out, as indices: those of train and validation.
-        folds: how many; every class must be in each.
+        rows: indices of the images to divide into folds: train and validation.
+        folds: the number of folds; every class must be in each.
 
     Raises:
         DataError: a class has too few groups for so many folds.
@@ -63,27 +63,27 @@ def fold_images(image_set: ImageSet, rows: np.ndarray, folds: int, seed: int) ->
         if len(set(fold_N[of_class])) < folds:
             raise DataError(
                 f"{name!r} cannot be in each of {folds} folds: its {of_class.sum()} images of train and validation in "
-                f"{image_set.root} form {table['group'][of_class].nunique()} groups of copies or series, which a "
-                "fold may not cut; choose fewer --folds, or add images of that class"
+                f"{image_set.root} form {table['group'][of_class].nunique()} groups of copies or series, and folds "
+                "do not divide groups; choose fewer --folds, or add images of that class"
             )
     return fold_N
 
 
 def group_overlap(image_set: ImageSet, split: np.ndarray) -> np.ndarray:
-    """Whether an image of its group is in train or valid, for each test image: (n_test,) bool in row order.
+    """For each test image, whether train or valid has an image of its group: (n_test,) bool in row order.
 
-    A group holds the copies of an image, and what looks like slices of its series. None in a grouped split, by
-    construction; in the official one these are the answers seen before.
+    A group has the copies of an image and the slices that look like its series. In a grouped split there is no overlap,
+    by construction. In the official split, the model has already seen the groups of these test images.
     """
     groups_N = image_set.table["group"].to_numpy()
     return np.isin(groups_N[split == "test"], groups_N[split != "test"])
 
 
 def _deal(table: pd.DataFrame, shares: Mapping[Any, float], seed: int) -> np.ndarray:
-    """Gives each group, large ones first, to the part that lacks the greatest share of its classes.
+    """Assigns each group, large ones first, to the part that still needs the greatest share of its classes.
 
-    scikit-learn's StratifiedGroupKFold (1.9; two of ten folds for test) put 31 % instead of 20 % of the
-    published normal images into test, whatever the seed: its first fold takes the largest group whole.
+    scikit-learn's StratifiedGroupKFold (1.9; two of ten folds for test) put 31 % instead of 20 % of the published
+    normal images into test, with every seed, because its first fold takes the largest group.
     """
     counts_GC = pd.crosstab(table["group"], table["label"])
     wanted_SC = np.outer(list(shares.values()), counts_GC.sum())
@@ -104,38 +104,38 @@ def _official(image_set: ImageSet) -> np.ndarray:
         found = ", ".join(f"{name or 'no split folder'} ({count} images)" for name, count in counts.items())
         raise DataError(
             f"the official split needs the folders train/, valid/ and test/ in {image_set.root}; "
-            f"missing: {', '.join(missing)}; found: {found}. Add what is missing, or choose --split grouped"
+            f"missing: {', '.join(missing)}; found: {found}. Add the missing folders, or choose --split grouped"
         )
     is_train = image_set.table["folder"] == "train"
     if lost := sorted(set(image_set.table["label"]) - set(image_set.table["label"][is_train])):
         names = ", ".join(image_set.classes[label] for label in lost)
         raise DataError(
-            f"train/ in {image_set.root} has no image of {names}, which no model can learn then; move images of that "
-            "class there, or choose --split grouped"
+            f"train/ in {image_set.root} has no image of {names}, so no model can learn it; move images of that class "
+            "there, or choose --split grouped"
         )
     return image_set.table["folder"].to_numpy(dtype=str)
 
 
 UNSPLIT = "unsplit"
-"""The one part of images that are too few to be split."""
+"""The name of the only part, if there are too few images to split."""
 
 
 @dataclass(frozen=True, eq=False)
 class DataSplit:
-    """The images, and which of them are trained on, steer the search, and are asked once.
+    """The images of a search, with the split and the fold of each.
 
-    Images are named by their rows in `images` everywhere, here and where they are trained on.
+    Everywhere, also in training, an image is named by its row in `images`.
     """
 
     images: ImageSet
     split: np.ndarray
     """(N,) str, each one of `SPLITS`."""
     fold: np.ndarray | None
-    """(N,) int from 0, -1 for test images; None where validation steers the search."""
+    """(N,) int from 0, -1 for test images; None without cross-validation."""
 
     @property
     def parts(self) -> np.ndarray:
-        """The split as the audit takes it: with folds, which cut no group, train and validation are one part."""
+        """The split for the audit. With folds, train and validation are one part, since folds divide no group."""
         return self.split if self.fold is None else np.where(self.split == "test", "test", POOLED)
 
     @property
@@ -145,17 +145,17 @@ class DataSplit:
 
     @property
     def test_rows(self) -> np.ndarray:
-        """The images that only the final model is asked about."""
+        """The images that only the final model is evaluated on."""
         return np.flatnonzero(self.split == "test")
 
     @property
     def validation_rows(self) -> np.ndarray:
-        """The images that a trial is judged on: those of validation, with folds all that are searched."""
+        """The images that a trial is evaluated on: validation, or with folds train and validation."""
         return np.flatnonzero(self.split == "valid") if self.fold is None else self.searched_rows
 
     @property
     def folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The images that each model of a trial is trained on, and those that judge it; one model without folds."""
+        """For each model of a trial, its training and its validation images; without folds there is one model."""
         if self.fold is None:
             return [(np.flatnonzero(self.split == "train"), self.validation_rows)]
         searched_N = self.fold >= 0
@@ -165,7 +165,7 @@ class DataSplit:
         ]
 
     def as_csv(self) -> bytes:
-        """split.csv: path, label, group and split of every image, with folds its fold."""
+        """split.csv: path, label, group and split of every image, and its fold if there are folds."""
         label = [self.images.classes[label] for label in self.images.table["label"]]
         table, columns = self.images.table.assign(split=self.split, label=label), ["path", "label", "group", "split"]
         if self.fold is not None:
@@ -175,7 +175,7 @@ class DataSplit:
 
 
 def split_and_fold(images: ImageSet, how: Literal["grouped", "official"], folds: int | None, seed: int) -> DataSplit:
-    """The split of a search's images, and where folds are asked for, the folds of train and validation.
+    """Splits the images of a search and, if `folds` is given, divides train and validation into folds.
 
     Raises:
         DataError: see `split_images` and `fold_images`.

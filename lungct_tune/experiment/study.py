@@ -21,6 +21,7 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
+from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
 """ASHA: the best third of the trials at a rung continues to three times as many epochs."""
@@ -64,6 +65,7 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
         raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
     except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
+    study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
     for hyperparameters in space.fixed_trials:
         values = hyperparameters.as_dict()
         study.enqueue_trial(

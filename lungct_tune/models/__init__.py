@@ -1,1 +1,1 @@
-"""ResNet50 truncated after an activation: its weights, its input, its cost, and what it looks at."""
+"""ResNet50 truncated after an activation: the network, its weights, its input, its cost, and Grad-CAM."""

@@ -1,4 +1,4 @@
-"""What a truncated network costs: parameters and floating-point operations, by stage."""
+"""Counts the parameters and floating-point operations of a truncated network, by stage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "head")
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What a cut network costs, by stage (those of `STAGES` that it has)."""
+    """The cost of a truncated network, for each of the `STAGES` that it has."""
 
     parameters: dict[str, int]
     flops: dict[str, int]
-    """Floating-point operations of one image; a multiplication and an addition are two."""
+    """Floating-point operations for one image; a multiplication and an addition count as two."""
     features: tuple[int, int]
-    """What the head pools: channels, and width in pixels."""
+    """The head's input: channels, and width in pixels."""
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -31,7 +31,7 @@ class ModelProfile:
 
 @cache
 def model_profile(truncation_depth: int, classes: int, image_size: int) -> ModelProfile:
-    """Counts parameters and arithmetic without doing any (torch.utils.flop_counter, on the meta device)."""
+    """Counts parameters and operations on the meta device, without computing (torch.utils.flop_counter)."""
     model = TruncatedResNet50(truncation_depth, classes=classes).to("meta").eval()
     images_NCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -43,16 +43,16 @@ def model_profile(truncation_depth: int, classes: int, image_size: int) -> Model
     for name, module in model.named_modules():
         if not list(module.children()):
             flops[_stage(name)] += sum(counter.get_flop_counts().get(f"TruncatedResNet50.{name}", {}).values())
-    there = [stage for stage in STAGES if parameters[stage]]
+    present = [stage for stage in STAGES if parameters[stage]]
     return ModelProfile(
-        {stage: parameters[stage] for stage in there},
-        {stage: flops[stage] for stage in there},
+        {stage: parameters[stage] for stage in present},
+        {stage: flops[stage] for stage in present},
         (features_NCHW.shape[1], features_NCHW.shape[3]),
     )
 
 
 def _stage(name: str) -> str:
     """The stage of a module or parameter of a `TruncatedResNet50`: "backbone.layer2.3.conv1" is in "layer2"."""
-    room, _, rest = name.partition(".")
+    top, _, rest = name.partition(".")
     part = rest.partition(".")[0]
-    return "head" if room == "head" else part if part in STAGES else "stem"
+    return "head" if top == "head" else part if part in STAGES else "stem"

@@ -1,4 +1,4 @@
-"""What a network is made of, and where in an image it looks: what the report needs torch for."""
+"""Computes Grad-CAM maps, which show where in an image a network finds evidence for a class."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _BATCH = 16
 def grad_cam(
     model: TruncatedResNet50, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a network sees what speaks for a class: Grad-CAM (Selvaraju et al., ICCV 2017) on what the head pools.
+    """Grad-CAM maps (Selvaraju et al., ICCV 2017) of the features that the head pools.
 
     Args:
         images_NHW: uint8 grey.
-        classes_NK: the classes to look for in each image, as indices.
-        normalisation: a name in `training.NORMALISATIONS`.
+        classes_NK: the classes to explain in each image, as indices.
+        normalisation: a name in `preprocessing.NORMALISATIONS`.
 
     Returns:
-        Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 where nothing speaks for the
-        class), and the probabilities (N, C) of the same pass.
+        Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 if there is no evidence for the
+        class), and the probabilities (N, C) of the same forward pass.
     """
     model.eval()
     pool = model.get_submodule("head.pool")
@@ -34,11 +34,11 @@ def grad_cam(
     for start in range(0, len(images_NHW), _BATCH):
         batch = slice(start, start + _BATCH)
         pooled: list[Tensor] = []
-        listening = pool.register_forward_pre_hook(lambda _, inputs, pooled=pooled: pooled.append(inputs[0]))
+        hook = pool.register_forward_pre_hook(lambda _, inputs, pooled=pooled: pooled.append(inputs[0]))
         with torch.no_grad():
             grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])))
             probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).numpy())
-        listening.remove()
+        hook.remove()
         of_classes = [
             method.attribute(pooled[0], target_N, attribute_to_layer_input=True, relu_attributions=True)
             for target_N in torch.as_tensor(classes_NK[batch], dtype=torch.int64).T

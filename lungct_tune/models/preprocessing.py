@@ -1,4 +1,4 @@
-"""From 8-bit grey images to what the network computes on: how every image meets it, in training and after."""
+"""Turns 8-bit grey images into the network's input, in the same way in training and afterwards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def as_grey(images_NHW: Tensor) -> Tensor:
 
 
 def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor:
-    """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1: how every image meets the network.
+    """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1.
 
-    Repeats the image in three channels-last channels, normalised by the named `NORMALISATIONS`, and computes in
-    bfloat16 on GPUs that have it.
+    Repeats the image in three channels (channels-last), normalises them as `normalisation` names in `NORMALISATIONS`,
+    and computes in bfloat16 on GPUs that support it.
     """
     means, deviations = NORMALISATIONS[normalisation]
     channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(means, deviations, strict=True)]

@@ -1,4 +1,4 @@
-"""Pretrained weights for the backbone: found, read and loaded, or refused with a reason; never silently random."""
+"""Reads pretrained weights and loads them into the backbone. Raises an error if they do not fit."""
 
 from __future__ import annotations
 
@@ -21,63 +21,62 @@ _NAMED_MISFITS = 5
 
 
 class WeightsError(UserError):
-    """Weights could not be had, or do not fit; the message says why and what can be done."""
+    """Weights cannot be read, or do not fit; the message says why and what to do."""
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """The pretrained tensors on the CPU, by torchvision's key names, without the classifier `fc`.
+    """Reads the pretrained tensors to the CPU, by torchvision's key names, without the classifier `fc`.
 
     Args:
         source: "imagenet" for torchvision's ResNet50 (IMAGENET1K_V2, from torch's hub cache or downloaded into
-            it), else the path of a `.safetensors` or a torch file. A torch file may hold the tensors themselves
-            or a dict with them under "state_dict" or "model". The prefixes "module.", "backbone." and "model."
-            are dropped.
+            it), else the path of a `.safetensors` or a torch file. A torch file has the tensors, or a dict with the
+            tensors under "state_dict" or "model". The prefixes "module.", "backbone." and "model." are dropped.
 
     Raises:
-        WeightsError: no such file, no network, or nothing in it that can be read without running its code.
+        WeightsError: there is no such file, no network, or no tensor that can be read without running code in the file.
     """
     try:
         content = _download() if source == "imagenet" else _read(Path(source))
-    except Exception as error:  # a broken file or network fails in every way that decoders and sockets know
+    except Exception as error:  # decoders and sockets raise many kinds of errors
         raise WeightsError(_complaint(f"weights {source!r}: {type(error).__name__}: {error}")) from error
     tensors = {_PREFIXES.sub("", key): value for key, value in content.items() if isinstance(value, Tensor)}
     state = {key: value for key, value in tensors.items() if not key.startswith("fc.")}
     if not state:
-        raise WeightsError(_complaint(f"weights {source!r}: holds no tensors of a backbone"))
+        raise WeightsError(_complaint(f"weights {source!r}: has no tensors of a backbone"))
     return state
 
 
 def read_covering(source: str, depth: int) -> dict[str, Tensor]:
-    """`read_weights`, refused unless they reach to truncation depth `depth`: known before any worker starts.
+    """Reads weights as `read_weights` does, and checks before any worker starts that they cover depth `depth`.
 
     Raises:
-        WeightsError: they cannot be had, or cover less.
+        WeightsError: the weights cannot be read, or cover less.
     """
     state = read_weights(source)
     if (covered := covered_depth(state)) < depth:
         raise WeightsError(
             f"weights {source!r} cover truncation depths up to {covered}, and the search space goes to {depth}. "
-            "Narrow truncation_depth in it (search_spaces/shallow.yaml ends at 22; mind its fixed_trials), give "
-            "weights of the whole network, or start from random ones with --weights none"
+            "Reduce truncation_depth in it and in its fixed_trials (search_spaces/shallow.yaml ends at 22), give "
+            "weights of the whole network, or start from random weights with --weights none"
         )
     return state
 
 
 def covered_depth(state: Mapping[str, Tensor]) -> int:
-    """The deepest truncation depth for which `state` has every tensor in its right shape; 0 if there is none."""
+    """The largest truncation depth for which `state` has every tensor in the right shape; 0 if there is none."""
     backbone = truncate(ACTIVATIONS)
-    lacking = {key.rpartition(".")[0] for key in _misfits(backbone.state_dict(), state)}
+    missing = {key.rpartition(".")[0] for key in _misfits(backbone.state_dict(), state)}
     depths = range(1, ACTIVATIONS + 1)
-    return sum(lacking.isdisjoint(layers_before(backbone, depth)) for depth in depths)
+    return sum(missing.isdisjoint(layers_before(backbone, depth)) for depth in depths)
 
 
 def load_backbone(model: TruncatedResNet50, state: Mapping[str, Tensor]) -> None:
-    """Copy into `model.backbone` every tensor that the cut keeps; those behind the cut are ignored.
+    """Copies every tensor of the truncated network into `model.backbone`; tensors behind the cut are ignored.
 
-    Batch normalisation's `num_batches_tracked`, which inference and training here never read, may be missing.
+    `num_batches_tracked` of batch normalisation may be missing, since neither training nor inference reads it here.
 
     Raises:
-        WeightsError: a tensor that the cut keeps is missing or has another shape; the model is untouched.
+        WeightsError: a tensor of the truncated network is missing or has another shape; the model is unchanged.
     """
     kept = model.backbone.state_dict()
     misfits = _misfits(kept, state)
@@ -87,7 +86,7 @@ def load_backbone(model: TruncatedResNet50, state: Mapping[str, Tensor]) -> None
         covered = covered_depth(state)
         raise WeightsError(
             _complaint(
-                f"the weights do not fit {len(misfits)} of the {len(kept)} tensors that the cut keeps: {named}{more}. "
+                f"the weights do not fit {len(misfits)} of the truncated network's {len(kept)} tensors: {named}{more}. "
                 f"They cover truncation depths up to {covered}."
             )
         )
@@ -117,10 +116,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _complaint(what: str) -> str:
-    """`what` went wrong, and the three ways out."""
+    """The message for an error: `what` is wrong, and three ways to fix it."""
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(_IMAGENET.url).name)
     return (
-        f"{what}\nWays out: (1) save {_IMAGENET.url} as {cached} ; "
-        "(2) --weights FILE, a .pth or .safetensors with torchvision's key names for at least the layers that the "
-        "cut keeps; (3) --weights none starts from random weights."
+        f"{what}\nThree ways to fix this: (1) save {_IMAGENET.url} as {cached} ; "
+        "(2) give --weights FILE, a .pth or .safetensors with torchvision's key names, for at least the layers of the "
+        "truncated network; (3) start from random weights with --weights none."
     )

@@ -1,7 +1,7 @@
-"""ResNet50 cut after any of its 49 ReLUs, with a small head on top: the network that a trial trains.
+"""ResNet50 truncated after one of its 49 ReLUs, with a small head on top: the network that a trial trains.
 
-The published model keeps "20 of the 50 activation layers" of ResNet50. Counting them as the graph runs them
-(1 in the stem, 3 in each of 16 bottleneck blocks) makes the depth of the network one integer to search over.
+The published model keeps "20 of the 50 activation layers" of ResNet50. Here they are counted in the order in which the
+graph runs them (1 in the stem, 3 in each of 16 bottleneck blocks). So the depth is one integer to search over.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ HEAD_WIDTHS = (256, 128)
 class TruncatedResNet50(nn.Module):
     """ResNet50 up to its k-th ReLU, then pooling, batch normalisation and three dense layers.
 
-    `backbone` holds what the k-th ReLU depends on and nothing else, neither as parameter nor as arithmetic;
-    the keys of its state are torchvision's. It starts as torchvision's random ResNet does, drawn from torch's
-    global generator; `lungct_tune.models.pretrained.load_backbone` fills in pretrained weights.
+    `backbone` has only the layers that the k-th ReLU depends on; the other layers are neither stored nor computed. The
+    keys of its state are torchvision's. Its initial weights are random, as in torchvision's ResNet, and come from
+    torch's global generator. `lungct_tune.models.pretrained.load_backbone` loads pretrained weights.
 
-    The layers that the f-th ReLU depends on are frozen: they need no gradients, autograd keeps none of their
-    activations, and their batch normalisation uses and keeps its loaded statistics even in training.
+    The layers that the f-th ReLU depends on are frozen. They need no gradients, autograd stores none of their
+    activations, and their batch normalisation uses its loaded statistics, unchanged, even in training.
 
     Args:
         truncation_depth: k, 1 to 49.
-        frozen_depth: f, 0 (everything learns) to k (only the head learns).
+        frozen_depth: f, 0 (all layers are trained) to k (only the head is trained).
         dropout: probability of dropping a unit between the dense layers, 0 to below 1.
         classes: number of outputs.
 
@@ -54,7 +54,7 @@ class TruncatedResNet50(nn.Module):
 
         frozen = layers_before(self.backbone, frozen_depth) if frozen_depth else []
         self.frozen = [f"backbone.{layer}" for layer in frozen]
-        """Names of the modules that stay in eval mode and take no gradients."""
+        """Names of the modules that stay in eval mode and get no gradients."""
         for name in self.frozen:
             self.get_submodule(name).requires_grad_(False)
         self.train()
@@ -65,7 +65,7 @@ class TruncatedResNet50(nn.Module):
         return logits_NC
 
     def train(self, mode: bool = True) -> TruncatedResNet50:
-        """As `nn.Module.train`, but frozen layers stay in eval mode."""
+        """Like `nn.Module.train`, but frozen layers stay in eval mode."""
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
@@ -73,9 +73,9 @@ class TruncatedResNet50(nn.Module):
 
 
 def truncate(truncation_depth: int) -> fx.GraphModule:
-    """ResNet50 up to its k-th ReLU, as shapes only (on the meta device): {"features": (N, C, h, w)}.
+    """ResNet50 up to its k-th ReLU, on the meta device; its output is {"features": (N, C, h, w)}.
 
-    Building and tracing 25 million parameters costs a second, on the meta device a tenth of that.
+    Building and tracing 25 million parameters takes a second; on the meta device it takes a tenth of that.
 
     Raises:
         ValueError: the depth is not in 1 to 49.
@@ -91,25 +91,25 @@ def truncate(truncation_depth: int) -> fx.GraphModule:
 
 @cache
 def activation_nodes() -> tuple[str, ...]:
-    """The 49 ReLUs of ResNet50 in the order they run, as torchvision names graph nodes ("layer1.0.relu_2")."""
+    """Names of the 49 ReLUs of ResNet50 in the order they run, as torchvision's graph nodes ("layer1.0.relu_2")."""
     with torch.device("meta"):
         _, nodes = get_graph_node_names(resnet50())
     return tuple(node for node in nodes if node.split(".")[-1].startswith("relu"))
 
 
 def layers_before(backbone: fx.GraphModule, activation: int) -> list[str]:
-    """Names of the modules that the n-th ReLU (from 1) of a cut network depends on, itself included, in order."""
+    """Names of the modules that the n-th ReLU (from 1) of a truncated network depends on, with itself, in order."""
     calls = [node for node in backbone.graph.nodes if node.op == "call_module"]
     relus = [node for node in calls if isinstance(backbone.get_submodule(node.target), nn.ReLU)]
     needed = {relus[activation - 1]}
-    for node in reversed(backbone.graph.nodes):  # a graph lists every node behind its inputs, so once is enough
+    for node in reversed(backbone.graph.nodes):  # a graph lists inputs before nodes, so one pass is enough
         if node in needed:
             needed.update(node.all_input_nodes)
     return [node.target for node in calls if node in needed]
 
 
 def _initialise(backbone: nn.Module) -> None:
-    """Fill uninitialised layers as `torchvision.models.resnet.ResNet.__init__` does."""
+    """Initialises the layers as `torchvision.models.resnet.ResNet.__init__` does."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,1 +1,1 @@
-"""One training of one set of hyperparameters, in plain PyTorch: it could run in a notebook."""
+"""One training with one set of hyperparameters, in plain PyTorch. It can also run in a notebook."""

@@ -1,7 +1,7 @@
-"""Flips, rotation and zoom of a batch of grey images, on their device, each image with its own draw.
+"""Flips, rotates and zooms a batch of grey images on their device, with other random values for each image.
 
-Drawing and applying are apart: draws come from a generator on the CPU, so that they are the same on every
-device, and the same however many workers share the batch.
+The values are drawn separately, by a generator on the CPU. So they are the same on every device, and for any number of
+workers that share the batch.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random flips, turns and zooms; 0.4 are the published notebook's ranges (±0.2 turn, ±20 %, half flipped).
+    """Random flips, rotations and zooms; 0.4 gives the published notebook's ranges (±0.2 turns, ±20 %, half flipped).
 
     Raises:
         ValueError: the strength is not in 0 to 1.
     """
 
     strength: float
-    """s, from 0 (the identity, exactly) to 1. Rotation is uniform in ±s/2 turns, magnification in 1 ± s/2, and
-    the probability of a horizontal flip is 1.25 s up to one half, all of it at the published strength."""
+    """s, from 0 (exactly the identity) to 1. Rotation is uniform in ±s/2 turns, magnification in 1 ± s/2. The
+    probability of a horizontal flip is 1.25 s, but at most one half, which it reaches at the published strength."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise ValueError(f"augmentation strength is {self.strength}; allowed are 0 to 1")
 
     def draw(self, n: int, generator: Generator) -> Tensor:
-        """`n` affine matrices (n, 2, 3), float32 on the CPU, that map output to input positions in -1 to 1."""
+        """Draws `n` affine matrices (n, 2, 3), float32 on the CPU, that map output to input positions in -1 to 1."""
         turn_N, zoom_N, flip_N = torch.rand(3, n, generator=generator)
         angle_N = (turn_N - 0.5) * self.strength * 2 * math.pi
         scale_N = 1 / (1 + (zoom_N - 0.5) * self.strength)
@@ -42,8 +42,8 @@ class Augmentation:
         return torch.stack([top_N3, bottom_N3], dim=1)
 
     def apply(self, images_N1HW: Tensor, matrices_N23: Tensor) -> Tensor:
-        """Square float images (N, 1, H, W), each moved by its matrix (on the same device); outside is black (0)."""
-        if self.strength == 0:  # sampling at the identity would still round
+        """Transforms each square float image (N, 1, H, W) by its matrix, on the same device; outside is black (0)."""
+        if self.strength == 0:  # sampling with the identity would round
             return images_N1HW
         grid_NHW2 = F.affine_grid(matrices_N23, list(images_N1HW.shape), align_corners=False)
         return F.grid_sample(images_N1HW, grid_NHW2, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,22 +1,22 @@
-"""The figures that steer a search, computed in every worker."""
+"""The objective of a search and the other validation figures, computed in every worker."""
 
 from __future__ import annotations
 
 import numpy as np
 
 OBJECTIVE = "balanced_accuracy"
-"""What a search maximises on validation: the mean of the classes' sensitivities. A rule that always
-names the largest class scores 1/C with it, however large that class is; plain accuracy would reward it."""
+"""What a search maximises on validation: the mean of the classes' sensitivities. A model that always predicts the
+largest class scores only 1/C, however large that class is; its plain accuracy would be higher."""
 
 
 def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> dict[str, float]:
     """Balanced accuracy, accuracy and negative log-likelihood ("log_loss").
 
-    The last weighs every class alike, as the objective does, and breaks its ties: with some ten images
-    of a class many epochs share a balanced accuracy.
+    "log_loss" gives every class the same weight, as the objective does. It breaks ties of the objective: with about ten
+    images per class, many epochs have the same balanced accuracy.
 
-    scikit-learn has the accuracies (tests/evaluation/test_metrics.py holds these against it), but takes a process 1.3 s
-    to import, and each of a search's workers is a process.
+    scikit-learn has the accuracies too (tests/evaluation/test_metrics.py compares them with these). But its import
+    takes 1.3 s per process, and each worker of a search is a process.
     """
     right_N = probabilities_NC.argmax(axis=1) == labels_N
     surprise_N = -np.log(np.clip(probabilities_NC[np.arange(len(labels_N)), labels_N], 1e-12, 1))
@@ -29,7 +29,7 @@ def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> di
 
 
 def judged(folds: int | None) -> str:
-    """On what a trial's figures were measured, in words: for axes, tables and sentences."""
+    """How a trial's figures were measured, as text for axes, tables and sentences."""
     return f"in {folds}-fold cross-validation" if folds else "on validation"
 
 

@@ -1,8 +1,8 @@
-"""One training of one configuration: its epochs, its evaluation and its state, in plain PyTorch.
+"""One training of one configuration: its epochs, its predictions and its state, in plain PyTorch.
 
-Runs alone (a notebook) or on all workers of a torch.distributed process group at once, each worker on its share
-of every batch. All that is random follows from the seed and the number of the epoch, so a state needs no random
-state: an interrupted training that goes on gives what an uninterrupted one gives.
+Runs alone (in a notebook) or on all workers of a torch.distributed process group, each with its share of every batch.
+All random numbers follow from the seed and the number of the epoch, so a checkpoint needs no random state: a training
+that was interrupted and continued gives the same result as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from lungct_tune.training.augmentation import Augmentation
 
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0
-"""Gradients longer than this, over all parameters, are shortened to it."""
+"""Largest norm of the gradient over all parameters; longer gradients are clipped to it."""
 WARM_UP_SHARE = 0.05
-"""Share of all steps over which the learning rates rise to their peak, before they fall along a cosine."""
+"""Share of all steps in which the learning rates rise to their peak. After it they fall along a cosine."""
 
 
 class NotFiniteLoss(ArithmeticError):
-    """A loss or gradient was infinite or not a number; the message names epoch and step."""
+    """A loss or gradient was infinite or not a number; the message names the epoch and the step."""
 
 
 class Trainer:
     """One training of one configuration on this worker, together with all workers of the process group.
 
-    Every worker calls the constructor and every method at the same time with the same arguments. Seeds torch's
-    global generators, at the start and again at every epoch.
+    Every worker calls the constructor and every method at the same time, with the same arguments. The trainer seeds
+    torch's global generators at the start and again at every epoch.
 
     Args:
-        configuration: what to train.
-        images_NHW: all images, uint8 grey, square; on `device`, or on the CPU (also memory-mapped), from where
-            each batch is then moved.
-        labels_N: their classes, int64.
-        train_indices: which of the images to learn from.
+        configuration: the hyperparameters to train with.
+        images_NHW: all images, uint8 grey, square; on `device`, or on the CPU (also memory-mapped). From the CPU, each
+            batch is moved to `device`.
+        labels_N: the class of each image, int64.
+        train_indices: indices of the training images.
         classes: number of classes.
-        epochs: length of the learning-rate schedule, and the most that can be trained.
-        batch_size: images of one step over all workers together; at most all training images are taken. What
-            does not fill a batch sits out the epoch.
-        seed: everything random follows from it; not negative.
+        epochs: length of the learning-rate schedule, and the largest number of epochs.
+        batch_size: images of one step over all workers together, at most all training images. In each epoch, images
+            that do not fill a batch are left out.
+        seed: the seed of all random numbers; not negative.
         normalisation: a name in `NORMALISATIONS`.
-        backbone_state: pretrained weights as `read_weights` gives them; None starts from random ones.
+        backbone_state: pretrained weights from `read_weights`; None starts from random weights.
         device: where to train.
-        alone: train on this worker only, whatever process group it is in.
+        alone: train on this worker only, even if it is in a process group.
 
     Raises:
-        ValueError: the batch cannot be shared among the workers, or has fewer than two images a worker.
+        ValueError: the batch cannot be shared evenly among the workers, or gives a worker fewer than two images.
         WeightsError: the weights do not fit.
     """
 
@@ -96,7 +96,7 @@ class Trainer:
         train_labels_N = self.labels_N[self.train_indices.to(self.labels_N.device)]
         self.class_weights_C = _class_weights(train_labels_N, classes).to(self.device)
 
-        torch.backends.cudnn.deterministic = True  # the same trial gives the same figures in every slot
+        torch.backends.cudnn.deterministic = True  # so that a trial gives the same figures in every slot
         torch.manual_seed(seed)
         model = TruncatedResNet50(
             configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes
@@ -107,10 +107,10 @@ class Trainer:
         self.optimizer = _optimizer(self.model, configuration)
 
     def train_epoch(self) -> float:
-        """Train one epoch; its mean loss over all workers.
+        """Trains one epoch, and returns its mean loss over all workers.
 
         Raises:
-            NotFiniteLoss: on all workers together, at the end of the epoch.
+            NotFiniteLoss: a loss or gradient is not finite; raised on all workers at the end of the epoch.
             RuntimeError: all epochs of the schedule are done.
         """
         if self.epoch == self.epochs:
@@ -118,7 +118,7 @@ class Trainer:
         torch.manual_seed(_mix(self.seed, self.epoch, 1 + self.rank))  # dropout differs between workers
         indices_SN, matrices_SN23 = self._plan_epoch()
         self.network.train()
-        health = []  # stays on the device: to read a loss is to wait for all the work queued before it
+        health = []  # stays on the device: reading a loss would wait for all work that is queued there
         for step in range(self.steps):
             self._set_learning_rates((self.epoch * self.steps + step + 0.5) / (self.epochs * self.steps))
             health.append(self._train_step(indices_SN[step], matrices_SN23[step]))
@@ -135,11 +135,11 @@ class Trainer:
     def probabilities(self, indices: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
         """Class probabilities of these images, float32 (len(indices), classes), in their order, on every worker.
 
-        However many workers there are, each image is computed by exactly one of them.
+        Exactly one worker computes each image.
         """
-        wanted = torch.as_tensor(indices, dtype=torch.int64, device=self.images_NHW.device)
-        mine = wanted[self.rank :: self.world]
-        longest = math.ceil(len(wanted) / self.world)
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=self.images_NHW.device)
+        mine = rows[self.rank :: self.world]
+        longest = math.ceil(len(rows) / self.world)
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
         self.model.eval()
         for start in range(0, len(mine), self.share):
@@ -150,13 +150,13 @@ class Trainer:
         if self.world > 1:
             everyones = [torch.empty_like(probabilities_NC) for _ in range(self.world)]
             dist.all_gather(everyones, probabilities_NC)
-        return torch.stack(everyones, dim=1).flatten(0, 1)[: len(wanted)].cpu().numpy()
+        return torch.stack(everyones, dim=1).flatten(0, 1)[: len(rows)].cpu().numpy()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a training needs to go on, the same on every worker and for any number of them.
+        """The state that a training needs to continue, the same on every worker and for any number of workers.
 
-        Model, optimizer and number of finished epochs; learning rates and random numbers follow from these.
-        As in torch, the tensors are the live ones: save them before the next epoch.
+        It has the model, the optimizer and the number of finished epochs. Learning rates and random numbers follow from
+        these. As in torch, the tensors are not copies: save them before the next epoch.
         """
         return {
             "model": self.model.state_dict(),
@@ -165,13 +165,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, from a training of the same configuration, data and seed."""
+        """Continues from a `state_dict` of a training with the same configuration, data and seed."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"]
 
     def model_state(self) -> dict[str, Tensor]:
-        """A copy of the `TruncatedResNet50`'s state, contiguous on the CPU, as safetensors wants it."""
+        """A copy of the `TruncatedResNet50`'s state, contiguous on the CPU, as safetensors needs it."""
         return {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, value in self.model.state_dict().items()
@@ -180,8 +180,8 @@ class Trainer:
     def _plan_epoch(self) -> tuple[Tensor, Tensor]:
         """This worker's images (S, n) and augmentation matrices (S, n, 2, 3) for every step of the epoch.
 
-        All workers draw for whole batches and take their share, so that the batches do not depend on how many
-        workers there are. Drawn and moved once: no step waits for a transfer.
+        All workers draw whole batches and take their share, so the batches do not depend on the number of workers. They
+        are drawn and moved to the device once per epoch, so no step waits for a transfer.
         """
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 0))
         batch = self.share * self.world
@@ -193,12 +193,13 @@ class Trainer:
         return indices_SN.to(self.images_NHW.device), matrices_SN23.to(self.device)
 
     def _train_step(self, indices_N: Tensor, matrices_N23: Tensor) -> Tensor:
-        """One step on this worker's share of a batch; loss and gradient norm (2,), on the device."""
+        """Trains one step on this worker's share of a batch; returns loss and gradient norm (2,), on the device."""
         images_NHW = self.images_NHW[indices_N].to(self.device, non_blocking=True)
         labels_N = self.labels_N[indices_N].to(self.device, non_blocking=True)
         grey_N1HW = self.augmentation.apply(as_grey(images_NHW), matrices_N23)
         logits_NC = forward(self.network, grey_N1HW, self.normalisation)
-        # Divided by images, not by their class weights as "mean" does: then the workers' mean is the batch's loss.
+        # Divided by the number of images, not by their class weights as "mean" does. Then the mean over the workers is
+        # the loss of the batch.
         loss = F.cross_entropy(
             logits_NC, labels_N, self.class_weights_C, label_smoothing=LABEL_SMOOTHING, reduction="sum"
         ) / len(labels_N)
@@ -220,7 +221,7 @@ class Trainer:
             loss, norm = health_S2[step].tolist()
             raise NotFiniteLoss(
                 f"loss {loss:g}, gradient norm {norm:g} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}; "
-                "lower the learning rates, or check the weights it started from"
+                "use lower learning rates, or check the initial weights"
             )
 
 
@@ -238,32 +239,32 @@ def _share(batch_size: int, images: int, world: int) -> int:
     share = min(batch_size, images) // world
     if share < 2:
         raise ValueError(
-            f"batch size {batch_size}, {images} training images and {world} workers make {share} images a worker; "
+            f"batch size {batch_size}, {images} training images and {world} workers give {share} images per worker; "
             "batch normalisation needs at least 2"
         )
     return share
 
 
 def _class_weights(labels_N: Tensor, classes: int) -> Tensor:
-    """Weights (C,) by inverse frequency, 1 on average over the images; 0 for a class without any."""
+    """Weights (C,) by inverse frequency, 1 on average over the images; 0 for a class without images."""
     counts_C = labels_N.bincount(minlength=classes)
     present_C = counts_C > 0
     return len(labels_N) / (present_C.sum() * counts_C.clamp(min=1)) * present_C
 
 
 def _place(model: TruncatedResNet50, device: torch.device, world: int) -> tuple[TruncatedResNet50, nn.Module]:
-    """The model on its device, and what to train: itself, or its data-parallel wrapper."""
+    """The model on its device, and the module to train: the model itself or its data-parallel wrapper."""
     model = model.to(device).to(memory_format=torch.channels_last)
     if world == 1:
         return model, model
-    if device.type == "cuda":  # there is none for CPUs; there each worker normalises by its own share
+    if device.type == "cuda":  # SyncBatchNorm needs a GPU; on CPUs each worker normalises by its own share
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     devices = [device] if device.type == "cuda" else None
     return model, DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def _optimizer(model: TruncatedResNet50, configuration: Hyperparameters) -> torch.optim.AdamW:
-    """AdamW with a learning rate each for backbone and head; biases and norms (vectors) do not decay."""
+    """AdamW with separate learning rates for backbone and head; no weight decay for biases and norms (vectors)."""
     groups = []
     for part, peak_lr in ((model.backbone, configuration.backbone_lr), (model.head, configuration.head_lr)):
         learning = [p for p in part.parameters() if p.requires_grad]
@@ -274,7 +275,7 @@ def _optimizer(model: TruncatedResNet50, configuration: Hyperparameters) -> torc
 
 
 def _average_running_statistics(model: nn.Module, world: int) -> None:
-    """Make the learning norms' running statistics the workers' mean: all then evaluate and save the same model."""
+    """Averages the running statistics of trained norms over the workers, so that all have the same model."""
     norms = [module for module in model.modules() if module.training]
     statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
     if not statistics:
@@ -287,5 +288,5 @@ def _average_running_statistics(model: nn.Module, world: int) -> None:
 
 
 def _mix(*numbers: int) -> int:
-    """One seed from several numbers, unrelated to those of their neighbours (NumPy's SeedSequence)."""
+    """Mixes several numbers into one seed; similar numbers give unrelated seeds (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

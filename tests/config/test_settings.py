@@ -72,7 +72,7 @@ def test_a_password_for_mlflow_is_refused_and_not_repeated() -> None:
 def test_an_unknown_key_of_the_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("trails: 7\n")
-    with pytest.raises(SettingsError, match=r"trails: no such setting; there are .*trials"):
+    with pytest.raises(SettingsError, match=r"trails: no such setting; the settings are .*trials"):
         read_settings(["--settings", str(file)])
 
 

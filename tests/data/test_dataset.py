@@ -132,8 +132,8 @@ def test_class_map_opens_the_door_to_other_data_sets(root: Path) -> None:
         ([], "found no images"),
         (["normal/1.png"], "only the class 'normal'"),
         (["normal/1.png", "adenocarcinoma/"], "adenocarcinoma/ in .* holds no images"),
-        (["normal/1.png", "adenocarcinoma/1.png", "2.png"], "lie in no class folder, such as '2.png'"),
-        (["train/normal/1.png", "train/adenocarcinoma/1.png", "train/2.png"], "lie in no class folder"),
+        (["normal/1.png", "adenocarcinoma/1.png", "2.png"], "are in no class folder, such as '2.png'"),
+        (["train/normal/1.png", "train/adenocarcinoma/1.png", "train/2.png"], "are in no class folder"),
         (["train/normal/1.png", "adenocarcinoma/1.png"], "keep either split folders or class folders"),
     ],
 )

@@ -80,7 +80,7 @@ def test_what_is_in_the_way_is_never_touched(tmp_path: Path, there: str, capsys:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_text("mine")
     assert main(pull) == 2
-    assert "name another DEST" in capsys.readouterr().err
+    assert "Give another DEST" in capsys.readouterr().err
     assert (tmp_path / there).read_text() == "mine"
 
 
@@ -90,7 +90,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path, capsys: pytest.C
     assert main(["two", "--storage", str(tmp_path)]) == 2
     assert f"no experiment 'two' in {tmp_path}; there are: 2026-phantoms\n" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/no-experiment"]) == 2
-    assert "there is none at all" in capsys.readouterr().err
+    assert "there are no experiments" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/nowhere"]) == 2
     assert f"{tmp_path}/nowhere" in capsys.readouterr().err
     assert main(["2026-phantoms", str(tmp_path / "model"), "--storage", str(tmp_path)]) == 2
@@ -106,7 +106,7 @@ def test_one_pull_at_a_time_fills_a_folder(tmp_path: Path, capsys: pytest.Captur
     with (tmp_path / "model.part" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2
-    assert "another pull is filling" in capsys.readouterr().err
+    assert "another pull is writing" in capsys.readouterr().err
     assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
 
 

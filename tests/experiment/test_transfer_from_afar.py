@@ -153,7 +153,7 @@ def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
     folder = bucket.removeprefix("s3://bucket/")
     boto3.client("s3").put_object(Bucket="bucket", Key=f"{folder}/one/best/../../evil", Body=b"")
     assert main([f"{bucket}/one", str(tmp_path / "in" / "model"), "--all"]) == 2
-    assert "leads out of the experiment's folder" in capsys.readouterr().err
+    assert "points outside the experiment's folder" in capsys.readouterr().err
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -167,7 +167,7 @@ def test_after_a_break_in_the_line_a_pull_goes_on_where_it_was(
     pull = [f"{bucket}/one", str(tmp_path / "model")]
     assert main(pull) == 2
     said = capsys.readouterr().err
-    assert "cannot read best/model.safetensors" in said and "the same command goes on from there" in said
+    assert "cannot read best/model.safetensors" in said and "Run the same command again to continue" in said
     assert not (tmp_path / "model").exists()
     kept = arrived(tmp_path / "model.part")
     assert 4 * MIB <= kept <= 10 * MIB

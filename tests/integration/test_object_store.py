@@ -79,7 +79,7 @@ def test_another_s3_than_amazons_is_not_waited_for_at_amazons_metadata_service(
     ("storage", "fault", "says"),
     [
         ("s3://nowhere/x", None, "there is no such bucket"),
-        ("s3://bucket/x", 403, "no right to"),
+        ("s3://bucket/x", 403, "permission denied"),
         ("s3://bucket/x", 503, "the server only answers with errors"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lungct_tune.filesystem.ATTEMPTS", 2)
     for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "eu-north-1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StorageError, match="nobody answers there; look at the network, and at AWS_ENDPOINT_URL"):
+    with pytest.raises(StorageError, match="no server answers; check the network, and AWS_ENDPOINT_URL"):
         Experiment.at("s3://bucket/x", "one").exists("settings.yaml")
 
 
@@ -110,7 +110,7 @@ def test_a_node_that_has_no_right_to_the_storage_or_gets_no_answer_is_named(
     """The workers of the cluster were started without the credentials that this process has since."""
     from lungct_tune.tuning.cluster import check_storage
 
-    with pytest.raises(StorageError, match=r"^node [\d.]+: s3://bucket/\S+: cannot read \.probe: no right to"):
+    with pytest.raises(StorageError, match=r"^node [\d.]+: s3://bucket/\S+: cannot read \.probe: permission denied"):
         check_storage(Experiment.at("s3://bucket/searches", "checked"))
     monkeypatch.setattr("lungct_tune.tuning.cluster.STORAGE_CHECK_TIMEOUT_S", 3.0)
     s3.fault = lambda request: None if "Authorization" in request.headers else "stall"

@@ -174,7 +174,7 @@ def test_a_finished_search_is_neither_begun_again_nor_extended(
     assert main([*again, "--name", "one"]) == 2
     assert "--resume one" in capsys.readouterr().err
     assert main(["--storage", str(finished.parent), "--resume", "one", "--trials", "9"]) == 2
-    assert "Its test split has been judged" in capsys.readouterr().err
+    assert "Its test split has been used" in capsys.readouterr().err
 
 
 def test_a_resumed_search_cannot_become_another(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -313,7 +313,7 @@ def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
         os.killpg(process.pid, signal.SIGSTOP)
         try:
             trial.set_user_attr("history", [{"epoch": 1, OBJECTIVE: 0.25}, {"epoch": 2, OBJECTIVE: 0.5}])
-            wait_for(lambda: "does not take what it is told" in console.export_text(clear=False))
+            wait_for(lambda: "does not accept the search's data" in console.export_text(clear=False))
             time.sleep(3)  # it is tried again, and not said again
         finally:
             os.killpg(process.pid, signal.SIGCONT)
@@ -324,7 +324,7 @@ def test_a_server_that_stalls_is_said_once_and_hears_later_what_it_missed(
     os.killpg(process.pid, signal.SIGCONT)
     assert time.monotonic() - began < 20
     said = console.export_text()
-    assert said.count("does not take what it is told") == said.count("did not receive the end of this search") == 1
+    assert said.count("does not accept the search's data") == said.count("did not receive the end of this search") == 1
 
 
 def client_of(url: str) -> Any:
