@@ -3,7 +3,7 @@
 # on a file system that all nodes share, where `make setup` has run on a node like those:
 #
 #   sbatch clusters/slurm.sh --name lung --data chest-ctscan    any flags of `python -m lungct_tune.search`
-#   tail -f lungct-JOB.log                                      what the search says
+#   tail -f lungct-JOB.log                                      the output of the search
 #   sbatch clusters/slurm.sh --resume lung                      after the time limit, a lost node, or scancel
 #
 # The dashboard: ssh -L 8265:localhost:8265 FIRST-NODE, then open http://localhost:8265; `ray get-auth-token` prints
@@ -23,17 +23,18 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 . .venv/bin/activate
 
-# Said in words, since Ray's default differs from command to command: the token is asked for. It is in the home, which
-# the nodes share. Slots are listed in the dashboard's Train view. A busy file system may take its time with imports.
+# RAY_AUTH_MODE: every connection needs the token, which is in the home that the nodes share; the default differs
+# between Ray's commands. The second lists slots in the dashboard's Train view. The third is for slow imports on a busy
+# file system.
 export RAY_AUTH_MODE=token RAY_TRAIN_ENABLE_STATE_TRACKING=1 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 ray get-auth-token --generate > /dev/null
 
-# Slurm runs this script on the job's first node; an address, because many a node takes its own name for 127.0.1.1
+# Slurm runs this script on the job's first node. An address, because on many nodes the own name is 127.0.1.1
 read -r head _ < <(hostname -I)
 
-# The same command on every node: Ray sees by the address which one is the head, and runs the search there. The search's
-# exit status is kept apart: Ray 2.60 ends as failed on every node of several, since each loses the Ray that it talks to
-# (the first at once, the others a minute after it).
+# The same command on every node: Ray finds the head by the address, and runs the search there. The search's exit
+# status goes to a file, because Ray 2.60 itself ends as failed on every node if there are several: each loses its
+# connection to the stopped Ray (the first node at once, the others a minute later).
 status=lungct-$SLURM_JOB_ID.status
 echo 1 > "$status"
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" \

@@ -21,13 +21,13 @@ examples:
   python -m lungct_tune.evaluate results/NAME/best --data IQ-OTHNCCD \\
     --map "Malignant cases=cancer,Bengin cases=other,Normal cases=normal"
 
-The class of an image is the name of its folder, as for the search, or what --map says. If --map has the class cancer,
-the model is evaluated on cancer against normal. Folders that are mapped to other are left out.
+The class of an image is the name of its folder, as for the search, or the class that --map gives to the folder. If
+--map has the class cancer, the model is evaluated on cancer against normal. Folders mapped to other are left out.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line("evaluate", EXAMPLES)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="its folder, results/NAME/best or as pulled")
     parser.add_argument("--data", metavar="DIR", required=True, help="a folder or URI of images, in folders by class")
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
-    """Reads the bundle and the images, predicts, writes report.html, metrics.json and predictions.csv.
+    """Reads the bundle and the images, predicts, and writes report.html, metrics.json and predictions.csv.
 
     Raises:
-        EvaluateError: a class is none of the bundle's, no image is left, or the output folder is there.
-        BundleError, DataError, StorageError: bundle or images cannot be used.
+        EvaluateError: a class is not one of the bundle's, no image is left, or the output folder exists.
+        BundleError, DataError, StorageError: the bundle or the images cannot be used.
     """
-    # imported when the command line is known to be right, so that --help answers at once
+    # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import verify
 
     verify(asked.bundle)  # before torch is imported, which takes seconds

@@ -1,4 +1,4 @@
-"""The best model of a search, from wherever it lies to a folder here: fetched, verified, and what it is worth.
+"""Fetches the best model of a search to a local folder, verifies it, and prints its figures.
 
 python -m lungct_tune.pull --help
 """
@@ -31,13 +31,13 @@ While the search runs, this pulls its best trial so far. A pull that was interru
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line("pull", EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="an experiment's NAME, path or URI")
     parser.add_argument("dest", metavar="DEST", nargs="?", type=Path, help="a folder to make (./NAME)")
     parser.add_argument("--all", action="store_true", help="the whole experiment: trials and study too")
-    parser.add_argument("--storage", metavar="URI", help="where NAME lies (./results)")
-    parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME lies on the head of this `ray up` cluster")
+    parser.add_argument("--storage", metavar="URI", help="where NAME is (./results)")
+    parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME is on the head of this `ray up` cluster")
     asked = parser.parse_args(argv)
     return exit_status(lambda: _run(asked, Console(highlight=False)), "Run the same command again to continue.")
 
@@ -57,19 +57,19 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
 
 
 def pull(experiment: Experiment, dest: Path | None, console: Console, *, everything: bool) -> None:
-    """Fetches the bundle or everything, and says what it is, what it is worth and how to use it.
+    """Fetches the bundle or everything, and prints its content, its accuracy and how to use it.
 
     Raises:
         FetchError, BundleError, StorageError: see `fetch`.
     """
-    # imported when the command line is known to be right, so that --help answers at once
+    # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import FOLDER
     from lungct_tune.experiment.transfer import fetch
 
     dest = dest or Path(experiment.name)
-    there = os.path.lexists(dest)
+    existed = os.path.lexists(dest)
     found = fetch(experiment, dest, console, everything=everything)
-    done = f"{dest} holds this bundle already" if there else f"pulled {experiment.name} to {dest}"
+    done = f"{dest} holds this bundle already" if existed else f"pulled {experiment.name} to {dest}"
     console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}", soft_wrap=True, markup=False)
     if found:
         from lungct_tune.reporting.console import print_bundle

@@ -1,4 +1,4 @@
-"""One trial of a search trained again, from what the experiment recorded of it: the same figures, or how far off.
+"""Trains one trial of a search again, from its record in the experiment, and compares the figures.
 
 python -m lungct_tune.replay --help
 """
@@ -30,16 +30,16 @@ examples:
   python -m lungct_tune.replay s3://bucket/lungct_tune/NAME 12 --data chest-ctscan
 
 On CPUs with the same versions the figures are the same to the last digit.
-Exit status: 0 the same figures, 1 others, 2 it could not be trained again.
+Exit status: 0 if the figures are the same, 1 if they differ, 2 if the trial cannot be trained again.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 1 where figures differ, 2 for what the user can mend."""
+    """Runs the command line; returns its exit status: 0, 1 if figures differ, 2 for an error that the user can fix."""
     parser = command_line("replay", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
-    parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
+    parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME is (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
     parser.add_argument(
         "--address", metavar="ADDR", help="address of a Ray cluster (the running one, else a local one)"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace, console: Console) -> int:
-    # imported when the command line is known to be right, so that --help answers at once
+    # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.plan import read_plan
     from lungct_tune.tuning.cluster import joined
@@ -63,14 +63,14 @@ def _run(asked: argparse.Namespace, console: Console) -> int:
 
 
 class NotReplayable(UserError):
-    """A trial that cannot be trained again: the message says why."""
+    """A trial cannot be trained again. The message says why."""
 
 
 def find_trial(experiment: Experiment, number: int) -> TrialRecord:
-    """What was recorded of a trial.
+    """Finds the record of a trial.
 
     Raises:
-        NotReplayable: there is no such trial, or it ended no epoch.
+        NotReplayable: there is no such trial, or none of its epochs has ended.
         NothingHeld: there is no search.
     """
     from lungct_tune.experiment.results import read_results
@@ -80,22 +80,25 @@ def find_trial(experiment: Experiment, number: int) -> TrialRecord:
         has = f"it has {min(trials)} to {max(trials)}" if trials else "none has begun"
         raise NotReplayable(f"{experiment.name} has no trial {number}; {has}")
     if not trials[number].history:
-        raise NotReplayable(f"trial {number} of {experiment.name} ended no epoch: there is nothing to compare with")
+        raise NotReplayable(f"no epoch of trial {number} of {experiment.name} has ended, so there are no figures")
     return trials[number]
 
 
 def replay(
     plan: Plan, split: DataSplit, weights: dict[str, torch.Tensor] | None, trial: TrialRecord, console: Console
 ) -> bool:
-    """Trains the trial again and prints each epoch's figures beside those recorded; whether all are the same.
+    """Trains the trial again and prints each epoch's figures beside the recorded ones.
 
     Args:
-        plan: the search's, of one slot.
-        weights: the pretrained ones.
+        plan: that of the search, with one slot.
+        weights: the pretrained weights; None for random ones.
+
+    Returns:
+        Whether all figures are the same.
 
     Raises:
-        NotReplayable: it could not be trained again.
-        ClusterError, StorageError: cluster or storage cannot be used.
+        NotReplayable: the training failed this time.
+        ClusterError, StorageError: the cluster or the storage cannot be used.
     """
     from lungct_tune.experiment.trial import Outcome
     from lungct_tune.tuning.rerun import replay_trial
@@ -121,25 +124,25 @@ def _compare(
 ) -> bool:
     names = ("train_loss", "balanced_accuracy", "accuracy", "log_loss")
     titles = (name.replace("_", " ") for name in names)
-    table = Table("epoch", *titles, title="recorded figures, and by how much the new ones differ", title_justify="left")
-    most, where = 0.0, ""
+    table = Table("epoch", *titles, title="recorded figures, and how the new ones differ", title_justify="left")
+    largest, where = 0.0, ""
     for old, new in zip(then, now, strict=True):
         recorded, repeated = old.as_dict(), new.as_dict()
-        off = {name: repeated[name] - recorded[name] for name in names}
-        table.add_row(str(old.epoch), *(f"{recorded[name]:.6f} {off[name]:+.1e}" for name in names))
-        name = max(off, key=lambda name: abs(off[name]))
-        if abs(off[name]) > most:
-            most, where = abs(off[name]), f"{name.replace('_', ' ')} of epoch {old.epoch}"
+        differences = {name: repeated[name] - recorded[name] for name in names}
+        table.add_row(str(old.epoch), *(f"{recorded[name]:.6f} {differences[name]:+.1e}" for name in names))
+        name = max(differences, key=lambda name: abs(differences[name]))
+        if abs(differences[name]) > largest:
+            largest, where = abs(differences[name]), f"{name.replace('_', ' ')} of epoch {old.epoch}"
     console.print(table)
     if changed:
         console.print(
             f"versions or resources differ: {'; '.join(changed)}", style="yellow", soft_wrap=True, markup=False
         )
-    if most == 0:
+    if largest == 0:
         console.print(f"the same figures in all {len(then)} epochs, to the last digit")
     else:
-        console.print(f"figures differ: most by {most:.2g}, in {where}")
-    return most == 0
+        console.print(f"figures differ: the largest difference is {largest:.2g}, in {where}")
+    return largest == 0
 
 
 if __name__ == "__main__":

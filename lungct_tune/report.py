@@ -1,4 +1,4 @@
-"""The report: one page on what was asked, what was found and what it is worth, and the bundle's model card.
+"""Makes the report of a search again: one page with its question, its results and how far they hold.
 
 python -m lungct_tune.report --help
 """
@@ -21,15 +21,15 @@ examples:
   python -m lungct_tune.report s3://bucket/lungct_tune/NAME --out lung.html
   python -m lungct_tune.report NAME --data chest-ctscan            if the images are somewhere else now
 
-While the search runs, the page tells what is known so far.
+While the search runs, the page shows the results so far.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line("report", EXAMPLES)
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
-    parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME lies (./results)")
+    parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME is (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(./report.html)")
     asked = parser.parse_args(argv)
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:
-    # imported when the command line is known to be right, so that --help answers at once; what draws, when there is
-    # something to draw, since it brings torch
+    # imported only after the command line is checked, so that --help answers at once. The modules that draw come later,
+    # when there is something to draw, because they import torch
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
     from lungct_tune.reporting.output_file import check_free

@@ -1,4 +1,4 @@
-"""The main job: images in, a search, the best configuration retrained, judged once, one bundle out.
+"""The main job: searches on images, retrains the best configuration, evaluates it once, and writes a bundle.
 
 python -m lungct_tune.search --help
 """
@@ -17,7 +17,7 @@ from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.errors import UserError
 
-if TYPE_CHECKING:  # imported when the settings are known to be right: --help and slips answer at once
+if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
     from pathlib import Path
 
     import optuna
@@ -36,25 +36,25 @@ if TYPE_CHECKING:  # imported when the settings are known to be right: --help an
 
 
 class NothingToRetrain(UserError):
-    """No trial of the search ran to its end; the message says how each ended."""
+    """No trial of the search ran to its end. The message says how each ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     return exit_status(lambda: search(*read_settings(argv), Console(highlight=False)))
 
 
 def search(settings: Settings, given: set[str], console: Console) -> None:
-    """The whole journey.
+    """Runs the whole job, from the images to the bundle.
 
     Args:
-        settings: what the user chose; with `resume`, only what the user wants to change.
-        given: the names of the fields that the user chose.
-        console: where the user looks.
+        settings: the user's settings; with `resume`, only the settings to change.
+        given: the names of the fields that the user set.
+        console: the terminal.
 
     Raises:
-        UserError: each room's own, with a message for the user.
-        KeyboardInterrupt: Ctrl-C, with a message that says how to go on.
+        UserError: a subclass from one of the packages, with a message for the user.
+        KeyboardInterrupt: Ctrl-C, with a message that says how to continue.
     """
     from lungct_tune.experiment.plan import plan_search
     from lungct_tune.tuning.cluster import joined
@@ -77,7 +77,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
 @contextmanager
 def _how_to_go_on(plan: Plan) -> Iterator[None]:
-    """Adds to what stops a search that has begun how to go on with it."""
+    """Adds the command that continues the search to the exception that stops a started search."""
     from lungct_tune.tuning.workers import NodeRefused
 
     try:
@@ -89,11 +89,11 @@ def _how_to_go_on(plan: Plan) -> Iterator[None]:
 
 
 def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, Any]]:
-    """The images, found, decoded once, grouped and split; and what the audit says of them.
+    """Reads, groups, splits and audits the images.
 
     Raises:
         DataError: they cannot be used, or the settings are strict and the split leaks.
-        PlanError: they are not those that the search began with.
+        PlanError: they are not the images that the search started with.
     """
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
     from lungct_tune.data.phantoms import PHANTOMS
@@ -112,10 +112,10 @@ def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, A
 
 
 def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
-    """Says what is about to happen, and on what of the cluster.
+    """Prints the plan of the search and its share of the cluster; returns the slots.
 
     Raises:
-        ClusterError: the cluster cannot hold what is asked.
+        ClusterError: the cluster is too small.
     """
     from lungct_tune.reporting.console import print_plan, print_space
     from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
@@ -137,11 +137,11 @@ def begun(
     weights: dict[str, torch.Tensor] | None,
     console: Console,
 ) -> Iterator[SearchRun]:
-    """A search whose storage is checked, whose study is open, and that `--resume` can go on with from here on.
+    """Starts a search: checks its storage, opens its study, writes its plan. From here on `--resume` can continue it.
 
     Raises:
         StorageError: a node cannot use the storage.
-        StudyError, TrackingError: study or tracking server cannot be used.
+        StudyError, TrackingError: the study or the tracking server cannot be used.
         PlanError: another process runs this search.
     """
     from lungct_tune.evaluation.bundle_files import BundleFiles
@@ -180,7 +180,7 @@ def begun(
 
 @dataclass
 class SearchRun:
-    """A search that has begun: its steps, in the order of their definition."""
+    """A search that has started. Its methods are its steps, in their order."""
 
     plan: Plan
     split: DataSplit
@@ -189,15 +189,15 @@ class SearchRun:
     files: BundleFiles
     backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
     image_folder: Path | None
-    """Where images go that are too large for the object store; None where the nodes have no folder in common."""
+    """The folder for images that are too large for the object store; None if the nodes have no common folder."""
     tracker: MLflowTracker | None
     console: Console
 
     def search(self) -> TrialRecord:
-        """Runs the trials; the best of those that ran to their end.
+        """Runs the trials; returns the best of those that ran to their end.
 
         Raises:
-            NothingToRetrain: there is none.
+            NothingToRetrain: no trial ran to its end.
             KeyboardInterrupt, NodeRefused: see `run_search`.
         """
         from lungct_tune.experiment.study import finished_trials
@@ -226,20 +226,20 @@ class SearchRun:
         return winner
 
     def repeat_with_seeds(self, winner: TrialRecord) -> dict[str, Any] | None:
-        """How far the winner's figures are a matter of the seed; None where it was not asked."""
+        """Trains the winner with other seeds, to see how its figures depend on the seed; None without --seeds."""
         from lungct_tune.experiment.study import over_seeds
         from lungct_tune.tuning.rerun import rerun_with_seeds
 
         settings = self.plan.settings
         if not settings.seeds or settings.epochs is None:
             return None
-        self._announce(f"training trial {winner.number} anew, with {settings.seeds} other seeds")
+        self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
         plan, slots = self._slot_plan(), self.resources.slots
         return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
     def retrain(self, trial: TrialRecord) -> RetrainedModel:
-        """A trial's hyperparameters retrained on train and validation, and asked once about the test split.
+        """Retrains a trial's hyperparameters on train and validation, and predicts the test split once.
 
         Raises:
             RetrainingFailed, KeyboardInterrupt: see `retrain_and_predict`.
@@ -253,7 +253,7 @@ class SearchRun:
         assert trial.best is not None  # it completed
         plan, split, epochs = self.plan, self.split, trial.best.epoch
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
-        resources = plan_retraining_resources(plan.settings)  # nodes have come and gone
+        resources = plan_retraining_resources(plan.settings)  # nodes may have come and gone
         rows, file = np.arange(len(split.split)), self._file("all-images.npy")
         retrain_plan = RetrainPlan(
             experiment=plan.experiment,
@@ -268,18 +268,18 @@ class SearchRun:
         return retrain_and_predict(retrain_plan, name=f"trial_{trial.number:04d}_{epochs:03d}_epochs")
 
     def retrain_published(self, winner: TrialRecord) -> tuple[TrialRecord, RetrainedModel] | None:
-        """The published configuration's trial, and that retrained too; None where there is nothing to compare with."""
+        """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import BASELINE, best_trial
 
         if not self.plan.settings.compare_baseline:
             return None
         if winner.number == BASELINE:
-            self.console.print("the winner is the published configuration: there is nothing to compare it with")
+            self.console.print("the winner is the published configuration, so it is not compared with that")
             return None
         published = best_trial(trial for trial in finished_trials(self.study) if trial.number == BASELINE)
         if published is None:
-            self.console.print("the published configuration did not run to its end: nothing to compare with")
+            self.console.print("the published configuration did not run to its end, so there is no comparison with it")
             return None
         return published, self.retrain(published)
 
@@ -290,7 +290,7 @@ class SearchRun:
         published: tuple[TrialRecord, RetrainedModel] | None,
         seeds: dict[str, Any] | None,
     ) -> None:
-        """Judges the final model and writes the bundle, with its pages, and says how it ended."""
+        """Evaluates the final model, writes the bundle with its pages, and prints the outcome."""
         from lungct_tune.experiment import bundle
         from lungct_tune.filesystem import StorageError
         from lungct_tune.reporting.console import print_outcome
@@ -298,7 +298,7 @@ class SearchRun:
         plan, experiment = self.plan, self.plan.experiment
         final = self.files.final(winner, retrained, published, seeds)
         bundle.write_bundle(experiment, self.files.files(final) | self._pages(final))
-        with suppress(StorageError):  # what stays there is never read again
+        with suppress(StorageError):  # a folder that stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(self._seeds_folder)
         if self.tracker and winner.best and final.metrics.test:
@@ -306,7 +306,7 @@ class SearchRun:
         print_outcome(plan, final.metrics, self.console)
 
     def _pages(self, final: Bundle) -> dict[str, bytes]:
-        """report.html and the model card."""
+        """Makes report.html and the model card."""
         from lungct_tune.experiment.bundle import CARD, REPORT
         from lungct_tune.experiment.results import gather_results
         from lungct_tune.reporting.model_card import model_card
@@ -317,8 +317,8 @@ class SearchRun:
         try:
             results = gather_results(self.plan.experiment, self.study, final)
             return {REPORT: report_page(name, results, Pictures(self.split.images)), CARD: model_card(name, results)}
-        except Exception as error:  # a page that cannot be drawn is no reason to lose a model
-            message = f"the bundle is without report.html: {error!r}"
+        except Exception as error:  # an error in a page must not lose the model
+            message = f"the bundle has no report.html: {error!r}"
             self.console.print(message, style="yellow", soft_wrap=True, markup=False)
             return {}
 

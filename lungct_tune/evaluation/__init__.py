@@ -1,1 +1,1 @@
-"""Predictions in, figures with their uncertainty out; and the bundle's model asked."""
+"""Computes figures with their uncertainty from predictions, and predicts with the model of a bundle."""

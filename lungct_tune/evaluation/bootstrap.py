@@ -1,7 +1,7 @@
-"""Intervals by a cluster bootstrap: whole groups are drawn anew, never single images.
+"""Intervals by a cluster bootstrap, which resamples whole groups, never single images.
 
-Slices of one series are right or wrong together. If they were drawn one by one, they would count as so many patients,
-and the interval would be too narrow.
+The predictions for slices of one series are mostly right or wrong together. If slices were resampled one by one, each
+would count as a patient, and the interval would be too narrow.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ INTERVAL = f"95 % cluster bootstrap, {RESAMPLES} resamples of groups"
 _BLOCK = 2**22  # weights that are held at once: 32 MB
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Values (B,) of a figure at weights_BN of the images, NaN where they do not define it."""
+"""Computes the values (B,) of a figure from the images' weights (B, N); NaN where it is not defined."""
 
 
 class ClusterBootstrap:
-    """Figures with intervals by a cluster bootstrap, all from the same resamples, so that differences are paired.
+    """Figures with intervals by a cluster bootstrap. All use the same resamples, so that differences are paired.
 
-    A resample draws as many groups as there are, with replacement, and takes each with all its images: the weight of
-    an image is how often its group was drawn. The interval is the expanded percentile interval (Hesterberg, "What
-    Teachers Should Know About the Bootstrap", Am. Stat. 2015, section 5.3): it is widened for few groups as Student's
-    t is wider than the normal distribution.
+    A resample draws as many groups as there are, with replacement, each with all its images: the weight of an image is
+    how often its group was drawn. The interval is the expanded percentile interval (Hesterberg, "What Teachers Should
+    Know About the Bootstrap", Am. Stat. 2015, section 5.3). For few groups it is wider, in the way in which Student's t
+    is wider than the normal distribution.
 
-    - A resample that does not define a figure (no image of the class was drawn) is left out of its percentiles.
-    - A figure that rests on less than two groups has no interval.
-    - A rate of 0 or 1 is 0 or 1 in all resamples, and their percentiles would claim certainty. Its interval reaches to
-      the Clopper-Pearson limit for as many independent groups: 12 of 12 groups are 0.735 to 1.
-    - Any other figure on which all resamples agree, such as the difference of two models that are right on the same
-      images, has no interval.
+    - The percentiles of a figure ignore resamples that do not define it (no image of the class was drawn).
+    - A figure from fewer than two groups has no interval.
+    - A rate of 0 or 1 is the same in all resamples, so its percentiles would have no width. Its interval reaches to the
+      Clopper-Pearson limit for the same number of independent groups: for 12 of 12 groups it is 0.735 to 1.
+    - Any other figure that is the same in all resamples has no interval. An example is the difference of two models
+      that are right on the same images.
 
     Coverage (benchmarks/coverage.py: accuracies of 0.8 and 0.95, groups of 1 to 4 images with a correlation of 0.1 and
     0.9): 0.93 to 1 with 3 to 20 groups, mostly above 0.95; 0.91 to 0.96 with 50 and 150.
 
     Args:
         groups_N: the group of each image, any integers.
-        seed: of the resamples.
+        seed: the seed of the resamples.
     """
 
     def __init__(self, groups_N: np.ndarray, seed: int = 0) -> None:
@@ -56,7 +56,7 @@ class ClusterBootstrap:
         return np.ones(len(self.groups_N), dtype=bool)
 
     def count(self, among_N: np.ndarray) -> int:
-        """How many groups have an image among these.
+        """How many groups have at least one of these images.
 
         Args:
             among_N: bool.
@@ -67,8 +67,8 @@ class ClusterBootstrap:
         """A figure's value and interval, None where they are not defined.
 
         Args:
-            groups: how many groups the figure rests on.
-            is_rate: whether it is a share between 0 and 1, which gets the Clopper-Pearson limit at either.
+            groups: how many groups the figure is computed from.
+            is_rate: whether it is a share between 0 and 1. At 0 and at 1 its interval has the Clopper-Pearson limit.
         """
         step = max(1, _BLOCK // max(1, len(self.groups_N)))
         with np.errstate(invalid="ignore", divide="ignore"):

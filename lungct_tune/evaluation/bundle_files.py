@@ -1,4 +1,4 @@
-"""Makes the bundle of a search: of its best trial so far, or of the final model with its test figures."""
+"""Makes the bundle of a search, from its best trial so far or from the final model with its test figures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BundleFiles:
     slots: int
 
     def so_far(self, best: TrialRecord, weights: bytes) -> dict[str, bytes]:
-        """The files of a trial's bundle, which says nothing about the test split.
+        """The files of a trial's bundle, which has no test figures.
 
         Args:
             weights: of the trial's best epoch, safetensors.
@@ -59,11 +59,11 @@ class BundleFiles:
         published: tuple[TrialRecord, RetrainedModel] | None = None,
         seeds: dict[str, Any] | None = None,
     ) -> Bundle:
-        """The search's bundle.
+        """The final bundle of the search, with its test figures.
 
         Args:
             judged: the best trial's configuration, retrained.
-            published: the trial of the published configuration, and that retrained too.
+            published: the trial of the published configuration, and its retrained model.
             seeds: of `over_seeds`.
         """
         images, test = self.split.images, self.split.test_rows
@@ -85,7 +85,7 @@ class BundleFiles:
         return self._bundle(best, judged.weights, scaling, figures, predictions, seeds)
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
-        """All files of a bundle, but for its pages, by name."""
+        """All files of a bundle by name, without its pages."""
         trials = pd.DataFrame([trial.row() for trial in finished_trials(self.study)])
         return bundle.files | {
             LEARNED: self._learned,
@@ -94,7 +94,7 @@ class BundleFiles:
         }
 
     def _references(self, published: tuple[TrialRecord, RetrainedModel] | None) -> dict[str, tuple[str, np.ndarray]]:
-        """What else predicts the class of the test images."""
+        """Other predictions for the test images, by kind: a name and the predictions."""
         images, test, searched = self.split.images, self.split.test_rows, self.split.searched_rows
         majority = int(np.bincount(images.table["label"].to_numpy()[searched]).argmax())
         references = {
@@ -107,7 +107,7 @@ class BundleFiles:
         return references
 
     def _fit_temperature(self, best: TrialRecord) -> TemperatureScaling | None:
-        """The temperature for a trial's configuration, from images that the trial was not trained on."""
+        """Fits the temperature for a trial's configuration, on images that the trial was not trained on."""
         if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
             return None
         table = self.split.images.table.iloc[self.split.validation_rows]
@@ -148,10 +148,10 @@ def describe_model(
     epochs: int,
     scaling: TemperatureScaling | None,
 ) -> dict[str, Any]:
-    """config.json: all that rebuilds the model and its preprocessing, and what made it.
+    """The content of config.json: the model, its preprocessing, and how the model was made.
 
     Args:
-        scaling: None leaves the probabilities as the network gives them.
+        scaling: None if the network's probabilities are not scaled.
     """
     mean, deviation = NORMALISATIONS[settings.normalisation]
     return {

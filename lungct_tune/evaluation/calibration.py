@@ -1,4 +1,4 @@
-"""Calibration: temperature scaling, and how far probabilities are off before and after it."""
+"""Calibration: temperature scaling, and the calibration errors before and after it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.experiment.metrics import CalibrationErrors, FittedOn, ReliabilityBins, TemperatureScaling
 
 TEMPERATURES = (0.2, 5.0)
-"""The range in which the temperature is searched."""
+"""The range of the fitted temperature."""
 
 PRIOR = 0.5
 """The standard deviation of the prior of the temperature's logarithm, whose mean is 0.
 
-Validation has few groups, and they chose the epoch. On phantoms, 24 images of 8 groups, of which 0.71 were right at the
-chosen epoch and 0.35 on test, asked for a temperature of 0.2, which made the Brier score on test 1.04 instead of 0.74.
-With this prior they ask for 0.64, and it is 0.80. From some fifty groups on the prior hardly matters.
+Validation has few groups, and the epoch was chosen on them. An example on phantoms: validation had 24 images of 8
+groups, with an accuracy of 0.71 at the chosen epoch; on test it was 0.35. Without a prior the fitted temperature was
+0.2, and the Brier score on test rose from 0.74 to 1.04. With this prior the temperature is 0.64 and the score 0.80.
+From some fifty groups on the prior hardly matters.
 """
 
 BINS = 10
@@ -30,11 +31,12 @@ _LEAST = 1e-45  # the smallest float32 above 0
 
 
 def calibrated(probabilities_NC: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities (float64) of the same logits divided by a temperature (Guo et al., ICML 2017).
+    """The probabilities (float64) after the logits are divided by a temperature (Guo et al., ICML 2017).
 
-    Above 1 they become less sure, below 1 surer; `1 / temperature` undoes it. The predicted class, the largest of
-    float32 probabilities or the first of equals, stays the same for any temperature in `TEMPERATURES`. The sum of
-    several classes may change sides: below 1, three cancers at 0.2 each lose against normal at 0.4.
+    A temperature above 1 makes them less confident, below 1 more confident; `1 / temperature` undoes it. The predicted
+    class (the largest of float32 probabilities, the first of equals) stays the same for any temperature in
+    `TEMPERATURES`. A sum over classes may change order: three cancers at 0.2 each are together above normal at 0.4, but
+    may be below it after a temperature below 1.
     """
     logits_NC = np.log(np.maximum(probabilities_NC.astype(float), _LEAST))
     return np.asarray(softmax(logits_NC / temperature, axis=1))
@@ -43,18 +45,18 @@ def calibrated(probabilities_NC: np.ndarray, temperature: float) -> np.ndarray:
 def fit_temperature(
     labels_N: np.ndarray, probabilities_NC: np.ndarray, groups_N: np.ndarray, what: str
 ) -> TemperatureScaling:
-    """The likeliest temperature, given these predictions and `PRIOR`; the images of a group count as one.
+    """Fits the most probable temperature for these predictions and `PRIOR`. The images of a group count as one image.
 
     Args:
-        probabilities_NC: of images that the predicting model was not trained on.
-        groups_N: of each image.
-        what: whose predictions they are, in words.
+        probabilities_NC: of images that the model was not trained on.
+        groups_N: the group of each image.
+        what: whose predictions they are, as text.
     """
     rows, groups = np.arange(len(labels_N)), len(np.unique(groups_N))
 
     def negative_log_posterior(log_temperature: float) -> float:
-        said_N = calibrated(probabilities_NC, np.exp(log_temperature))[rows, labels_N]
-        negative_log_likelihood = -np.log(np.maximum(said_N, np.finfo(float).tiny)).mean()
+        likelihood_N = calibrated(probabilities_NC, np.exp(log_temperature))[rows, labels_N]
+        negative_log_likelihood = -np.log(np.maximum(likelihood_N, np.finfo(float).tiny)).mean()
         return float(groups * negative_log_likelihood + (log_temperature / PRIOR) ** 2 / 2)
 
     fitted: Any = minimize_scalar(negative_log_posterior, bounds=np.log(TEMPERATURES), method="bounded")
@@ -69,9 +71,9 @@ def calibration_errors(
     The Brier score is the mean squared distance to the truth over all classes, 0 to 2 (Brier 1950). The ECE is the mean
     distance between confidence and accuracy over bins of the predicted class's probability (Naeini et al., AAAI 2015).
 
-    With few images the ECE is never near 0, however good the probabilities: chance sets each bin off, and does so again
-    in every resample. So the lower limit of its interval is as far below it as the upper limit is above, but not below
-    0 (simulated coverage: 0.94 to 0.96 for errors of 0.1 and 0.2; 0.77 where there is none).
+    With few images the ECE is above 0 even for perfect probabilities, because each bin deviates by chance. Resampling
+    adds such a deviation again. So the lower limit of the interval is set as far below the ECE as the upper limit is
+    above it, but not below 0 (simulated coverage: 0.94 to 0.96 for true errors of 0.1 and 0.2; 0.77 for 0).
     """
     truth_NC = np.eye(probabilities_NC.shape[1])[labels_N]
     bins_N, confidence_N, right_N = _bins(labels_N, probabilities_NC)
@@ -87,7 +89,7 @@ def calibration_errors(
 
 
 def reliability_bins(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> ReliabilityBins:
-    """For each bin that has images: mean confidence, accuracy, how many."""
+    """For each bin that has images: mean confidence, accuracy, number of images."""
     bins_N, confidence_N, right_N = _bins(labels_N, probabilities_NC)
     of_bins = [bins_N == k for k in np.unique(bins_N)]
     return [(float(confidence_N[of].mean()), float(right_N[of].mean()), int(of.sum())) for of in of_bins]

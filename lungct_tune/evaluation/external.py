@@ -1,4 +1,4 @@
-"""Images from elsewhere, evaluated with a bundle's model as it is: the figures of the test split, without training."""
+"""Evaluates a bundle's model on external images without training. The figures are those of the test split."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 OTHER = "other"
-"""The class of folders whose images are of none of the bundle's classes."""
+"""The class of folders whose images are in none of the bundle's classes."""
 
 
 class EvaluateError(UserError):
-    """These images cannot be evaluated with this bundle: the message says why and what to do."""
+    """These images cannot be evaluated with this bundle. The message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedBundle:
-    """A bundle whose model is asked about images from elsewhere."""
+    """A bundle whose model is evaluated on external images."""
 
     folder: Path
     model: TruncatedResNet50
     config: dict[str, Any]
     """config.json."""
     learned: bytes
-    """The list of the images that the model has learned from."""
+    """The list of the model's training images."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -61,23 +61,23 @@ def load_bundle(folder: Path) -> LoadedBundle:
 
     Raises:
         BundleError: it is incomplete or altered.
-        EvaluateError: it is too old to say what its model has learned from.
+        EvaluateError: it is of an older version, which did not list the training images.
     """
     model, config = load_model(folder)
     if not (folder / LEARNED).exists():
-        raise EvaluateError(f"{folder} has no {LEARNED}: an earlier version made it; make it again")
+        raise EvaluateError(f"{folder} has no {LEARNED}, because an earlier version made it. Run its search again")
     return LoadedBundle(folder, model, config, (folder / LEARNED).read_bytes())
 
 
 def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
-    """The class that the images of each folder count as: as the user says; if "cancer" is in it, all cancers are that.
+    """Reads --map: the class of the images, by folder. If it has the class "cancer", all cancers count as "cancer".
 
     Args:
         text: FOLDER=CLASS[,FOLDER=CLASS...].
         classes: the bundle's.
 
     Raises:
-        EvaluateError: it is no map, or its classes are not the bundle's, cancer or other.
+        EvaluateError: it is no map, or it has a class that is not the bundle's, cancer or other.
     """
     try:
         given: dict[str, str] = pairs(text or {})
@@ -95,31 +95,31 @@ def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
 def evaluate_images(
     bundle: LoadedBundle, images: ImageSet, class_map: dict[str, str], data: str
 ) -> tuple[EvaluationMetrics, Predictions]:
-    """What the bundle's model predicts for the images that are not `OTHER`, and its figures on them.
+    """Predicts the images that are not `OTHER` with the bundle's model; returns the figures and the predictions.
 
     Args:
         images: read with the bundle's `image_size` and the class map.
-        class_map: of `read_map`; with "cancer" in it, images are told apart as cancer and normal.
+        class_map: of `read_map`; if it has "cancer", the classes are cancer and normal.
         data: where the images are, for metrics.json.
 
     Raises:
-        EvaluateError: some images are of classes that the bundle does not know.
+        EvaluateError: some images are of classes that the bundle does not have.
     """
     two_classes = CANCER in class_map.values() and CANCER not in bundle.classes
     classes = (CANCER, NORMAL) if two_classes else bundle.classes
     names_N = _names(images, classes)
-    judged = np.flatnonzero(names_N != OTHER)
-    labels_N = np.array([classes.index(name) for name in names_N[judged]])
-    seen_N = seen_before(images, bundle.learned)[judged]
+    evaluated = np.flatnonzero(names_N != OTHER)
+    labels_N = np.array([classes.index(name) for name in names_N[evaluated]])
+    seen_N = seen_before(images, bundle.learned)[evaluated]
 
     scaling = bundle.scaling
-    uncalibrated_NC = uncalibrated(bundle.model, bundle.config, images.images_NHW[judged])
+    uncalibrated_NC = uncalibrated(bundle.model, bundle.config, images.images_NHW[evaluated])
     probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature) if scaling else uncalibrated_NC
-    if two_classes:  # summed after the scaling, as a user of the bundle would: a sum has no temperature of its own
+    if two_classes:  # summed after the scaling, because the temperature is for the single classes
         uncalibrated_NC = cancer_or_normal(uncalibrated_NC, bundle.classes)
         probabilities_NC = cancer_or_normal(probabilities_NC, bundle.classes)
 
-    rows, largest = images.table.iloc[judged], int(np.bincount(labels_N).argmax())
+    rows, largest = images.table.iloc[evaluated], int(np.bincount(labels_N).argmax())
     groups_N = rows["group"].to_numpy()
     test = evaluate_predictions(
         labels_N,
@@ -128,7 +128,7 @@ def evaluate_images(
         groups_N,
         uncalibrated_NC=uncalibrated_NC if scaling else None,
         scaling=scaling,
-        references={"majority class": (classes[largest], np.full(len(judged), largest))},
+        references={"majority class": (classes[largest], np.full(len(evaluated), largest))},
         overlap_N=seen_N != NEW,
     )
     metrics = EvaluationMetrics(
@@ -147,10 +147,10 @@ def evaluate_images(
 
 
 def _names(images: ImageSet, classes: tuple[str, ...]) -> np.ndarray:
-    """The class of each image by name: one of these, or `OTHER`."""
+    """The name of each image's class: one of these, or `OTHER`."""
     if unknown := sorted(set(images.classes) - {*classes, OTHER}):
         raise EvaluateError(
             f"{images.root} has images of {', '.join(unknown)}, and the bundle knows {', '.join(classes)}. "
-            f'Say what to count them as: --map "{unknown[0]}=CLASS,…", or =other to leave them out'
+            f'Give their classes with --map "{unknown[0]}=CLASS,…", or =other to leave them out'
         )
     return np.array(images.classes)[images.table["label"]]

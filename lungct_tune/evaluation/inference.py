@@ -35,10 +35,10 @@ def predict(folder: Path | str, images_NHW: np.ndarray) -> np.ndarray:
 
 
 def uncalibrated(model: TruncatedResNet50, config: Mapping[str, Any], images_NHW: np.ndarray) -> np.ndarray:
-    """The probabilities as the network gives them, (N, classes).
+    """The network's own probabilities, without temperature scaling, (N, classes).
 
     Args:
-        model, config: of `load_model`; the model is on the CPU again afterwards.
+        model, config: of `load_model`; afterwards the model is on the CPU again.
         images_NHW: as for `predict`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

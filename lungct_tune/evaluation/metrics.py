@@ -1,4 +1,4 @@
-"""Predictions in, figures out: what a classifier is worth, each figure with its 95 % interval."""
+"""Computes all figures of a classifier from its predictions, each with its 95 % interval."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lungct_tune.experiment.metrics import (
 
 NORMAL, CANCER = "normal", "cancer"
 CANCERS = (CANCER, *(name for name in CANONICAL_CLASSES if name != NORMAL))
-"""The classes that are cancer when images are told apart as cancer and normal only."""
+"""The classes that count as cancer when images are classified as cancer or normal."""
 
 SPECIFICITY = 0.95
-"""The specificity at which the sensitivity for cancer is given too, so that models can be compared at one point."""
+"""The specificity at which the sensitivity for cancer is also computed, to compare models at the same point."""
 
 
 def evaluate_predictions(
@@ -44,17 +44,17 @@ def evaluate_predictions(
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
     overlap_N: np.ndarray | None = None,
 ) -> TestMetrics:
-    """All figures of a model on images that it had not seen.
+    """Computes all figures of a model on images that it was not trained on.
 
     Args:
         labels_N: true classes, as indices.
         probabilities_NC: the model's calibrated probabilities, rows sum to 1.
         classes: names, in the order of the columns.
-        groups_N: the group of each image; the intervals draw groups, not images.
-        uncalibrated_NC: the probabilities before temperature scaling; None where there was none.
-        scaling: the temperature, where there was any.
+        groups_N: the group of each image; the bootstrap resamples groups, not images.
+        uncalibrated_NC: the probabilities before temperature scaling; None without scaling.
+        scaling: the temperature; None without scaling.
         references: by kind, other ways to predict the class of these images: a name, and the predictions (N,).
-        overlap_N: bool, whether the model has learned from the image or one of its group; None where that is not known.
+        overlap_N: bool, whether the image or one of its group was a training image; None if that is unknown.
     """
     bootstrap, predicted_N = ClusterBootstrap(groups_N), probabilities_NC.argmax(axis=1)
     right_N, others = labels_N == predicted_N, references or {}
@@ -90,13 +90,13 @@ def evaluate_predictions(
 
 
 def cancer_or_normal(probabilities_NC: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
-    """The probabilities (N, 2) of cancer, all cancers together, and of normal."""
+    """The probabilities (N, 2) of cancer (the sum of all cancers) and of normal."""
     is_cancer_C = np.isin(classes, CANCERS)
     return np.stack([probabilities_NC[:, is_cancer_C].sum(axis=1), probabilities_NC[:, ~is_cancer_C].sum(axis=1)], 1)
 
 
 def are_cancer_and_normal(classes: tuple[str, ...]) -> bool:
-    """Whether these classes are normal and cancers, and nothing that is neither."""
+    """Whether these classes are normal and one or more cancers, and no others."""
     return NORMAL in classes and len(classes) > 1 and set(classes) <= {NORMAL, *CANCERS}
 
 
@@ -104,7 +104,7 @@ def _balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap:
     """The mean sensitivity of the classes that have images."""
     of_class_KN = labels_N == np.unique(labels_N)[:, None]
     right_N = labels_N == predicted_N
-    # where all is right, the class of the fewest groups is the one that leaves most open, and counts for 1 / K
+    # if every prediction is right, the class with the fewest groups is the least certain, and its weight is 1 / K
     fewest = min(bootstrap.count(of_N) for of_N in of_class_KN)
     groups = min(bootstrap.count(bootstrap.everything_N), len(of_class_KN) * fewest)
 
@@ -118,32 +118,34 @@ def _balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap:
 def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
     """The mean F1 of the classes that have images or were predicted."""
     named = np.union1d(labels_N, predicted_N)
-    of_class_KN, said_KN = labels_N == named[:, None], predicted_N == named[:, None]
+    of_class_KN, positive_KN = labels_N == named[:, None], predicted_N == named[:, None]
 
     def macro(weights_BN: np.ndarray) -> np.ndarray:
         f1_KB = [
-            2 * (weights_BN @ (of_N & said_N)) / (weights_BN @ of_N + weights_BN @ said_N)
-            for of_N, said_N in zip(of_class_KN, said_KN, strict=True)
+            2 * (weights_BN @ (of_N & positive_N)) / (weights_BN @ of_N + weights_BN @ positive_N)
+            for of_N, positive_N in zip(of_class_KN, positive_KN, strict=True)
         ]
         return np.asarray(np.mean(f1_KB, axis=0))
 
     return bootstrap.figure(macro, bootstrap.count(bootstrap.everything_N), is_rate=True)
 
 
-def _two_classes(is_N: np.ndarray, said_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
+def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
     return {
-        "sensitivity": bootstrap.rate(said_N, is_N),
-        "specificity": bootstrap.rate(~said_N, ~is_N),
-        "ppv": bootstrap.rate(is_N, said_N),
-        "npv": bootstrap.rate(~is_N, ~said_N),
+        "sensitivity": bootstrap.rate(positive_N, is_N),
+        "specificity": bootstrap.rate(~positive_N, ~is_N),
+        "ppv": bootstrap.rate(is_N, positive_N),
+        "npv": bootstrap.rate(~is_N, ~positive_N),
     }
 
 
-def _one_class(is_N: np.ndarray, said_N: np.ndarray, score_N: np.ndarray, bootstrap: ClusterBootstrap) -> ClassMetrics:
+def _one_class(
+    is_N: np.ndarray, positive_N: np.ndarray, score_N: np.ndarray, bootstrap: ClusterBootstrap
+) -> ClassMetrics:
     of_class, others = bootstrap.count(is_N), bootstrap.count(~is_N)
     return ClassMetrics(
         n=int(is_N.sum()),
-        **_two_classes(is_N, said_N, bootstrap),
+        **_two_classes(is_N, positive_N, bootstrap),
         auroc=bootstrap.figure(auroc(is_N, score_N), min(of_class, others), is_rate=True),
         average_precision=bootstrap.figure(average_precision(is_N, score_N), of_class, is_rate=True),
     )
@@ -152,21 +154,21 @@ def _one_class(is_N: np.ndarray, said_N: np.ndarray, score_N: np.ndarray, bootst
 def _cancer_against_normal(
     labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], bootstrap: ClusterBootstrap
 ) -> CancerMetrics | None:
-    """The two-class question: cancer is predicted where the cancers together are likelier than normal.
+    """Figures for cancer against normal. Cancer is predicted if the cancers together are more probable than normal.
 
-    The probabilities are those that the bundle gives: temperature scaling may change this answer, though it never
-    changes the likeliest of all classes (see `calibrated`).
+    The probabilities are calibrated, as a bundle gives them. Temperature scaling may change this prediction, though it
+    never changes the most probable of all classes (see `calibrated`).
     """
     if not are_cancer_and_normal(classes):
         return None
     score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]
-    is_N, said_N = labels_N != classes.index(NORMAL), score_N > 0.5
+    is_N, positive_N = labels_N != classes.index(NORMAL), score_N > 0.5
     fewest = min(bootstrap.count(is_N), bootstrap.count(~is_N))
     return CancerMetrics(
         n_cancer=int(is_N.sum()),
         n_normal=int((~is_N).sum()),
-        table=confusion_matrix(is_N, said_N, labels=[False, True]).tolist(),
-        **_two_classes(is_N, said_N, bootstrap),
+        table=confusion_matrix(is_N, positive_N, labels=[False, True]).tolist(),
+        **_two_classes(is_N, positive_N, bootstrap),
         auroc=bootstrap.figure(auroc(is_N, score_N), fewest, is_rate=True),
         sensitivity_at_95_specificity=bootstrap.figure(
             sensitivity_at(SPECIFICITY, is_N, score_N), fewest, is_rate=True
@@ -198,10 +200,10 @@ def _calibration(
 def _reference(
     name: str, labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
 ) -> Reference:
-    """What the other predictions score on the same images, how much better the model is, and whether that is chance.
+    """Figures of other predictions on the same images, and the model's difference to them.
 
     `mcnemar_p` is the exact two-sided test on the images on which only one of the two is right (McNemar 1947). It
-    takes images as independent; where groups have several, the difference's interval is what to go by.
+    assumes independent images. If groups have several images, use the interval of the difference instead.
     """
     right_N, others_N = labels_N == predicted_N, labels_N == other_N
     gained, lost = int((right_N & ~others_N).sum()), int((~right_N & others_N).sum())

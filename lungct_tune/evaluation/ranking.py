@@ -1,7 +1,7 @@
-"""How well a score ranks images of one kind above the others, at many weightings of the images at once.
+"""Ranking figures (AUROC, average precision, sensitivity at a specificity) for many weightings of the images at once.
 
-scikit-learn has these figures (tests/evaluation/test_metrics.py holds them against it), one weighting a call: for 2,000
-resamples of a dozen figures that is a minute where this is a second.
+scikit-learn has these figures for one weighting in each call (tests/evaluation/test_metrics.py compares them). For
+2,000 resamples of a dozen figures it needs a minute, and this module a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lungct_tune.evaluation.bootstrap import Statistic
 
 
 def auroc(is_N: np.ndarray, score_N: np.ndarray) -> Statistic:
-    """Area under the ROC curve: how often one of the kind scores higher than another, ties counting half."""
+    """Area under the ROC curve: how often a positive scores higher than a negative; ties count half."""
 
     def statistic(weights_BN: np.ndarray) -> np.ndarray:
         of_kind_BU, others_BU = _by_score(weights_BN, is_N, score_N)
@@ -24,7 +24,7 @@ def auroc(is_N: np.ndarray, score_N: np.ndarray) -> Statistic:
 
 
 def average_precision(is_N: np.ndarray, score_N: np.ndarray) -> Statistic:
-    """Precision at each distinct score, averaged over those of the kind, as scikit-learn does without interpolation."""
+    """Precision at each distinct score, averaged over the positives, without interpolation (as in scikit-learn)."""
 
     def statistic(weights_BN: np.ndarray) -> np.ndarray:
         of_kind_BU, others_BU = _by_score(weights_BN, is_N, score_N)
@@ -43,7 +43,7 @@ def sensitivity_at(specificity: float, is_N: np.ndarray, score_N: np.ndarray) ->
         sensitivity_BU = of_kind_BU.cumsum(axis=1) / of_kind_BU.sum(axis=1, keepdims=True)
         false_alarms_BU = others_BU.cumsum(axis=1) / others_BU.sum(axis=1, keepdims=True)
         allowed_BU = false_alarms_BU <= 1 - specificity + 1e-12
-        highest_B = np.where(allowed_BU, sensitivity_BU, 0).max(axis=1)  # no threshold: nothing is called positive
+        highest_B = np.where(allowed_BU, sensitivity_BU, 0).max(axis=1)  # 0 if no threshold is allowed
         undefined_B = np.isnan(sensitivity_BU[:, 0] + false_alarms_BU[:, 0])
         return np.where(undefined_B, np.nan, highest_B)
 
@@ -51,7 +51,7 @@ def sensitivity_at(specificity: float, is_N: np.ndarray, score_N: np.ndarray) ->
 
 
 def _by_score(weights_BN: np.ndarray, is_N: np.ndarray, score_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the kind and of the others at each distinct score, (B, U) each, the highest score first."""
+    """The weights of positives and of negatives at each distinct score, (B, U) each, the highest score first."""
     order = np.argsort(-score_N, kind="stable")
     starts = np.flatnonzero(np.diff(score_N[order], prepend=np.inf))
     ranked_BN, of_kind_N = weights_BN[:, order], is_N[order]

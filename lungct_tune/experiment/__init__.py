@@ -1,1 +1,1 @@
-"""The folder of a search on its storage: what is written there, and what can be read back without Ray."""
+"""The folder of a search on its storage: its files, and functions that write and read them without Ray."""

@@ -1,4 +1,4 @@
-"""The bundle: the folder that people pull, with the model and all that is needed to trust and use it."""
+"""The bundle: the folder that people pull. It has the model and the files that are needed to check and use it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ SO_FAR = "so_far"
 MODEL, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
 PREDICTIONS, AUDIT, CHECKSUMS = "predictions.csv", "audit.json", "checksums.txt"
 LEARNED = "learned_from.csv"
-"""Which images the model has seen, see `lungct_tune.data.seen_images`."""
+"""The list of the images that the model was trained on, see `lungct_tune.data.seen_images`."""
 
 
 class BundleError(UserError):
-    """A bundle that cannot be trusted: the message names the file and what is wrong with it."""
+    """A bundle is incomplete or altered. The message names the file and the fault."""
 
 
 def write_bundle(experiment: Experiment, files: Mapping[str, bytes], folder: str = FOLDER) -> None:
-    """Writes the bundle's folder whole or not at all, with the checksums of its files.
+    """Writes the bundle's folder, with the checksums of its files. A reader never finds half a bundle.
 
-    On a file system the folder gets its name when it is complete; on an object store, which cannot rename a
-    folder, `checksums.txt` comes last and a folder without it is no bundle.
+    On a file system the folder gets its name when it is complete. An object store cannot rename a folder, so
+    `checksums.txt` is written last there: a folder without it is no bundle.
     """
     sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
     complete = dict(files) | {CHECKSUMS: sums.encode()}
     written = f"{folder}.part" if experiment.is_local else folder
     if experiment.is_local:
-        shutil.rmtree(Path(experiment.uri, written), ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(Path(experiment.uri, written), ignore_errors=True)  # left by a run that was killed here
     for name, content in complete.items():
         experiment.write(f"{written}/{name}", content)
     if experiment.is_local:
@@ -48,9 +48,9 @@ def write_bundle(experiment: Experiment, files: Mapping[str, bytes], folder: str
 
 
 def write_so_far(experiment: Experiment, files: Mapping[str, bytes], trials: int) -> None:
-    """Writes the bundle of the best of so many trials, and drops those before it but one, for who is reading that.
+    """Writes the bundle of the best of the first `trials` trials, and deletes all earlier ones but the last.
 
-    Each has a folder of its own, never written to again: it is read as it was written, or not found.
+    Somebody may be reading that one. Each bundle has its own folder, which is never written to again.
     """
     write_bundle(experiment, files, f"{SO_FAR}/{trials:06d}")
     for folder in _complete_so_far(experiment)[:-2]:
@@ -63,8 +63,8 @@ def has_bundle(experiment: Experiment) -> bool:
 
 
 def find_bundle(experiment: Experiment) -> str | None:
-    """The folder of the bundle: `best`, before the search has ended the newest in `so_far/`, else None."""
-    so_far = _complete_so_far(experiment)  # looked for first: it goes when `best/` is there
+    """The bundle's folder: `best`, or before the search has ended the newest in `so_far/`. None if there is none."""
+    so_far = _complete_so_far(experiment)  # listed first: the search deletes it once `best/` is written
     return FOLDER if has_bundle(experiment) else max(so_far, default=None)
 
 
@@ -74,27 +74,27 @@ def _complete_so_far(experiment: Experiment) -> list[str]:
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """A JSON file's content; NaN and infinity, which JSON has not, are errors."""
+    """Encodes a JSON file. NaN and infinity are errors, because JSON does not have them."""
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that figures depend on."""
+    """The versions of the packages that results depend on."""
     packages = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "pillow")
     return {"lungct_tune": __version__} | {package: version(package) for package in packages}
 
 
 def checksum_errors(folder: Path) -> Iterator[tuple[str, str]]:
-    """The files of a bundle that are not as they were written, each with what is wrong.
+    """Yields the files of a bundle that are missing, altered or added, each with its fault.
 
-    Hidden files are passed over: file managers leave them everywhere.
+    Hidden files are ignored, because file managers add them everywhere.
     """
     if not (folder / CHECKSUMS).is_file():
         yield CHECKSUMS, "missing, so this is no complete bundle"
         return
     sums = {}
     for line in (folder / CHECKSUMS).read_text(errors="replace").splitlines():
-        # a bundle is one flat folder: a name that leads out of it (../x, /x) was not written by write_bundle
+        # a bundle is one flat folder: write_bundle never wrote a name that points outside it (../x, /x)
         if not (parts := re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)", line)):
             yield CHECKSUMS, f"{line!r} is not the checksum of a file beside it"
             return
@@ -112,10 +112,10 @@ def checksum_errors(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def verify(folder: Path) -> None:
-    """Checks that a bundle has the files of its checksums.txt as they were written, and no others.
+    """Checks a bundle against its checksums.txt.
 
     Raises:
-        BundleError: naming the first file that is missing, altered or added.
+        BundleError: a file is missing, altered or added; the message names the first one.
     """
     for name, fault in checksum_errors(folder):
         raise BundleError(f"{folder / name}: {fault}; fetch the bundle again")
@@ -125,13 +125,14 @@ REPORT, CARD = "report.html", "MODEL_CARD.md"
 
 
 def check_outside_bundles(out: Path, flag: str) -> None:
-    """Keeps bundles as they were written.
+    """Checks that an output file or folder is not inside a bundle.
 
     Args:
-        flag: the option that named what is to be written.
+        out: the output.
+        flag: the option that named it.
 
     Raises:
-        UserError: it would be in a bundle, or in a folder of one.
+        UserError: it is inside a bundle.
     """
     for folder in out.absolute().parents:
         if (folder / CHECKSUMS).exists() and (folder / CONFIG).exists():
@@ -140,9 +141,9 @@ def check_outside_bundles(out: Path, flag: str) -> None:
 
 @dataclass(frozen=True)
 class RetrainedModel:
-    """A retrained model and what it said of the test split."""
+    """A retrained model and its predictions on the test split."""
 
     weights: bytes
     """safetensors."""
     probabilities_NC: np.ndarray
-    """float32, in the order of the test indices."""
+    """float32, in the order of the test rows."""

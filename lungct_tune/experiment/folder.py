@@ -1,4 +1,4 @@
-"""The folder of one search on its storage: where everything lies that must outlive a process."""
+"""The folder of one search on its storage: it has every file that must outlive a process."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ import pyarrow.fs
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 CHUNK = 4 * 2**20
-"""Bytes that are read at once: so many that an object store's latency hardly counts."""
+"""Bytes that are read at once. With this size an object store's latency hardly counts."""
 
 VALID = "valid.npy"
-"""In a trial's folder: what its best epoch says of validation."""
+"""In a trial's folder: the predictions of its best epoch on validation."""
 
 WRITTEN_IN_PLACE = ("s3", "gcs", "abfs")
-"""File systems, by pyarrow's names, that need no folder made; an object there is seen when it is whole."""
+"""Object stores, by pyarrow's names. They need no folders, and an object appears only when it is complete."""
 
 
 @dataclass(frozen=True)
 class Experiment:
     """`<storage>/<name>/`, on this machine, a shared file system or an object store.
 
-    settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml, the search space
+    settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml: the search space
     split.csv       every image: path, class, group, split
-    audit.json      what the audit found in them
-    study.db        the Optuna study (with remote storage: a copy, see study_copy.py)
+    audit.json      the audit of these images
+    study.db        the Optuna study (with remote storage: a copy, see study_mirror.py)
     tune/           Ray Tune's own folder: results and TensorBoard events of each trial
-    trials/0007/    last.pt: all that trial 7 needs to go on (last-1.pt, ...: its other folds); best.safetensors: its
-                    best epoch's weights (of the first fold), and valid.npy: their probabilities (float32) for the
-                    validation images (of all folds), in the order of split.csv
+    trials/0007/    last.pt: the state from which trial 7 continues (last-1.pt, ...: its other folds);
+                    best.safetensors: its best epoch's weights (of the first fold); valid.npy: that epoch's
+                    probabilities (float32) for the validation images (of all folds), in the order of split.csv
     slots/          Ray Train's runs of the slots (empty folders)
     final/          Ray Train's run of the final retraining
-    *-images.npy    images too large for the object store, as the workers map them
-    best/           the bundle; until it is there, so_far/000012/: one of the best trial after 12
+    *-images.npy    images that are too large for Ray's object store; the workers memory-map them
+    best/           the bundle; before it is written, so_far/000012/: a bundle of the best of the first 12 trials
     """
 
     uri: str
@@ -67,7 +67,7 @@ class Experiment:
 
     @property
     def filesystem(self) -> pyarrow.fs.FileSystem:
-        """Travels with the experiment, and so do endpoint and region; every node needs credentials of its own."""
+        """The experiment's file system, with its endpoint and region. Every node needs credentials of its own."""
         return self._place[0]
 
     @property
@@ -85,7 +85,7 @@ class Experiment:
             raise StorageError(refusal(self.uri, what, error)) from error
 
     def write(self, path: str, content: bytes | memoryview) -> None:
-        """Writes a file whole or not at all: what a reader finds under `path` is never half a file.
+        """Writes a file. A reader never finds half a file under `path`.
 
         Raises:
             StorageError: the storage refuses.
@@ -98,7 +98,7 @@ class Experiment:
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             part = f"{target}.{uuid4().hex[:8]}.part"
             self._write(part, content)
-            if self.filesystem.type_name == "hdfs":  # where a move leaves what is in its way, and says nothing
+            if self.filesystem.type_name == "hdfs":  # its move silently does not replace an existing file
                 self.delete(path)
             self.filesystem.move(part, target)
 
@@ -107,7 +107,7 @@ class Experiment:
             stream.write(content)
 
     def read(self, path: str) -> bytes | None:
-        """A file's content, or None where there is none."""
+        """Returns a file's content, or None if there is no such file."""
         with (
             self._refusals(f"read {path}"),
             suppress(FileNotFoundError),
@@ -117,10 +117,10 @@ class Experiment:
         return None
 
     def chunks(self, path: str, start: int = 0) -> Iterator[bytes]:
-        """A file's content from a position on, a few MiB at a time.
+        """Yields a file's content from byte `start` on, a few MiB at a time.
 
         Raises:
-            StorageError: there is no such file, or the storage refuses, also in the middle.
+            StorageError: there is no such file, or the storage refuses, possibly after some chunks.
         """
         with self._refusals(f"read {path}"), self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
             stream.seek(start)
@@ -128,7 +128,7 @@ class Experiment:
                 yield chunk
 
     def files(self, folder: str = "") -> dict[str, int]:
-        """The files in a folder and those below it, as paths in the experiment, with their sizes in bytes."""
+        """Lists the files in a folder and its subfolders: paths in the experiment, and sizes in bytes."""
         selector = pyarrow.fs.FileSelector(f"{self.root}/{folder}".rstrip("/"), allow_not_found=True, recursive=True)
         with self._refusals(f"list {folder or 'it'}"):
             found: Any = self.filesystem.get_file_info(selector)
@@ -140,12 +140,12 @@ class Experiment:
             self.filesystem.delete_file(f"{self.root}/{path}")
 
     def delete_folder(self, path: str) -> None:
-        """Deletes a folder with all that is in it, if it is there."""
+        """Deletes a folder and its content, if it is there."""
         with self._refusals(f"delete {path}"), suppress(FileNotFoundError):
             self.filesystem.delete_dir(f"{self.root}/{path}")
 
     def info(self, path: str = "") -> pyarrow.fs.FileInfo:
-        """What lies under `path` (file, folder or nothing), its size and when it was written."""
+        """Returns the type of `path` (file, folder or not found), its size and the time it was written."""
         with self._refusals(f"look for {path or 'it'}"):
             found: Any = self.filesystem.get_file_info(f"{self.root}/{path}".rstrip("/"))
         return found
@@ -161,22 +161,22 @@ class Experiment:
         """
         with self._refusals("look around"):
             beside: Any = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.root.rpartition("/")[0]))
-            begun: Any = self.filesystem.get_file_info([f"{folder.path}/settings.yaml" for folder in beside])
-        return sorted(info.path.split("/")[-2] for info in begun if info.is_file)
+            settings: Any = self.filesystem.get_file_info([f"{folder.path}/settings.yaml" for folder in beside])
+        return sorted(info.path.split("/")[-2] for info in settings if info.is_file)
 
 
 def trial_folder(number: int) -> str:
-    """Where a trial's files lie in its experiment."""
+    """The folder of a trial's files in its experiment."""
     return f"trials/{number:04d}"
 
 
 def state_file(number: int, fold: int) -> str:
-    """Where the experiment has what a trial needs to go on with a fold; without folds there is only fold 0."""
+    """The file of the state from which a trial continues with a fold. Without folds there is only fold 0."""
     return f"{trial_folder(number)}/last{f'-{fold}' if fold else ''}.pt"
 
 
 def locate(source: str, storage: str) -> Experiment:
-    """The experiment that a path, a URI (its own or its bundle's) or a name on the storage means."""
+    """The experiment for a path, a URI (its own or its bundle's) or a name on the storage."""
     from lungct_tune.experiment.bundle import FOLDER
 
     source = source.rstrip("/").removesuffix(f"/{FOLDER}")

@@ -1,4 +1,4 @@
-"""An experiment on the disk of a cluster's head, fetched as `ray exec` and `ray rsync-down` do it."""
+"""Fetches an experiment from the disk of a cluster's head, by `ray exec` and `ray rsync-down`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from lungct_tune.experiment.transfer import TRANSIENT, is_transient, transfer_ba
 from lungct_tune.filesystem import StorageError
 
 ATTEMPTS = 3
-"""rsync fails when a file vanishes under its hands, as a search's do; what it has it does not fetch again."""
+"""How often rsync is run. It fails when a file vanishes meanwhile, as files of a running search do. The next run
+fetches only the missing files."""
 
 
 @contextmanager
 def on_head(cluster: Path, name: str, storage: str | None, everything: bool, console: Console) -> Iterator[Experiment]:
-    """A copy on this machine of an experiment on a cluster's head: of its bundle, or of everything.
+    """Copies an experiment, or only its bundle, from a cluster's head to this machine.
 
-    It lies in the user's cache, where an attempt that was cut off goes on, and is deleted when it has been used.
+    The copy is in the user's cache and is deleted after use. After an interruption the next attempt continues it.
 
     Args:
-        cluster: the file that `ray up` was given.
-        storage: the folder of the experiments, as the search was given it there; by default `results`.
+        cluster: the cluster file of `ray up`.
+        storage: the --storage of the search on the head; by default `results`.
 
     Raises:
         StorageError: the head cannot be reached, or has no such experiment.
@@ -46,7 +47,7 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
             raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")
         copy = default_cache() / "pulled" / str(config["cluster_name"]) / name
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as own:
-            # rsync-down leaves out what the file has `ray up` leave out
+            # rsync-down excludes what the cluster file excludes
             yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, "study.db"], "rsync_filter": []}, own)
             own.flush()
             _find(_Head(own.name), places, name).fetch(copy, everything, console)
@@ -57,12 +58,13 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
 
 
 def places_on_head(storage: str | None) -> list[str]:
-    """The folders that a search's --storage may mean on the head, for a shell there.
+    """The folders on the head that a search's --storage may mean, quoted for a shell.
 
-    A relative one begins where the search was run: a job's at home, another's in the project's folder, as a rule.
+    A relative path is relative to the folder of the search. For a Ray job that is the home folder; otherwise it is
+    usually the project's folder.
 
     Raises:
-        ValueError: it is not on the head.
+        ValueError: the storage is not on the head.
     """
     if storage and "://" in storage:
         raise ValueError(f"{storage} is not on the head; leave --cluster out to pull from there")
@@ -73,13 +75,13 @@ def places_on_head(storage: str | None) -> list[str]:
 
 
 def _find(head: _Head, places: Sequence[str], name: str) -> _OnHead:
-    """The experiment of that name in the first of the places that has one."""
+    """Finds the experiment of that name in the first folder that has one."""
     look = f"for kept in {' '.join(f'{place}/*/settings.yaml' for place in places)}; do echo found $kept; done"
     found = re.findall(r"^found (.+)/([^/*]+)/settings\.yaml\r*$", head.ray("exec", look), re.MULTILINE)
-    for folder, there in found:
-        if there == name:
+    for folder, experiment in found:
+        if experiment == name:
             return _OnHead(head, folder, name)
-    names = sorted({there for _, there in found})
+    names = sorted({experiment for _, experiment in found})
     there = f"there are: {', '.join(names)}" if names else "there are no experiments"
     raise StorageError(
         f"no experiment {name!r} on the head in {' or '.join(places)}; {there}. If the search was given a --storage, "
@@ -95,23 +97,23 @@ class _Head:
     """A cluster file."""
 
     def ray(self, command: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> str:
-        """What one of the launcher's commands prints, and whatever a login shell says besides.
+        """Runs one of the launcher's commands; returns its output, which may include a login shell's.
 
         Raises:
-            StorageError: it failed; with the last that it said.
+            StorageError: it failed; the message has the last lines of its output.
         """
         options = ("--log-style", "pretty", "--log-color", "false")
         words = [sys.executable, "-m", "ray.scripts.scripts", command, *options, self.cluster, *arguments]
         with (
-            tempfile.TemporaryFile("w+", errors="replace") as said,  # no pipe: ssh's master keeps it open for 10 s more
-            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT) as process,
+            tempfile.TemporaryFile("w+", errors="replace") as log,  # no pipe: ssh's master keeps it open for 10 s more
+            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT) as process,
         ):
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.2)
                 meanwhile()
-            said.seek(0)
-            output = said.read()
+            log.seek(0)
+            output = log.read()
         if process.returncode:
             lines = [line for line in output.splitlines() if line.strip() and "StrictHostKeyChecking" not in line]
             raise StorageError("\n".join([f"nothing was fetched from the head; `ray {command}` says", *lines[-3:]]))
@@ -124,7 +126,7 @@ class _OnHead:
 
     head: _Head
     folder: str
-    """Of the experiments."""
+    """The folder of the experiments."""
     name: str
 
     @property
@@ -138,7 +140,7 @@ class _OnHead:
                 what = ""
             elif f"{FOLDER}/{CHECKSUMS}" in sizes:
                 what = f"{FOLDER}/"
-            else:  # settings.yaml tells a search that has no bundle yet from none
+            else:  # settings.yaml shows that there is a search, though it has no bundle yet
                 what = f"{SO_FAR}/" if any(path.startswith(f"{SO_FAR}/") for path in sizes) else "settings.yaml"
             wanted = {path: size for path, size in sizes.items() if path.startswith(what)}
             for old in copy.rglob("*"):
@@ -156,10 +158,10 @@ class _OnHead:
             self._run(f"rm {self._study_copy}")
 
     def _list(self, copy_study: bool) -> dict[str, int]:
-        """The experiment's files with their sizes.
+        """Lists the experiment's files with their sizes.
 
         Args:
-            copy_study: have SQLite make a copy of the study first, as it is between two writes of the search.
+            copy_study: first let SQLite copy the study. Such a copy is consistent, even while the search writes.
         """
         study, copy = f"{self.name}/study.db", self._study_copy
         program = f'import sqlite3; sqlite3.connect("{study}").execute("VACUUM INTO ?", ["{copy}"])'
@@ -169,7 +171,7 @@ class _OnHead:
         return {path: int(size) for size, path in found if not is_transient(path)}
 
     def _run(self, command: str) -> str:
-        """A command's output in the experiments' folder."""
+        """Runs a command in the experiments' folder; returns its output."""
         return self.head.ray("exec", f"cd {shlex.quote(self.folder)} && {{ {command}; }}")
 
     def _rsync(self, source: str, target: str, size: int, console: Console) -> None:
@@ -185,6 +187,6 @@ class _OnHead:
 def _size(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # rsync renames what it has finished
+        with suppress(FileNotFoundError):  # rsync renames finished files
             total += file.stat().st_size
     return total

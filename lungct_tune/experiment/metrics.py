@@ -1,7 +1,7 @@
-"""What metrics.json holds: every figure of a bundle's model, and of `lungct_tune.evaluate`.
+"""The content of metrics.json: every figure of a bundle's model, and of `lungct_tune.evaluate`.
 
-A field is the key of the same name in the file. Where it is not, the alias is the key: files keep the keys that they
-have always had.
+A field's name is its key in the file, unless the field has an alias. Then the alias is the key, so that the keys stay
+the same in every version.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from lungct_tune.experiment.bundle import as_json
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, None where the images do not define it (the AUROC of a class without images)."""
+    """A figure with its interval."""
 
     value: float | None
+    """None where the images do not define it, for example the AUROC of a class without images."""
     ci95: tuple[float, float] | None
-    """The limits of its 95 % interval; None where there is none (see `ClusterBootstrap`)."""
+    """The limits of its 95 % interval; None where it has none (see `ClusterBootstrap`)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class FittedOn:
     images: int
     groups: int
     what: str
-    """Whose predictions they were, in words."""
+    """Whose predictions they were, as text."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class TemperatureScaling:
 
 @dataclass(frozen=True)
 class CalibrationErrors:
-    """How far probabilities are off."""
+    """The calibration errors of probabilities."""
 
     brier: Figure
     ece: Figure
@@ -81,7 +82,7 @@ class CalibrationErrors:
 
 
 ReliabilityBins = list[tuple[float, float, int]]
-"""Of each bin that has images: mean confidence, accuracy, number of images."""
+"""For each bin that has images: mean confidence, accuracy, number of images."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class CalibrationMetrics:
-    """Calibration before and after temperature scaling; what is of the scaling is None where there was none."""
+    """Calibration before and after temperature scaling. Without scaling, the fields about it are None."""
 
     temperature: float | None
     fitted_on: FittedOn | None
@@ -105,26 +106,26 @@ class CalibrationMetrics:
 
 @dataclass(frozen=True)
 class ReferenceAccuracy:
-    """The accuracy of something else on the same images."""
+    """The accuracy of another way to predict the classes of the same images."""
 
     name: str
-    """What it is: a class, a rule in `lungct_tune.auditing.shortcuts.RULES`, hyperparameters."""
+    """Which one: a class, a rule in `lungct_tune.auditing.shortcuts.RULES`, or hyperparameters."""
     accuracy: Figure
 
 
 @dataclass(frozen=True)
 class Reference(ReferenceAccuracy):
-    """Something else on the same images, compared with the model."""
+    """Another way to predict the classes of the same images, compared with the model."""
 
     balanced_accuracy: Figure
     difference: Figure
-    """The model's accuracy less this one, paired image by image."""
+    """The model's accuracy minus this one, paired by image."""
     mcnemar_p: float
 
 
 @dataclass(frozen=True)
 class WithoutOverlap:
-    """The images that share no group with those that the model has learned from."""
+    """Figures on the images that share no group with the model's training images."""
 
     n: int
     accuracy: Figure
@@ -139,7 +140,7 @@ class TestMetrics:
     """Images."""
     groups: int
     interval: str
-    """How the intervals were made, in words."""
+    """How the intervals were computed, as text."""
     accuracy: Figure
     balanced_accuracy: Figure
     macro_f1: Figure
@@ -152,7 +153,7 @@ class TestMetrics:
     references: dict[str, Reference]
     """By kind: "majority class", "shortcut", "published"."""
     without_overlap: Annotated[WithoutOverlap | None, Field(alias="leak_free")]
-    """None where no image shares a group with those that the model has learned from."""
+    """None where no image shares a group with the model's training images."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +162,19 @@ class BundleMetrics:
 
     data: str
     baseline_trial: dict[str, Any] | None
-    """The row of trials.csv of the published configuration; None where no epoch of it has ended."""
+    """The published configuration's row of trials.csv; None before its first epoch has ended."""
     best_trial: dict[str, Any]
     search: dict[str, Any]
-    """What the search cost, see `lungct_tune.experiment.study.effort`."""
+    """The cost of the search, see `lungct_tune.experiment.study.effort`."""
     test: TestMetrics | None
     """None before the search has ended."""
     seeds: dict[str, Any] | None = None
-    """Of `lungct_tune.experiment.study.over_seeds`; None where the winner was not trained with other seeds."""
+    """See `lungct_tune.experiment.study.over_seeds`; None where the winner was not trained with other seeds."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many images `evaluate` could not judge, by the reason."""
+    """How many images `evaluate` left out, by reason."""
 
     other: int
     unreadable: int
@@ -182,11 +183,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LearnedFrom:
-    """How many images the model has learned from."""
+    """How many of the evaluated images are training images of the model, or look like one."""
 
     same_file: Annotated[int, Field(alias="same file")]
+    """The same file as a training image."""
     looks_alike: Annotated[int, Field(alias="looks alike")]
-    """Other files that look like an image that it has learned from."""
+    """Another file that looks like a training image."""
 
     @property
     def total(self) -> int:
@@ -200,24 +202,24 @@ class EvaluationMetrics:
     data: str
     bundle: str
     class_map: Annotated[dict[str, str], Field(alias="map")]
-    """The class that the images of a folder count as."""
+    """The class of the images, by folder."""
     left_out: LeftOut
     learned_from: LearnedFrom
     test: TestMetrics
 
 
 def metrics_json(metrics: BundleMetrics | EvaluationMetrics) -> bytes:
-    """metrics.json."""
+    """Encodes metrics.json."""
     content = TypeAdapter(type(metrics)).dump_python(metrics, by_alias=True)
     if content["test"] is None:
-        del content["seeds"]  # a bundle of a search that goes on has never had this key
+        del content["seeds"]  # the bundle of a running search does not have this key
     return as_json(content)
 
 
 def read_metrics(content: bytes) -> BundleMetrics:
-    """The figures of a bundle.
+    """Reads the metrics.json of a bundle.
 
     Raises:
-        pydantic.ValidationError: it is no metrics.json of a bundle.
+        pydantic.ValidationError: it is not the metrics.json of a bundle.
     """
     return TypeAdapter(BundleMetrics).validate_json(content)

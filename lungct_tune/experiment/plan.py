@@ -1,4 +1,4 @@
-"""What a search is to do: decided anew, or read back from the experiment that it goes on with."""
+"""The plan of a search: made from the user's settings, or read from an experiment that is resumed."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
     *("compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
 }
-"""What a resumed search may be told anew; all else would make it another search."""
+"""The settings that may change when a search is resumed. A change of any other would make it another search."""
 
 
 class PlanError(UserError):
-    """A search that cannot begin or go on: the message says why and what to do."""
+    """A search cannot start or continue. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings with nothing left open, where the experiment lies, what may vary."""
+    """Complete settings, the experiment and the search space of one search."""
 
     settings: Settings
     experiment: Experiment
     space: SearchSpace
     space_text: str
     fingerprint: str | None
-    """Of the data that a resumed search began with; None for a new search."""
+    """The fingerprint of the data that a resumed search started with; None for a new search."""
 
     @property
     def study_folder(self) -> Path:
-        """Where a SQLite study lies: in the experiment's folder, else, for remote storage, on this machine."""
+        """The folder of a SQLite study: the experiment's folder, or with remote storage a folder on this machine."""
         local = self.experiment.is_local
         return Path(self.experiment.uri) if local else Path("results", self.experiment.name).resolve()
 
@@ -67,8 +67,8 @@ class Plan:
 
     @property
     def resume_command(self) -> str:
-        """What the user types to go on."""
-        python = Path(sys.executable)  # not resolved: a virtual environment's is a link to the system's
+        """The command that resumes this search."""
+        python = Path(sys.executable)  # not resolved: in a virtual environment it is a link to the system's Python
         with suppress(ValueError):
             python = python.relative_to(Path.cwd())
         words = [str(python), "-m", "lungct_tune.search", "--resume", self.experiment.name]
@@ -84,12 +84,13 @@ class Plan:
 
     @contextmanager
     def exclusive_lock(self) -> Iterator[None]:
-        """Keeps other processes that use the same study folder from running this search too.
+        """Locks the study folder, so that only one process runs this search.
 
-        The system lets go of the lock however the process ends. Where a file system has no locks, there is none.
+        The system releases the lock when the process ends, also after a crash. On a file system without locks this
+        does nothing.
 
         Raises:
-            PlanError: another process runs this search, or the study folder cannot be made.
+            PlanError: another process runs this search, or the study folder cannot be created.
         """
         try:
             self.study_folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,10 @@ class Plan:
             yield
 
     def mirrored_study(self) -> AbstractContextManager[object]:
-        """Keeps a copy of a study that the experiment's storage does not hold there, and takes a newer one from it.
+        """Keeps a copy of a SQLite study on remote storage, see `StudyMirror`; otherwise does nothing.
 
         Raises:
-            StorageError: from entering, if the storage cannot be read.
+            StorageError: on entering, the storage cannot be read.
         """
         held = self.settings.study or self.experiment.is_local
         return nullcontext() if held else StudyMirror(self.experiment, self._study_file)
@@ -120,8 +121,8 @@ class Plan:
         """Finds, decodes (once), groups and splits the images.
 
         Raises:
-            DataError: they cannot be used as they are.
-            PlanError: they are not those that the search began with.
+            DataError: the images cannot be used.
+            PlanError: they are not the images that the search started with.
         """
         settings = self.settings
         assert settings.image_size is not None  # decided by for_data()
@@ -140,10 +141,10 @@ class Plan:
         return split_and_fold(images, settings.split, settings.folds, settings.seed)
 
     def read_weights(self) -> dict[str, torch.Tensor] | None:
-        """The pretrained weights, which must reach as deep as any trial may; None for random ones.
+        """Reads the pretrained weights, down to the deepest truncation of the search space; None for random weights.
 
         Raises:
-            WeightsError: they cannot be had, or cover less.
+            WeightsError: they are not available, or do not reach that depth.
         """
         from lungct_tune.models.pretrained import read_covering
 
@@ -151,7 +152,7 @@ class Plan:
         return None if source == "none" else read_covering(source, self.space.deepest)
 
     def save(self, split: DataSplit) -> None:
-        """Writes what `--resume` begins from. `settings.yaml` comes last: with it, the search exists."""
+        """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started."""
         self.experiment.write("split.csv", split.as_csv())
         self.experiment.write("space.yaml", self.space_text.encode())
         kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": split.images.fingerprint})
@@ -159,15 +160,15 @@ class Plan:
 
 
 def plan_search(asked: Settings, given: set[str]) -> Plan:
-    """The plan of the search that the settings ask for.
+    """The plan of a new search, or with `resume` of one that continues.
 
     Args:
-        asked: what the user chose; with `resume`, only what the user wants to change.
-        given: the names of the fields that the user chose.
+        asked: the user's settings; with `resume`, only the settings to change.
+        given: the names of the fields that the user set.
 
     Raises:
-        PlanError: the name is taken, or there is nothing of that name to go on with.
-        SettingsError: a resumed search was told to be another one.
+        PlanError: the name is taken, or there is no search of that name to resume.
+        SettingsError: a setting cannot change in a resumed search.
         SpaceError: the search space cannot be used.
     """
     return _resumed(asked, given) if asked.resume else _new(asked)
@@ -204,10 +205,10 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
 
 
 def read_plan(experiment: Experiment, **elsewhere: Any) -> Plan:
-    """The plan of a search that was begun.
+    """Reads the plan of an existing search.
 
     Args:
-        elsewhere: settings that are others here than there, where the data lie for one.
+        elsewhere: settings that differ on this machine, for example the path of the data.
 
     Raises:
         PlanError: there is no such search.
@@ -217,8 +218,7 @@ def read_plan(experiment: Experiment, **elsewhere: Any) -> Plan:
     if kept is None:
         storage, _, name = experiment.uri.rpartition("/")
         raise PlanError(
-            f"there is no search {name!r} in {storage}; look there for its name, "
-            "and give the --storage that it was begun with"
+            f"there is no search {name!r} in {storage}; check its name, and give the --storage that it was started with"
         )
     content = yaml.safe_load(kept)
     fingerprint = content.pop("fingerprint")

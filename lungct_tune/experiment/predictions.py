@@ -1,4 +1,4 @@
-"""What predictions.csv holds: of each image what it is, and what a model says it is."""
+"""The content of predictions.csv: the true class and the predicted class of each image."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pandas as pd
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of images, a row an image."""
+    """A model's predictions, one row for each image."""
 
     classes: tuple[str, ...]
     paths_N: np.ndarray
     """str."""
     labels_N: np.ndarray
-    """What the images are, as indices into `classes`."""
+    """True classes, as indices into `classes`."""
     probabilities_NC: np.ndarray
     """Calibrated, in the order of `classes`."""
     groups_N: np.ndarray
 
     @property
     def predicted_N(self) -> np.ndarray:
-        """What the model says they are, as indices into `classes`."""
+        """Predicted classes, as indices into `classes`."""
         return np.asarray(self.probabilities_NC.argmax(axis=1))
 
     def as_csv(self) -> bytes:
-        """predictions.csv: path, class, predicted class, the probability of each class, group."""
+        """Encodes predictions.csv: path, class, predicted class, the probability of each class, group."""
         names = np.array(self.classes, dtype=object)
         table = pd.DataFrame(
             {"path": self.paths_N, "class": names[self.labels_N], "predicted": names[self.predicted_N]}
@@ -57,7 +57,7 @@ def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
 
 
 def read_table(csv: bytes) -> pd.DataFrame:
-    """A table of images. Names are read as they were written: a class may be called 1, None or NA."""
+    """Reads a table of images. Names stay strings: a class may be called 1, None or NA."""
     names = dict.fromkeys(("path", "label", "class", "predicted"), str)
     return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
 

@@ -1,4 +1,4 @@
-"""What an experiment holds of a search, at whatever point it is: what the report is made from."""
+"""Reads the results of a search from its experiment, finished or not. The report is made from them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from lungct_tune.training.objective import judged
 
 
 class NothingHeld(UserError):
-    """There is no search to report on: the message says where it was looked for and what to do."""
+    """There is no search to read. The message says where it was looked for and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """What a bundle says of its model: of the final one, or before the search has ended of the best so far."""
+    """The content of a bundle: the final model, or before the search has ended the best model so far."""
 
     weights: bytes
     """safetensors."""
@@ -44,26 +44,26 @@ class Bundle:
     """config.json."""
     metrics: BundleMetrics
     predictions: Predictions | None
-    """Of the test images. There are none before the search has ended."""
+    """On the test images; None before the search has ended."""
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The files that hold this, by name."""
+        """The content of the bundle's files, by name."""
         files = {MODEL: self.weights, CONFIG: as_json(self.config), METRICS: metrics_json(self.metrics)}
         return files if self.predictions is None else files | {PREDICTIONS: self.predictions.as_csv()}
 
 
 @dataclass(frozen=True)
 class SearchResults:
-    """What there is to say about a search, finished or not."""
+    """The results of a search, finished or not."""
 
     settings: dict[str, Any]
-    """settings.yaml: plain values, since the paths in it may be another machine's."""
+    """settings.yaml, as plain values: its paths may be those of another machine."""
     space: SearchSpace
     study: dict[str, Any]
-    """The study's own attributes: wall_s, slot_s, cluster."""
+    """The study's user attributes: wall_s, slot_s, cluster."""
     trials: list[TrialRecord]
-    """Those that began, by number."""
+    """The trials that have started, by number."""
     split: pd.DataFrame
     """split.csv: path, label, group, split of every image."""
     audit: dict[str, Any] | None
@@ -77,12 +77,12 @@ class SearchResults:
 
     @property
     def seeds(self) -> dict[str, Any] | None:
-        """What the winner reached with other seeds; None where it was not trained with others."""
+        """The winner's results with other seeds; None where it was not trained with other seeds."""
         return self.bundle.metrics.seeds if self.bundle else None
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the packages that made the bundle."""
+        """The versions of the packages that made the bundle."""
         return dict(self.bundle.config["versions"]) if self.bundle else {}
 
     @property
@@ -91,7 +91,7 @@ class SearchResults:
 
     @property
     def data(self) -> str:
-        """What the data are called."""
+        """The name of the data."""
         return "phantoms" if self.phantoms else PurePath(self.settings["data"]).name
 
     @cached_property
@@ -104,18 +104,18 @@ class SearchResults:
 
     @cached_property
     def baseline(self) -> TrialRecord | None:
-        """The trial of the published configuration, if an epoch of it has ended."""
+        """The trial of the published configuration; None before its first epoch has ended."""
         return next((trial for trial in self.trials if trial.number == BASELINE and trial.best), None)
 
     @property
     def baseline_score(self) -> float:
-        """The best balanced accuracy of the published configuration's trial, where there is one."""
+        """The best balanced accuracy of the published configuration's trial, which must exist."""
         assert self.baseline is not None and self.baseline.best is not None
         return self.baseline.best.balanced_accuracy
 
     @cached_property
     def ended(self) -> dict[str, int]:
-        """How many trials ended how."""
+        """The number of trials by outcome."""
         return count_outcomes(self.trials)
 
     @property
@@ -141,7 +141,7 @@ class SearchResults:
 
     @property
     def listed(self) -> int:
-        """Of how many images groups.csv names the group."""
+        """How many images have their group named in groups.csv."""
         return self.audit["groups"]["images_in_groups_csv"] if self.audit else 0
 
     @cached_property
@@ -152,12 +152,12 @@ class SearchResults:
 
     @property
     def judged(self) -> str:
-        """On what trials are judged, in words."""
+        """How trials are evaluated, as text: "on validation" or "in 5-fold cross-validation"."""
         return judged(self.settings.get("folds"))
 
     @property
     def searched_on(self) -> dict[str, int]:
-        """Images of each class that trials are judged on: of validation, or with folds of train and validation."""
+        """Images of each class that trials are evaluated on: validation, or with folds train and validation."""
         return {
             name: valid + train * bool(self.settings.get("folds")) for name, (train, valid, _) in self.counts.items()
         }
@@ -169,10 +169,10 @@ class SearchResults:
 
 
 def read_results(experiment: Experiment) -> SearchResults:
-    """Reads an experiment, also in the middle of its search.
+    """Reads an experiment, finished or not.
 
     Raises:
-        NothingHeld: no search, or one whose study cannot be read.
+        NothingHeld: there is no search, or its study cannot be read.
         StorageError: the storage refuses.
     """
     kept = experiment.read("settings.yaml")
@@ -198,7 +198,7 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
     names = (MODEL, CONFIG, METRICS, PREDICTIONS)
     weights, config, metrics, predictions = (experiment.read(f"{folder}/{name}") for name in names)
     if weights is None or config is None or metrics is None:
-        return None  # the search has deleted it meanwhile, for a better one
+        return None  # the search has just replaced it by a better one
     content = json.loads(config)
     return Bundle(
         weights=weights,
@@ -209,7 +209,7 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
 
 
 def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle | None) -> SearchResults:
-    """What an experiment holds, with its study open and its bundle at hand."""
+    """Gathers the results of an experiment, whose study is open and whose bundle is already read."""
     settings, space, split, audit = (
         experiment.read(name) or b"" for name in ("settings.yaml", "space.yaml", "split.csv", AUDIT)
     )
@@ -225,7 +225,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
 
 
 def _open_study(experiment: Experiment, settings: Mapping[str, Any], scratch: Path) -> optuna.Study:
-    """The study; where it is a file, a copy of it, since a search may be writing."""
+    """Opens the study. If it is a file, opens a copy, because a search may be writing to it."""
     url = settings["study"]
     try:
         if not url:
@@ -237,7 +237,7 @@ def _open_study(experiment: Experiment, settings: Mapping[str, Any], scratch: Pa
                 copy.write_bytes(content)
             else:
                 raise NothingHeld(
-                    f"{experiment.uri} has no {COPY}: the search has not begun, or kept its study elsewhere"
+                    f"{experiment.uri} has no {COPY}: the search has not started, or kept its study elsewhere"
                 )
             url = f"sqlite:///{copy}"
         return optuna.load_study(storage=url, study_name=settings["name"])

@@ -1,7 +1,7 @@
-"""The Optuna study of a search: opened, and read back as records of its trials. No Ray is needed for it.
+"""Opens the Optuna study of a search, and reads it as records of its trials. Does not need Ray.
 
-Beside what Optuna keeps itself, a trial has the user attributes "configuration" (its hyperparameters), "history" (its
-epochs), "made_with" (versions and resources), "outcome" and "ended" (the same and why, in words).
+A trial has these user attributes in addition to what Optuna keeps: "configuration" (its hyperparameters), "history"
+(its epochs), "made_with" (versions and resources), "outcome", and "ended" (the outcome and its reason, as text).
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, Tri
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
-"""ASHA: the best third of the trials at a rung goes on to three times as many epochs."""
+"""ASHA: the best third of the trials at a rung continues to three times as many epochs."""
 
 BAD_SCORE = 0.0
-"""The objective of a trial whose training diverged: no balanced accuracy is lower."""
+"""The objective of a trial whose training diverged: the lowest possible balanced accuracy."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 FEWEST = 4
-"""Completed trials that it takes to ask which parameter matters."""
+"""The fewest completed trials from which parameter importance is computed."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class StudyError(UserError):
-    """The Optuna study cannot be used: the message names study and storage and says what to do."""
+    """The Optuna study cannot be used. The message names study and storage and says what to do."""
 
 
 def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
-    """Creates a study with the fixed trials waiting to be first, or opens the one that a resumed search began.
+    """Creates a study with the fixed trials enqueued, or opens the study of a resumed search.
 
-    Stops trials by asynchronous successive halving (Li et al., MLSys 2020), with rungs at a ninth and a
-    third of the epochs. It is Optuna's pruner and not Ray's scheduler because that one forgets its rungs
-    when the driver dies; Optuna's are in the storage.
+    The study's pruner is asynchronous successive halving (Li et al., MLSys 2020), with rungs at a ninth and a
+    third of the epochs. It is Optuna's and not Ray's: Ray's scheduler loses its rungs when the driver dies,
+    Optuna keeps them in the storage.
 
     Raises:
-        StudyError: the storage cannot be used, has no such study, or has one that this search did not begin.
+        StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
     """
     pruner = optuna.pruners.SuccessiveHalvingPruner(
         min_resource=max(1, round(epochs / REDUCTION**2)), reduction_factor=REDUCTION
@@ -62,7 +62,7 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
     except optuna.exceptions.DuplicatedStudyError as error:
         raise StudyError(f"there is a study {where} already; choose another --name") from error
     except KeyError as error:
-        raise StudyError(f"there is no study {where}; give the --study that the search was begun with") from error
+        raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
     except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
     study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
@@ -78,13 +78,13 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
 def read_trials(
     study: optuna.Study, states: Sequence[TrialState] = (*FINISHED, TrialState.RUNNING)
 ) -> list[TrialRecord]:
-    """The trials that have begun, in the order of their numbers."""
+    """The trials that have started, in the order of their numbers."""
     trials = study.get_trials(deepcopy=False, states=states)
     return [_record(trial) for trial in trials if "configuration" in trial.user_attrs]
 
 
 def finished_trials(study: optuna.Study) -> list[TrialRecord]:
-    """The trials that ended, however they did, in the order of their numbers."""
+    """The trials that have ended, with any outcome, in the order of their numbers."""
     return read_trials(study, FINISHED)
 
 
@@ -104,7 +104,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
 
 
 def _outcome(trial: FrozenTrial) -> Outcome:
-    """Of studies that were made before "outcome" was kept, what state and "ended" leave no doubt about."""
+    """A trial's outcome. Older studies have no "outcome": there it follows from the state and "ended"."""
     if trial.state not in FINISHED:
         return Outcome.RUNNING
     if (kept := trial.user_attrs.get("outcome")) is not None:
@@ -115,12 +115,12 @@ def _outcome(trial: FrozenTrial) -> Outcome:
 
 
 def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
-    """The balanced accuracy of one configuration trained with several seeds, each at its best epoch as a trial is.
+    """The balanced accuracy of one configuration trained with several seeds, each training at its best epoch.
 
-    A training that diverged or failed counts with the worst score: it is what a user of that configuration may get.
+    A training that diverged or failed counts with the lowest score, since a user of that configuration may get one.
 
     Args:
-        reports: of each training, with all its epochs.
+        reports: one for each training, with all its epochs.
     """
     failed = (Outcome.DIVERGED, Outcome.FAILED)
     best = [None if report.outcome in failed else best_epoch(report.epochs) for report in reports]
@@ -129,14 +129,15 @@ def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
 
 
 def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> dict[str, Any]:
-    """What a search cost, in trials, epochs and seconds.
+    """The cost of a search, in trials, epochs and seconds.
 
-    `overhead_ratio` is slots x wall time (less the time in which slots waited for room on the cluster, and added
-    up, if a resumed search had another number of slots) over the seconds in which slots were inside an epoch of
-    training or validation: 1 where they did nothing else, None where they never were.
+    `overhead_ratio` is slot time divided by the seconds that slots spent inside epochs (training and validation).
+    Slot time is slots x wall time, without the time in which slots waited for room on the cluster. It is summed over
+    the runs of a resumed search, which may differ in their number of slots. A ratio of 1 means no overhead; None
+    means that no epoch has ended.
 
     Args:
-        trials: those that have ended.
+        trials: the trials that have ended.
     """
     training_s = sum(trial.seconds for trial in trials)
     return {
@@ -151,20 +152,20 @@ def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> di
 
 
 def count_outcomes(trials: Iterable[TrialRecord]) -> dict[str, int]:
-    """How many of the trials that have ended ended how, the most frequent first."""
+    """The number of ended trials by outcome, the most frequent first."""
     return dict(Counter(trial.outcome.value for trial in trials if trial.is_finished).most_common())
 
 
 def parameter_importance(
     trials: Iterable[TrialRecord], distributions: Mapping[str, BaseDistribution]
 ) -> dict[str, float]:
-    """The importance of each parameter by fANOVA, the greatest first; empty where there are too few trials to tell.
+    """The importance of each parameter by fANOVA, the greatest first; empty if there are too few trials.
 
     Source: Hutter et al., ICML 2014; https://optuna.readthedocs.io, FanovaImportanceEvaluator.
 
     Args:
-        trials: those that ran to their end within the space are looked at.
-        distributions: what was varied.
+        trials: only completed trials inside the space are used.
+        distributions: the parameters that were varied.
     """
     study = optuna.create_study(direction="maximize")
     for trial in trials:

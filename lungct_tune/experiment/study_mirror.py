@@ -1,4 +1,4 @@
-"""A SQLite study lies on the disk of the machine that runs the search; a copy on the storage outlives that machine."""
+"""Copies a SQLite study to the storage. The study itself is on the disk of the machine that runs the search."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ COPY = "study.db"
 """The copy's path in the experiment."""
 
 PERIOD_S = 1.0
-"""How often the study is looked at: a copy lags behind it by this and by the time that the storage takes."""
+"""Seconds between checks for a change. The copy is late by this and by the time of the upload."""
 
 
 class StudyMirror:
-    """While it is entered, a thread keeps the copy up to date; the search never waits for it but at the end.
+    """A context manager in which a thread keeps the copy up to date. The search waits for the thread only at the end.
 
-    Entering puts the copy in the study's place, where there is none or an older one (the search went on elsewhere).
+    On entering, a copy that is newer than the study replaces it. That happens when the search was continued on
+    another machine.
 
     Raises:
-        StorageError: from entering, where the storage cannot be read.
+        StorageError: on entering, the storage cannot be read.
     """
 
     def __init__(self, experiment: Experiment, database: Path) -> None:
@@ -35,10 +36,10 @@ class StudyMirror:
 
     def __enter__(self) -> StudyMirror:
         copy = read_mirror(self._experiment)
-        # nobody here has it open yet: a file's second closing would take the locks of SQLite's own
+        # read before SQLite opens it here: closing the file a second time would drop SQLite's own locks
         here = self._database.read_bytes() if self._database.exists() else b""
         if copy is not None and _changes(copy) > _changes(here):
-            self._database.with_name(f"{self._database.name}-journal").unlink(missing_ok=True)  # of the older one
+            self._database.with_name(f"{self._database.name}-journal").unlink(missing_ok=True)  # of the older study
             part = self._database.with_suffix(".part")
             part.write_bytes(copy)
             part.replace(self._database)
@@ -61,16 +62,17 @@ class StudyMirror:
                     with closing(sqlite3.connect(f"{self._database.as_uri()}?mode=ro", uri=True)) as study:
                         self._experiment.write(COPY, study.serialize())
                     copied, self._failure = written, None
-                except (sqlite3.Error, StorageError) as error:  # the next one may succeed
+                except (sqlite3.Error, StorageError) as error:  # the next copy may succeed
                     self._failure = error
             if last:
                 return
 
 
 def read_mirror(experiment: Experiment) -> bytes | None:
-    """The study as one upload left it; None where no copy is.
+    """Reads the copy, as one upload left it; None if there is no copy.
 
-    Whoever reads an object learns its size first: where a longer copy has come by then, only its beginning is read.
+    Reading asks for an object's size first. If a longer copy replaces the object after that, only the beginning of the
+    longer copy is read. So a copy that is shorter than its header says is read again.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -82,10 +84,10 @@ def read_mirror(experiment: Experiment) -> bytes | None:
 
 
 def _size(database: bytes) -> int:
-    """In bytes, as the database's header has it: https://sqlite.org/fileformat.html#the_database_header."""
+    """The size in bytes that the database's header gives: https://sqlite.org/fileformat.html#the_database_header."""
     return int.from_bytes(database[16:18], "big") * int.from_bytes(database[28:32], "big")
 
 
 def _changes(database: bytes) -> int:
-    """How many transactions made it what it is: https://sqlite.org/fileformat.html#file_change_counter."""
+    """The database's count of transactions: https://sqlite.org/fileformat.html#file_change_counter."""
     return int.from_bytes(database[24:28], "big")

@@ -1,6 +1,7 @@
-"""Brings an experiment's files to a folder on this machine: verified, whole or not at all.
+"""Fetches an experiment's files to a folder on this machine and verifies them.
 
-What arrives lies in `DEST.part`, where an attempt that follows a broken one goes on, and gets its name at the end.
+Files arrive in `DEST.part`, which is renamed to `DEST` when everything is there. After an interruption the next attempt
+continues in `DEST.part`.
 """
 
 from __future__ import annotations
@@ -31,62 +32,62 @@ AT_ONCE = 8
 """Files that are fetched at the same time."""
 
 LOCK, BEGUN = ".lock", ".begun"
-"""In `DEST.part`: the mark of the pull that is at it, and a folder for the files that have not come whole."""
+"""In `DEST.part`: the lock file of the running pull, and the folder of files that have arrived only in part."""
 
 TRANSIENT = ("*.part", ".lock", ".probe*", "study.db-*", "*-images.npy")
-"""Names of files and folders that a search keeps for the moment and does not need to go on."""
+"""Names of temporary files and folders. A search does not need them to continue."""
 
 STATES = "last*.pt"
-"""Files that a running trial may replace faster than they come. What has come of two of them is as none to `--resume`,
-which sees by their own sha256 that it is no state."""
+"""Files that a running trial may replace faster than they are fetched. A fetched file may then mix two versions.
+`--resume` ignores such a file, because its sha256 is wrong."""
 
 TAKEN = "{} already exists and was not changed. Give another DEST, or move it away first"
-"""What is said of a destination, with its name."""
+"""The message about a destination that exists."""
 
 
 class FetchError(UserError):
-    """Nothing was fetched: the message says why and what to do."""
+    """Nothing was fetched. The message says why and what to do."""
 
 
 def fetch(experiment: Experiment, dest: Path, console: Console, *, everything: bool) -> str | None:
-    """Fetches an experiment's bundle, or everything, to a new folder; one that is that bundle already is left so.
+    """Fetches an experiment's bundle, or everything, to a new folder. A folder that already is that bundle stays.
 
     Args:
-        dest: the folder to make: the bundle, or an experiment's folder that `--resume` can go on from.
+        dest: the folder to create: a bundle, or an experiment's folder that `--resume` accepts.
+        everything: whether to fetch the whole experiment.
 
     Returns:
-        The folder of the experiment in which the bundle lay; None where no trial has completed yet, so that there is
-        none in everything.
+        The bundle's folder in the experiment; None if no trial has completed yet, so that everything has no bundle.
 
     Raises:
-        FetchError: there is nothing to fetch, or `dest` cannot be made.
-        BundleError: the bundle is damaged where it lies.
+        FetchError: there is nothing to fetch, or `dest` cannot be created.
+        BundleError: the bundle is damaged on the storage.
         StorageError: the experiment cannot be read, or the connection broke.
     """
     part = dest.with_name(f"{dest.name or '_'}.part")
     try:
         return _fetch_verified(experiment, dest, part, console, everything)
     except StorageError as error:
-        kept = f"\nWhat has arrived is kept in {part}. Run the same command again to continue" if part.is_dir() else ""
+        kept = f"\nThe files so far are kept in {part}. Run the same command again to continue" if part.is_dir() else ""
         raise StorageError(f"{error}{kept}") from error
-    except (OSError, sqlite3.Error) as error:  # of this machine: the storage's are StorageErrors
+    except (OSError, sqlite3.Error) as error:  # errors of this machine: the storage's are StorageErrors
         raise FetchError(
             f"{part} cannot be written ({error}). Fix that, then run the same command again to continue"
         ) from error
 
 
 def check_destination(dest: Path, everything: bool) -> None:
-    """What can be said of a destination before anything is fetched.
+    """Checks a destination before anything is fetched.
 
     Raises:
-        FetchError: there is something that cannot be what would be fetched.
+        FetchError: it exists and cannot be this bundle.
     """
     if os.path.lexists(dest) and (everything or not (dest / CHECKSUMS).is_file()):
         raise FetchError(TAKEN.format(dest))
 
 
 def is_transient(path: str) -> bool:
-    """Whether a path in an experiment is none of what it takes to read or resume it."""
+    """Whether a path in an experiment is temporary, so that it is not needed to read or resume the experiment."""
     return any(fnmatchcase(part, pattern) for part in path.split("/") for pattern in TRANSIENT)
 
 
@@ -115,12 +116,12 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
                 Path(dest, LOCK).unlink(missing_ok=True)
                 return found
             shutil.rmtree(folder, ignore_errors=True)
-        # once more, from nothing: it was replaced while it was fetched, or begun by an attempt at something else
+        # tries once more from the start: the bundle was replaced meanwhile, or an earlier attempt fetched another one
         if found in refused:
             name, fault = wrong[0]
             raise BundleError(
-                f"{experiment.uri}/{found}/{name}: {fault}. The bundle is damaged where it lies, and nothing was "
-                f"pulled; who owns it can delete {found}/ there and let --resume write it anew"
+                f"{experiment.uri}/{found}/{name}: {fault}. The bundle is damaged there, and nothing was pulled. "
+                f"Its owner can delete {found}/ there, and --resume writes it again"
             )
         refused.add(found)
 
@@ -140,10 +141,10 @@ def _same(folder: Path, experiment: Experiment, checksums: str) -> bool:
 
 @contextmanager
 def _alone(part: Path) -> Iterator[None]:
-    """Makes the folder, or takes up the one that an earlier pull left, for this process only.
+    """Creates the folder, or takes over that of an earlier pull, and locks it for this process.
 
     Raises:
-        FetchError: another pull is at it, or it is none of a pull's.
+        FetchError: another pull is using it, or no pull has made it.
     """
     mark = part / LOCK
     part.mkdir(parents=True, exist_ok=True)
@@ -158,10 +159,10 @@ def _alone(part: Path) -> Iterator[None]:
 
 
 def _inside(part: Path, path: str) -> Path:
-    """Where a file goes.
+    """The local path of a file.
 
     Raises:
-        FetchError: its name leads out of the folder.
+        FetchError: it would be outside the folder.
     """
     if path.startswith("/") or not {"", ".", ".."}.isdisjoint(path.split("/")):
         raise FetchError(f"{path!r} points outside the experiment's folder, so nothing was pulled")
@@ -169,8 +170,8 @@ def _inside(part: Path, path: str) -> Path:
 
 
 def _drop_others(part: Path, wanted: set[Path]) -> None:
-    """Deletes what earlier attempts left and this one does not want, and links, which could lead anywhere."""
-    for path in sorted(part.rglob("*"), reverse=True):  # a folder after what is in it
+    """Deletes files of earlier attempts that are not wanted now, and links, because they could point anywhere."""
+    for path in sorted(part.rglob("*"), reverse=True):  # a folder comes after its content
         if path.is_symlink() or (path.is_file() and path not in wanted):
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):
@@ -180,7 +181,7 @@ def _drop_others(part: Path, wanted: set[Path]) -> None:
 def _fetch_all(
     experiment: Experiment, targets: Mapping[str, Path], begun: Path, sizes: Mapping[str, int], console: Console
 ) -> None:
-    """Fetches files side by side, under a progress bar."""
+    """Fetches files in parallel, under a progress bar."""
     stopped = threading.Event()
     with transfer_bar(console) as bar, ThreadPoolExecutor(AT_ONCE) as pool:
         task = bar.add_task(experiment.name, total=sum(sizes.values()))
@@ -191,7 +192,7 @@ def _fetch_all(
             bar.advance(task, size)
 
         begun.mkdir(exist_ok=True)
-        if COPY in targets:  # before the trials' files, so that those it knows as ended have all of theirs
+        if COPY in targets:  # before the trials' files, so that every trial that it has as ended is complete
             _fetch_study(experiment, targets[COPY])
             arrived(sizes[COPY])
         fetches = []
@@ -209,7 +210,7 @@ def _fetch_all(
 
 
 def _fetch_file(experiment: Experiment, path: str, target: Path, begun: Path, arrived: Callable[[int], None]) -> None:
-    """Copies a file until the copy is what lies there, by size and time; one that is gone by then goes here too."""
+    """Copies a file until the copy has its size and time. A file that is gone by then is deleted here too."""
     arrived(target.stat().st_size if target.exists() else 0)
     while (info := experiment.info(path)).is_file:
         written = info.mtime_ns or 0
@@ -235,12 +236,12 @@ def _fetch_file(experiment: Experiment, path: str, target: Path, begun: Path, ar
 
 
 def beginning(begun: Path, info: pyarrow.fs.FileInfo) -> Path:
-    """Where what has come of this version of a file lies until all has."""
+    """The path of this version of a file until it has arrived completely."""
     return begun / hashlib.sha256(f"{info.path} {info.size} {info.mtime_ns}".encode()).hexdigest()
 
 
 def _fetch_study(experiment: Experiment, target: Path) -> None:
-    """Copies an SQLite study as it is between two writes of the search that may be at it."""
+    """Copies a SQLite study. The copy is consistent, even while a search writes."""
     if experiment.is_local:
         target.unlink(missing_ok=True)
         with closing(sqlite3.connect(Path(experiment.uri, COPY))) as live, closing(sqlite3.connect(target)) as copy:
@@ -250,7 +251,7 @@ def _fetch_study(experiment: Experiment, target: Path) -> None:
 
 
 def transfer_bar(console: Console) -> Progress:
-    """A progress bar for bytes, for as long as its context lasts; none where nobody looks."""
+    """A progress bar for bytes, shown while its context is open. It is not shown without a terminal."""
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)

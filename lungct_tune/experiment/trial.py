@@ -1,6 +1,6 @@
-"""A trial as it travels: the order that workers train by, what they report of it, and the record that remains.
+"""The data of a trial: the order that workers get, the report that they return, and the record in the study.
 
-Plain dataclasses: worker processes import this, and the study, Ray and the report share it.
+These are plain dataclasses, because worker processes import this module. The study, Ray and the report share it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BASELINE = 0
 
 
 class Outcome(Enum):
-    """What became of a trial. The values are what tables and figures call it, and what the study keeps."""
+    """The outcome of a trial. Tables, figures and the study use the values."""
 
     RUNNING = "running"
     COMPLETED = "completed"
@@ -27,19 +27,19 @@ class Outcome(Enum):
     DIVERGED = "diverged"
     FAILED = "failed"
     REFUSED = "refused"
-    """Of reports only: a node cannot use the search's storage. The trial stays as it is, and the search ends."""
+    """Only in reports: a node cannot use the search's storage. The trial keeps its state, and the search ends."""
 
 
 @dataclass(frozen=True)
 class TrialOrder:
-    """What to train: all that a trial's figures follow from, beside the data."""
+    """What to train. A trial's figures depend on this and on the data."""
 
     number: int
     seed: int
     hyperparameters: Hyperparameters
 
     def as_dict(self) -> dict[str, Any]:
-        """As Ray Tune's configuration of a trial and the states on storage have it."""
+        """The form of it in Ray Tune's configuration of a trial and in the states on storage."""
         return {"number": self.number, "seed": self.seed, "configuration": self.hyperparameters.as_dict()}
 
     @classmethod
@@ -49,94 +49,94 @@ class TrialOrder:
 
 @dataclass(frozen=True)
 class EpochFigures:
-    """What a trial has shown after an epoch: means over its folds, where it has several."""
+    """The figures of a trial after an epoch. With several folds they are means over the folds."""
 
     epoch: int
     """From 1."""
     balanced_accuracy: float
     accuracy: float
     log_loss: float
-    """Negative log-likelihood, every class weighted alike."""
+    """Negative log-likelihood, with equal weight for every class."""
     train_loss: float
     train_s: float
     valid_s: float
     at: float | None = None
-    """When it ended, in seconds since 1970."""
+    """The time when it ended, in seconds since 1970."""
     slot: int | None = None
-    """Which slot ran it; None where it was run before an interruption and reported after it."""
+    """The slot that ran it; None where it was run before an interruption and reported after it."""
     balanced_accuracy_sd: float | None = None
     """Standard deviation over the folds (n - 1)."""
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Larger is better: by balanced accuracy, ties by the lower negative log-likelihood."""
+        """Larger is better: the higher balanced accuracy, then the lower negative log-likelihood."""
         return self.balanced_accuracy, -self.log_loss
 
     @property
     def seconds(self) -> float:
-        """In training and validation."""
+        """Seconds of training and validation."""
         return self.train_s + self.valid_s
 
     def as_dict(self) -> dict[str, Any]:
-        """As the study and the states on storage keep it: what is not known is left out."""
+        """The form of it in the study and in the states on storage, without the fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def best_epoch(epochs: Iterable[EpochFigures]) -> EpochFigures | None:
-    """The epoch that ranks highest, the first of equals; None where there is none."""
+    """The epoch that ranks highest, the first of equals; None if there are no epochs."""
     return max(epochs, key=lambda figures: figures.rank, default=None)
 
 
 @dataclass(frozen=True)
 class EpochCost:
-    """What an epoch took beside its seconds, on the first worker."""
+    """The cost of an epoch in addition to its seconds, as the first worker measures it."""
 
     images: int
-    """Trained on, by all workers."""
+    """Training images of all workers."""
     checkpoint_bytes: int
     checkpoint_s: float
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """A slot's answer to an order: where the trial stands."""
+    """A slot's answer to an order: the state of the trial."""
 
     outcome: Outcome
     epochs: tuple[EpochFigures, ...] = ()
-    """Those that this slot has not reported before, oldest first: the new one, and after an interruption those before
-    it."""
+    """The epochs that this slot has not reported yet, oldest first: the new one, and after an interruption those
+    before it."""
     cost: EpochCost | None = None
-    """Of the new epoch; None where none was trained."""
+    """Of the new epoch; None if none was trained."""
     reason: str = ""
-    """Of an outcome that is none to wish for."""
+    """Why the trial diverged, failed or was refused."""
 
     @property
     def is_last(self) -> bool:
-        """Whether the trial has ended with it."""
+        """Whether the trial has ended with this report."""
         return self.outcome not in (Outcome.RUNNING, Outcome.REFUSED)
 
     def of_slot(self, slot: int) -> EpochReport:
-        """The same, its new epoch noted as run by a slot."""
+        """The same report, with the slot that ran its new epoch."""
         *before, last = self.epochs or (None,)
         return self if last is None else replace(self, epochs=(*before, replace(last, slot=slot)))
 
     def __str__(self) -> str:
-        """What Ray Tune's own log files show of it."""
+        """The text in Ray Tune's own log files."""
         return self.outcome.value
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What the study has of a trial that has begun."""
+    """The study's record of a trial that has started."""
 
     number: int
     hyperparameters: Hyperparameters
     history: tuple[EpochFigures, ...] = ()
     outcome: Outcome = Outcome.RUNNING
     ended: str = Outcome.RUNNING.value
-    """How it ended and why, in words: "stopped early after epoch 3"."""
+    """How it ended and why, as text: "stopped early after epoch 3"."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Versions, workers and resources that it was trained with."""
+    """The versions, workers and resources that it was trained with."""
     started: datetime | None = None
     completed: datetime | None = None
 
@@ -146,16 +146,16 @@ class TrialRecord:
 
     @cached_property
     def best(self) -> EpochFigures | None:
-        """Its best epoch; None where no epoch ended."""
+        """Its best epoch; None if no epoch has ended."""
         return best_epoch(self.history)
 
     @property
     def seconds(self) -> float:
-        """In training and validation."""
+        """Seconds of training and validation."""
         return sum(figures.seconds for figures in self.history)
 
     def row(self) -> dict[str, Any]:
-        """A line of trials.csv: how it ended, hyperparameters, the best epoch's figures, seconds."""
+        """Its row of trials.csv: how it ended, hyperparameters, the best epoch's figures, seconds."""
         best = {} if self.best is None else self.best.as_dict()
         kept = ("epoch", "balanced_accuracy", "accuracy", "log_loss")
         spread = ("balanced_accuracy_sd",) if "balanced_accuracy_sd" in best else ()
@@ -175,15 +175,15 @@ STATES = {
     Outcome.DIVERGED: "COMPLETE",
     Outcome.FAILED: "FAIL",
 }
-"""Optuna's state of a trial by its outcome. One that diverged is complete with the worst score, so that TPE learns from
-it to stay away; of those that fail TPE learns nothing."""
+"""Optuna's state of a trial by its outcome. A trial that diverged is complete with the lowest score, so that TPE avoids
+such configurations. TPE ignores trials that failed."""
 
 
 def best_trial(trials: Iterable[TrialRecord]) -> TrialRecord | None:
-    """Of the trials that ran to their end without diverging, the one with the best epoch; the first of equals.
+    """The completed trial with the best epoch, the first of equals; None if no trial has completed.
 
-    One that was stopped early may have shown a better epoch, but in the middle of its schedule, at a high learning
-    rate, where neighbouring epochs differ by luck.
+    A trial that was stopped early does not count, even if one of its epochs was better. It ended at a high learning
+    rate, in the middle of its schedule, where differences between neighbouring epochs are chance.
     """
     completed = [(trial.best.rank, trial) for trial in trials if trial.outcome is Outcome.COMPLETED and trial.best]
     return max(completed, key=lambda pair: pair[0], default=(None, None))[1]

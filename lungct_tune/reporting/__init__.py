@@ -1,1 +1,1 @@
-"""Figures into words, pages and terminal output: what a person reads."""
+"""Turns figures into text, HTML pages and terminal output."""

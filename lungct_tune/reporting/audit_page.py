@@ -13,7 +13,7 @@ PAIRS_SHOWN = 60
 
 
 def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
-    """The audit as HTML, with pairs of copies as thumbnails, worst first.
+    """Makes the audit's HTML page, with pairs of copies as thumbnails, the worst first.
 
     Args:
         root: the folder of the images.
@@ -22,7 +22,7 @@ def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
         "name": f"Audit of {root.name}",
         "kind": "audit",
         "warnings": [],
-        "sections": [("verdict", "verdict"), ("there", "what is there"), ("found", "what was found")],
+        "sections": [("verdict", "verdict"), ("there", "the images"), ("found", "findings")],
         "audit": audit,
         "pairs": (pairs := pairs_of_copies(audit, root, PAIRS_SHOWN)),
         "shows_images": bool(pairs),

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: the data and their split, the plan, and how it ended."""
+"""Prints to the terminal: the data and their split, the plan, the outcome of a search, a bundle, an audit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lungct_tune.training.objective import OBJECTIVE, judged
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
-    """The split by class, and what was left out and why."""
+    """Prints the split by class, and the files that were left out and why."""
     table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
     table.add_column("class")
     for name in SPLITS:
@@ -50,7 +50,7 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
 
 
 def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console) -> None:
-    """What the audit found, in its own words, and how to see all of it; nothing where it found nothing."""
+    """Prints the audit's verdict and the command that shows all of it; nothing if the images are clean."""
     verdict = audit["verdict"]
     if verdict["level"] == "clean":
         return
@@ -63,7 +63,7 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
 
 
 def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
-    """What is about to happen, and where to watch it."""
+    """Prints what the search will do, and where to watch it."""
     settings = plan.settings
     console.print(
         f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
@@ -81,19 +81,19 @@ def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> No
 
 
 def print_space(space: SearchSpace, console: Console) -> None:
-    """The fixed trials, and what Optuna may vary."""
-    console.print("\nfixed trials, before Optuna chooses any:")
+    """Prints the fixed trials, and the parameters that Optuna varies."""
+    console.print("\nfixed trials, which run first:")
     for configuration in space.fixed_trials:
         console.print(f"  {configuration}", soft_wrap=True)
-    console.print("varied:")
+    console.print("Optuna varies:")
     for name, distribution in space.distributions.items():
         console.print(f"  {name}: {in_range(distribution)}", soft_wrap=True)
     for name, value in space.constants.items():
-        console.print(f"  {name}: {value} in every other trial")
+        console.print(f"  {name}: {value} in all other trials")
 
 
 def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
-    """The published configuration against the best found, the test accuracy, and where the bundle is."""
+    """Prints the published configuration beside the best found, the test accuracy, and where the bundle is."""
     columns = {
         "trial": ("trial", "d"),
         "depth": ("truncation_depth", "d"),
@@ -123,11 +123,11 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
             soft_wrap=True,
         )
     _print_worth(metrics, console)
-    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (begin with its report.html)", soft_wrap=True, markup=False)
+    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
 
 
 def print_bundle(folder: Path, console: Console) -> None:
-    """What a bundle holds, what it is worth, and how to use it."""
+    """Prints the content of a bundle, its accuracy, and how to use it."""
     config, metrics = json.loads((folder / CONFIG).read_text()), read_metrics((folder / METRICS).read_bytes())
     best = metrics.best_trial
     configuration = Hyperparameters(**config["training"]["configuration"])
@@ -136,8 +136,8 @@ def print_bundle(folder: Path, console: Console) -> None:
         console.print(
             f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
             f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} "
-            f"{judged(config['settings'].get('folds'))}. It has not been judged on the test split. Pull again when the "
-            "search has ended.",
+            f"{judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. Pull again when "
+            "the search has ended.",
             soft_wrap=True,
         )
     _print_worth(metrics, console)
@@ -152,7 +152,7 @@ def print_bundle(folder: Path, console: Console) -> None:
 
 
 def print_figures(test: TestMetrics, console: Console, title: str = "test accuracy") -> None:
-    """What a model scores on images that it had not seen, beside what scores there without it."""
+    """Prints a model's figures on images that it was not trained on, and the references on the same images."""
     console.print(
         f"[bold]{title} {in_words(test.accuracy)}[/], {test.n} images in {test.groups} groups; "
         f"balanced accuracy {in_words(test.balanced_accuracy)}",
@@ -173,7 +173,7 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
 
 
 def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console) -> None:
-    """What `evaluate` found: the images that were evaluated, those that were not, and the figures."""
+    """Prints the result of `evaluate`: the images that were evaluated or left out, and the figures."""
     counts = ", ".join(f"{name} {figures.n}" for name, figures in metrics.test.per_class.items())
     console.print(f"evaluated: {counts}", soft_wrap=True)
     if others := metrics.left_out.other:
@@ -181,8 +181,8 @@ def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console)
     _print_left_out(images, console)
     if metrics.learned_from.total:
         console.print(
-            f"the model has learned from {metrics.learned_from.same_file} of these files, and from images that look "
-            f"like {metrics.learned_from.looks_alike} more: the accuracy is too high",
+            f"the model was trained on {metrics.learned_from.same_file} of these files, and on images that look like "
+            f"{metrics.learned_from.looks_alike} more: the accuracy is too high",
             style="bold yellow",
             soft_wrap=True,
         )
@@ -200,7 +200,7 @@ STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
 
 
 def print_audit(audit: Mapping[str, Any], console: Console) -> None:
-    """The verdict first, then the figures that it rests on."""
+    """Prints an audit: its verdict, then the figures that the verdict is based on."""
     verdict, copies, groups, shortcuts = (audit[name] for name in ("verdict", "copies", "groups", "shortcuts"))
 
     def say(text: str, style: str | None = None) -> None:
@@ -247,7 +247,7 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
 
     if shortcuts["rules"]:
         chance = shortcuts["chance"]
-        title = "\nshortcuts: rules that see nothing but this, in grouped cross-validation"
+        title = "\nshortcuts: rules that see only this property, in grouped cross-validation"
         table = _table(title, "", *(rule["rule"] for rule in shortcuts["rules"]), "chance")
         figures = [rule["balanced_accuracy"] for rule in shortcuts["rules"]]
         table.add_row("balanced accuracy", *(f"{x:.2f}" for x in (*figures, chance["balanced_accuracy"])))

@@ -1,4 +1,4 @@
-"""The page on images from elsewhere that a bundle's model was evaluated on."""
+"""The page on external images that a bundle's model was evaluated on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def evaluation_page(
     network: Network,
     command: str,
 ) -> bytes:
-    """report.html of images from elsewhere that a bundle's model was evaluated on.
+    """Makes the report.html of `lungct_tune.evaluate`.
 
     Args:
         searched: the search that made the model.
-        command: what was typed.
+        command: the command line.
     """
     test = metrics.test
     shown = {
@@ -46,7 +46,7 @@ def evaluation_page(
 
 
 def external_verdict(metrics: EvaluationMetrics, searched: str) -> list[tuple[str, str]]:
-    """What was asked of a bundle's model on images from elsewhere, what was found, and what it is worth.
+    """The question, the result and the conclusion of an evaluation, each with its title.
 
     Args:
         searched: the search that made the model.
@@ -54,20 +54,20 @@ def external_verdict(metrics: EvaluationMetrics, searched: str) -> list[tuple[st
     test, (*classes, last) = metrics.test, metrics.test.per_class
     ((_, majority),) = references(test)
     asked = (
-        f"How well does the model of {searched} tell {', '.join(classes)} and {last} apart in images from elsewhere?"
+        f"How well does the model of {searched} tell {', '.join(classes)} and {last} apart in these external images?"
     )
     found = (
         f"Accuracy {figure(test.accuracy)} on {test.n} images in {test.groups} groups; balanced accuracy "
         f"{figure(test.balanced_accuracy)}. Always predicting the largest class has an accuracy of "
         f"{percent(majority.accuracy.value)}."
     )
-    return [("Asked", asked), ("Found", found), ("Worth", _worth(metrics))]
+    return [("Question", asked), ("Result", found), ("Conclusion", _worth(metrics))]
 
 
 def left_out(metrics: EvaluationMetrics) -> list[str]:
     """Which images could not be evaluated, a sentence for each reason."""
     reasons = {
-        "are mapped to other, a class that the model does not know": metrics.left_out.other,
+        "are mapped to other, which is not a class of the model": metrics.left_out.other,
         "could not be read": metrics.left_out.unreadable,
         "are in the folders of several classes": metrics.left_out.under_several_classes,
     }
@@ -78,13 +78,13 @@ def _worth(metrics: EvaluationMetrics) -> str:
     test, learned = metrics.test, metrics.learned_from.total
     new = test.without_overlap or test
     if not new.n:
-        return "Nothing: the model has learned from all of these images, or from images that look like them."
+        return "None: the model was trained on all of these images, or on images that look like them."
     overlap = (
-        f"The model has learned from {learned} of the {test.n} images, or from images that look like them. On the "
+        f"The model was trained on {learned} of the {test.n} images, or on images that look like them. On the "
         f"{new.n} others its accuracy is {figure(new.accuracy)}. "
         if learned
         else ""
     )
     if not is_above(new.accuracy, new.references["majority class"].accuracy):
-        return f"{overlap}The model is not shown to beat always predicting the largest class."
-    return f"{overlap}It holds for images like these, of patients like these. It says nothing about others."
+        return f"{overlap}The model is not shown to be better than always predicting the largest class."
+    return f"{overlap}This accuracy holds for images and patients like these. It says nothing about others."

@@ -1,4 +1,4 @@
-"""Figures, intervals and names as people read them."""
+"""Formats figures, intervals and names as text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 
 SAME_GROUP = "an image of the same group (a copy, or of the same series or patient)"
-"""What is in train or validation where there is group overlap."""
+"""The image in train or validation that makes a group overlap."""
 
 
 def percent(share: float | None) -> str:
-    """A share in percent, with a space that no line breaks at."""
+    """A share in percent, with a no-break space."""
     return "not defined" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
@@ -33,12 +33,12 @@ def in_words(f: Figure, style: str = ".3f") -> str:
 
 
 def is_above(f: Figure, other: Figure) -> bool:
-    """Whether the lower end of a figure's interval is above another figure; not if either is missing."""
+    """Whether the lower end of a figure's interval is above another figure; false if either is missing."""
     return f.ci95 is not None and other.value is not None and f.ci95[0] > other.value
 
 
 def endings(found: SearchResults) -> str:
-    """How many trials ended how, in words."""
+    """The number of trials by outcome, as text."""
     return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"
 
 
@@ -52,5 +52,5 @@ _NAMES = {
 
 
 def parameter_name(name: str) -> str:
-    """A parameter as people call it."""
+    """A parameter's name for charts."""
     return _NAMES.get(name, name.replace("_", " "))

@@ -1,4 +1,4 @@
-"""Templates and pictures into pages that need no network, and no other file."""
+"""Renders templates and pictures as pages that need no network and no other file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lungct_tune.reporting.format import figure, interval, percent
 from lungct_tune.reporting.output_file import GENERATOR
 
 THUMBNAIL = 192
-"""Of a copy's picture the longer side, in pixels."""
+"""The longer side of a copy's picture, in pixels."""
 
 
 def render(template: str, shown: Mapping[str, Any]) -> bytes:
-    """A page from one of the package's templates: HTML, or Markdown."""
+    """Renders one of the package's templates, HTML or Markdown."""
     is_html = template.endswith(".html")
     environment = Environment(
         loader=PackageLoader("lungct_tune.reporting"),
-        # names of files and classes are the users'; in Markdown only < could begin something
+        # users choose the names of files and classes; in Markdown only < could start markup
         autoescape=is_html,
         finalize=None if is_html else lambda value: value.replace("<", "&lt;") if isinstance(value, str) else value,
         undefined=StrictUndefined,
@@ -47,7 +47,7 @@ def render(template: str, shown: Mapping[str, Any]) -> bytes:
 
 
 def data_uri(image: Image.Image, quality: int) -> str:
-    """An image for a page: WebP, as a data: URI."""
+    """Encodes an image for a page: WebP, as a data: URI."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -71,7 +71,7 @@ def pairs_of_copies(audit: Mapping[str, Any], root: Path, most: int) -> list[dic
 
 
 def _thumbnail(path: Path) -> str:
-    """The picture of a file; "" if it is gone, as the audit asks of one of two that contradict each other."""
+    """The picture of a file; "" if the file is gone. The audit advises to delete one of two contradicting files."""
     if not path.is_file():
         return ""
     with warnings.catch_warnings(), Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what a model may be used for and what not, with the figures of its search."""
+"""Makes MODEL_CARD.md: the intended use of a model, its limits, and the figures of its search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lungct_tune.reporting.test_section import about_calibration, references
 
 
 def model_card(name: str, found: SearchResults) -> bytes:
-    """MODEL_CARD.md of a search that has ended.
+    """Makes MODEL_CARD.md of a search that has ended.
 
     After Mitchell et al. (FAccT 2019) and the CLAIM checklist (Tejani et al., Radiology: Artificial Intelligence 2024).
     """

@@ -1,4 +1,4 @@
-"""Builds the report's page and the model card: findings, charts and pictures into the templates."""
+"""Makes the report's page from findings, charts and pictures."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from lungct_tune.reporting.test_section import Network, Pictures, compared_accur
 from lungct_tune.reporting.winner_section import winner_section
 
 PAIRS_SHOWN = 6
-"""Of the pairs of copies that the audit found; its own page shows more."""
+"""Pairs of copies in the report; the audit's own page shows more."""
 
 
 def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
-    """report.html: one file without links to others.
+    """Makes report.html, one file without links to others.
 
     Args:
-        name: the experiment's.
+        name: the experiment's name.
     """
     test = found.test
     sections = ["verdict", "data", "search", *(["winner"] if found.winner else [])]
@@ -81,13 +81,13 @@ def _pairs(found: SearchResults, pictures: Pictures) -> list[dict[str, Any]]:
 
 
 def command(settings: Mapping[str, Any]) -> str:
-    """What to type to run the same search again."""
+    """The command that runs the same search again."""
     names = [name for name in Settings.model_fields if name not in ("name", "storage", "study")]
     return shlex.join(["python", "-m", "lungct_tune.search", *flags(settings, names)])
 
 
 def facts(found: SearchResults) -> list[tuple[str, str]]:
-    """What the figures rest on: data, seed, machines, time."""
+    """The facts that the figures depend on: data, seed, machines, time."""
     epochs = sum(len(trial.history) for trial in found.trials)
     training_s = sum(trial.seconds for trial in found.trials)
     size = found.settings["image_size"]
@@ -95,7 +95,7 @@ def facts(found: SearchResults) -> list[tuple[str, str]]:
         ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
         ("fingerprint of the data", found.settings["fingerprint"]),
         ("images", f"{size} x {size} pixels, 8-bit grey"),
-        ("weights to begin with", str(found.settings["weights"])),
+        ("pretrained weights", str(found.settings["weights"])),
         ("seed", str(found.settings["seed"])),
         ("hardware", found.study.get("cluster", "not noted")),
         ("trials", f"{found.done}, of {epochs} epochs in all"),

@@ -1,7 +1,7 @@
-"""The report's charts: still pictures that follow the page's colours, in the light, in the dark and on paper.
+"""The report's charts of a search: static pictures with the page's colours, in light and dark mode and in print.
 
-Optuna's own plots say the same things, but bring 5 MB of JavaScript or a grey background of their own, and are of
-little use on a phone or in print; what they compute is taken from Optuna.
+Optuna's own plots show the same data. But they need 5 MB of JavaScript or have a grey background, and are hard to read
+on a phone or in print. Values that Optuna computes are taken from Optuna.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _MARKS = {
 
 @styled
 def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Markup:
-    """Each trial's best epoch, and the best of those that completed so far.
+    """Each trial's best epoch, and the best completed trial so far.
 
     Args:
-        judged: on what, in words ("on validation").
+        judged: how trials are evaluated, as text ("on validation").
     """
     chart = Chart(4.9, 3.0)
     axes = chart.axes
@@ -66,12 +66,12 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     in_percent(axes.yaxis)
     axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handletextpad=0.1, columnspacing=1)
-    return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials {judged}, in the order they began")
+    return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials {judged}, in the order of their start")
 
 
 @styled
 def curves(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Markup:
-    """Every trial's objective by epoch; where a curve ends early, the trial was stopped."""
+    """Every trial's objective by epoch. A curve that ends early is of a trial that was stopped."""
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     for trial in sorted(trials, key=lambda trial: _colour(trial.number, winner) != OTHER):
@@ -93,7 +93,7 @@ def curves(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Ma
 
 @styled
 def importances(importance: Mapping[str, float]) -> Markup:
-    """How much of the differences between trials each parameter explains, the greatest on top."""
+    """The share of the differences between trials that each parameter explains, the greatest on top."""
     chart = Chart(4.9, 0.6 + 0.3 * len(importance))
     axes = chart.axes
     names = [parameter_name(name) for name in importance]
@@ -102,15 +102,15 @@ def importances(importance: Mapping[str, float]) -> Markup:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", labelcolor=INK)
     in_percent(axes.xaxis)
-    said = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, importance.values(), strict=True))
-    return chart.svg(f"Importance of the parameters: {said}")
+    values = ", ".join(f"{name} {share:.2f}" for name, share in zip(names, importance.values(), strict=True))
+    return chart.svg(f"Importance of the parameters: {values}")
 
 
 @styled
 def slice_of(
     trials: Sequence[TrialRecord], name: str, distribution: BaseDistribution, winner: int | None, *, epochs: int
 ) -> Markup:
-    """One parameter against the objective; paler points are of trials that ran for fewer epochs."""
+    """The objective against one parameter. Paler points are trials with fewer epochs."""
     chart = Chart(2.3, 1.9)
     axes = chart.axes
     for trial, score in sorted(_with_scores(trials), key=lambda pair: _colour(pair[0].number, winner) != OTHER):
@@ -131,14 +131,14 @@ def slice_of(
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(parameter_name(name), color=INK, loc="left")
     in_percent(axes.yaxis)
-    return chart.svg(f"{parameter_name(name)} against {OBJECTIVE_NAME}, a point a trial")
+    return chart.svg(f"{OBJECTIVE_NAME} against {parameter_name(name)}, a point for each trial")
 
 
 @styled
 def parallel(
     trials: Sequence[TrialRecord], distributions: Mapping[str, BaseDistribution], winner: int | None
 ) -> Markup:
-    """A line a trial through its parameters to its objective; the better, the darker."""
+    """A line for each trial, through its parameters to its objective. Better trials are darker."""
     chart = Chart(WIDE, 3.6)
     axes = chart.axes
     seen = sorted(_with_scores(trials), key=lambda pair: pair[1])
@@ -172,7 +172,7 @@ def parallel(
 
 
 class _Scale:
-    """An axis of the parallel coordinates: 0 to 1 over the values seen, by the distribution's own scale."""
+    """An axis of the parallel coordinates: 0 to 1 over the trials' values, on the distribution's own scale."""
 
     def __init__(self, values: Sequence[float], distribution: BaseDistribution | None) -> None:
         self._log = bool(getattr(distribution, "log", False))
@@ -190,7 +190,7 @@ class _Scale:
 
 @styled
 def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None:
-    """Which slot was in an epoch of which trial when; None where the study does not know."""
+    """When each slot was inside an epoch of which trial; None if the study has no such data."""
     ran = [(trial, epoch) for trial in trials for epoch in trial.history if epoch.at and epoch.slot is not None]
     if not ran:
         return None
@@ -257,7 +257,7 @@ def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
 
 
 def _with_scores(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float]]:
-    """The trials of which an epoch has ended, each with its best balanced accuracy."""
+    """The trials with at least one finished epoch, each with its best balanced accuracy."""
     return [(trial, trial.best.balanced_accuracy) for trial in trials if trial.best]
 
 

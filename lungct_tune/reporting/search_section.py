@@ -1,4 +1,4 @@
-"""The search, as the report shows it: what a sceptical reader asks, charts, and every trial."""
+"""The report's section on the search: answers to a sceptical reader's questions, charts, and every trial."""
 
 from __future__ import annotations
 
@@ -18,59 +18,62 @@ from lungct_tune.reporting.format import SAME_GROUP, endings, percent
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 
 EDGE = 0.02
-"""A value within this share of a range from its end counts as lying at the edge of the space."""
+"""A value counts as at the edge of the space if its distance from an end is at most this share of the range."""
 
 
 LATE = 0.1
-"""A best epoch within this share of the epochs from the last counts as still improving."""
+"""A trial counts as still improving if its best epoch is in this last share of its epochs."""
 
 
 def about_the_search(found: SearchResults) -> list[str]:
-    """What a sceptical reader asks of a search, a sentence or two each."""
-    judged_on = {name: n for name, n in found.searched_on.items() if n}
-    smallest, n = min(judged_on.items(), key=lambda pair: pair[1])
-    without = [name for name in found.classes if name not in judged_on]
+    """Answers to a sceptical reader's questions about a search, a few sentences each."""
+    images = {name: n for name, n in found.searched_on.items() if n}
+    smallest, n = min(images.items(), key=lambda pair: pair[1])
+    without = [name for name in found.classes if name not in images]
     seen = f", but of {found.seen} test images {SAME_GROUP}" if found.seen else ""
-    said = [
-        "The rule that chose the winner was fixed before the search began: of the trials that ran to their end "
-        f"without diverging, the one with the highest {OBJECTIVE_NAME} {found.judged} at its best epoch; of equals, "
-        f"the one with the lower log loss. No trial was shown a test image{seen}.",
+    sentences = [
+        "The rule that chose the winner was fixed before the search began. The winner is the trial with the highest "
+        f"{OBJECTIVE_NAME} {found.judged} at its best epoch, among the trials that ran to their end without diverging. "
+        f"Of equals it is the one with the lower log loss. No trial was shown a test image{seen}.",
         f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}.",
-        f"Trials were judged {found.judged}: on {sum(judged_on.values())} images, the fewest, {n}, of {smallest}. One "
-        f"of these changes the {OBJECTIVE_NAME} by {100 / (len(judged_on) * n):.1f} points; smaller differences "
-        "between trials say nothing." + (f" There was none of {' and '.join(without)}." if without else ""),
+        f"Trials were evaluated {found.judged}, on {sum(images.values())} images. The smallest class, {smallest}, has "
+        f"{n} of them: one image of it changes the {OBJECTIVE_NAME} by {100 / (len(images) * n):.1f} points. Smaller "
+        "differences between trials mean nothing."
+        + (f" There was no image of {' and '.join(without)}." if without else ""),
     ]
     if found.winner is None or (best := found.winner.best) is None:
-        return said
+        return sentences
     if spread := best.balanced_accuracy_sd:
-        said.append(f"Over the folds, the winner's {OBJECTIVE_NAME} has a standard deviation of {percent(spread)}.")
-    said += [_edges(found, found.winner), _improving(found, best)]
+        sentences.append(
+            f"Over the folds, the winner's {OBJECTIVE_NAME} has a standard deviation of {percent(spread)}."
+        )
+    sentences += [_edges(found, found.winner), _improving(found, best)]
     if found.winner.number == BASELINE:
-        said.append(
+        sentences.append(
             "The winner is the published configuration: "
-            + ("nothing else was tried." if found.done == 1 else "nothing else that was tried did better.")
+            + ("no other was tried." if found.done == 1 else "no other trial was better.")
         )
     elif found.baseline is not None:
         gain = best.balanced_accuracy - found.baseline_score
-        said.append(
+        sentences.append(
             f"{found.judged.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the "
-            f"published configuration: as the best of {found.done} trials, which flatters it."
+            f"published configuration. This gain is too high, because the winner is the best of {found.done} trials."
         )
     if seeds := found.seeds:
-        said.append(
-            f"Trained anew with {len(seeds[OBJECTIVE])} other seeds, the winner reached {percent(seeds['mean'])} on "
+        sentences.append(
+            f"Trained again with {len(seeds[OBJECTIVE])} other seeds, the winner reached {percent(seeds['mean'])} on "
             f"average, with a standard deviation of {100 * seeds['sd']:.1f} points"
             + ("." if found.baseline is None else f": {_seeds_against_the_published(found, seeds)}.")
         )
-    return said
+    return sentences
 
 
 def _seeds_against_the_published(found: SearchResults, seeds: Mapping[str, Any]) -> str:
     assert found.baseline is not None and found.winner is not None
-    gain = f"{100 * (seeds['mean'] - found.baseline_score):+.1f} points against"
+    gain = f"{100 * (seeds['mean'] - found.baseline_score):+.1f} points compared with"
     if found.winner.number == BASELINE:
         return f"{gain} its own training in the search"
-    return f"{gain} the published configuration's one training, without the luck of being chosen"
+    return f"{gain} the published configuration's one training, and not too high from the choice of a winner"
 
 
 def _edges(found: SearchResults, winner: TrialRecord) -> str:
@@ -81,12 +84,12 @@ def _edges(found: SearchResults, winner: TrialRecord) -> str:
         if (where := edge(value, distribution))
     ]
     if not at:
-        return "The winner lies inside the space, at none of its edges."
-    return f"The winner lies at an edge of the space: {'; '.join(at)}. What lies beyond has not been tried."
+        return "The winner is inside the search space, at none of its edges."
+    return f"The winner is at an edge of the search space: {'; '.join(at)}. Values beyond it have not been tried."
 
 
 def edge(value: float, distribution: BaseDistribution) -> str:
-    """Where a value lies in a range: "the lower end", "the upper end", "outside", or "" where it is well inside."""
+    """Where a value is in a range: "the lower end", "the upper end", "outside", or "" if it is well inside."""
     low, high, logarithmic = bounds(distribution)
     if not low <= value <= high:
         return "outside"
@@ -97,7 +100,7 @@ def edge(value: float, distribution: BaseDistribution) -> str:
 
 
 def _improving(found: SearchResults, best: EpochFigures) -> str:
-    """Whether the winner, and others, had their best epoch at the end."""
+    """Says whether the winner, and how many others, had their best epoch at the end."""
     epochs = found.settings["epochs"]
 
     def is_late(figures: EpochFigures) -> bool:
@@ -108,8 +111,8 @@ def _improving(found: SearchResults, best: EpochFigures) -> str:
     if is_late(best):
         about = f"The winner was still improving when it ended (best at epoch {best.epoch} of {epochs})"
     else:
-        about = f"The winner was best at epoch {best.epoch} of {epochs}, and not improving any more when it ended"
-    return f"{about}; {late} of {found.completed} trials that ran to their end were best in their last tenth."
+        about = f"The winner was best at epoch {best.epoch} of {epochs}, and was not improving any more when it ended"
+    return f"{about}. Of {found.completed} trials that ran to their end, {late} were best in their last tenth."
 
 
 TRIAL_COLUMNS = (
@@ -119,7 +122,7 @@ TRIAL_COLUMNS = (
 
 
 def trial_rows(found: SearchResults) -> list[list[str | int]]:
-    """Every trial that began, as text under `TRIAL_COLUMNS`."""
+    """A row for every trial that has started, with the columns `TRIAL_COLUMNS`."""
     rows: list[list[str | int]] = []
     for trial in found.trials:
         best = trial.best
@@ -136,7 +139,7 @@ def failures(found: SearchResults) -> list[tuple[int, str]]:
 
 
 def search_charts(found: SearchResults) -> dict[str, Any] | None:
-    """The charts of a search; None before an epoch has ended."""
+    """The charts of a search; None before the first epoch has ended."""
     trials, varied = found.trials, found.space.distributions
     if not any(trial.best for trial in trials):
         return None

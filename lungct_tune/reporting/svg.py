@@ -1,4 +1,4 @@
-"""Drawing for the report: matplotlib figures as SVG that takes its colours and its font from the page around it."""
+"""Draws matplotlib figures as SVG, with the colours and the font of the HTML page around them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 
 INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER = (f"#0a0b{role:02x}" for role in range(1, 8))
 CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
-"""A colour for each role, which stands for nothing but it, and is replaced by the page's CSS variable of that name."""
+"""A placeholder colour for each role. It is replaced by the page's CSS variable for that role."""
 
 _ROLES = {INK: "ink", SOFT: "soft", GRID: "line", WINNER: "winner", PUBLISHED: "published", BAD: "bad", OTHER: "other"}
 _ROLES |= {colour: f"class{c}" for c, colour in enumerate(CLASSES)}
@@ -47,14 +47,14 @@ _STYLE: Any = {
 }
 
 styled = matplotlib.rc_context(_STYLE)
-"""Decorates whatever draws."""
+"""A decorator for functions that draw."""
 
 WIDE = 9.6
-"""Inches of a chart as wide as the page; the others are drawn for half of it, or a phone."""
+"""Inches of a chart as wide as the page. The other charts take half of that, or the width of a phone."""
 
 
 class Chart:
-    """A figure in the page's colours; `svg` is what goes into the page."""
+    """A figure in the page's colours; `svg` returns it for the page."""
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = Figure(figsize=(width, height), layout="constrained")
@@ -62,7 +62,7 @@ class Chart:
         self.tips: dict[str, str] = {}
 
     def tip(self, text: str) -> str:
-        """A gid for an artist; the text shows when a pointer rests on it."""
+        """Returns a gid for an artist; the text is its tooltip."""
         gid = f"tip-{len(self.tips)}"
         self.tips[gid] = text
         return gid
@@ -83,7 +83,9 @@ class Chart:
             drawn = drawn.replace(colour, f"var(--{role})")
         drawn = re.sub(r' (width|height)="[\d.]+pt"', "", drawn, count=2)
         label = f'<svg role="img" aria-label="{html.escape(alt)}"'
-        return Markup(re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1)))  # of our making, and escaped
+        return Markup(
+            re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1))
+        )  # safe: matplotlib made it, and all text is escaped
 
 
 def in_percent(axis: Any) -> None:
@@ -92,5 +94,5 @@ def in_percent(axis: Any) -> None:
 
 
 def plain(name: str) -> str:
-    """A user's name for something, for matplotlib to write as it is: it takes dollars for mathematics."""
+    """Escapes a user's name for matplotlib, which reads dollar signs as mathematics."""
     return name.replace("$", r"\$")

@@ -14,7 +14,7 @@ from lungct_tune.reporting.svg import CLASSES, GRID, INK, SOFT, WINNER, Chart, i
 
 @styled
 def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
-    """Accuracies from 0 to 1, a line each.
+    """Draws accuracies from 0 to 1, one line each.
 
     Args:
         rows: name, accuracy, interval, whether it is the model's.
@@ -30,8 +30,8 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Ma
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.6, -0.8), yticks=[])
     axes.spines["left"].set_visible(False)
     in_percent(axes.xaxis)
-    said = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
-    return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {said}")
+    values = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
+    return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {values}")
 
 
 @styled
@@ -62,7 +62,7 @@ def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes
 
 
 def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
-    """Number and name of the classes that have a curve: some images are of the class, and some are not."""
+    """Index and name of each class that has a curve: some images are of the class, and some are not."""
     return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
 
 
@@ -71,7 +71,7 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
     """The reliability diagram: accuracy by confidence, before and after temperature scaling.
 
     Args:
-        curves: by name, of each bin that has images: mean confidence, accuracy, number of images.
+        curves: by name; for each bin that has images: mean confidence, accuracy, number of images.
     """
     chart = Chart(4.4, 3.6)
     axes = chart.axes

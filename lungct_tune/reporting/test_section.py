@@ -1,4 +1,4 @@
-"""The test results, as the report shows them: figures, curves and every mistake."""
+"""The report's section on the test results: figures, curves and every misclassified image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lungct_tune.reporting import test_charts
 from lungct_tune.reporting.html import data_uri
 
 MOST_SHOWN = 300
-"""Misclassified images shown with pictures, at most: 25 KB each."""
+"""The most misclassified images that are shown; each takes 25 KB."""
 
 RIGHT_SHOWN = 2
 """Correctly classified images of each class that are shown."""
@@ -42,7 +42,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Network:
-    """A bundle's model, for the maps of where it looks."""
+    """A bundle's model, for the Grad-CAM maps."""
 
     model: TruncatedResNet50
     classes: tuple[str, ...]
@@ -52,12 +52,12 @@ class Network:
 def test_section(
     test: TestMetrics, predictions: Predictions, pictures: Pictures, network: Network, seed: int, on: str
 ) -> dict[str, Any]:
-    """What judged.html shows: figures, curves, and every mistake.
+    """The values for judged.html: figures, curves, and every misclassified image.
 
     Args:
-        network: for the Grad-CAM maps; if its classes are not those of the predictions, there are none.
-        seed: of the sample of correctly classified images.
-        on: which images these are, in a sentence.
+        network: for the Grad-CAM maps. There are none if its classes are not those of the predictions.
+        seed: for the sample of correctly classified images.
+        on: a sentence that says which images these are.
     """
     curves = {"before temperature scaling": test.calibration.reliability.before}
     if test.calibration.reliability.after:
@@ -87,7 +87,7 @@ def test_section(
 
 
 def compared_accuracies(test: TestMetrics) -> list[tuple[str, float, tuple[float, float] | None, bool]]:
-    """Accuracies on the same images, the model's first: name, value, interval, whether it is the model's."""
+    """Accuracies on the same images, that of the model first: name, value, interval, whether it is the model's."""
     rows = [("this model", test.accuracy, True)]
     if clean := test.without_overlap:
         rows.append((f"this model, {clean.n} images without group overlap", clean.accuracy, True))
@@ -96,29 +96,29 @@ def compared_accuracies(test: TestMetrics) -> list[tuple[str, float, tuple[float
 
 
 def references(test: TestMetrics) -> list[tuple[str, Reference]]:
-    """What else predicts the class of the same images, by what the report calls it."""
+    """Other predictions for the same images, each with its title in the report."""
     titles = {"published": "published configuration", "shortcut": "shortcut: {}", "majority class": "always {}"}
-    there = test.references
-    return [(title.format(there[kind].name), there[kind]) for kind, title in titles.items() if kind in there]
+    by_kind = test.references
+    return [(title.format(by_kind[kind].name), by_kind[kind]) for kind, title in titles.items() if kind in by_kind]
 
 
 def about_calibration(calibration: CalibrationMetrics) -> str:
-    """How far the probabilities are off, in figures."""
+    """The calibration errors and the temperature, as text."""
 
-    def said(errors: CalibrationErrors) -> str:
+    def text(errors: CalibrationErrors) -> str:
         return f"expected calibration error {errors.ece.value:.3f}, Brier score {errors.brier.value:.3f}"
 
     if calibration.after is None or calibration.fitted_on is None:
-        return f"Without temperature scaling: {said(calibration.before)}."
+        return f"Without temperature scaling: {text(calibration.before)}."
     return (
-        f"Before temperature scaling: {said(calibration.before)}. After it: {said(calibration.after)}. The temperature "
+        f"Before temperature scaling: {text(calibration.before)}. After it: {text(calibration.after)}. The temperature "
         f"is {calibration.temperature:.2f}, fitted on {calibration.fitted_on.images} images "
         f"({calibration.fitted_on.what})."
     )
 
 
 def difference(test: TestMetrics) -> str:
-    """The paired difference to the published configuration, where it was retrained; "" where it was not."""
+    """The paired difference to the published configuration, as text; "" if that was not retrained."""
     published = test.references.get("published")
     if published is None or published.difference.value is None:
         return ""
@@ -132,7 +132,7 @@ def difference(test: TestMetrics) -> str:
 
 
 def find_pictures(found: SearchResults, data: str | Path | None) -> Pictures:
-    """The images of a search, from `data` or where the search had them; why not, if they are not there."""
+    """Reads the images of a search, from `data` or from the search's own path; if it cannot, says why."""
     settings = found.settings
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:
@@ -143,14 +143,14 @@ def find_pictures(found: SearchResults, data: str | Path | None) -> Pictures:
             skip_unreadable=settings["skip_unreadable"],
         )
     except DataError as error:
-        return Pictures(missing=f"{error}\nSay where the images are: --data DIR")
+        return Pictures(missing=f"{error}\nGive the folder of the images with --data DIR")
     if images.fingerprint != settings["fingerprint"]:
-        return Pictures(missing=f"the images in {root} are not those of the search; say where they are: --data DIR")
+        return Pictures(missing=f"the images in {root} are not those of the search; give their folder with --data DIR")
     return Pictures(images)
 
 
 def _confusion(table: list[list[int]], classes: tuple[str, ...]) -> list[tuple[str, list[tuple[int, float, str]]]]:
-    """Of each class: number of images, share of the row and colour of each cell."""
+    """For each class a row of cells: number of images, share of the row, colour."""
     return [
         (
             name,
@@ -180,13 +180,11 @@ def _mistakes(predictions: Predictions, pictures: Pictures, network: Network, se
         for number, row in enumerate(shown)
     ]
     again = _add_pictures(cases, shown, predictions, pictures.images, network) if pictures.images and cases else ""
-    few = f" The first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
+    few = f" Only the first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
     return {
         "summary": f"{len(wrong)} of {len(labels_N)} images are misclassified. The most confident come first." + few,
         "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
-        "no_maps": ""
-        if classes == network.classes
-        else "No maps of where the network looked: its own classes are finer than these.",
+        "no_maps": "" if classes == network.classes else "No maps: the network's own classes are finer than these.",
         "again": again,
         "wrong": cases[: len(shown) - len(right)],
         "right": cases[len(shown) - len(right) :],
@@ -196,9 +194,9 @@ def _mistakes(predictions: Predictions, pictures: Pictures, network: Network, se
 def _add_pictures(
     cases: list[dict[str, Any]], rows: np.ndarray, predictions: Predictions, images: ImageSet, network: Network
 ) -> str:
-    """Gives each case its picture and maps; says for how many the model predicts the same class again here."""
-    places = pd.Index(images.table["path"]).get_indexer(predictions.paths_N[rows])
-    images_NHW = images.images_NHW[places]
+    """Adds picture and maps to each case; says for how many the model predicts the same class again."""
+    positions = pd.Index(images.table["path"]).get_indexer(predictions.paths_N[rows])
+    images_NHW = images.images_NHW[positions]
     for case, image_HW in zip(cases, images_NHW, strict=True):
         case["picture"], case["maps"] = _picture(image_HW), []
     if predictions.classes != network.classes:
@@ -219,7 +217,7 @@ def _picture(grey_HW: np.ndarray) -> str:
 
 
 def _map(map_hw: np.ndarray) -> str:
-    """Red where the map is high, transparent where it is low; "" for a map of zeros."""
+    """Encodes a map: red where it is high, transparent where it is low; "" for a map of zeros."""
     if not map_hw.any():
         return ""
     alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)

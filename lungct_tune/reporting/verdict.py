@@ -1,4 +1,4 @@
-"""The verdict of a search in three sentences: what was asked, what was found, what it is worth."""
+"""The verdict of a search: the question, the result and the conclusion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lungct_tune.training.objective import OBJECTIVE_NAME
 
 
 def verdict(found: SearchResults) -> tuple[str, str, str]:
-    """What was asked, what was found, what it is worth: a sentence each."""
+    """The question, the result and the conclusion of a search, as text."""
     return _asked(found), _found_out(found), _worth(found)
 
 
@@ -30,14 +30,14 @@ def _asked(found: SearchResults) -> str:
 def _found_out(found: SearchResults) -> str:
     if found.winner is None or found.winner.best is None:
         if found.has_failed:
-            return f"Nothing: of {found.done} trials ({endings(found)}) none ran to its end."
-        return f"Nothing yet: {found.done} of {found.settings['trials']} trials have ended ({endings(found)})."
+            return f"None: of {found.done} trials ({endings(found)}) none ran to its end."
+        return f"None yet: {found.done} of {found.settings['trials']} trials have ended ({endings(found)})."
     what = f"trial {found.winner.number} ({found.winner.hyperparameters})"
     if found.test is None:
         return (
             f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "
             f"{what}, with a {OBJECTIVE_NAME} of {percent(found.winner.best.balanced_accuracy)} on the "
-            f"{sum(found.searched_on.values())} images that trials are judged on."
+            f"{sum(found.searched_on.values())} images that trials are evaluated on."
         )
     majority = found.test.references["majority class"]
     return (
@@ -48,14 +48,14 @@ def _found_out(found: SearchResults) -> str:
 
 
 def _worth(found: SearchResults) -> str:
-    """The strongest objection to what was found. Where there is group overlap, by the figures without it."""
+    """The strongest objection to the result. With group overlap it uses the figures without the overlap."""
     if found.phantoms:
         return PHANTOMS
     if found.winner is None:
-        return "Nothing: there is no model."
+        return "None: there is no model."
     if found.test is None:
         return (
-            f"Nothing yet: the trial was chosen by its figures {found.judged}, so these are too high. The test split "
+            f"None yet: the trial was chosen by its figures {found.judged}, so these are too high. The test split "
             "has not been used."
         )
     return _worth_of_test(found, found.test)
@@ -65,44 +65,46 @@ def _worth_of_test(found: SearchResults, test: TestMetrics) -> str:
     overlap = f"For {found.seen} of the {test.n} test images {SAME_GROUP} is in train or validation"
     new = test.without_overlap or test
     if not new.n:
-        return f"Nothing: there is no test image without group overlap. {overlap}."
+        return f"None: there is no test image without group overlap. {overlap}."
     where = " without overlap" if found.seen else ""
     overlap = f" {overlap}; on the {new.n} others the accuracy is {figure(new.accuracy)}." if found.seen else ""
     majority, shortcut = new.references["majority class"], new.references.get("shortcut")
     if not is_above(new.accuracy, majority.accuracy):
-        return f"Nothing: the model is not shown to beat always predicting {majority.name}{where}.{overlap}"
+        return f"The model is not shown to be better than always predicting {majority.name}{where}.{overlap}"
     if shortcut and not is_above(new.accuracy, shortcut.accuracy):
         return (
-            f"Little: a rule that sees only {RULES[shortcut.name].title} is right on "
-            f"{percent(shortcut.accuracy.value)} of the same images. So the accuracy does not show that the model "
-            f"recognises disease.{overlap}"
+            f"The accuracy does not show that the model recognises disease: a rule that sees only "
+            f"{RULES[shortcut.name].title} is right on {percent(shortcut.accuracy.value)} of the same images.{overlap}"
         )
     shortcuts = (found.audit or {}).get("shortcuts", {})
     given = sorted({easy["class"] for easy in shortcuts.get("given_away", [])})
     if given == found.classes:
-        return f"Little: simple rules recognise {' and '.join(given)} in these data (see below).{overlap}"
+        return (
+            "The accuracy does not show that the model recognises disease: simple rules recognise "
+            f"{' and '.join(given)} in these data (see below).{overlap}"
+        )
     if found.seen:
-        return f"Less than it seems.{overlap}"
+        return f"The accuracy is too high.{overlap}"
     if given:
         return (
-            f"Less for {' and '.join(given)}, which a simple rule recognises in these data (see below). The rest holds "
-            "for images from the same source. It is no diagnosis."
+            f"For {' and '.join(given)} the accuracy means less, because a simple rule recognises this in these data "
+            "(see below). For the other classes it holds for images from the same source. It is no diagnosis."
         )
     return (
-        "It holds for images from the same source. It says nothing about other scanners, hospitals or patients. It is "
-        "no diagnosis."
+        "The accuracy holds for images from the same source. It says nothing about other scanners, hospitals or "
+        "patients. It is no diagnosis."
     )
 
 
 def standing(found: SearchResults) -> str:
-    """Why a search has no test results; "" where it has."""
+    """Why a search has no test results; "" if it has."""
     if found.test is not None:
         return ""
     if found.has_failed:
-        return "The search failed: no trial ran to its end. What went wrong is listed below."
+        return "The search failed: no trial ran to its end. The errors are listed below."
     if found.done >= found.settings["trials"]:
-        return "All trials have ended, but the winner has not been retrained and judged: there are no test results."
+        return "All trials have ended, but the winner has not been retrained and evaluated: there are no test results."
     return (
-        f"The search has not ended: {found.done} of {found.settings['trials']} trials so far. Nothing here was "
+        f"The search has not ended: {found.done} of {found.settings['trials']} trials so far. No figure here was "
         "measured on the test split."
     )

@@ -1,4 +1,4 @@
-"""The winner, as the report shows it: against the published configuration, its network, its learning curves."""
+"""The report's section on the winner: comparison with the published configuration, network, learning curves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lungct_tune.training.objective import OBJECTIVE
 
 
 def compared(configuration: Hyperparameters) -> list[tuple[str, str, str]]:
-    """The published configuration and another, parameter by parameter, as text."""
+    """The parameters of the published configuration and of another, as text: name, published value, other value."""
     ours, theirs = configuration.as_dict(), PUBLISHED.as_dict()
     ours["frozen_depth"], theirs["frozen_depth"] = configuration.frozen_depth, PUBLISHED.frozen_depth
     return [(name.replace("_", " "), f"{theirs[name]:.3g}", f"{ours[name]:.3g}") for name in ours]
 
 
 def winner_section(found: SearchResults) -> dict[str, Any] | None:
-    """What report.html shows of the winner; None before a trial has completed."""
+    """The values for the winner's section of report.html; None before a trial has completed."""
     if found.winner is None or (best := found.winner.best) is None:
         return None
     ours = found.winner.hyperparameters
@@ -61,7 +61,7 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
 
 
 def _activations(depth: int, frozen: int) -> tuple[list[dict[str, Any]], list[tuple[str, float]]]:
-    """The bars of the network's drawing, and its stages' names with their places."""
+    """The bars of the network's drawing, and the names of its stages with their positions."""
     heights = {"relu": 76, "layer1": 66, "layer2": 54, "layer3": 40, "layer4": 28}
     bars: list[dict[str, Any]] = []
     x = 4.0

@@ -1,1 +1,1 @@
-"""The only room that knows Ray: slots, the searcher, the scheduler, resources, the final retraining."""
+"""The only package that imports Ray: slots, searcher, scheduler, resources, final retraining."""

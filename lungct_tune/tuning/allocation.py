@@ -1,4 +1,4 @@
-"""What of a cluster a search takes: how many slots its nodes hold, and how many workers the final retraining gets."""
+"""Divides a cluster: how many slots its nodes have room for, and how many workers the final retraining gets."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lungct_tune.tuning.ray_compat import HEAD_NODE
 
 
 class ClusterError(UserError):
-    """The cluster cannot be reached or cannot hold what is asked: the message says what there is and what to do."""
+    """The cluster cannot be reached or is too small. The message says what it has and what to do."""
 
 
 FINAL_SHARE = 16
-"""Images of a step that a worker of the final retraining gets at least, unless the user says how many workers."""
+"""The fewest images of a batch for a worker of the final retraining, unless the user sets the number of workers."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ResourcePlan:
     workers: int
     resources_per_worker: dict[str, float]
     capacity: int
-    """How many slots the nodes that are there now hold; the others wait for nodes."""
+    """How many slots the present nodes have room for; the others wait for nodes."""
 
     def __str__(self) -> str:
         waiting = f" (room for {min(self.capacity, self.slots)} now; the others start as nodes come)"
@@ -39,7 +39,7 @@ class ResourcePlan:
 
 @dataclass(frozen=True)
 class RetrainingResources:
-    """What of a cluster the final retraining takes."""
+    """The workers of the final retraining."""
 
     workers: int
     resources_per_worker: dict[str, float]
@@ -57,13 +57,13 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | None:
-    """The worker nodes that an autoscaler's configuration allows, those with most GPUs first; None if it is silent.
+    """The resources of the worker nodes that an autoscaler's configuration allows, those with most GPUs first.
 
-    Source: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configuration.html
+    None if the configuration does not give the resources of a node type. Source: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configuration.html
     """
     nodes: list[Mapping[str, float]] = []
     for kind in config["available_node_types"].values():
-        if most := kind.get("max_workers", 0):  # of the head's type too, where there may be workers of it
+        if most := kind.get("max_workers", 0):  # the head's type may have workers too
             if "CPU" not in kind.get("resources", {}):
                 return None
             nodes += [kind["resources"]] * most
@@ -74,10 +74,10 @@ def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | Non
 def divide(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
 ) -> ResourcePlan:
-    """`plan_resources` for a cluster of these nodes, and of those that may come (see `autoscaler_nodes`).
+    """Computes `plan_resources` from present nodes and from future ones, `to_come` (see `autoscaler_nodes`).
 
     Raises:
-        ClusterError: not even one slot will ever fit, or fewer than asked.
+        ClusterError: there will never be room for one slot, or for the number that the settings ask for.
     """
     each = _each(settings, nodes, to_come)
     now, most = _workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
@@ -97,13 +97,13 @@ def divide(
 def divide_for_retraining(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
 ) -> RetrainingResources:
-    """`plan_retraining_resources` for a cluster of nodes with these resources, and with these that may come.
+    """Computes `plan_retraining_resources` from present nodes and from future ones, `to_come`.
 
     Raises:
-        ClusterError: there will never be as many as asked.
+        ClusterError: there will never be room for the number that the settings ask for.
     """
     each = _each(settings, nodes, to_come)
-    if "GPU" in each:  # its workers are one group, and NCCL takes no two of a group on one GPU
+    if "GPU" in each:  # all workers are one group, and NCCL does not allow two of a group on one GPU
         each["GPU"] = max(1.0, each["GPU"])
     most = _most_workers(nodes, to_come, each)
     batch = settings.batch_size or 1
@@ -123,7 +123,7 @@ def divide_for_retraining(
 def _each(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
 ) -> dict[str, float]:
-    """What a worker reserves."""
+    """The resources that a worker reserves."""
     gpus = settings.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU") for node in [*nodes, *(to_come or ())]) else 0.0
@@ -133,13 +133,13 @@ def _each(
 def _most_workers(
     nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None, each: Mapping[str, float]
 ) -> int:
-    """How many workers will ever fit: the nodes to come are there in part already, but the head is not among them."""
+    """How many workers will ever fit. `to_come` includes worker nodes that have already started, but not the head."""
     head = [node for node in nodes if HEAD_NODE in node]
     return max(_workers_that_fit(nodes, each), _workers_that_fit([*head, *(to_come or ())], each))
 
 
 def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
-    """A group of workers may span nodes; a worker may not, nor may a fraction of a GPU span GPUs."""
+    """How many workers fit. A group may span nodes, but a worker must be on one node, and a GPU fraction on one GPU."""
 
     def on(node: Mapping[str, float], kind: str, amount: float) -> int:
         if kind == "GPU" and amount < 1:

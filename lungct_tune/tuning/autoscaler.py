@@ -1,4 +1,4 @@
-"""Which kind of node Ray's autoscaler starts next: one that the cloud has to give (cluster.yaml names it to Ray)."""
+"""Makes Ray's autoscaler start a type of node that the cloud has available (cluster.yaml gives the function to Ray)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lungct_tune.tuning.ray_compat import UTILIZATION_SCORER, private
 def prefer_available(
     resources: Any, demands: Any, node_type: str, *, node_availability_summary: Any
 ) -> tuple[Any, ...] | None:
-    """Ray's own score of a node type, below all others while the cloud refuses to start such a node.
+    """Ray's own score of a node type, but below all others if the cloud has refused to start such a node.
 
-    Ray 2.60 tells a scorer what was refused within the last half hour, and its own takes no notice: where there
-    are no spot nodes, it asks for one again and again (ray #20774). Types of equal score are taken from the end of the
+    Ray 2.60 gives a scorer the refusals of the last half hour, but its own scorer ignores them. If no spot nodes are
+    available, it asks for one again and again (ray #20774). Among types of equal score Ray takes the last one of the
     alphabet: `gpu-spot` before `gpu-on-demand`.
     """
     score = private(UTILIZATION_SCORER)(

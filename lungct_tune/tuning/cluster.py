@@ -1,4 +1,4 @@
-"""The Ray cluster: connecting to it, what it has, and whether what is asked for fits."""
+"""The Ray cluster: connects to it, finds out its resources, checks its storage."""
 
 from __future__ import annotations
 
@@ -31,49 +31,50 @@ from lungct_tune.tuning.ray_compat import autoscaling_config
 from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
 
 WORKER_START_TIMEOUT_S = 7 * 24 * 3600
-"""How long a group of workers waits for room. What waits is what the autoscaler sees, and brings nodes for."""
+"""How long a group of workers waits for room. The autoscaler starts nodes only for groups that wait."""
 
 POLL_S = 0.25
-"""Seconds between Ray Train's looks at a group of workers. Those of the final retraining wait for one each epoch."""
+"""Seconds between Ray Train's checks of a group of workers. The final retraining waits for one in each epoch."""
 
 
 STORAGE_CHECK_TIMEOUT_S = 120.0
-"""How long a node may take to read and write a small file, before the search begins: S3 alone is asked for a minute."""
+"""How long a node may take to read and write a small file before the search starts. S3's retries alone may take a
+minute."""
 
 
 def connect(address: str | None, verbose: bool, name: str = "") -> str:
-    """Joins the cluster at `address`, else the one at hand, else starts one on this machine.
+    """Joins the cluster at `address`, or without one a running cluster, or else starts one on this machine.
 
     Args:
-        name: what Ray's dashboard calls this job.
+        name: the name of this job in Ray's dashboard.
 
     Returns:
-        The address of Ray's dashboard, or an empty string where there is none.
+        The address of Ray's dashboard, or an empty string if there is none.
 
     Raises:
-        ClusterError: there is no cluster at `address`, or not one that Tune can use from here.
+        ClusterError: there is no cluster at `address`, or Tune cannot use it from here.
     """
     if address and address.startswith("ray://"):
         raise ClusterError(
             f"--address {address}: Ray Tune does not run through Ray's client; give the head's HOST:PORT (6379) on a "
             "node of the cluster, or send the command there with `ray job submit`"
         )
-    # read where groups of workers are started: in the slots, to which Tune sends it on, and here
+    # read by the processes that start groups of workers: this one, and the slots, which get it from Tune
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT_S))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # run_search listens to that handler for Ctrl-C
-    # Trials find their files by absolute paths; a process that changes its folder breaks the user's relative ones
+    # Trials use absolute paths; a change of the working folder would break the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # a slot is some seven processes, most of them idle: more than CPUs start at once, and Ray warns of it
+    # a slot has some seven processes, most of them idle. More of them start at once than there are CPUs, so Ray warns
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * (os.cpu_count() or 1)))
     if not verbose:
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter speaks at verbose=0 too
-        # a trial's failure is reported by the search itself, in a line; Ray's traces are in its log files
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter prints even at verbose=0
+        # the search itself reports a trial's failure, in one line; Ray's log files have the traces
         logging.getLogger("ray").setLevel(logging.CRITICAL)
     at = address or os.environ.get("RAY_ADDRESS", "")
     host, _, port = at.rpartition(":")
     try:
-        if host and port.isdigit():  # Ray itself tries for minutes before it says so
+        if host and port.isdigit():  # Ray itself would try for minutes before it reports an error
             socket.create_connection((host, int(port)), timeout=10).close()
         context = ray.init(
             address=address,
@@ -100,7 +101,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
 
 @contextmanager
 def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
-    """`connect`; a cluster that was started for it is shut down at the end."""
+    """Does `connect`. At the end it shuts down a cluster that this process started."""
     started_here = not ray.is_initialized()
     try:
         yield connect(address, verbose, name)
@@ -110,30 +111,30 @@ def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
 
 
 def plan_resources(settings: Settings) -> ResourcePlan:
-    """Slots that the cluster at hand holds or can grow to hold, by the settings where they say.
+    """The slots for which the cluster has room now or can grow; `settings.slots` and others override the defaults.
 
     Raises:
-        ClusterError: not even one slot will ever fit, or fewer than asked.
+        ClusterError: there will never be room for one slot, or for the number that the settings ask for.
     """
     return divide(settings, _nodes(), autoscaler_nodes())
 
 
 def plan_retraining_resources(settings: Settings) -> RetrainingResources:
-    """Workers of the final retraining: as many as useful of the nodes that are there, else of those to come.
+    """The workers of the final retraining: as many as are useful on the present nodes, else on future ones.
 
     Raises:
-        ClusterError: there will never be as many as asked.
+        ClusterError: there will never be room for the number that the settings ask for.
     """
     return divide_for_retraining(settings, _nodes(), autoscaler_nodes())
 
 
 def has_shared_file_system(experiment: Experiment) -> bool:
-    """Whether every node, those to come too, can open a file where the study lies."""
+    """Whether every present and future node can open a file in the study's folder."""
     return experiment.is_local or (len(ray.nodes()) == 1 and autoscaler_nodes() == [])
 
 
 def machines() -> str:
-    """The nodes that are there, alike ones together: "1 node with 2 CPU, 3 nodes with 16 CPU and 1 GPU (H200)"."""
+    """The present nodes by kind, as text: "1 node with 2 CPU, 3 nodes with 16 CPU and 1 GPU (H200)"."""
     alike = Counter(_machine(node) for node in _nodes())
     return ", ".join(f"{_count(n, 'node')} with {machine}" for machine, n in alike.items())
 
@@ -149,11 +150,11 @@ def _nodes() -> list[Mapping[str, float]]:
 
 
 def autoscaler_nodes() -> Sequence[Mapping[str, float]] | None:
-    """The resources of every worker node that the cluster's autoscaler would bring if all were needed.
+    """The resources of every worker node that the cluster's autoscaler may start.
 
-    Empty where there is no autoscaler, or all that it may bring are there; None where that cannot be told from this
-    machine (it is not the head, or the head's autoscaler runs elsewhere, as in Kubernetes), or the autoscaler does not
-    say what its nodes have.
+    Empty if there is no autoscaler, or it has already started all of them. None if that is unknown: this machine is not
+    the head, the autoscaler does not run on the head (as in Kubernetes), or its configuration does not give the
+    resources of its nodes.
     """
     file = autoscaling_config(ray.get_runtime_context().gcs_address)
     if file is None:
@@ -164,12 +165,12 @@ def autoscaler_nodes() -> Sequence[Mapping[str, float]] | None:
 
 
 def check_storage(experiment: Experiment) -> None:
-    """Reads and writes a small object from every node of the cluster, all of them at once.
+    """Reads and writes a small file from every node of the cluster, all nodes at once.
 
-    Nodes that come later do so themselves, each time that workers of a slot start on them.
+    Workers of a slot repeat the check when they start, so that later nodes are checked too.
 
     Raises:
-        StorageError: a node cannot, or does not see what this one writes, or says nothing.
+        StorageError: a node cannot read or write, does not see this node's file, or does not answer.
     """
     probe = ray.remote(num_cpus=0, max_retries=0)(check_from_here)
     experiment.write(PROBE, PROBE.encode())
@@ -194,7 +195,7 @@ def check_storage(experiment: Experiment) -> None:
                 ) from error
             except ray.exceptions.RayError as error:
                 raise StorageError(
-                    f"{name} was lost while it looked at {experiment.uri}; `ray status` says what is left: {error}"
+                    f"{name} was lost while it checked {experiment.uri}; `ray status` lists the other nodes: {error}"
                 ) from error
     finally:
         with suppress(StorageError):

@@ -1,8 +1,8 @@
-"""All that is used here of Ray and Optuna without being part of their public interface, in one place.
+"""All private names of Ray and Optuna that this project uses, in one place.
 
-Their minor versions are pinned for it in pyproject.toml. tests/tuning/test_ray_compat.py says which of these names
-moved when a version does. What is private is imported by name when it is needed:
-worker processes import this module, and must not import Optuna.
+Because of them pyproject.toml pins the minor versions of both. For a new version, tests/tuning/test_ray_compat.py says
+which of the names have moved. They are imported only when they are needed: worker processes import this module and must
+not import Optuna.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
-"""Sets up torch.distributed in Ray Train's workers; subclassed so that every worker is told its network interface."""
+"""Sets up torch.distributed in Ray Train's workers; subclassed to set the network interface of every worker."""
 
 DATASETS_CALLBACK = "ray.train.v2._internal.callbacks:DatasetsCallback"
-"""Starts an actor that deals out Ray datasets: a process and 0.2 GB on the head for each group, and there are none."""
+"""Starts an actor that distributes Ray datasets. It would cost a process and 0.2 GB on the head for each group of
+workers, and this project uses no Ray datasets."""
 
 PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
-"""Environment variables that Tune sends to its actors, and so into Ray's logs and dashboard."""
+"""Environment variables that Tune sends to its actors. They then appear in Ray's logs and dashboard."""
 
 UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default_utilization_scorer"
-"""How Ray's first autoscaler scores the types of node that it could start."""
+"""How version 1 of Ray's autoscaler scores the types of node that it could start."""
 
 OPTUNA_TRIAL = "optuna.trial:Trial"
-"""Optuna's handle on a trial, which only `ask` makes by its public interface, and of new trials only."""
+"""Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
 PRIVATE_NAMES = (TORCH_BACKEND, DATASETS_CALLBACK, PROPAGATED_VARIABLES, UTILIZATION_SCORER, OPTUNA_TRIAL)
 
 HEAD_NODE = "node:__internal_head__"
-"""A resource that the head alone has."""
+"""A resource that only the head has."""
 
 
 def private(name: str) -> Any:
-    """What a name of `PRIVATE_NAMES`, "module:attribute", stands for.
+    """Imports a name of `PRIVATE_NAMES`, "module:attribute".
 
     Raises:
         ImportError, AttributeError: this version of Ray or Optuna does not have it.
@@ -53,20 +54,23 @@ def reopen_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
 
 
 def suggest_value(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
-    """A trial's value of a parameter, drawn from a distribution; the public `suggest_…` take no distributions."""
+    """Draws a trial's value of a parameter. The public `suggest_…` methods take no distribution objects."""
     return trial._suggest(name, distribution)
 
 
 def keep_credentials_from_actors() -> None:
-    """Tune would send AWS credentials to its actors, and so into Ray's logs and dashboard; nodes have their own."""
+    """Stops Tune from sending AWS credentials to its actors, and so into Ray's logs and dashboard.
+
+    The actors do not need them: nodes have credentials of their own.
+    """
     variables: set[str] = private(PROPAGATED_VARIABLES)
     variables.difference_update({name for name in variables if name.startswith("AWS_")})
 
 
 def autoscaling_config(gcs_address: str) -> str | None:
-    """The configuration file of the autoscaler that runs on this machine for a cluster, "" if it has none.
+    """The configuration file of a cluster's autoscaler, "" if it has none, None if it does not run on this machine.
 
-    None where no autoscaler of that cluster runs here. Ray has no way to ask; its process has both in its command line.
+    Ray has no function for this, so it is read from the command line of the autoscaler's process.
     """
     import psutil
 

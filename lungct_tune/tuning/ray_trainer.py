@@ -1,4 +1,4 @@
-"""Ray Train's TorchTrainer as groups of workers here use it."""
+"""Ray Train's TorchTrainer for groups of workers, with the changes that this project needs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lungct_tune.tuning.workers import scaling
 class GroupTrainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer whose process group uses the network that Ray itself uses.
 
-    It does without the actor that deals out Ray datasets: there are none.
+    It does not start the actor that distributes Ray datasets, because this project uses none.
 
     Args:
-        run_worker: what every worker runs, with `config`.
+        run_worker: the function that every worker runs with `config`.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class GroupTrainer(TorchTrainer):  # type: ignore[misc]
         )
 
     def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()  # type: ignore[misc]  # of Train V2, where mypy sees V1
+        made = super()._create_default_callbacks()  # type: ignore[misc]  # exists in Train V2, but mypy sees V1
         return [callback for callback in made if not isinstance(callback, private(DATASETS_CALLBACK))]
 
 
 @dataclass
 class ProcessGroup(TorchConfig):
-    """Ray Train's set-up of torch.distributed, after every worker was told its interface.
+    """Ray Train's set-up of torch.distributed, with Gloo's network interface set on every worker.
 
-    Gloo, left alone, listens at the address that a host gives to its own name. On Debian and Ubuntu that is 127.0.1.1,
-    and workers on other hosts look for it in vain until a time-out of half an hour. NCCL finds its interfaces itself.
+    By default Gloo listens at the address of the host's own name. On Debian and Ubuntu that is 127.0.1.1, which
+    workers on other hosts cannot reach: they fail after a time-out of half an hour. NCCL finds its interfaces itself.
     """
 
     @property
@@ -66,7 +66,7 @@ class _Backend(private(TORCH_BACKEND)):  # type: ignore[misc]
 
 
 def _name_interface() -> None:
-    """Tells Gloo the interface that has the node's address, unless the user did."""
+    """Sets Gloo's interface to the one with the node's address, unless the user has set it."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(known.address == address for known in addresses):

@@ -1,4 +1,4 @@
-"""Trials trained again, in slots but outside Ray Tune: no study, nothing stopped early."""
+"""Trains trials again, in slots but without Ray Tune, a study or early stopping."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from lungct_tune.tuning.workers import SlotPlan
 def rerun_trials(
     plan: SlotPlan, folder: str, orders: Sequence[TrialOrder], epochs: int, slots: int
 ) -> list[EpochReport]:
-    """What the workers report of each order in the end, after so many epochs at most, with all its epochs.
+    """Trains each order for at most `epochs` epochs; returns the last report of each, with all its epochs.
 
-    What was trained stays in an experiment's folder beside the search's, so that an interrupted training goes on where
-    it was.
+    The states are in an experiment's folder beside the search's, so that an interrupted training can continue.
 
     Args:
-        folder: that folder's name.
-        orders: of distinct numbers.
-        slots: how many are trained at once, at most.
+        folder: the name of that folder.
+        orders: with distinct numbers.
+        slots: how many are trained at the same time, at most.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
     at_once = min(slots, len(orders))
@@ -45,7 +44,7 @@ def rerun_trials(
         running = [Slot(plan) for _ in range(at_once)]
         try:
             by_slot = list(pool.map(run, running, [orders[slot::at_once] for slot in range(at_once)]))
-        finally:  # where this was interrupted, the pool waits for its threads, and they for workers
+        finally:  # after an interruption the pool still waits for its threads, and these wait for workers
             stopped.set()
             for slot in running:
                 slot.release()
@@ -55,7 +54,7 @@ def rerun_trials(
 def rerun_with_seeds(
     plan: SlotPlan, folder: str, trial: TrialRecord, seeds: Sequence[int], epochs: int, slots: int
 ) -> list[EpochReport]:
-    """A trial's hyperparameters trained once with each of these seeds; see `rerun_trials`."""
+    """Trains a trial's hyperparameters once with each of these seeds; see `rerun_trials`."""
     orders = [TrialOrder(number, seed, trial.hyperparameters) for number, seed in enumerate(seeds, start=1)]
     return rerun_trials(plan, folder, orders, epochs, slots)
 
@@ -63,14 +62,14 @@ def rerun_with_seeds(
 def replay_trial(
     plan: Plan, split: DataSplit, weights: dict[str, Any] | None, trial: TrialRecord
 ) -> tuple[EpochReport, dict[str, Any]]:
-    """A recorded trial trained again, as many epochs as it had, and what it was trained with this time.
+    """Trains a recorded trial again, for as many epochs as it had; returns its report and the new provenance.
 
     Args:
-        plan: the search's, of one slot.
-        weights: the pretrained ones; None starts from random ones.
+        plan: that of the search, with one slot.
+        weights: pretrained weights; None starts from random ones.
     """
     experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
-    experiment.delete_folder(folder)  # of an interrupted one, perhaps with other versions
+    experiment.delete_folder(folder)  # left by an interrupted replay, perhaps with other versions
     with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
         file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
         slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), file)

@@ -1,4 +1,4 @@
-"""The final retraining: the best configuration on train and validation together, judged once on test."""
+"""The final retraining: the best configuration on train and validation together, evaluated once on test."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.workers import START_ATTEMPTS
 
 MAX_FAILURES = 3
-"""How many times the retraining may lose a worker and go on from its last epoch."""
+"""How many times the retraining may lose a worker and continue from its last epoch."""
 
 
 class RetrainingFailed(UserError):
-    """The final retraining failed for good: the message says why and how to go on."""
+    """The final retraining failed for good. The message says why and how to continue."""
 
 
 @dataclass(frozen=True)
 class RetrainPlan:
-    """What the retraining is to do, for all the epochs of the dataset's schedule.
+    """The configuration of the retraining, which runs all epochs of the dataset's schedule.
 
-    These are as many as were best in the search, and the learning rate falls to zero within them: a run that
-    stopped where the search's schedule was then, in its middle, would leave the last epoch's luck in the model.
+    Their number is that of the winner's best epoch. Over them the learning rate falls to zero. The search's longer
+    schedule would end in its middle, at a high learning rate, where the last epoch's accuracy depends on chance.
     """
 
     experiment: Experiment
@@ -46,7 +46,7 @@ class RetrainPlan:
 
 
 def retrain_and_predict(plan: RetrainPlan, name: str) -> RetrainedModel:
-    """Runs the retraining as an ordinary TorchTrainer run; one that was interrupted goes on where it was.
+    """Runs the retraining as an ordinary TorchTrainer run. An interrupted run continues from its last epoch.
 
     Args:
         name: the run's folder under the experiment's `final/`.
@@ -81,12 +81,12 @@ def retrain_and_predict(plan: RetrainPlan, name: str) -> RetrainedModel:
             "Fix the cause (Ray's log files have the full error; --verbose prints it), or lower "
             "--final-workers; the search is kept, and --resume continues with the retraining"
         ) from error
-    except SystemExit:  # with status 0, which is how Train's handler of SIGINT ends an aborted run
+    except SystemExit:  # with status 0: Train's handler of SIGINT ends an aborted run so
         raise KeyboardInterrupt from None
     finally:
-        # that handler stays otherwise, and holds the run's controller, an actor that then never ends
+        # otherwise that handler stays, with a reference to the run's controller: the actor would never end
         signal.signal(signal.SIGINT, before)
-    assert result.checkpoint is not None  # the run ends with one
+    assert result.checkpoint is not None  # a run always ends with a checkpoint
     with result.checkpoint.as_directory() as folder:
         return RetrainedModel(
             weights=Path(folder, "model.safetensors").read_bytes(),
@@ -116,18 +116,18 @@ def _run_worker(config: dict[str, Any]) -> None:
         _report({"epoch": trainer.epoch, "train_loss": loss}, {"last.pt": state()})
     # the one place in the program that looks at the test split
     probabilities_NC = trainer.probabilities(plan.dataset.positions(plan.test_rows))
-    judged = io.BytesIO()
-    np.save(judged, probabilities_NC)
+    predictions = io.BytesIO()
+    np.save(predictions, probabilities_NC)
     files = {
-        "test_probabilities.npy": judged.getvalue(),
+        "test_probabilities.npy": predictions.getvalue(),
         "model.safetensors": safetensors.torch.save(trainer.model_state()),
-        "last.pt": state(),  # a run that is asked again goes on from its newest checkpoint: this one
+        "last.pt": state(),  # if the run is started again, it continues from its newest checkpoint, this one
     }
     _report({"epoch": trainer.epoch}, files)
 
 
 def _report(metrics: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Reports to Ray Train from all workers, with the files as a checkpoint from the first."""
+    """Reports to Ray Train from all workers. The first worker adds the files as a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if train.get_context().get_world_rank() == 0:

@@ -1,9 +1,9 @@
-"""Ray Tune's searcher and scheduler over the Optuna study, which is the one memory of a search.
+"""Ray Tune's searcher and scheduler for an Optuna study. The study has the whole state of a search.
 
-Ray ships `OptunaSearch`, but it tells trials that a scheduler stopped as complete (with the value of a
-shorter budget) and keeps its state in a pickle that lags behind. Here every epoch is an intermediate value
-in the study's storage the moment it is known, a trial stopped early is PRUNED, and what the storage holds is
-enough to go on with the search after any crash.
+Ray's own `OptunaSearch` reports trials that a scheduler stopped as complete (with the value of a shorter
+budget), and its state is in a pickle that is not always up to date. Here every epoch is written to the study
+at once, as an intermediate value, and a trial that was stopped early is PRUNED. So the search can continue
+from the study's storage after any crash.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from lungct_tune.tuning.workers import NodeRefused
 
 @dataclass
 class _Live:
-    """A trial that runs: Optuna's handle on it and what the study has been told."""
+    """A running trial: Optuna's handle on it, and the epochs that the study has."""
 
     trial: Trial
     history: list[EpochFigures] = field(default_factory=list)
     stopped: bool = False
     failure: str = "unknown"
-    """The last thing that went wrong; a trial may have recovered from it."""
+    """The last error; the trial may have recovered from it."""
 
     def record(self, report: EpochReport) -> None:
-        """Tells the study of the epochs that it has not heard of."""
+        """Adds the report's new epochs to the study."""
         new = [figures for figures in report.epochs if figures.epoch > len(self.history)]
         for figures in new:
             self.trial.report(figures.balanced_accuracy, figures.epoch)
@@ -54,21 +54,21 @@ class _Live:
             self.trial.set_user_attr("history", [figures.as_dict() for figures in self.history])
 
     def end(self, outcome: Outcome, ended: str) -> None:
-        """Keeps in the study how the trial ended, before Optuna is told: a driver may die between the two."""
+        """Notes in the study how the trial ended. This comes before `tell`, because a driver may die in between."""
         self.trial.set_user_attr("ended", ended)
         self.trial.set_user_attr("outcome", outcome.value)
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]
-    """Ray Tune's searcher over an Optuna study.
+    """Ray Tune's searcher for an Optuna study.
 
-    A suggestion depends on the seed, the trial's number and what the study's trials have shown, not on how
-    often the search was interrupted on the way there.
+    A suggestion depends on the seed, the trial's number and the results in the study. It does not depend on
+    interruptions of the search.
 
     Args:
-        startup: how many trials Optuna draws at random before TPE has enough to learn from.
-        folds: how many models a trial trains, each of which keeps a state.
-        provenance: noted of every trial that begins or goes on.
+        startup: how many trials Optuna draws at random before TPE starts.
+        folds: how many models a trial trains; each has its own state on the storage.
+        provenance: noted in the study for every trial that starts or continues.
     """
 
     def __init__(
@@ -92,18 +92,18 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial = reopen_trial(study, running)
             if (outcome := trial.user_attrs.get("outcome")) is None:
                 self._interrupted.append(trial)
-            else:  # it had ended, and the driver died before it told the study
+            else:  # it had ended, but the driver died before `tell`
                 self._tell(trial, Outcome(outcome), _history(trial))
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The order of Ray's next trial: first those that an interruption left running."""
+        """The order for Ray's next trial. Trials that an interruption left running come first."""
         with warnings.catch_warnings():
-            # experimental arguments, and fixed trials that lie outside the ranges, are meant
+            # experimental arguments, and fixed trials outside the ranges, are intended
             warnings.simplefilter("ignore")
             self._study.sampler = self._sampler()
             trial = self._interrupted.popleft() if self._interrupted else self._study.ask()
             for name, distribution in self._space.distributions.items():
-                suggest_value(trial, name, distribution)  # also those that a crash in the middle of this left open
+                suggest_value(trial, name, distribution)  # also those that a crash during an earlier call left out
         if (kept := trial.user_attrs.get("configuration")) is not None:
             hyperparameters = Hyperparameters(**kept)
         else:
@@ -121,14 +121,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         )
 
     def record(self, trial_id: str, report: EpochReport) -> None:
-        """Tells the study of an epoch and of those before that an interruption kept from it."""
+        """Adds an epoch to the study, and earlier epochs that an interruption kept from it."""
         self._live[trial_id].record(report)
 
     def should_stop(self, trial_id: str) -> bool:
-        """Whether the trial should stop after the epoch that was recorded last.
+        """Whether the trial should stop after its last recorded epoch.
 
-        The published configuration never should: the search is measured against what it reaches with all its
-        epochs. The pruner is asked of it all the same, since its rungs are what the others are measured against.
+        The published configuration never stops early, because the search is compared with its result after all
+        epochs. The pruner is still called for it, so that its rungs count for the other trials.
         """
         live = self._live[trial_id]
         live.stopped = live.trial.should_prune() and live.trial.number != BASELINE
@@ -137,20 +137,20 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return live.stopped
 
     def note_failure(self, trial_id: str, reason: str) -> None:
-        """Keeps why a trial lost its slot, for the case that it cannot go on in another."""
+        """Notes why a trial lost its slot, in case it cannot continue in another slot."""
         self._live[trial_id].failure = reason
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the study how a trial ended, then drops what only a running trial needs."""
+        """Tells the study how a trial ended, then deletes the trial's states on the storage."""
         live = self._live.pop(trial_id)
         failed = EpochReport(Outcome.FAILED, reason=live.failure)
         report: EpochReport = failed if error or result is None else result[REPORT]
         outcome = Outcome.STOPPED if live.stopped else report.outcome
         if not live.stopped:
-            live.record(report)  # a trial's last epoch comes here only
+            live.record(report)  # Tune gives a trial's last epoch only to this method
             live.end(outcome, f"{outcome.value}: {report.reason}" if report.reason else outcome.value)
         self._tell(live.trial, outcome, live.history)
-        with suppress(StorageError):  # what stays there is never read again
+        with suppress(StorageError):  # a file that stays there is never read again
             for fold in range(self._folds):
                 self._experiment.delete(state_file(live.trial.number, fold))
 
@@ -166,10 +166,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._study.tell(trial, best.balanced_accuracy)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing to save: the study's storage is the state."""
+        """Does nothing: the state is in the study's storage."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration for Tuner.restore, which the study makes needless
+        return {}  # Tune pickles its configuration for Tuner.restore, which is not needed because of the study
 
 
 def _history(trial: Trial) -> list[EpochFigures]:
@@ -177,18 +177,18 @@ def _history(trial: Trial) -> list[EpochFigures]:
 
 
 class OptunaScheduler(FIFOScheduler):  # type: ignore[misc]
-    """Ray Tune's scheduler that does what the study's pruner says."""
+    """Ray Tune's scheduler, which follows the study's pruner."""
 
     def __init__(self, searcher: OptunaSearcher) -> None:
         super().__init__()
         self._searcher = searcher
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        """Whether the trial goes on.
+        """Whether the trial continues.
 
         Raises:
-            NodeRefused: a slot's workers started on a node that cannot use the storage. The study keeps its trials as
-                they are.
+            NodeRefused: a slot's workers started on a node that cannot use the storage. The trials in the study stay
+                as they are.
         """
         report: EpochReport = result[REPORT]
         if report.outcome is Outcome.REFUSED:

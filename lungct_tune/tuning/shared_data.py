@@ -1,4 +1,4 @@
-"""What the workers train on, and how it reaches them: once a node, by shared memory or memory mapping."""
+"""Shares images and pretrained weights with the workers: once for each node, in shared memory or a mapped file."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedDataset:
-    """Images, labels and pretrained weights for a group of workers; it travels as references.
+    """Images, labels and pretrained weights for a group of workers. Pickling it copies only references.
 
-    Whoever makes it decides what it holds: the slots of a search are made one without the test split. Images are
-    named by their rows in the data set, whatever part of it is here.
+    It may have only some of the images: that of a search's slots has no test images. Images are always identified by
+    their rows in the whole data set.
     """
 
     images: ray.ObjectRef[np.ndarray] | Path | np.ndarray
-    """uint8 NHW: in the object store, or when larger a .npy file that every node can open."""
+    """uint8 NHW: in the object store, or if they are too large for it in a .npy file that every node can open."""
     rows: np.ndarray
-    """Of the images that are here, ascending."""
+    """The rows of the images that are here, ascending."""
     labels_N: np.ndarray
-    """Of these images."""
+    """The labels of these images."""
     classes: int
     backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
     normalisation: str
@@ -44,10 +44,10 @@ class SharedDataset:
     """The length of the learning-rate schedule."""
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Where these rows of the data set are among the images here.
+        """The positions of these rows of the data set among the images that are here.
 
         Raises:
-            ValueError: one of them is not here.
+            ValueError: one of the rows is not here.
         """
         positions = np.searchsorted(self.rows, rows)
         if len(rows) and (positions.max() == len(self.rows) or (self.rows[positions] != rows).any()):
@@ -65,7 +65,7 @@ class SharedDataset:
         device: torch.device,
         alone: bool = False,
     ) -> Trainer:
-        """A training of these hyperparameters on these images, by all workers of a group together or `alone`."""
+        """A training of these hyperparameters on these rows, by all workers of a group together or by one `alone`."""
         import torch
 
         from lungct_tune.training.trainer import Trainer
@@ -86,14 +86,14 @@ class SharedDataset:
         )
 
     def _images_for(self, device: torch.device) -> torch.Tensor:
-        """On the device, where they take no more than a quarter of it: else each batch is moved when its turn comes."""
+        """The images on the device if they need at most a quarter of its memory; else on the CPU, moved by batch."""
         import torch
 
         fits = device.type != "cuda" or self._array.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
         place = device if fits and not isinstance(self.images, Path) else torch.device("cpu")
         if place not in self._on_devices:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
+                warnings.simplefilter("ignore", UserWarning)  # the memory is read-only, and nothing writes to it
                 self._on_devices[place] = torch.from_numpy(self._array).to(place)
         return self._on_devices[place]
 
@@ -123,10 +123,10 @@ def share_dataset(
     epochs: int | None = None,
     path: Path | None = None,
 ) -> SharedDataset:
-    """Some of the images for the workers.
+    """Shares some of the images with the workers.
 
     Args:
-        rows: which of them; the workers see no others.
+        rows: the rows of these images; the workers get no others.
         backbone: pretrained weights, of `share_weights`.
         epochs: the length of the learning-rate schedule; by default that of a trial.
         path: see `share_images`.
@@ -148,32 +148,31 @@ def share_dataset(
 
 
 def share_weights(weights: dict[str, torch.Tensor] | None) -> ray.ObjectRef[dict[str, torch.Tensor]] | None:
-    """Pretrained weights in the object store, once for all that train from them."""
+    """Puts pretrained weights into the object store, once for all workers."""
     return None if weights is None else ray.put(weights)
 
 
 def share_images(
     images_NHW: np.ndarray, rows: np.ndarray, path: Path | None, room: int
 ) -> ray.ObjectRef[np.ndarray] | Path:
-    """Some of the images, for all workers: in the object store where they fit, else in a file that they map.
+    """Puts some of the images into the object store, or if they do not fit into a file that the workers map.
 
     Args:
         images_NHW: uint8, may be memory-mapped and larger than memory.
-        rows: which of them; the workers see no others.
-        path: where to put the file (.npy), in a folder that every node can open; None where there is no such folder.
-        room: how many bytes of the object store they may take.
+        rows: the rows of these images; the workers get no others.
+        path: the file (.npy), in a folder that every node can open; None if there is no such folder.
+        room: how many bytes of the object store they may use.
 
     Raises:
-        StorageError: they do not fit, and there is no folder to put them in.
+        StorageError: they do not fit, and `path` is None.
     """
     if len(rows) * images_NHW[0].nbytes <= room:
         return ray.put(images_NHW[rows])
     if path is None:
         raise StorageError(
-            f"{len(rows)} images need {len(rows) * images_NHW[0].nbytes / 2**30:.1f} GiB, more than the "
-            f"{room / 2**30:.1f} GiB that they may take of the smallest node's object store, and the nodes have no "
-            "folder in common to map them from; give --storage on a shared file system, nodes more memory, or a "
-            "smaller --image-size"
+            f"{len(rows)} images need {len(rows) * images_NHW[0].nbytes / 2**30:.1f} GiB. They may use "
+            f"{room / 2**30:.1f} GiB of the smallest node's object store, and the nodes have no common folder to map "
+            "them from. Give --storage on a shared file system, a smaller --image-size, or nodes with more memory"
         )
     shape = (len(rows), *images_NHW.shape[1:])
     shared = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
@@ -184,6 +183,6 @@ def share_images(
 
 
 def object_store_room() -> int:
-    """Half of the smallest node's object store, in bytes; the other half is for everything else in it."""
+    """Half of the smallest node's object store, in bytes. The other half is for the other objects."""
     stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
     return int(min(stores) / 2)

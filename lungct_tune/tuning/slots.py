@@ -1,9 +1,9 @@
 """Slots: warm groups of Ray Train workers that run one trial after another.
 
 Ray's documented way of combining Tune and Train starts a Train run for every trial: seven processes that
-each import their libraries, some 17 s on two cores. Here one Tune actor keeps one Train run for as long as
-the search lasts, and its workers take trials, an epoch at a time, from a mailbox. Data, pretrained weights,
-process group and CUDA context are set up once a slot. (Measured in benchmarks/further_trial.py.)
+each import their libraries, some 17 s on two cores (measured in benchmarks/further_trial.py). Here one Tune
+actor keeps one Train run during the whole search, and its workers get trials, an epoch at a time, from a
+mailbox. Data, pretrained weights, process group and CUDA context are set up once for each slot.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ MAX_LOSSES = 3
 """How many groups of workers may be lost over one epoch of a trial before the trial counts as failed."""
 
 ON_HEAD = {HEAD_NODE: 0.001}
-"""A slot's actor takes some of it; all that coordinates its workers is on its node, so that others may come and go."""
+"""A slot's actor reserves a little of this resource, so it runs on the head. The processes that coordinate its workers
+run there too. So every other node may come and go."""
 
 
 class WorkersLost(RuntimeError):
-    """A group of workers ended that should not have: the message says why."""
+    """A group of workers ended unexpectedly. The message says why."""
 
 
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's side of a slot: an actor that Tune reuses for one trial after another.
 
-    A trial's configuration is a `TrialOrder` as a dictionary; a step is one epoch of it. Its result has the figures
-    that Tune's loggers write, and under `REPORT` the `EpochReport` that all else goes by.
+    A trial's configuration is a `TrialOrder` as a dictionary, and a step is one epoch. The result of a step has the
+    figures for Tune's loggers, and under `REPORT` the `EpochReport` for the other code.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
-        # Returns before the workers are up: Tune starts the next slot only when this one is set up
+        # Returns before the workers have started: Tune starts the next slot only after this method returns
         self._order, self._slot = TrialOrder.from_dict(config), Slot(plan)
 
     def __repr__(self) -> str:
@@ -59,12 +60,12 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         try:
             report = self._slot.run_epoch(self._order)
-        except NodeRefused as refusal:  # raised, it would count as a failure of the trial, and be tried again
+        except NodeRefused as refusal:  # not raised: Tune would count it as a failure of the trial and retry
             report = EpochReport(Outcome.REFUSED, reason=str(refusal))
         result: dict[str, Any] = {OBJECTIVE: 0.0, REPORT: report, "done": report.is_last}
         if report.epochs:
             last = report.epochs[-1]
-            # Tune's loggers count by its iteration, which would begin anew where an interrupted trial goes on
+            # Tune's own iteration, by which its loggers count, would restart at 1 when an interrupted trial continues
             result |= last.as_dict() | {"training_iteration": last.epoch}
         return result | (asdict(report.cost) if report.cost else {})
 
@@ -75,12 +76,12 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
 class Slot:
     """A warm group of workers, replaced when it is lost.
 
-    The workers keep a trial's state on the experiment's storage after every epoch and look there first, so a trial goes
-    on where it was, whoever runs it: these workers, those that replace them, or a resumed search's.
+    The workers write a trial's state to the experiment's storage after every epoch, and start by reading it. So other
+    workers can continue the trial: workers that replace these, or workers of a resumed search.
     """
 
     def __init__(self, plan: SlotPlan) -> None:
-        # one process less for each group: a notice that a node will go ends an epoch no sooner than its going does
+        # saves a process for each group: the notice that a node will be lost would not end an epoch any sooner
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         self._plan, self._released = plan, False
         self._group = Group(plan)
@@ -90,12 +91,12 @@ class Slot:
         return self._group.name
 
     def run_epoch(self, order: TrialOrder) -> EpochReport:
-        """Has the workers run the trial's next epoch; others take their place when they are lost.
+        """Runs the trial's next epoch on the workers. Lost workers are replaced.
 
-        They wait for room as long as it takes: for a node that comes, or for another slot's end.
+        New workers wait without a limit for room: for a new node, or for the end of another slot.
 
         Raises:
-            NodeRefused: they started on a node that cannot use the storage.
+            NodeRefused: workers started on a node that cannot use the storage.
         """
         for _ in range(MAX_LOSSES):
             try:
@@ -109,13 +110,13 @@ class Slot:
         return EpochReport(Outcome.FAILED, reason=reason)
 
     def release(self) -> None:
-        """Lets the workers go, and whoever waits for them, with an error."""
+        """Ends the workers. A call of `run_epoch` that waits for them gets an error."""
         self._released = True
         self._group.release()
 
 
 class Group:
-    """One Ray Train run whose workers take orders until there are no more."""
+    """One Ray Train run whose workers process orders until there are no more."""
 
     def __init__(self, plan: SlotPlan) -> None:
         self._sequence, self._has_reported = 0, False
@@ -126,11 +127,11 @@ class Group:
         self._run.start()
 
     def run_epoch(self, order: TrialOrder) -> EpochReport:
-        """What the workers report of an order.
+        """Sends an order to the workers; returns their report.
 
         Raises:
-            WorkersLost: they ended instead; promptly, whatever ended them.
-            NodeRefused: they ended because one of them is where the storage cannot be used.
+            WorkersLost: the workers ended instead. It is raised soon after that, whatever the cause.
+            NodeRefused: the workers ended because the node of one of them cannot use the storage.
         """
         self._sequence += 1
         self._mailbox.put.remote("order", self._sequence, order)
@@ -146,10 +147,10 @@ class Group:
         return report
 
     def release(self) -> None:
-        """Lets the workers go. Those that do not leave in time lose their mailbox, and with it their run.
+        """Ends the workers. If they do not end in time, the mailbox is killed, which ends their run.
 
-        Those that have not started, or are in their first epoch, lose it at once: a run that waits for room hears of
-        nothing, and ends with this process.
+        It is killed at once if the workers have not finished an epoch yet. A run that waits for room does not notice;
+        it ends with this process.
         """
         if self._has_reported:
             self._mailbox.put.remote("order", self._sequence + 1, None)
@@ -171,7 +172,7 @@ class Group:
                 name=f"{self.name.replace(' ', '-')}-{uuid.uuid4().hex[:8]}",
                 storage_path=f"{plan.experiment.root}/slots",
                 storage_filesystem=plan.experiment.filesystem,
-                # one owner of recovery: a group that loses a worker ends, and the slot makes the next one
+                # only the slot recovers from failures: a group that loses a worker ends, and the slot makes a new one
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
                 ),
@@ -180,20 +181,20 @@ class Group:
         try:
             plan.experiment.write(PROBE, PROBE.encode())
             trainer.fit()
-        except Exception as error:  # kept for run_epoch(), which raises it where the slot sees it
+        except Exception as error:  # kept for run_epoch(), which raises it in the slot's thread
             of_workers = getattr(error, "worker_failures", {}).values()
             self._error = next((each for each in of_workers if isinstance(each, NodeRefused)), error)
 
 
 def slot_name(search: str, number: int) -> str:
-    """What a person finds a slot by in Ray's dashboard."""
+    """The name of a slot in Ray's dashboard."""
     return f"{search} slot {number}"
 
 
 def _numbered_mailbox(search: str) -> tuple[int, Any]:
-    """The lowest number that no other slot of the search has now, and the mailbox that keeps it from the others.
+    """The lowest number that no other slot of the search has now, and a mailbox that reserves the number.
 
-    No two living actors of a search have the same name: Ray sees to that.
+    The number is in the mailbox's name, and Ray does not allow two living actors with the same name.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
@@ -206,9 +207,9 @@ def _numbered_mailbox(search: str) -> tuple[int, Any]:
 
 
 def waiting_for_room(plan: SlotPlan) -> int:
-    """How many of this search's groups of workers the cluster has no room for at present."""
+    """The number of this search's groups of workers that wait for room on the cluster."""
     shape = [plan.resources_per_worker] * plan.workers
-    job = ray.get_runtime_context().get_job_id()  # the end of the id of all that the search and its actors make
+    job = ray.get_runtime_context().get_job_id()  # ids of the search's placement groups end with it
     return sum(
         key.endswith(job) and group["state"] == "PENDING" and list(group["bundles"].values()) == shape
         for key, group in ray.util.placement_group_table().items()

@@ -1,8 +1,8 @@
-"""What the workers of a slot do with a trial: train it epoch by epoch, keep its state, say what it is worth.
+"""Runs a trial on the workers of a slot: trains it epoch by epoch, keeps its state, reports its figures.
 
 Without folds all workers train one model together, each on its share of every batch. With folds every worker trains
-models of its own, one a fold, and nothing has to be averaged between their steps. Runs without Ray too: alone, or in
-any torch.distributed process group.
+models of its own, one for each fold, so that no gradients are exchanged. This works without Ray too: in one process, or
+in any torch.distributed process group.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DIGEST_BYTES = 32
-"""A state begins with the sha256 of the rest: torch would load much that is damaged without a word."""
+"""A state starts with the sha256 of its other bytes, because torch loads many damaged files without an error."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a model is trained on, and what judges it: rows of the data set."""
+    """The images that a model is trained and evaluated on, as rows of the data set."""
 
     train_rows: np.ndarray
     valid_rows: np.ndarray
 
 
 class TrialRunner:
-    """A worker's part of one trial. All workers of a slot make theirs, and call them, at the same time.
+    """A worker's part of one trial. All workers of a slot create and call theirs at the same time.
 
-    A trial's figures are the means over its folds; its best epoch is that with the best means.
+    A trial's figures are the means over its folds. Its best epoch is the one with the best means.
 
     Args:
-        experiment: where the trial's state is kept, and looked for first.
-        folds: one, or several whose mean is what the trial is worth.
+        experiment: where the trial's state is written, and read from at the start.
+        folds: one, or several for cross-validation.
         device: where this worker trains.
     """
 
@@ -79,7 +79,7 @@ class TrialRunner:
             model.resume()
         epochs = list(chain(*self._of_all_workers([model.trainer.epoch for model in self._models])))
         self._epoch = min(epochs)
-        if max(epochs) > self._epoch + 1:  # a fold's state was damaged: what the others say is of a later epoch
+        if max(epochs) > self._epoch + 1:  # a fold's state was damaged: the others are of a later epoch
             self._epoch = 0
             for model in self._models:
                 model.restart()
@@ -87,7 +87,7 @@ class TrialRunner:
         self._reported = 0
 
     def run_epoch(self) -> EpochReport:
-        """Trains and validates an epoch, keeps the trial's state, and says what the study should know."""
+        """Trains and validates an epoch, writes the trial's state, and returns the report for the study."""
         is_new = self._epoch < self._epochs
         self._epoch += is_new
         by_worker = self._of_all_workers([model.run_to(self._epoch) for model in self._models])
@@ -101,23 +101,23 @@ class TrialRunner:
             written = self._save(history, results)
             images = sum(result.images for result in results)
             cost = EpochCost(images, written, time.perf_counter() - began)
-            self._of_all_workers(None)  # all have kept theirs when the first one answers
+            self._of_all_workers(None)  # so that all have written their states before the first one answers
         new, self._reported = history[self._reported :], len(history)
         outcome = Outcome.COMPLETED if self._epoch >= self._epochs else Outcome.RUNNING
         return EpochReport(outcome, tuple(new), cost)
 
     def _of_all_workers(self, mine: T) -> list[T]:
-        """What each worker says, by rank. Workers that train one model together say the same: one of them speaks."""
+        """The values of all workers, by rank. If they train one model together, all are equal, and one is returned."""
         if not self._each_alone or self._world == 1:
             return [mine]
         import torch.distributed as dist
 
-        said: list[Any] = [None] * self._world
-        dist.all_gather_object(said, mine)
-        return said
+        gathered: list[Any] = [None] * self._world
+        dist.all_gather_object(gathered, mine)
+        return gathered
 
     def _save(self, history: Sequence[EpochFigures], results: Sequence[_FoldResult]) -> int:
-        """What the best epoch left first, then the states that count it: a crash between the two repeats the epoch.
+        """Writes the files of the best epoch, then the states. After a crash between the two the epoch is repeated.
 
         Returns:
             How many bytes this worker wrote.
@@ -143,19 +143,19 @@ class TrialRunner:
 
 @dataclass(frozen=True)
 class _FoldResult:
-    """What a fold's model shows after an epoch."""
+    """The results of a fold's model after an epoch."""
 
     fold: int
     history: list[EpochFigures]
     probabilities_NC: np.ndarray
-    """Of the fold's validation images, in the order of its rows."""
+    """On the fold's validation images, in the order of its rows."""
     images: int
-    """Trained on in an epoch."""
+    """Training images of an epoch."""
     diverged: str
 
 
 class _FoldModel:
-    """The model of one fold, and the file that it goes on from."""
+    """The model of one fold, and its state on the storage."""
 
     def __init__(
         self,
@@ -175,16 +175,16 @@ class _FoldModel:
         self.restart()
 
     def restart(self) -> None:
-        """A model that has not been trained yet."""
+        """Starts with an untrained model."""
         order, rows = self._order, self._fold.train_rows
         self.trainer = self._dataset.trainer(order.hyperparameters, rows, order.seed, self._device, self._alone)
         self._history: list[EpochFigures] = []
         self._probabilities_NC = np.empty(0)
 
     def resume(self) -> None:
-        """Goes on from the state on storage, where there is one of this order.
+        """Continues from the state on the storage, if there is one of this order.
 
-        A state that is damaged, as one that was read while a process that is about to die wrote another, is as none.
+        A damaged state is ignored. A state may be damaged if it was read while a dying process was writing it.
         """
         import torch
 
@@ -193,12 +193,12 @@ class _FoldModel:
         if digest != hashlib.sha256(content).digest():
             return
         state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-        if state["order"] == self._order.as_dict():  # else it belongs to a trial of that number in another study
+        if state["order"] == self._order.as_dict():  # else it is of a trial with the same number in another study
             self.trainer.load_state_dict(state["training"])
             self._history = [EpochFigures(**figures) for figures in state["history"]]
 
     def run_to(self, epoch: int) -> _FoldResult:
-        """The model after so many epochs, of which it may have ended some or all before an interruption."""
+        """Brings the model to this epoch, unless it ended the epoch before an interruption; returns its results."""
         from lungct_tune.training.trainer import NotFiniteLoss
 
         diverged = ""
@@ -234,7 +234,7 @@ class _FoldModel:
         )
 
     def save(self) -> int:
-        """Writes all that the model needs to go on, after its sha256; the bytes of that."""
+        """Writes the model's state, after its sha256; returns the number of bytes."""
         import torch
 
         history = [figures.as_dict() for figures in self._history]
@@ -248,7 +248,7 @@ class _FoldModel:
 
 
 def _figures_of_epoch(by_worker: Sequence[Sequence[_FoldResult]], epoch: int) -> EpochFigures:
-    """The mean figures of the folds, their spread, and the seconds of the worker that took longest."""
+    """The mean figures of the folds, their standard deviation, and the seconds of the slowest worker."""
     folds = [result.history[epoch] for result in chain(*by_worker)]
     scores = [figures.balanced_accuracy for figures in folds]
 

@@ -1,4 +1,4 @@
-"""One search: Ray Tune over an Optuna study, its trials in slots."""
+"""Runs a search: Ray Tune with an Optuna study, and trials in slots."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.workers import NodeRefused, SlotPlan
 
 MOST_AT_RANDOM = 10
-"""How many trials Optuna draws at random before TPE takes over, at most: a third of a small search."""
+"""The most trials that Optuna draws at random before TPE starts. In a small search it is a third of the trials."""
 
 MAX_FAILURES = 2
-"""How often the actor of a slot, on the head, may die over a trial before the trial counts as failed."""
+"""How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""
 
 keep_credentials_from_actors()
 
@@ -43,11 +43,11 @@ def make_slot_plan(
     resources: ResourcePlan,
     file: Path | None,
 ) -> SlotPlan:
-    """What the slots of a search need: train and validation, and no test image.
+    """The configuration of a search's slots, with the images of train and validation, and no test image.
 
     Args:
         backbone: of `share_weights`.
-        file: where images go that are too large for the object store, see `share_images`.
+        file: the file for images that are too large for the object store, see `share_images`.
     """
     return SlotPlan(
         experiment=plan.experiment,
@@ -69,11 +69,11 @@ def run_search(
     console: Console,
     callbacks: Sequence[tune.Callback],
 ) -> None:
-    """Runs trials until the study holds as many finished ones as asked; interrupted ones go on first.
+    """Runs trials until the study has `trials` finished ones. Interrupted trials continue first.
 
     Raises:
-        KeyboardInterrupt: the user stopped the search; the study and the trials' states are as they were.
-        NodeRefused: a node that came later cannot use the storage; they are as they were then too.
+        KeyboardInterrupt: the user stopped the search; the study and the trials' states are kept.
+        NodeRefused: a node that joined later cannot use the storage; the study and the states are kept.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
     searcher = OptunaSearcher(
@@ -91,7 +91,7 @@ def run_search(
     clock = SlotTimeCallback(study, plan, slots)
     with ProgressCallback(study, trials, clock, console) as progress, clock:
         tuner = tune.Tuner(
-            # the CPUs and GPUs are its workers' and reserved by them
+            # CPUs and GPUs are reserved by the slot's workers, not by its actor
             tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
@@ -107,7 +107,7 @@ def run_search(
                 storage_path=plan.experiment.root,
                 storage_filesystem=plan.experiment.filesystem,
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                # the workers keep a trial's state themselves, each epoch, straight from where it is
+                # the workers themselves write a trial's state to the storage, after each epoch
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[clock, progress, PrometheusCallback(study, plan.experiment.name, trials, clock), *callbacks],
                 verbose=0,
@@ -116,12 +116,12 @@ def run_search(
         before = signal.getsignal(signal.SIGINT)
         try:
             tuner.fit()
-        except tune.TuneError as error:  # made by Tune of what its scheduler raises
+        except tune.TuneError as error:  # Tune wraps the scheduler's exceptions in it
             if isinstance(error.__context__, NodeRefused):
                 raise error.__context__ from None
             raise
         finally:
-            # Tune's own handler gives way to this one when it has heard a Ctrl-C, and else stays in its place
+            # after a Ctrl-C Tune's own handler restores the previous one, otherwise it stays installed
             stopped = signal.getsignal(signal.SIGINT) is before
             signal.signal(signal.SIGINT, before)
     if stopped or len(finished_trials(study)) < trials:
@@ -129,7 +129,7 @@ def run_search(
 
 
 def provenance(plan: SlotPlan) -> dict[str, Any]:
-    """What a trial's figures depend on beside its configuration, seed and data."""
+    """The versions and resources on which a trial's figures depend, in addition to configuration, seed and data."""
     resources = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
     return versions() | {"workers": plan.workers} | resources
 

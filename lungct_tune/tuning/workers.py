@@ -1,7 +1,7 @@
-"""Groups of Ray Train workers, and what each worker of a slot does.
+"""Groups of Ray Train workers, and the function that each worker of a slot runs.
 
-Kept apart from Ray Tune and from all that a worker does not need: Ray imports this in the process of every mailbox,
-of every Train controller and of every worker.
+This module does not import Ray Tune or anything else that a worker does not need. Ray imports it in the process of
+every mailbox, every Train controller and every worker.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import Fold, TrialRunner
 
 START_ATTEMPTS = 20
-"""How often Ray Train tries to start a group of workers, before one that cannot start is an error."""
+"""How often Ray Train tries to start a group of workers before it reports an error."""
 
 PROBE = ".probe"
-"""What the head writes where the search keeps its files, for every node to find; the nodes write files beside it."""
+"""A file that the head writes to the storage. Every node looks for it and writes a file of its own beside it."""
 
 
 class NodeRefused(StorageError):
-    """A node cannot use the search's storage, nor would it for another trial: the message names it."""
+    """A node cannot use the search's storage. It would fail for every trial. The message names the node."""
 
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """All that a slot needs to know: the same for every slot of a search."""
+    """The configuration of a slot, the same for every slot of a search."""
 
     experiment: Experiment
     dataset: SharedDataset
     folds: tuple[Fold, ...]
-    """One, or several whose mean is what a trial is worth."""
+    """One fold, or several: a trial's figures are then means over the folds."""
     workers: int
     resources_per_worker: dict[str, float]
 
 
 class Mailbox:
-    """Where a slot leaves orders and its workers leave reports, by a sequence number that both count."""
+    """Passes orders from a slot to its workers and reports back, by a sequence number that both sides count."""
 
     def __init__(self) -> None:
         self._letters: defaultdict[tuple[str, int], asyncio.Future[Any]] = defaultdict(asyncio.Future)
 
     async def put(self, kind: str, sequence: int, letter: Any) -> None:
         self._letters[kind, sequence].set_result(letter)
-        self._letters.pop((kind, sequence - 2), None)  # everybody has read it, or nobody would have come this far
+        self._letters.pop((kind, sequence - 2), None)  # everybody has read it, else this number would not be reached
 
     async def get(self, kind: str, sequence: int) -> Any:
         return await asyncio.shield(self._letters[kind, sequence])
 
 
 def check_from_here(experiment: Experiment) -> None:
-    """Looks from this node for what the head wrote on the storage, and writes there.
+    """Checks from this node that it sees the head's file on the storage and can write there.
 
     Raises:
-        NodeRefused: one of them cannot be done.
+        NodeRefused: one of these fails.
     """
     node = ray.get_runtime_context().get_node_id()
     try:
@@ -88,10 +88,10 @@ def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
 
 
 def run_worker(config: dict[str, Any]) -> None:
-    """A worker's life in a slot: take an order, run an epoch of that trial, report, until there is no order.
+    """Runs a worker of a slot: it takes an order, runs an epoch of that trial and reports, until there are no orders.
 
     Raises:
-        NodeRefused: it runs on a node that may have come since the search began, and cannot use its storage.
+        NodeRefused: the worker's node cannot use the storage. Such a node may have joined after the search started.
     """
     import torch
     from ray.train import get_context
@@ -101,7 +101,7 @@ def run_worker(config: dict[str, Any]) -> None:
     check_from_here(plan.experiment)
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
-        torch.cuda.set_device(device)  # where workers that train a fold each gather what they say
+        torch.cuda.set_device(device)  # workers with one fold each gather their results there
     is_first = get_context().get_world_rank() == 0
     trial: TrialRunner | None = None
     for sequence in range(1, 2**62):
@@ -109,7 +109,7 @@ def run_worker(config: dict[str, Any]) -> None:
         if order is None:
             return
         if trial is None or trial.number != order.number:
-            trial = None  # the model that was is gone before the next one comes
+            trial = None  # frees the previous model's memory before the next model is made
             trial = TrialRunner(plan.experiment, plan.dataset, plan.folds, order, device)
         report = trial.run_epoch()
         if is_first:

@@ -125,7 +125,7 @@ def test_a_coarser_set_is_judged_as_cancer_against_normal(bundle: Path, coarse: 
     assert metrics["test"]["accuracy"]["value"] == pytest.approx(right.mean())
     page = (tmp_path / "out" / "report.html").read_text()
     assert "tell cancer and normal apart" in page and "15 images were left out: they are mapped to other" in page
-    assert "its own classes are finer" in page and "Grad-CAM" not in page
+    assert "own classes are finer than these" in page and "Grad-CAM" not in page
     assert page.count('class="path"') == page.count("data:image/webp")  # a picture a case, and no map
 
 
@@ -152,7 +152,7 @@ def test_the_four_classes_are_judged_with_calibrated_probabilities(
     assert scaling["temperature"] == 1.5
     assert scaling["before"]["brier"]["value"] == pytest.approx(brier.sum(axis=1).mean(), abs=1e-4)
     assert metrics["learned_from"] == {SAME_FILE: 0, ALIKE: 0}
-    assert metrics["test"]["leak_free"] is None and "learned from" not in capsys.readouterr().out
+    assert metrics["test"]["leak_free"] is None and "trained on" not in capsys.readouterr().out
 
 
 def test_images_that_it_has_learned_from_are_told(
@@ -166,10 +166,10 @@ def test_images_that_it_has_learned_from_are_told(
         flipped = ImageOps.mirror(image.convert("L"))
     flipped.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
-    assert "learned from 1 of these files, and from images that look like 1 more" in capsys.readouterr().out
+    assert "trained on 1 of these files, and on images that look like 1 more" in capsys.readouterr().out
     metrics, _ = judged(tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "The model has learned from 2 of the 62 images, or from images that look like them. On the 60 others" in page
+    assert "The model was trained on 2 of the 62 images, or on images that look like them. On the 60 others" in page
     assert metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 1}
     assert metrics["test"]["leak_free"]["n"] == metrics["test"]["n"] - 2
 

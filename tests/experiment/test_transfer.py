@@ -229,7 +229,7 @@ def test_before_the_end_the_best_so_far_is_pulled_and_called_unjudged(
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"third"
     said = capsys.readouterr().out
     assert "best of 5 trials of 8" in said and "balanced accuracy of 0.875 on validation" in said
-    assert "not been judged on the test split" in said and "test accuracy" not in said
+    assert "not been evaluated on the test split" in said and "test accuracy" not in said
     write_bundle(experiment, files_of_a_bundle(b"judged"))
     assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2  # the earlier one is not overwritten
     assert main([f"{tmp_path}/one", str(tmp_path / "judged")]) == 0

@@ -96,7 +96,7 @@ def test_a_bundle_comes_from_an_object_store_and_what_is_not_there_is_said(
     experiment = begun(bucket)
     write_so_far(experiment, files_of_a_bundle(test=None), trials=1)
     assert main([f"{bucket}/one", str(tmp_path / "so_far")]) == 0
-    assert "not been judged" in capsys.readouterr().out
+    assert "not been evaluated" in capsys.readouterr().out
     write_bundle(experiment, files_of_a_bundle(b"judged"))
     assert main([f"{bucket}/one/best", str(tmp_path / "model")]) == 0
     verify(tmp_path / "model")

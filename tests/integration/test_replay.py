@@ -113,7 +113,7 @@ def test_figures_that_are_not_those_recorded_are_said(searched: Path, capsys: py
             study.execute(changed, (json.dumps(value), trial._trial_id, name))
     assert replayed(searched, 1) == 1
     said = capsys.readouterr().out
-    assert "most by 0.25, in log loss of epoch 1" in said and "torch 1.0, now" in said
+    assert "is 0.25, in log loss of epoch 1" in said and "torch 1.0, now" in said
 
 
 def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:

@@ -270,8 +270,8 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
         (2, [lambda s: s.run(2)], "has not ended: 0 of 2 trials", []),
         (3, [lambda s: s.run(), lambda s: s.run(1)], "has not ended: 1 of 3", ["winner"]),
         (2, [lambda s: s.run(0, "no <room>")] * 2, "The search failed", []),
-        (1, [lambda s: s.run()], "has not been retrained and judged", ["winner"]),
-        (1, [lambda s: s.run(), Search.finish], "nothing else was tried", ["winner", "test", "mistakes"]),
+        (1, [lambda s: s.run()], "has not been retrained and evaluated", ["winner"]),
+        (1, [lambda s: s.run(), Search.finish], "no other was tried", ["winner", "test", "mistakes"]),
     ],
     ids=["no trial completed yet", "interrupted", "failed", "not judged", "one trial"],
 )
@@ -399,19 +399,23 @@ def test_the_verdict_names_the_gravest_objection(found: SearchResults) -> None:
     better = with_test(found, accuracy=good, references=majority)
     assert "no diagnosis" in verdict(better)[2]
     chance = with_test(found, accuracy=Figure(0.5, (0.2, 0.7)), references=majority)
-    assert verdict(chance)[2] == "Nothing: the model is not shown to beat always predicting normal."
+    assert verdict(chance)[2] == "The model is not shown to be better than always predicting normal."
     both = majority | {"shortcut": ReferenceAccuracy("file", Figure(0.85, None))}
     easy = with_test(found, accuracy=good, references=both)
     assert (
-        "Little: a rule that sees only the size, mode and bytes per pixel of the file is right on 85"
+        "recognises disease: a rule that sees only the size, mode and bytes per pixel of the file is right on 85"
         in (verdict(easy)[2])
     )
     leaking = found.split.assign(group=found.split["path"].where(found.split["path"].rank() % 2 == 0, "one"))
     n = replace(found, split=leaking).seen
     for accuracy, references, said in (
-        (good, majority, "Less than it seems. "),
-        (Figure(0.7, (0.4, 0.8)), both, "Little: a rule that sees only the size, mode and bytes"),
-        (Figure(0.5, (0.2, 0.7)), majority, "Nothing: the model is not shown to beat always predicting normal without"),
+        (good, majority, "The accuracy is too high. "),
+        (Figure(0.7, (0.4, 0.8)), both, "The accuracy does not show that the model recognises disease: a rule that"),
+        (
+            Figure(0.5, (0.2, 0.7)),
+            majority,
+            "The model is not shown to be better than always predicting normal without",
+        ),
     ):
         clean = WithoutOverlap(12 - n, accuracy, references)
         seen = replace(with_test(found, accuracy=good, references=both, without_overlap=clean), split=leaking)
@@ -420,7 +424,7 @@ def test_the_verdict_names_the_gravest_objection(found: SearchResults) -> None:
         assert f"on the {12 - n} others the accuracy is {100 * accuracy.value:.1f}" in verdict(seen)[2]
     nothing = WithoutOverlap(0, Figure(None, None), both)
     all_seen = replace(with_test(found, without_overlap=nothing), split=found.split.assign(group=0))
-    assert verdict(all_seen)[2].startswith("Nothing: there is no test image without group overlap. For 12 of the 12 ")
+    assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 12 of the 12 ")
 
 
 def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -> None:
@@ -428,9 +432,9 @@ def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -
 
     split = found.split[(found.split["label"] != "normal") | (found.split["split"] != "valid")]
     (judged,) = [
-        said for said in about_the_search(replace(found, split=split)) if said.startswith("Trials were judged")
+        said for said in about_the_search(replace(found, split=split)) if said.startswith("Trials were evaluated")
     ]
-    assert "There was none of normal." in judged and "the fewest, 0" not in judged
+    assert "There was no image of normal." in judged and "has 0 of them" not in judged
 
 
 @given(st.floats(1e-4, 1e-2))

@@ -1,1 +1,1 @@
-"""What Ray Tune tells while a search runs, and who listens."""
+"""Ray Tune's callbacks while a search runs: time, progress, metrics, MLflow, the best bundle so far."""

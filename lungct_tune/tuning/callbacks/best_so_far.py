@@ -1,4 +1,4 @@
-"""The best trial so far as a bundle, for those who pull before the search has ended."""
+"""Writes the best trial so far as a bundle, for users who pull before the search has ended."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lungct_tune.filesystem import StorageError
 
 
 class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
-    """Keeps `so_far/` on the storage whenever a trial that completed is the best.
+    """Writes a bundle to `so_far/` whenever another completed trial becomes the best.
 
     Args:
-        files: the bundle's files for a trial and its weights (safetensors).
+        files: makes the bundle's files from a trial and its weights (safetensors).
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
         best = best_trial(finished)
         if best is None or best.number == self._kept:
             return
-        with suppress(StorageError, OSError):  # no reason to end a search: the next trial's end tries again
+        with suppress(StorageError, OSError):  # no reason to end the search: tried again after the next trial
             weights = self._experiment.read(f"{trial_folder(best.number)}/best.safetensors")
             if weights is not None:
                 write_so_far(self._experiment, self._files(best, weights), len(finished))
                 self._kept = best.number
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, which nothing reads
+        return {}  # Tune pickles its configuration, but nothing reads it

@@ -1,4 +1,4 @@
-"""How long a search takes, and its slots: kept in the study."""
+"""Measures the time of a search and of its slots, and writes it to the study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNT_EVERY_S = 1.0
 
 
 class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
-    """Keeps in the study how long the search takes, and the time of its slots: of those that have room."""
+    """Writes the wall time of the search to the study, and the time of the slots that have room on the cluster."""
 
     def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
         self._study, self._plan, self._slots = study, plan, slots
@@ -36,7 +36,7 @@ class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
             self._count()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        # only with an epoch, which changes the study anyway: each change is another copy of it on remote storage
+        # only after an epoch, which changes the study anyway: with remote storage each change uploads another copy
         if self._counted > self._kept:
             self._keep()
 
@@ -53,4 +53,4 @@ class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
         self._study.set_user_attr("slot_s", self.slot_s)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration; a clock does not travel
+        return {}  # Tune pickles its configuration, but a clock cannot be moved to another process

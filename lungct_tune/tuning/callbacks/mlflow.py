@@ -1,4 +1,4 @@
-"""MLflow, for those who keep their experiments there: a copy of the study that the search never waits for."""
+"""Copies the study to MLflow, for users who keep their experiments there. The copy does not delay the search."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lungct_tune.experiment.trial import Outcome
 from lungct_tune.training.objective import OBJECTIVE
 
 PERIOD_S = 5
-"""How often the copy is brought up to date."""
+"""Seconds between updates of the copy."""
 
 LAST_CHANCE_S = 30
-"""How long a search that ends waits for it."""
+"""How long a search waits at its end for the last update."""
 
 WHEN_AND_WHERE = {"at", "slot"}
-"""What the study keeps of an epoch that is no figure: MLflow has times of its own."""
+"""The fields of an epoch that are not copied: MLflow has times of its own, and a slot is no figure."""
 
 TAG = "lungct_tune"
-"""The tag that tells which trial a run is, whatever people rename it to."""
+"""The tag with the trial of a run. Users may rename a run, but the tag stays."""
 
 
 class TrackingError(UserError):
-    """MLflow cannot be used: the message says where, why and what to do."""
+    """MLflow cannot be used. The message says where, why and what to do."""
 
 
 @dataclass
 class _Run:
-    """What MLflow has of a trial."""
+    """The state of a trial's run in MLflow."""
 
     id: str
     described: bool
@@ -50,20 +50,20 @@ class _Run:
 class MLflowTracker:
     """A copy of a study in MLflow: an experiment of its name, a run for each trial, and one for the final model.
 
-    What keeps it up looks what MLflow lacks, and adds it. So a trial that goes on after an interruption goes on in its
-    run, and a server that was away hears what it has missed.
+    Each update compares the study with MLflow and adds what is missing there. So a trial that continues after an
+    interruption continues in its run, and a server that was not available gets the missing data later.
 
     Args:
-        track: `mlflow:` and where the server is, http or https.
-        name: the study's, and the experiment's.
-        new: whether the study begins, and the experiment with it.
+        track: `mlflow:` and the address of the server, http or https.
+        name: the name of the study and of the experiment.
+        new: whether the study is new, so that the experiment must not exist yet.
 
     Raises:
         TrackingError: MLflow is not installed, its server does not answer, or a new study's name is taken there.
     """
 
     def __init__(self, track: str, name: str, *, new: bool) -> None:
-        # it comes again anyway, and MLflow's own seven retries would hold up a search that ends for minutes
+        # the next update tries again anyway, and MLflow's own seven retries would delay the end of a search for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -88,7 +88,7 @@ class MLflowTracker:
 
     @contextmanager
     def kept_up(self, study: optuna.Study, console: Console) -> Iterator[None]:
-        """Keeps the copy up to date by a thread; nothing that MLflow does stops what runs meanwhile."""
+        """Keeps the copy up to date in a thread. Errors of MLflow do not stop the search."""
         over = threading.Event()
         thread = threading.Thread(target=self._keep_up, args=(study, console, over), daemon=True)
         thread.start()
@@ -103,7 +103,7 @@ class MLflowTracker:
                 )
 
     def add_final(self, trial: int, hyperparameters: Hyperparameters, epochs: int, test: TestMetrics) -> None:
-        """Has the final model and its test figures copied too."""
+        """Adds the final model and its test figures to the next update."""
         figures = {name: getattr(test, name).value for name in ("accuracy", "balanced_accuracy", "macro_f1")}
         if interval := test.accuracy.ci95:
             figures |= {"accuracy_ci95_low": interval[0], "accuracy_ci95_high": interval[1]}
@@ -118,12 +118,12 @@ class MLflowTracker:
             last = over.wait(PERIOD_S)
             try:
                 self._copy(study)
-            except Exception as error:  # whatever it is, the search goes on
-                self._runs = None  # what has arrived is not known
+            except Exception as error:  # the search continues after any error
+                self._runs = None  # it is not known which data have arrived
                 if not complained:
                     console.print(
                         f"MLflow at {self._uri} does not accept the search's data ({_first_line(error)}). The search "
-                        "goes on and tries again",
+                        "continues and tries again",
                         style="yellow",
                         soft_wrap=True,
                     )
@@ -141,8 +141,8 @@ class MLflowTracker:
             if run.ended:
                 continue
             for epoch in trial.history[run.epochs :]:
-                now, told = _milliseconds(None), epoch.as_dict()
-                metrics = [Metric(name, told[name], now, run.epochs + 1) for name in told.keys() - WHEN_AND_WHERE]
+                now, values = _milliseconds(None), epoch.as_dict()
+                metrics = [Metric(name, values[name], now, run.epochs + 1) for name in values.keys() - WHEN_AND_WHERE]
                 self._client.log_batch(run.id, metrics)
                 run.epochs += 1
             if trial.is_finished:
@@ -163,7 +163,7 @@ class MLflowTracker:
                 return runs
 
     def _run(self, name: str, began: datetime | None, parameters: Mapping[str, Any]) -> _Run:
-        """The run of that name, with its parameters: what MLflow lacks of it is made."""
+        """The run of that name, with its parameters. Creates what is missing in MLflow."""
         from mlflow.entities import Param
 
         assert self._runs is not None
@@ -190,7 +190,7 @@ class MLflowTracker:
 
 
 def _milliseconds(when: datetime | None) -> int:
-    """As MLflow counts time; now, where Optuna has noted none."""
+    """A time in MLflow's unit, milliseconds; now, if Optuna has none."""
     return int((when or datetime.now()).timestamp() * 1000)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: one display in a terminal, one line a finished trial elsewhere."""
+"""Shows the progress of a search: a live display in a terminal, elsewhere a line for each finished trial."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAY_WAITING_AFTER_S = 30.0
 
 
 class ProgressCallback(tune.Callback):  # type: ignore[misc]
-    """Shows trials done of all, the best so far, epochs a second and the time left."""
+    """Shows the number of finished trials, the best trial so far, epochs per second and the time left."""
 
     def __init__(self, study: optuna.Study, trials: int, clock: SlotTimeCallback, console: Console) -> None:
         self._study, self._trials, self._clock, self._console = study, trials, clock, console
@@ -89,4 +89,4 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration; a display does not travel
+        return {}  # Tune pickles its configuration, but a display cannot be moved to another process

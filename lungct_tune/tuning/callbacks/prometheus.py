@@ -1,7 +1,7 @@
-"""A search's own metrics, where Ray exports its metrics: Prometheus sees them with Ray's prefix, `ray_lungct_…`.
+"""A search's own metrics, exported together with Ray's. Prometheus sees them with Ray's prefix, `ray_lungct_…`.
 
-All are the driver's. Ray forgets a gauge that has not been set for some twenty seconds, and an epoch may take longer:
-a worker in the middle of one could not keep its own alive.
+The driver sets all of them. Ray drops a gauge that has not been set for some twenty seconds. An epoch may take longer,
+and a worker cannot set a gauge during an epoch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ REFRESH_S = 5
 
 
 class PrometheusCallback(tune.Callback):  # type: ignore[misc]
-    """Trials by state, the best figure, and of every slot how fast it trains and what its checkpoints take.
+    """Exports trials by state, the best figure, and for every slot the speed of training and the cost of checkpoints.
 
-    The share of training time is the inverse of the bundle's `overhead_ratio`, as far as the search has come.
+    The share of training time is the inverse of the bundle's `overhead_ratio` for the search so far.
     """
 
     def __init__(self, study: optuna.Study, search: str, trials: int, clock: SlotTimeCallback) -> None:
@@ -51,7 +51,7 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
         self._count_finished()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        """Sets all gauges anew now and then; Tune calls this some ten times a second."""
+        """Sets all gauges again every `REFRESH_S` seconds. Tune calls this some ten times a second."""
         if time.monotonic() >= self._refreshed + REFRESH_S:
             self._set_gauges(trials)
 
@@ -73,7 +73,7 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         report: EpochReport = result[REPORT]
-        if (cost := report.cost) is None:  # no epoch was run: the training diverged, or had been at its end
+        if (cost := report.cost) is None:  # no epoch was run: the training diverged, or had already ended
             return
         figures = report.epochs[-1]
         slot = str(figures.slot)
@@ -99,4 +99,4 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
             self._of_search[self._best] = winner.best.balanced_accuracy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration; what is bound to this process does not travel
+        return {}  # Tune pickles its configuration, but metrics cannot be moved to another process
