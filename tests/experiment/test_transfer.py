@@ -36,7 +36,7 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     assert sorted(os.listdir(tmp_path)) == ["model", "results"]
     said = capsys.readouterr().out
     assert "trial 3: depth 20, 0 frozen, dropout 0.50" in said
-    low, high = JUDGED["accuracy"]["ci95"]
+    low, high = JUDGED.accuracy.ci95
     assert f"test accuracy 0.750 ({low:.3f} to {high:.3f}), 8 images in 8 groups" in said
     assert "majority class (normal): 0.250, balanced 0.250" in said
     assert PHANTOMS in said
@@ -80,7 +80,7 @@ def test_what_is_in_the_way_is_never_touched(tmp_path: Path, there: str, capsys:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_text("mine")
     assert main(pull) == 2
-    assert "Give another DEST" in capsys.readouterr().err
+    assert "another DEST" in capsys.readouterr().err
     assert (tmp_path / there).read_text() == "mine"
 
 
