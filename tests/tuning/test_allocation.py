@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused_with_what_there_is(values: Any, nodes: Any
 
 
 def test_more_final_workers_than_fit_are_refused() -> None:
-    with pytest.raises(ClusterError, match="--final-workers 4 cannot be: the cluster holds 2 workers"):
+    with pytest.raises(ClusterError, match="--final-workers 4 is not possible: the cluster holds 2 workers"):
         divide_for_retraining(settings(final_workers=4), LAPTOP, FIXED)
 
 
