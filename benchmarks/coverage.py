@@ -29,7 +29,7 @@ def coverage(groups: int, truth: float, alike: float, simulations: int) -> float
         rates_G = rng.beta(truth * (1 / alike - 1), (1 - truth) * (1 / alike - 1), groups)
         right_N = rng.random(len(groups_N)) < rates_G[groups_N]
         interval = ClusterBootstrap(groups_N, seed=simulation).rate(right_N, groups_N >= 0).ci95
-        if interval:  # there is none where all resamples agree
+        if interval:  # there is none if all resamples give the same value
             held.append(interval[0] <= truth <= interval[1])
     return float(np.mean(held))
 

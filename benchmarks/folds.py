@@ -24,7 +24,7 @@ from lungct_tune.training.trainer import Trainer
 WORKERS, IMAGES, BATCH = 2, 160, 16
 
 
-def worker(rank: int, asked: argparse.Namespace, told: multiprocessing.SimpleQueue) -> None:
+def worker(rank: int, asked: argparse.Namespace, timings: multiprocessing.SimpleQueue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
     random = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def worker(rank: int, asked: argparse.Namespace, told: multiprocessing.SimpleQue
                 one.train_epoch()
             dist.barrier()
             if rank == 0 and repeat:  # the first epoch warms up
-                told.put((way, time.perf_counter() - began))
+                timings.put((way, time.perf_counter() - began))
     dist.destroy_process_group()
 
 
@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
-    told: multiprocessing.SimpleQueue = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(worker, args=(asked, told), nprocs=WORKERS)
+    timings: multiprocessing.SimpleQueue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(worker, args=(asked, timings), nprocs=WORKERS)
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
-    while not told.empty():
-        way, took = told.get()
+    while not timings.empty():
+        way, took = timings.get()
         seconds[way].append(took)
     alone, together = (statistics.median(seconds[way]) for way in ("alone", "together"))
     print(f"an epoch of two folds, depth {asked.depth}, {IMAGES} images of {asked.size} pixels, batch {BATCH}:")

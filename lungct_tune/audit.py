@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", metavar="N", help="width and height at which images are read, in pixels (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
-    asked = vars(parser.parse_args(argv))
-    return exit_status(lambda: _run(asked, Console(highlight=False)))
+    arguments = vars(parser.parse_args(argv))
+    return exit_status(lambda: _run(arguments, Console(highlight=False)))
 
 
-def _run(asked: dict[str, Any], console: Console) -> None:
+def _run(arguments: dict[str, Any], console: Console) -> None:
     from lungct_tune.config.settings import validate
 
-    page, figures, permuted = asked.pop("html", None), asked.pop("json", None), asked.pop("permuted", False)
-    settings = validate(asked).for_data()
+    page, figures, permuted = arguments.pop("html", None), arguments.pop("json", None), arguments.pop("permuted", False)
+    settings = validate(arguments).for_data()
     # imported after the settings are validated, so that --help and error messages come at once
     from lungct_tune.auditing.audit import audit_images
     from lungct_tune.data import fetch_images, read_images
@@ -76,7 +76,7 @@ def _run(asked: dict[str, Any], console: Console) -> None:
     images = read_images(
         root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
     )
-    how, split = _split(images, settings, "split" in asked)
+    how, split = _split(images, settings, "split" in arguments)
     audit = audit_images(images, split, how, permuted=permuted)
     print_audit(audit, console)
     try:

@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `lungct-tune COMMAND ...`; returns the exit status of the command, 2 where there is no such command."""
+    """Runs `lungct-tune COMMAND ...`; returns the exit status of the command, 2 if there is no such command."""
     parser = argparse.ArgumentParser(
         prog="lungct-tune",
         usage="%(prog)s [-h] [--version] COMMAND ...",

@@ -112,7 +112,7 @@ class Settings(BaseModel):
         1.0, description="CPUs a worker reserves, fractions allowed (1)", json_schema_extra={"metavar": "F"}
     )
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = _flag(
-        "GPUs a worker reserves, fractions share one (1 where there are GPUs)", "F"
+        "GPUs a worker reserves, fractions share one (1 if there are GPUs)", "F"
     )
     slots: Positive | None = _flag("trials at the same time (as many as the cluster holds)")
     final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 16 images each or more)")

@@ -6,7 +6,7 @@ import numpy as np
 
 OBJECTIVE = "balanced_accuracy"
 """What a search maximises on validation: the mean of the classes' sensitivities. A model that always predicts the
-largest class scores only 1/C, however large that class is; its plain accuracy would be higher."""
+largest class scores only 1/C, for any size of that class; its plain accuracy would be higher."""
 
 
 def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> dict[str, float]:

@@ -42,7 +42,7 @@ backbone_lr: {low: 1e-4, high: 1e-2, log: true}
 fixed_trials: [{truncation_depth: 4}]
 """
 EPOCHS, BATCH = 8, 8
-DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
+DISCOVERY = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "prom_metrics_service_discovery.json")
 GRAFANA = REPOSITORY / "clusters" / "grafana-dashboard.json"
 
 Ask = Callable[[str], list[dict[str, Any]]]
@@ -88,7 +88,7 @@ def prometheus(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield None
         return
     folder = tmp_path_factory.mktemp("prometheus")
-    ray_nodes = {"job_name": "ray", "file_sd_configs": [{"files": [DISCOVERY], "refresh_interval": "1s"}]}
+    ray_nodes = {"job_name": "ray", "file_sd_configs": [{"files": [str(DISCOVERY)], "refresh_interval": "1s"}]}
     config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": [ray_nodes]}
     (folder / "prometheus.yml").write_text(json.dumps(config))
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}"]

@@ -1,4 +1,4 @@
-"""Pretrained weights: read from whatever people have, or refused with a reason and the ways out."""
+"""Pretrained weights: read from whatever people have, or refused with a reason and ways to fix it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def without_layer3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(("layer3", "layer4", "fc"))}
 
 
-def assert_ways_out(error: pytest.ExceptionInfo[WeightsError]) -> None:
+def assert_ways_to_fix(error: pytest.ExceptionInfo[WeightsError]) -> None:
     message = str(error.value)
     assert all(way in message for way in ("resnet50-", "checkpoints", "--weights FILE", "--weights none")), message
 
@@ -67,13 +67,13 @@ def test_imagenet_comes_from_torchs_hub_cache(
     assert torch.equal(read["layer4.2.conv3.weight"], state["layer4.2.conv3.weight"])
 
 
-def test_unreachable_imagenet_says_so_and_names_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_imagenet_says_so_and_how_to_fix_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a port where nobody answers, on any machine
     with pytest.raises(WeightsError, match=r"imagenet.*URLError") as error:
         read_weights("imagenet")
-    assert_ways_out(error)
+    assert_ways_to_fix(error)
     assert str(tmp_path / "hub" / "checkpoints") in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_refuses_files_that_it_cannot_read_without_running_their_code(tmp_path: 
     for name in (*contents, "noise.pth", "noise.safetensors", "missing.pth", "."):
         with pytest.raises(WeightsError, match=name) as error:
             read_weights(str(tmp_path / name))
-        assert_ways_out(error)
+        assert_ways_to_fix(error)
 
 
 def test_a_partial_file_serves_the_cuts_that_it_covers(state: dict[str, Tensor]) -> None:
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(state: dict[str, Tenso
     assert "conv1.weight (shape (64, 1, 7, 7) instead of (64, 3, 7, 7))" in message
     assert "layer3.0.conv1.weight (missing)" in message and "more" in message
     assert "up to 0" in message
-    assert_ways_out(error)
+    assert_ways_to_fix(error)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
