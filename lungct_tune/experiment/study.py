@@ -6,6 +6,7 @@ A trial has these user attributes in addition to what Optuna keeps: "configurati
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -65,7 +66,9 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
         raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
     except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
-    study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
     for hyperparameters in space.fixed_trials:
         values = hyperparameters.as_dict()
         study.enqueue_trial(

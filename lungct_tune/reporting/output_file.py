@@ -1,4 +1,4 @@
-"""Where pages and figures are written: never over what a user made, and never into a bundle."""
+"""Checks output files: never overwrites a user's file, and never writes into a bundle."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import check_outside_bundles
 
 GENERATOR = '<meta name="generator" content="lungct_tune">'
-"""What every page has in its head, and by which it is known."""
+"""A tag in the head of every page, by which the program recognises its own pages."""
 
 
 def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
-    """Keeps what a user made from being written over.
+    """Checks that an output file can be written without overwriting a user's file.
 
     Args:
-        flag: the option that named it.
-        mark: what a file begins with that may be written over, since this program made it.
+        flag: the option that named the file.
+        mark: text near the start of files of this program, which may be overwritten.
 
     Raises:
-        UserError: something lies at `out` that is not ours, or it would be in a bundle.
+        UserError: `out` is a folder or a file that this program did not make, or it is in a bundle.
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")

@@ -103,7 +103,7 @@ def test_an_empty_cluster_is_divided_as_it_can_grow() -> None:
     allotment = divide(settings(), [HEAD], to_come)
     assert (allotment.slots, allotment.capacity, allotment.resources_per_worker["GPU"]) == (8, 0, 1)
     assert "8 slots of 1 worker with 1 CPU and 1 GPU each (room for 0 now" in str(allotment)
-    assert divide(settings(), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).room == 4
+    assert divide(settings(), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).capacity == 4
 
 
 def test_the_retraining_takes_the_nodes_that_are_there_and_waits_only_where_there_are_none() -> None:
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused_with_what_there_is(values: Any, nodes: Any
 
 
 def test_more_final_workers_than_fit_are_refused() -> None:
-    with pytest.raises(ClusterError, match="--final-workers 4 cannot be: the cluster holds 2 workers"):
+    with pytest.raises(ClusterError, match="--final-workers 4 is not possible: the cluster holds 2 workers"):
         divide_for_retraining(settings(final_workers=4), LAPTOP, FIXED)
 
 
