@@ -102,3 +102,7 @@ def _ask_no_metadata(endpoint: str | None) -> None:
     """Turns off EC2 metadata for an S3 server that is not Amazon's: looking for it takes 9 s in each process."""
     if endpoint and "amazonaws.com" not in endpoint:
         os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+
+class NodeRefused(StorageError):
+    """A node cannot use the search's storage. It would fail for every trial. The message names the node."""

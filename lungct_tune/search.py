@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -57,13 +58,12 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         KeyboardInterrupt: Ctrl-C, with a message that says how to continue.
     """
     from lungct_tune.experiment.plan import plan_search
-    from lungct_tune.tuning.cluster import joined
 
     plan = plan_search(settings, given)
     with _how_to_go_on(plan):
         split, audit = load_and_audit(plan, console)
         weights = plan.read_weights()
-        with joined(plan.settings.address, plan.settings.verbose, plan.experiment.name) as dashboard:
+        with join_cluster(plan) as dashboard:
             resources = announce(plan, dashboard, console)
             if plan.settings.plan:
                 return
@@ -78,7 +78,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 @contextmanager
 def _how_to_go_on(plan: Plan) -> Iterator[None]:
     """Adds the command that continues the search to the exception that stops a started search."""
-    from lungct_tune.tuning.workers import NodeRefused
+    from lungct_tune.filesystem import NodeRefused
 
     try:
         yield
@@ -109,6 +109,17 @@ def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, A
     if settings.strict:
         refuse_leaks(audit)
     return split, audit
+
+
+def join_cluster(plan: Plan) -> AbstractContextManager[str]:
+    """Joins or starts the Ray cluster; yields the address of its dashboard.
+
+    Raises:
+        ClusterError: the cluster cannot be joined.
+    """
+    from lungct_tune.tuning.cluster import joined  # not before: much can be refused without importing Ray
+
+    return joined(plan.settings.address, plan.settings.verbose, plan.experiment.name)
 
 
 def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
@@ -212,7 +223,7 @@ class SearchRun:
         run_search(
             self.study,
             self.plan.space,
-            self._slot_plan(),
+            self._slot_plan,
             trials=settings.trials,
             slots=slots,
             seed=settings.seed,
@@ -235,7 +246,7 @@ class SearchRun:
             return None
         self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots = self._slot_plan(), self.resources.slots
+        plan, slots = self._slot_plan, self.resources.slots
         return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
     def retrain(self, trial: TrialRecord) -> RetrainedModel:
@@ -322,6 +333,7 @@ class SearchRun:
             self.console.print(message, style="yellow", soft_wrap=True, markup=False)
             return {}
 
+    @cached_property
     def _slot_plan(self) -> SlotPlan:
         from lungct_tune.tuning.tuner import make_slot_plan
 

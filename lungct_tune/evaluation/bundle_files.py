@@ -55,21 +55,21 @@ class BundleFiles:
     def final(
         self,
         best: TrialRecord,
-        judged: RetrainedModel,
+        retrained: RetrainedModel,
         published: tuple[TrialRecord, RetrainedModel] | None = None,
         seeds: dict[str, Any] | None = None,
     ) -> Bundle:
         """The final bundle of the search, with its test figures.
 
         Args:
-            judged: the best trial's configuration, retrained.
+            retrained: the best trial's configuration, retrained.
             published: the trial of the published configuration, and its retrained model.
             seeds: of `over_seeds`.
         """
         images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
         labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
-        scaling, uncalibrated_NC = self._fit_temperature(best), judged.probabilities_NC
+        scaling, uncalibrated_NC = self._fit_temperature(best), retrained.probabilities_NC
         probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature) if scaling else uncalibrated_NC
         figures = evaluate_predictions(
             labels_N,
@@ -82,7 +82,7 @@ class BundleFiles:
             overlap_N=group_overlap(images, self.split.split),
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
-        return self._bundle(best, judged.weights, scaling, figures, predictions, seeds)
+        return self._bundle(best, retrained.weights, scaling, figures, predictions, seeds)
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
         """All files of a bundle by name, without its pages."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
-from lungct_tune.experiment.bundle import as_json
+from lungct_tune.experiment.bundle import METRICS, BundleError, as_json
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,14 @@ def read_metrics(content: bytes) -> BundleMetrics:
     """Reads the metrics.json of a bundle.
 
     Raises:
-        pydantic.ValidationError: it is not the metrics.json of a bundle.
+        BundleError: it has another form than this version writes.
     """
-    return TypeAdapter(BundleMetrics).validate_json(content)
+    try:
+        return TypeAdapter(BundleMetrics).validate_json(content)
+    except ValidationError as error:
+        first, *_ = error.errors()
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BundleError(
+            f"{METRICS} cannot be read: {where}: {first['msg']}. Another version of lungct_tune may have written it; "
+            "use that version"
+        ) from error

@@ -32,8 +32,8 @@ class ResourcePlan:
     def __str__(self) -> str:
         waiting = f" (room for {min(self.capacity, self.slots)} now; the others start as nodes come)"
         return (
-            f"{_count(self.slots, 'slot')} of {_count(self.workers, 'worker')} with "
-            f"{_amounts(self.resources_per_worker)} each{waiting if self.capacity < self.slots else ''}"
+            f"{number_of(self.slots, 'slot')} of {number_of(self.workers, 'worker')} with "
+            f"{describe_resources(self.resources_per_worker)} each{waiting if self.capacity < self.slots else ''}"
         )
 
 
@@ -45,14 +45,16 @@ class RetrainingResources:
     resources_per_worker: dict[str, float]
 
     def __str__(self) -> str:
-        return f"{_count(self.workers, 'worker')} with {_amounts(self.resources_per_worker)} each"
+        return f"{number_of(self.workers, 'worker')} with {describe_resources(self.resources_per_worker)} each"
 
 
-def _count(n: int, what: str) -> str:
+def number_of(n: int, what: str) -> str:
+    """A number and a noun, such as "1 slot" or "2 slots"."""
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _amounts(resources: Mapping[str, float]) -> str:
+def describe_resources(resources: Mapping[str, float]) -> str:
+    """Resources as text, such as "1 CPU and 0.5 GPU"."""
     return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
 
 
@@ -83,12 +85,12 @@ def divide(
     now, most = _workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
     slots = settings.slots or max(1, most // settings.workers)
     if to_come is not None and most < slots * settings.workers:
-        have = "; ".join(_amounts({kind: node.get(kind, 0) for kind in ("CPU", "GPU")}) for node in nodes)
+        have = "; ".join(describe_resources({kind: node.get(kind, 0) for kind in ("CPU", "GPU")}) for node in nodes)
         grown = f", and {most} with all the nodes that its autoscaler may bring" if to_come else ""
         raise ClusterError(
-            f"{_count(slots, 'slot')} of {_count(settings.workers, 'worker')} do not fit: a worker needs "
-            f"{_amounts(each)} on one node, so the cluster holds {now} workers{grown}, and "
-            f"{slots * settings.workers} are needed. It has {_count(len(nodes), 'node')}: {have}. Lower --slots, "
+            f"{number_of(slots, 'slot')} of {number_of(settings.workers, 'worker')} do not fit: a worker needs "
+            f"{describe_resources(each)} on one node, so the cluster holds {now} workers{grown}, and "
+            f"{slots * settings.workers} are needed. It has {number_of(len(nodes), 'node')}: {have}. Lower --slots, "
             "--workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
         )
     return ResourcePlan(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)

@@ -16,19 +16,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.config.settings import Settings
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.filesystem import StorageError
+from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.tuning.allocation import (
     ClusterError,
     ResourcePlan,
     RetrainingResources,
-    _amounts,
-    _count,
+    describe_resources,
     divide,
     divide_for_retraining,
+    number_of,
     workers_of,
 )
 from lungct_tune.tuning.ray_compat import autoscaling_config
-from lungct_tune.tuning.workers import PROBE, NodeRefused, check_from_here
+from lungct_tune.tuning.workers import PROBE, check_from_here
 
 WORKER_START_TIMEOUT_S = 7 * 24 * 3600
 """How long a group of workers waits for room. The autoscaler starts nodes only for groups that wait."""
@@ -136,13 +136,13 @@ def has_shared_file_system(experiment: Experiment) -> bool:
 def machines() -> str:
     """The present nodes by kind, as text: "1 node with 2 CPU, 3 nodes with 16 CPU and 1 GPU (H200)"."""
     alike = Counter(_machine(node) for node in _nodes())
-    return ", ".join(f"{_count(n, 'node')} with {machine}" for machine, n in alike.items())
+    return ", ".join(f"{number_of(n, 'node')} with {machine}" for machine, n in alike.items())
 
 
 def _machine(node: Mapping[str, float]) -> str:
     amounts = {kind: node[kind] for kind in ("CPU", "GPU") if node.get(kind)}
     accelerators = [kind.partition(":")[2] for kind in node if kind.startswith("accelerator_type:")]
-    return _amounts(amounts) + (f" ({', '.join(accelerators)})" if accelerators else "")
+    return describe_resources(amounts) + (f" ({', '.join(accelerators)})" if accelerators else "")
 
 
 def _nodes() -> list[Mapping[str, float]]:

@@ -38,7 +38,7 @@ def rerun_trials(
     stopped = threading.Event()
 
     def run(slot: Slot, mine: Sequence[TrialOrder]) -> list[EpochReport]:
-        return [_rerun(slot, order, epochs, stopped) for order in mine]
+        return [follow_trial(slot, order, epochs, stopped) for order in mine]
 
     with ThreadPoolExecutor(at_once) as pool:
         running = [Slot(plan) for _ in range(at_once)]
@@ -79,11 +79,17 @@ def replay_trial(
     return report, provenance(slot)
 
 
-def _rerun(slot: Slot, order: TrialOrder, epochs: int, stopped: threading.Event) -> EpochReport:
+def follow_trial(slot: Slot, order: TrialOrder, epochs: int, stopped: threading.Event) -> EpochReport:
+    """Runs a trial's epochs in a slot until it ends, or has so many; its last report, with all its epochs.
+
+    Raises:
+        KeyboardInterrupt: `stopped` was set.
+    """
     done: list[EpochFigures] = []
     while not stopped.is_set():
         report = slot.run_epoch(order)
-        done += report.epochs
+        # workers that took over report all epochs, also those that had been reported
+        done += [figures for figures in report.epochs if figures.epoch > len(done)]
         if report.is_last or len(done) >= epochs:
             return replace(report, epochs=tuple(done))
     raise KeyboardInterrupt

@@ -27,11 +27,10 @@ from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.experiment.folder import Experiment, state_file
 from lungct_tune.experiment.study import BAD_SCORE, FINISHED
 from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, Outcome, TrialOrder, best_epoch
-from lungct_tune.filesystem import StorageError
+from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.ray_compat import reopen_trial, suggest_value
 from lungct_tune.tuning.slots import REPORT
-from lungct_tune.tuning.workers import NodeRefused
 
 
 @dataclass
@@ -55,8 +54,8 @@ class _Live:
 
     def end(self, outcome: Outcome, ended: str) -> None:
         """Notes in the study how the trial ended. This comes before `tell`, because a driver may die in between."""
-        self.trial.set_user_attr("ended", ended)
         self.trial.set_user_attr("outcome", outcome.value)
+        self.trial.set_user_attr("ended", ended)
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]

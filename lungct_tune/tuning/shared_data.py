@@ -89,16 +89,16 @@ class SharedDataset:
         """The images on the device if they need at most a quarter of its memory; else on the CPU, moved by batch."""
         import torch
 
-        fits = device.type != "cuda" or self._array.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
-        place = device if fits and not isinstance(self.images, Path) else torch.device("cpu")
-        if place not in self._on_devices:
+        if device not in self._tensors:  # decided once: later, the images themselves take some of the free memory
+            fits = device.type != "cuda" or self._array.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+            place = device if fits and not isinstance(self.images, Path) else torch.device("cpu")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # the memory is read-only, and nothing writes to it
-                self._on_devices[place] = torch.from_numpy(self._array).to(place)
-        return self._on_devices[place]
+                warnings.simplefilter("ignore", UserWarning)  # read-only memory, and nobody writes to it
+                self._tensors[device] = torch.from_numpy(self._array).to(place)
+        return self._tensors[device]
 
     @cached_property
-    def _on_devices(self) -> dict[torch.device, torch.Tensor]:
+    def _tensors(self) -> dict[torch.device, torch.Tensor]:
         return {}
 
     @cached_property

@@ -20,9 +20,10 @@ from ray.exceptions import ActorAlreadyExistsError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
+from lungct_tune.filesystem import NodeRefused
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.ray_compat import HEAD_NODE
-from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, NodeRefused, SlotPlan, run_worker
+from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, SlotPlan, run_worker
 
 REPORT = "report"
 """The key of the `EpochReport` in a result of Ray Tune."""

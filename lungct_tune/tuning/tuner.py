@@ -16,6 +16,7 @@ from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import finished_trials
+from lungct_tune.filesystem import NodeRefused
 from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
@@ -25,7 +26,7 @@ from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.trial_runner import Fold
-from lungct_tune.tuning.workers import NodeRefused, SlotPlan
+from lungct_tune.tuning.workers import SlotPlan
 
 MOST_AT_RANDOM = 10
 """The most trials that Optuna draws at random before TPE starts. In a small search it is a third of the trials."""

@@ -16,7 +16,7 @@ import ray
 
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import TrialOrder
-from lungct_tune.filesystem import StorageError
+from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import Fold, TrialRunner
 
@@ -25,10 +25,6 @@ START_ATTEMPTS = 20
 
 PROBE = ".probe"
 """A file that the head writes to the storage. Every node looks for it and writes a file of its own beside it."""
-
-
-class NodeRefused(StorageError):
-    """A node cannot use the search's storage. It would fail for every trial. The message names the node."""
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def test_all_of_a_search_comes_from_where_a_job_leaves_it_and_what_is_not_there_
 
 def test_a_storage_that_hosts_do_not_share_is_refused(cluster: Cluster) -> None:
     command = ["python", "-m", "lungct_tune.search", "--name", "alone", "--storage", "alone", *QUICK_TRIALS]
-    with pytest.raises(AssertionError, match=r"node 10\.77\.0\.[34] and the head do not see what the other writes"):
+    with pytest.raises(AssertionError, match=r"node 10\.77\.0\.[34] and the head do not see each other's files there"):
         cluster.ray("exec", CLUSTER, shlex.join(command))
 
 

@@ -154,6 +154,6 @@ def test_what_cannot_be_trained_again_is_refused(
     assert replayed(searched, 7) == 2
     assert "has no trial 7; it has 0 to 2" in capsys.readouterr().err
     assert replayed(searched, 1, "--data", str(make_phantoms(tmp_path, seed=5, patients=12, size=32))) == 2
-    assert "are not those that folded began with" in capsys.readouterr().err
+    assert "are not those that folded started with" in capsys.readouterr().err
     assert replay.main(["nothing", "1", "--storage", str(tmp_path)]) == 2
     assert "there is no search" in capsys.readouterr().err

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 
 EPOCHS = 8
+TWO_SLOTS = ["--slots", "2", "--workers", "2", "--cpus-per-worker", "0.5"]
 SLOW = ["--image-size", "96", "--epochs", str(EPOCHS)]  # seconds a trial, so that it can be caught in the middle
 
 
@@ -36,16 +37,16 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
 ) -> None:
     """SIGKILL for a worker, Ctrl-C in the search, SIGKILL in the retraining, then left alone: as many trials as asked.
 
-    Two workers share its slot. A copy is pulled while it runs, and its best model when it has been stopped.
+    Two slots of two workers run its trials. A copy is pulled while it runs, its best model when it has been stopped.
     What SIGKILL in the search leaves is seen in test_failing_store and test_watching.
     """
     experiment = tmp_path / "killed"
-    with command(tmp_path, phantoms, space, "--workers", "2", "--trials", "3", *SLOW) as run:
+    with command(tmp_path, phantoms, space, *TWO_SLOTS, "--trials", "3", *SLOW) as run:
         wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
         victim = train_workers()[-1]
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: train_workers() and victim not in train_workers(), run)
-        wait_for(lambda: epochs_of_running_trials(experiment), run)
+        wait_for(lambda: epochs_of(experiment, 0), run)
         assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
         pull_all_while_it_runs(experiment, tmp_path / "copy", capsys)
         wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
@@ -155,6 +156,11 @@ def ended_trials(experiment: Path) -> int:
 def epochs_of_running_trials(experiment: Path) -> int:
     values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
     return count(experiment, f"{values} WHERE state = 'RUNNING'")
+
+
+def epochs_of(experiment: Path, number: int) -> int:
+    values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
+    return count(experiment, f"{values} WHERE number = {number}")
 
 
 def count(experiment: Path, query: str) -> int:

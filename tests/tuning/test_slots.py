@@ -195,8 +195,8 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     from rich.console import Console
 
     from lungct_tune.config.search_space import parse_space
+    from lungct_tune.filesystem import NodeRefused
     from lungct_tune.tuning.tuner import run_search
-    from lungct_tune.tuning.workers import NodeRefused
 
     slot.stop()  # its worker's CPU is needed
     study = optuna.create_study(direction="maximize")
