@@ -18,9 +18,7 @@ from PIL import Image
 from lungct_tune import search
 from lungct_tune.audit import main
 from lungct_tune.auditing.audit import audit_images, copy_numbers, refuse_leaks, too_alike
-from lungct_tune.auditing.conclusions import conclude
-from lungct_tune.auditing.shortcuts import RULES, best_shortcut, measure_shortcuts
-from lungct_tune.data import DataError, ImageSet, fold_images, make_phantoms, read_images
+from lungct_tune.data import DataError, fold_images, make_phantoms, read_images
 from lungct_tune.data.split import DataSplit
 from lungct_tune.reporting.html import pairs_of_copies
 
@@ -208,77 +206,6 @@ def test_bare_class_folders_are_split_as_a_search_would_or_audited_without_a_spl
 # The verdict
 
 
-def figures_of(leaks: tuple[str, ...] = (), alike: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
-    """The figures of an audit of two classes that has nothing to say, but for what is asked."""
-    none = {"with_copy": 0, "byte_identical": 0, "by_class": {}}
-    others = {"images": 9, "nearest_neighbour_right": 8, "expected_of_unseen_groups": 0.5}
-    health = [
-        {
-            "part": part,
-            "before": before,
-            "images": 10,
-            "seen": int(part in leaks),
-            "copies": none,
-            "by_class": {},
-            "nearest_neighbour_accuracy": 0.8,
-            "others": others | {"too_alike": part in alike},
-        }
-        for part, before in (("valid", ["train"]), ("test", ["train", "valid"]))
-    ]
-    audit = {
-        "images": 60,
-        "classes": ["cancer", "normal"],
-        "split": {"parts": ["train", "valid", "test"]},
-        "split_health": health,
-        "permuted": None,
-        "conflicts": [],
-        "shortcuts": {"given_away": []},
-        "groups": {"by_class": {"cancer": 9, "normal": 9}, "images_in_groups_csv": 60},
-        "inventory": {"unreadable": [], "by_class": {"cancer": {"train": 9, "valid": 9, "test": 9}}},
-    }
-    return audit | more
-
-
-def test_a_verdict_is_about_what_really_leaks() -> None:
-    assert conclude(figures_of())["headline"] == "No reason was found to doubt test accuracy on this split."
-    valid, test = conclude(figures_of(leaks=("valid",))), conclude(figures_of(leaks=("test",)))
-    assert valid["level"] == test["level"] == "leaks"
-    assert valid["headline"].startswith("Valid leaks; no leak was found in test") and "--folds" in valid["advice"][0]
-    assert test["headline"].startswith("This split leaks: test accuracy on it does not show")
-    assert "1 of 10 test images are copies of images in train or valid" in test["reasons"][0]
-
-
-def test_what_only_looks_like_a_leak_is_not_called_none() -> None:
-    verdict = conclude(figures_of(alike=("valid",)))
-    assert verdict["level"] == "caution" and "No leak was found" not in verdict["headline"]
-    assert (
-        "Of the 9 valid images" in verdict["reasons"][0]
-        and "valid probably shows further slices" in verdict["reasons"][0]
-    )
-
-
-def test_a_file_that_is_left_out_says_nothing_about_lungs() -> None:
-    inventory = figures_of()["inventory"] | {"unreadable": ["a.png"]}
-    verdict = conclude(figures_of(inventory=inventory))
-    assert verdict["level"] == "caution" and "lungs" not in verdict["headline"]
-
-
-def test_a_shortcut_to_one_of_two_classes_is_said_once() -> None:
-    given = [{"class": name, "by": "the histogram of greys", "auroc": 0.99} for name in ("cancer", "normal")]
-    verdict = conclude(figures_of(shortcuts={"given_away": given}))
-    assert verdict["headline"].startswith("No leak was found in this split, but test accuracy on it does not depend on")
-    (reason,), (advice,) = verdict["reasons"], verdict["advice"]
-    assert reason.startswith("cancer and normal are recognised by") and "other classes" not in advice
-
-
-def test_a_class_without_images_in_a_part_is_named() -> None:
-    counts = {"cancer": {"train": 9, "valid": 0, "test": 0}}
-    verdict = conclude(figures_of(inventory={"unreadable": [], "by_class": counts}))
-    assert verdict["level"] == "caution" and "no images of a class" in verdict["headline"]
-    for part, reason in zip(("valid", "test"), verdict["reasons"], strict=True):
-        assert reason.startswith(f"No image of cancer is in {part}: ")
-
-
 # The page
 
 
@@ -362,67 +289,6 @@ def test_unseen_groups_are_not_called_too_alike_however_alike_their_own_images_a
 
 
 # Shortcuts
-
-
-def an_image_set(n: int, groups: np.ndarray, labels: np.ndarray, images: np.ndarray, seed: int = 0) -> ImageSet:
-    rng = np.random.default_rng(seed)
-    table = pd.DataFrame(
-        {"path": [f"{i}.png" for i in range(n)], "folder": "", "label": labels, "digest": "", "group": groups}
-    ).assign(is_listed=False)
-    table = table.assign(width=rng.integers(90, 100, n), height=100, mode="L", format="PNG", bytes=5000)
-    return ImageSet(Path("somewhere"), table, images, ("a", "b"), [], [], [], [], "")
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rules_are_at_chance_on_noise_even_where_groups_hold_copies(seed: int) -> None:
-    """Ten copies of each image: cross-validation that cut groups would find the class by likeness."""
-    rng = np.random.default_rng(seed)
-    groups = np.repeat(np.arange(40), 10)
-    originals = rng.integers(0, 256, (40, 32, 32), dtype=np.uint8)
-    images = an_image_set(400, groups, groups % 2, originals[groups], seed)
-    for name, shortcut in measure_shortcuts(images, np.arange(400)).items():
-        assert 0.2 < shortcut.balanced_accuracy < 0.8, name
-
-
-@pytest.mark.parametrize("rule", ["file", "histogram", "border"])
-def test_each_rule_sees_what_it_is_for(rule: str) -> None:
-    rng = np.random.default_rng(0)
-    labels = np.arange(80) % 2
-    pixels = rng.integers(0, 256, (80, 64, 64), dtype=np.uint8)
-    if rule == "histogram":
-        pixels[labels == 1] //= 2
-    if rule == "border":
-        pixels[labels == 1, :4] = 255 - pixels[labels == 1, -4:] // 2
-    images = an_image_set(80, np.arange(80), labels, pixels)
-    if rule == "file":
-        images.table["bytes"] += 100 * labels
-    shortcuts = measure_shortcuts(images, np.arange(80))
-    assert shortcuts[rule].per_class[1] > 0.95
-    name, predicted = best_shortcut(images, np.arange(40), np.arange(40, 80))
-    assert name == rule or rule == "border"  # a border is part of the histogram too
-    assert (predicted == labels[40:]).mean() > 0.8
-
-
-@pytest.mark.parametrize(("rare", "of_each"), [(3, 1), (2, 30), (400, 1)])
-def test_a_sample_has_every_class_in_several_groups(rare: int, of_each: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one group is larger than the sample, and where a class is rare."""
-    monkeypatch.setattr("lungct_tune.auditing.shortcuts.MOST_IMAGES", 100)
-    groups = np.concatenate([np.zeros(300, int), np.arange(1, 301), np.repeat(np.arange(301, 301 + rare), of_each)])
-    labels = (groups > 300).astype(int)
-    images = an_image_set(len(groups), groups, labels, np.zeros((len(groups), 32, 32), dtype=np.uint8))
-    scores = measure_shortcuts(images, np.arange(len(groups)))
-    assert all(shortcut.per_class.keys() == {0, 1} for shortcut in scores.values()) and scores
-
-
-def test_the_best_shortcut_never_learns_from_the_labels_of_the_unseen() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.arange(80) % 2
-    images = an_image_set(80, np.arange(80), labels, rng.integers(0, 256, (80, 32, 32), dtype=np.uint8))
-    first = best_shortcut(images, np.arange(60), np.arange(60, 80))
-    images.table.loc[60:, "label"] = 1 - images.table.loc[60:, "label"]
-    second = best_shortcut(images, np.arange(60), np.arange(60, 80))
-    assert first[0] == second[0] in RULES
-    np.testing.assert_array_equal(first[1], second[1])
 
 
 @pytest.mark.skipif(not CT_IMAGES.is_dir(), reason=f"the real CT images are not at {CT_IMAGES}")

@@ -14,129 +14,24 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
+from recorded_search import Search
 
-from lungct_tune.auditing.audit import audit_images
-from lungct_tune.config.settings import Settings
-from lungct_tune.data import group_overlap, read_images, split_images
-from lungct_tune.data.split import DataSplit
-from lungct_tune.evaluation.bundle_files import describe_model
-from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
-from lungct_tune.experiment.metrics import BundleMetrics, Figure, ReferenceAccuracy, WithoutOverlap
-from lungct_tune.experiment.plan import Plan, plan_search
+from lungct_tune.experiment.metrics import Figure, ReferenceAccuracy, WithoutOverlap
 from lungct_tune.experiment.predictions import Predictions, read_predictions
-from lungct_tune.experiment.results import Bundle, SearchResults, read_results
-from lungct_tune.experiment.study import finished_trials, open_study
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
-from lungct_tune.models.complexity import model_profile
-from lungct_tune.models.gradcam import grad_cam
-from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import TruncatedResNet50
+from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
 from lungct_tune.reporting.search_section import about_the_search, edge
 from lungct_tune.reporting.test_section import MOST_SHOWN, Pictures, find_pictures
 from lungct_tune.reporting.verdict import verdict
-from lungct_tune.tuning import searcher as studies
-from lungct_tune.tuning.slots import REPORT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-SPACE = """
-truncation_depth: {low: 1, high: 8}
-dropout: [0.2, 0.5]
-backbone_lr: {low: 1e-4, high: 1e-2, log: true}
-fixed_trials: [{truncation_depth: 4}]
-"""
-EPOCHS = 3
-
-
-class Search:
-    """A search on phantoms in a folder of its own, with figures that are computed instead of trained."""
-
-    def __init__(self, folder: Path, data: Path, trials: int) -> None:
-        (folder / "space.yaml").write_text(SPACE)
-        settings = Settings(
-            data=data,
-            space=folder / "space.yaml",
-            trials=trials,
-            epochs=EPOCHS,
-            image_size=32,
-            weights="none",
-            storage=str(folder),
-            name="one",
-        )
-        self.plan: Plan = plan_search(settings, set())
-        self.images = read_images(data, 32, progress=False)
-        self.split = split_images(self.images, "grouped", 0)
-        self.plan.save(DataSplit(self.images, self.split, None))
-        self.study = open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
-        self._tune = studies.OptunaSearcher(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.plan.experiment.uri)
-
-    def run(self, epochs: int = EPOCHS, failure: str = "") -> None:
-        """One trial: to its end, left after some epochs, or failing after them."""
-        name = f"ray-{len(self.study.trials)}"
-        number = self._tune.suggest(name)["number"]
-        for epoch in range(1, epochs + 1):
-            reached = 0.3 + 0.1 * epoch + 0.01 * number
-            figures = EpochFigures(
-                epoch=epoch,
-                balanced_accuracy=reached,
-                accuracy=reached,
-                log_loss=1 / reached,
-                train_loss=1.0,
-                train_s=2.0,
-                valid_s=0.5,
-                slot=1 + number % 2,
-                at=1.8e9 + 10 * number + 3 * epoch,
-            )
-            if epoch == EPOCHS and not failure:
-                self._tune.on_trial_complete(name, {REPORT: EpochReport(Outcome.COMPLETED, (figures,))})
-            else:
-                self._tune.record(name, EpochReport(Outcome.RUNNING, (figures,)))
-        if failure:
-            self._tune.on_trial_complete(name, {REPORT: EpochReport(Outcome.FAILED, reason=failure)})
-
-    def finish(self) -> None:
-        """The bundle, of the best trial's configuration with random weights."""
-        best = best_trial(finished_trials(self.study))
-        assert best is not None
-        torch.manual_seed(0)
-        model = TruncatedResNet50(best.hyperparameters.truncation_depth, classes=4).eval()
-        test = np.flatnonzero(self.split == "test")
-        grey_N1HW = as_grey(torch.from_numpy(np.array(self.images.images_NHW[test])))
-        with torch.no_grad():
-            probabilities_NC = forward(model, grey_N1HW, "imagenet").softmax(dim=1).numpy()
-        labels_N, groups_N = (self.images.table[column].to_numpy()[test] for column in ("label", "group"))
-        figures = evaluate_predictions(
-            labels_N,
-            probabilities_NC,
-            self.images.classes,
-            groups_N,
-            references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
-            overlap_N=group_overlap(self.images, self.split),
-        )
-        paths_N = self.images.table["path"].to_numpy()[test]
-        made = Bundle(
-            weights=safetensors.torch.save(model.state_dict()),
-            config=describe_model(self.plan.settings, self.images, best.hyperparameters, EPOCHS, None),
-            metrics=BundleMetrics("phantoms", None, {"trial": best.number}, {}, test=figures),
-            predictions=Predictions(self.images.classes, paths_N, labels_N, probabilities_NC, groups_N),
-        )
-        bundle.write_bundle(self.plan.experiment, made.files)
-        audit = audit_images(self.images, self.split, "grouped")
-        self.plan.experiment.write(bundle.AUDIT, bundle.as_json(audit))
 
 
 class Page(HTMLParser):
@@ -443,33 +338,3 @@ def test_an_edge_is_an_edge_on_the_parameters_own_scale(value: float) -> None:
     share = np.log(value / 1e-4) / np.log(100)
     assert where == ("the lower end" if share <= 0.02 else "the upper end" if share >= 0.98 else "")
     assert edge(2e-2, FloatDistribution(1e-4, 1e-2)) == "outside"
-
-
-def test_parameters_and_arithmetic_are_counted_as_they_are() -> None:
-    whole = model_profile(49, 4, 224)
-    model = TruncatedResNet50(49)
-    assert sum(whole.parameters.values()) == sum(parameter.numel() for parameter in model.parameters())
-    head = whole.flops.pop("head")
-    assert sum(whole.flops.values()) == pytest.approx(2 * 4.087e9, rel=0.01)  # ResNet50 has 4.09 billion multiply-adds
-    assert head == 2 * (2048 * 256 + 256 * 128 + 128 * 4)
-    assert model_profile(20, 4, 224).features == (128, 28) and "layer3" not in model_profile(20, 4, 224).flops
-
-
-def test_maps_are_grad_cam_by_its_definition() -> None:
-    torch.manual_seed(0)
-    model = TruncatedResNet50(8, classes=3).eval()
-    images_NHW = np.random.default_rng(0).integers(0, 255, (3, 32, 32), dtype=np.uint8)
-    classes_N = np.array([2, 0, 1])
-    maps_NKhw, probabilities_NC = grad_cam(model, images_NHW, np.stack([classes_N, 2 - classes_N], axis=1), "unit")
-    other_N1hw, _ = grad_cam(model, images_NHW, 2 - classes_N[:, None], "unit")
-    grey_N1HW = torch.from_numpy(images_NHW).unsqueeze(1) / 255
-    features = model.backbone(grey_N1HW.repeat(1, 3, 1, 1))["features"].detach().requires_grad_()
-    logits_NC = model.head(features)
-    logits_NC[range(3), classes_N].sum().backward()
-    assert features.grad is not None
-    weights = features.grad.mean(dim=(2, 3), keepdim=True)
-    expected = (weights * features).sum(dim=1).relu().detach().numpy()
-    expected /= np.maximum(expected.max(axis=(1, 2), keepdims=True), 1e-12)
-    np.testing.assert_allclose(maps_NKhw[:, 0], expected, atol=1e-4)
-    np.testing.assert_allclose(maps_NKhw[:, 1:], other_N1hw, atol=1e-5)
-    np.testing.assert_allclose(probabilities_NC, logits_NC.softmax(dim=1).detach().numpy(), atol=1e-4)
