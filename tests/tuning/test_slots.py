@@ -292,6 +292,7 @@ def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges
     assert np.array_equal(kept, np.concatenate([probabilities_NC for _, probabilities_NC in best])[in_order])
 
 
+@pytest.mark.long
 def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) -> None:
     whole = epochs_of(run(slot_of_folds, 1, SHALLOW))
     slot_of_folds.reset(order(2, SHALLOW))
