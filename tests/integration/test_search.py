@@ -234,7 +234,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.long
 def test_a_crash_between_judging_and_the_bundle_is_mended_by_resuming(finished: Path, tmp_path: Path) -> None:
     import shutil
 
