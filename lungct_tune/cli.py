@@ -73,8 +73,13 @@ def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
     try:
         return run() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {str(stop) or stopped}".rstrip(), file=sys.stderr)
+        print(f"\nstopped. {_message(stop) or stopped}".rstrip(), file=sys.stderr)
         return 130
+
+
+def _message(error: BaseException) -> str:
+    """The error's own message and its notes, a line each."""
+    return "\n".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))

@@ -60,14 +60,14 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.experiment.plan import plan_search
 
     plan = plan_search(settings, given)
-    with _how_to_go_on(plan):
+    with _with_resume_command(plan):
         split, audit = load_and_audit(plan, console)
         weights = plan.read_weights()
         with join_cluster(plan) as dashboard:
             resources = announce(plan, dashboard, console)
             if plan.settings.plan:
                 return
-            with begun(plan, split, audit, resources, weights, console) as run:
+            with start_search(plan, split, audit, resources, weights, console) as run:
                 winner = run.search()
                 seeds = run.repeat_with_seeds(winner)
                 retrained = run.retrain(winner)
@@ -76,16 +76,16 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
 
 
 @contextmanager
-def _how_to_go_on(plan: Plan) -> Iterator[None]:
+def _with_resume_command(plan: Plan) -> Iterator[None]:
     """Adds the command that continues the search to the exception that stops a started search."""
     from lungct_tune.filesystem import NodeRefused
 
     try:
         yield
     except (KeyboardInterrupt, NodeRefused) as stop:
-        if not plan.experiment.exists("settings.yaml"):
-            raise
-        raise type(stop)(f"{stop}\nTo continue: {plan.resume_command}".lstrip()) from None
+        if plan.experiment.exists("settings.yaml"):
+            stop.add_note(f"To continue: {plan.resume_command}")
+        raise
 
 
 def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, Any]]:
@@ -140,7 +140,7 @@ def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
 
 
 @contextmanager
-def begun(
+def start_search(
     plan: Plan,
     split: DataSplit,
     audit: dict[str, Any],

@@ -119,3 +119,13 @@ def test_ctrl_c_says_how_things_stand(own: str, said: str, capsys: pytest.Captur
 
 def test_an_end_of_its_own_is_kept() -> None:
     assert (exit_status(lambda: None), exit_status(lambda: 1)) == (0, 1)
+
+
+def test_what_was_noted_of_an_error_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        error = UserError("the node cannot write")
+        error.add_note("To continue: search --resume x")
+        raise error
+
+    assert exit_status(run) == 2
+    assert capsys.readouterr().err == "error: the node cannot write\nTo continue: search --resume x\n"
