@@ -250,10 +250,10 @@ def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
     learning = [epoch.train_loss for epoch in epochs]
     axes.plot(x, [epoch.log_loss for epoch in epochs], color=WINNER, linewidth=2, label=judged)
     axes.plot(x, learning, color=WINNER, linestyle=":", label="in training (smoothed labels)")
-    axes.set(xlabel="epoch", ylabel="log loss")
+    axes.set(xlabel="epoch", ylabel="negative log-likelihood")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    return chart.svg(f"The winner's log loss in training and {judged} by epoch")
+    return chart.svg(f"The winner's negative log-likelihood in training and {judged} by epoch")
 
 
 def _with_scores(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float]]:

@@ -34,7 +34,8 @@ def about_the_search(found: SearchResults) -> list[str]:
     sentences = [
         "The rule that chose the winner was fixed before the search began. The winner is the trial with the highest "
         f"{OBJECTIVE_NAME} {found.judged} at its best epoch, among the trials that ran to their end without diverging. "
-        f"Of equals it is the one with the lower log loss. No trial was shown a test image{seen}.",
+        "Of equals it is the one with the lower negative log-likelihood. No trial was shown a test image"
+        f"{seen}.",
         f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}.",
         f"Trials were evaluated {found.judged}, on {sum(images.values())} images. The smallest class, {smallest}, has "
         f"{n} of them: one image of it changes the {OBJECTIVE_NAME} by {100 / (len(images) * n):.1f} points. Smaller "
@@ -116,7 +117,7 @@ def _improving(found: SearchResults, best: EpochFigures) -> str:
 
 
 TRIAL_COLUMNS = (
-    *("trial", "ended", "epochs", OBJECTIVE_NAME, "accuracy", "log loss"),
+    *("trial", "ended", "epochs", OBJECTIVE_NAME, "accuracy", "negative log-likelihood"),
     *(name.replace("_", " ") for name in PUBLISHED.as_dict()),
 )
 
