@@ -153,7 +153,7 @@ def save(name: str, png: bytes, height: int | None = None) -> None:
 
 class Terminal:
     """What a program draws in a pseudo-terminal, as far as rich's live display needs it: lines that are erased and
-    drawn anew, with their colours."""
+    drawn again, with their colours."""
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         master, slave = pty.openpty()

@@ -113,7 +113,7 @@ def _improving(found: SearchResults, best: EpochFigures) -> str:
         about = f"The winner was still improving when it ended (best at epoch {best.epoch} of {epochs})"
     else:
         about = f"The winner was best at epoch {best.epoch} of {epochs}, and was not improving any more when it ended"
-    return f"{about}. Of {found.completed} trials that ran to their end, {late} were best in their last tenth."
+    return f"{about}. Trials that ran to their end: {found.completed}; best in their last tenth: {late}."
 
 
 TRIAL_COLUMNS = (
