@@ -144,6 +144,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         live = self._live.pop(trial_id)
         failed = EpochReport(Outcome.FAILED, reason=live.failure)
         report: EpochReport = failed if error or result is None else result[REPORT]
+        if not (live.stopped or report.is_last):
+            return  # Tune ends, and the trial has not: in the study it stays a running one, which can be resumed
         outcome = Outcome.STOPPED if live.stopped else report.outcome
         if not live.stopped:
             live.record(report)  # Tune gives a trial's last epoch only to this method

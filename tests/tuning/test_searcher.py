@@ -228,6 +228,16 @@ def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path
     assert tune.study.trials[0].user_attrs["ended"] == "completed"
 
 
+def test_a_trial_that_has_not_ended_stays_one_that_can_be_resumed(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    suggested = tune.search.suggest("a")
+    report = epoch_report(suggested["configuration"], 1)
+    tune.search.record("a", report)
+    tune.search.on_trial_complete("a", {REPORT: report})
+    assert tune.study.trials[0].state == TrialState.RUNNING and "ended" not in tune.study.trials[0].user_attrs
+    assert Tune(tmp_path).search.suggest("b") == suggested
+
+
 def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -> None:
     experiment = Experiment.at(str(tmp_path), "test")
     for name in ("last.pt", "best.safetensors"):
