@@ -4,7 +4,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-UV := uv==0.13.9
 # for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
 TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 
@@ -34,16 +33,19 @@ lint: .venv/.ready
 setup: .venv/.ready
 
 # Bytecode is compiled here: every Ray worker is a new process, and without it each spends 10 s more on importing.
-.venv/.ready: requirements.lock pyproject.toml
+.venv/.ready: requirements.lock requirements-uv.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	$(BIN)/python -m compileall -q lungct_tune
 	touch $@
 
+# Versions and checksums of all packages, for any machine. uv, which installs them, has a file of its own: pip installs it.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --generate-hashes
 lock:
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
+	echo uv | $(COMPILE) - -o requirements-uv.lock
 
 # The docs: the page of settings from the settings model, pictures from phantoms (needs chromium), and the site.
 .PHONY: docs pictures settings-page
