@@ -1,5 +1,6 @@
 # make search: the main job on phantoms.  make test: lint and the fast tests.  All set up .venv on first use.
 # make test-all: the same, and the tests that need hosts, services and long searches.
+# make test-gpu: the tests and the benchmark that need a GPU.
 # make test-packages: what of Debian some tests need; without it they are skipped.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 # for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
 TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 
-.PHONY: search test test-all test-packages lint setup lock
+.PHONY: search test test-all test-gpu test-packages lint setup lock
 
 search: .venv/.ready
 	$(BIN)/python -m lungct_tune.search
@@ -19,6 +20,11 @@ test: .venv/.ready lint
 
 test-all: test
 	$(BIN)/python -m pytest -m long
+
+# on a machine with a GPU; the benchmark's figures go into docs/benchmarks.md
+test-gpu: .venv/.ready
+	$(BIN)/python -m pytest tests/gpu -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 test-packages:
 	apt-get update -qq
