@@ -15,11 +15,11 @@ search: .venv/.ready
 
 # tests that need no Ray in two processes, then those that share one Ray
 test: .venv/.ready lint
-	$(BIN)/python -m pytest -m "not ray and not long" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "ray and not long"
+	$(BIN)/python -m pytest -m "not ray and not long and not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "ray and not long and not gpu"
 
 test-all: test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not gpu"
 
 # on a machine with a GPU; the benchmark's figures go into docs/benchmarks.md
 test-gpu: .venv/.ready

@@ -31,6 +31,7 @@ import torch
 import torch.multiprocessing as mp
 from pipeline_share import bare_loop, median_seconds, pipeline
 
+from lungct_tune.config.settings import SPACES
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.results import read_results
 from lungct_tune.models.preprocessing import precision_for
@@ -152,7 +153,7 @@ def measure_search(sizes: Sizes, device: torch.device, data: str | None, weights
         if data:
             command += ["--data", data]
         if weights:
-            command += ["--space", "search_spaces/shallow.yaml", "--normalisation", "unit"]
+            command += ["--space", str(SPACES / "shallow.yaml"), "--normalisation", "unit"]
         began = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         wall_s = time.perf_counter() - began

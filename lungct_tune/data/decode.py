@@ -64,9 +64,9 @@ def decode(path: Path, size: int) -> Decoded:
     length = path.stat().st_size
     if length == 0:
         raise ValueError("empty file")
-    with _open(path) as image:
+    with open_image(path) as image:
         image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
-    with _open(path) as image:
+    with open_image(path) as image:
         grey = to_grey(image)
         properties = FileProperties(*image.size, image.mode, image.format or "", length)
     image_HW, thumbnail_HW, fingerprint_HW = (
@@ -77,8 +77,12 @@ def decode(path: Path, size: int) -> Decoded:
     return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest.hexdigest())
 
 
-def _open(path: Path) -> Image.Image:
-    """Opens a file of one of the `FORMATS` with at most `MOST_PIXELS`; its pixels are not decoded yet."""
+def open_image(path: Path) -> Image.Image:
+    """Opens a file of one of the `FORMATS` with at most `MOST_PIXELS`; its pixels are not decoded yet.
+
+    Raises:
+        OSError, ValueError: it is not one.
+    """
     try:
         image = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from lungct_tune.data import DataError, read_images
-from lungct_tune.data.decode import MEMORY, MOST_PIXELS, decode, to_grey
+from lungct_tune.data import DataError, cache, read_images
+from lungct_tune.data.decode import MEMORY, MOST_PIXELS, Decoded, decode, to_grey
 
 MEASURE = """
 import resource, sys
@@ -65,6 +68,35 @@ def test_an_image_of_the_most_pixels_is_decoded_in_bounded_memory(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < MEMORY
+
+
+@pytest.mark.parametrize(("free", "at_once"), [(0, 1), (2 * MEMORY, 2)])
+def test_no_more_threads_decode_than_memory_allows(
+    free: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("normal", "adenocarcinoma"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels_HW = np.random.default_rng(number + 10 * len(name)).integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels_HW).save(tmp_path / "images" / name / f"{number}.png")
+    decoding, most, lock = 0, 0, threading.Lock()
+
+    def counted(path: Path, size: int) -> Decoded:
+        nonlocal decoding, most
+        with lock:
+            decoding += 1
+            most = max(most, decoding)
+        time.sleep(0.02)
+        decoded = decode(path, size)
+        with lock:
+            decoding -= 1
+        return decoded
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(cache, "_free_memory", lambda: free)
+    monkeypatch.setattr(cache, "decode", counted)
+    read_images(tmp_path / "images", 32, cache=tmp_path / "cache", skip_unreadable=True)
+    assert most == at_once
 
 
 def test_deep_images_are_scaled_in_blocks_as_they_would_be_at_once() -> None:

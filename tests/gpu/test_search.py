@@ -89,7 +89,7 @@ def test_slots_share_one_gpu(resources: list[str], tmp_path: Path, phantoms: Pat
     assert run.returncode == 0, output
     assert_done(tmp_path, trials=8, epochs=6)
     slots = int(resources[-1])
-    assert f"{slots} slots of 1 worker with 0.5 CPUs" in output
+    assert f"{slots} slots of 1 worker with 0.5 CPU" in output
     assert len({figures.slot for trial in trials_of(tmp_path) for figures in trial.history}) == slots
 
 

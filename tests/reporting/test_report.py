@@ -149,6 +149,8 @@ def test_other_images_than_the_searchs_are_not_shown(found: SearchResults, phant
     shutil.copy(next(copy.glob("train/normal/*")), next(copy.glob("test/normal/*")))
     assert "are not those of the search" in find_pictures(found, copy, is_local=True).missing
     assert find_pictures(found, f"file://{phantoms}", is_local=True).images is not None
+    missing = find_pictures(found, None, is_local=False).missing  # others may have written the path there
+    assert "give their folder with --data DIR" in missing
 
 
 def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: SearchResults) -> None:
