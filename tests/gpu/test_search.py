@@ -69,11 +69,14 @@ def assert_done(folder: Path, trials: int, epochs: int) -> None:
     verify(folder / "one" / "best")
 
 
-def running_epochs(folder: Path) -> int:
-    """Epochs of trials that run, read without Optuna, which would make the tables that the search is about to make."""
+def running_epochs(folder: Path, least: int) -> int:
+    """Epochs of trials that run, of this number or above.
+
+    Read without Optuna, which would make the tables that the search is about to make.
+    """
     query = (
         "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id) WHERE state = 'RUNNING' "
-        "AND number > 2"
+        f"AND number >= {least}"
     )
     try:
         with contextlib.closing(sqlite3.connect(f"file:{folder}/one/study.db?mode=ro", uri=True)) as study:
@@ -96,7 +99,7 @@ def test_slots_share_one_gpu(resources: list[str], tmp_path: Path, phantoms: Pat
 def test_a_search_that_is_killed_is_resumed(resources: list[str], tmp_path: Path, phantoms: Path) -> None:
     asked = ["--trials", "10", "--epochs", "18", *resources]
     with searching(*begin(tmp_path, phantoms, SPACE, *asked), environment=own_ray()) as run:
-        wait_for(lambda: running_epochs(tmp_path), run)
+        wait_for(lambda: running_epochs(tmp_path, least=3), run)
         run.kill()
         run.communicate()
     before = {trial.number for trial in trials_of(tmp_path) if trial.is_finished}
@@ -105,6 +108,26 @@ def test_a_search_that_is_killed_is_resumed(resources: list[str], tmp_path: Path
     assert run.returncode == 0, output
     assert before and len(before) < 10
     assert_done(tmp_path, trials=10, epochs=18)
+
+
+def test_a_state_is_written_beside_training_and_a_killed_trial_goes_on_from_it(
+    resources: list[str], tmp_path: Path, phantoms: Path
+) -> None:
+    epochs = 600 if resources == ON_GPU else 60  # long enough for a state
+    asked = ["--trials", "1", "--epochs", str(epochs), "--checkpoint-interval", "1", *resources[:-1], "1"]
+    with searching(*begin(tmp_path, phantoms, SPACE, *asked), environment=own_ray()) as run:
+        wait_for(lambda: (tmp_path / "one" / "trials" / "0000" / "last.pt").exists(), run)
+        wait_for(lambda: running_epochs(tmp_path, least=0), run)
+        run.kill()
+        run.communicate()
+    (before,) = trials_of(tmp_path)
+    assert before.outcome is Outcome.RUNNING
+    with searching("--storage", str(tmp_path), "--resume", "one", environment=own_ray()) as run:
+        output, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, output
+    assert_done(tmp_path, trials=1, epochs=epochs)
+    (after,) = trials_of(tmp_path)
+    assert before.history[0].at == after.history[0].at  # the time of day: it was not trained again
 
 
 @pytest.mark.parametrize("gpu", [CUDA])
