@@ -204,9 +204,11 @@ def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool)
 def _free_memory() -> int:
     """Bytes of memory that are free on this machine, or in this container if that is less."""
     free = psutil.virtual_memory().available
-    try:  # of version 2 of Linux's control groups: docs.kernel.org/admin-guide/cgroup-v2.html
-        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
-        free = min(free, int(limit) - int(used))  # "max" if there is no limit
-    except (OSError, ValueError):
+    group = Path("/sys/fs/cgroup")  # of Linux's control groups: docs.kernel.org/admin-guide/cgroup-v2.html
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, limit - used + int(cached))
+    except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
         pass
     return int(free)

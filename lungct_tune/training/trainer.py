@@ -150,10 +150,11 @@ class Trainer:
         longest = math.ceil(len(rows) / self.world)
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
         self.model.eval()
-        done = 0
-        for images_NHW in on_device(self.images_NHW, mine.split(self.share), self.device):
-            batch = slice(done, done := done + len(images_NHW))
+        start, batches = 0, mine.split(self.share) if len(mine) else ()
+        for images_NHW in on_device(self.images_NHW, batches, self.device):
+            batch = slice(start, start + len(images_NHW))
             probabilities_NC[batch] = forward(self.model, as_grey(images_NHW), self.normalisation).softmax(dim=1)
+            start = batch.stop
         everyones = [probabilities_NC]
         if self.world > 1:
             everyones = [torch.empty_like(probabilities_NC) for _ in range(self.world)]
