@@ -99,7 +99,11 @@ class Trainer:
         torch.backends.cudnn.deterministic = True  # so that a trial gives the same figures in every slot
         torch.manual_seed(seed)
         model = TruncatedResNet50(
-            configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes
+            configuration.truncation_depth,
+            configuration.frozen_depth,
+            configuration.dropout,
+            classes,
+            initialise=backbone_state is None,
         )
         if backbone_state is not None:
             load_backbone(model, backbone_state)
