@@ -23,11 +23,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import optuna
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.results import read_results
 
 COMMAND = "-m lungct_tune.search --trials 2 --epochs 3 --slots 1 --image-size 32 --name measured --storage results"
 
@@ -64,6 +68,19 @@ class CpuMeter(threading.Thread):
         return max((seconds for at, seconds in self.notes if at <= when), default=0.0)
 
 
+def histories(folder: Path) -> list[list[dict[str, Any]]]:
+    """The epochs of each trial of the search in this folder, which may be of an earlier version of the program."""
+    if (folder / "study.db").exists():
+        study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder}/study.db")
+        return [trial.user_attrs["history"] for trial in study.trials]
+    trials = read_results(Experiment.at(str(folder.parent), folder.name)).trials
+    return [[epoch.as_dict() for epoch in trial.history] for trial in trials]
+
+
+def score(epoch: dict[str, Any]) -> float:
+    return float(epoch["balanced_accuracy"])
+
+
 def stages(checkout: Path) -> dict[str, tuple[float, float]]:
     """Runs the search of a checkout once.
 
@@ -89,13 +106,13 @@ def stages(checkout: Path) -> dict[str, tuple[float, float]]:
         at["process ended"] = time.time()
         folder = Path(scratch, "results", "measured")
         at["bundle"] = max(file.stat().st_mtime for file in (folder / "best").iterdir())
-        study = optuna.load_study(study_name="measured", storage=f"sqlite:///{folder}/study.db")
-        epochs = [epoch for trial in study.trials for epoch in trial.user_attrs["history"]]
+        trials = histories(folder)
+    epochs = [epoch for trial in trials for epoch in trial]
     lengths = [epoch["train_s"] + epoch["valid_s"] for epoch in epochs]
     at["first epoch"] = min(epoch["at"] - length for epoch, length in zip(epochs, lengths, strict=True))
     at["last epoch"] = max(epoch["at"] for epoch in epochs)
-    best = study.best_trial.user_attrs["history"]
-    retrained = max(range(len(best)), key=lambda i: best[i]["balanced_accuracy"]) + 1
+    best = max((trial for trial in trials if len(trial) == 3), key=lambda trial: max(map(score, trial)))
+    retrained = 1 + max(range(3), key=lambda i: score(best[i]))
     seconds = retrained * median(epoch["train_s"] for epoch in best) * 8 / 7  # train has 7 of 8 parts of both
     done = {stage: (when - began, meter.until(when)) for stage, when in sorted(at.items(), key=lambda item: item[1])}
     (last, last_cpu), (bundle, bundle_cpu) = done["last epoch"], done["bundle"]

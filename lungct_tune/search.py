@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -60,19 +62,18 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.experiment.plan import plan_search
 
     plan = plan_search(settings, given)
-    with _with_resume_command(plan):
+    with _with_resume_command(plan), join_cluster(plan) as dashboard:
         split, audit = load_and_audit(plan, console)
         weights = plan.read_weights()
-        with join_cluster(plan) as dashboard:
-            resources = announce(plan, dashboard, console)
-            if plan.settings.plan:
-                return
-            with start_search(plan, split, audit, resources, weights, console) as run:
-                winner = run.search()
-                seeds = run.repeat_with_seeds(winner)
-                retrained = run.retrain(winner)
-                published = run.retrain_published(winner)
-                run.write_bundle(winner, retrained, published, seeds)
+        resources = announce(plan, dashboard.result(), console)
+        if plan.settings.plan:
+            return
+        with start_search(plan, split, audit, resources, weights, console) as run:
+            winner = run.search()
+            seeds = run.repeat_with_seeds(winner)
+            retrained = run.retrain(winner)
+            published = run.retrain_published(winner)
+            run.write_bundle(winner, retrained, published, seeds)
 
 
 @contextmanager
@@ -111,15 +112,35 @@ def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, A
     return split, audit
 
 
-def join_cluster(plan: Plan) -> AbstractContextManager[str]:
-    """Joins or starts the Ray cluster; yields the address of its dashboard.
+@contextmanager
+def join_cluster(plan: Plan) -> Iterator[Future[str]]:
+    """Joins or starts the Ray cluster in a thread, while the images are read; yields its dashboard's future address.
+
+    Images that are refused in the first half second start no cluster.
 
     Raises:
-        ClusterError: the cluster cannot be joined.
+        ClusterError: from the future: the cluster cannot be joined.
     """
-    from lungct_tune.tuning.cluster import joined  # not before: much can be refused without importing Ray
+    # imported here and not by two threads at once: packages that import each other in a circle can fail then
+    import lungct_tune.auditing.audit
+    import lungct_tune.reporting.console  # noqa: F401
+    from lungct_tune.tuning.cluster import joined
 
-    return joined(plan.settings.address, plan.settings.verbose, plan.experiment.name)
+    refused = Event()
+
+    def join() -> str:
+        if refused.wait(timeout=0.5):
+            return ""
+        return cluster.enter_context(joined(plan.settings.address, plan.settings.verbose, plan.experiment.name))
+
+    # Linux ends the processes of a cluster together with the thread that started them, so the thread stays until then
+    with ThreadPoolExecutor(1) as thread, ExitStack() as cluster:
+        joining = thread.submit(join)
+        try:
+            yield joining
+        finally:
+            refused.set()
+            wait([joining])
 
 
 def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
@@ -155,7 +176,6 @@ def start_search(
         StudyError, TrackingError: the study or the tracking server cannot be used.
         PlanError: another process runs this search.
     """
-    from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment import bundle
     from lungct_tune.experiment.study import open_study
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
@@ -179,9 +199,9 @@ def start_search(
         yield SearchRun(
             plan=plan,
             split=split,
+            audit=audit,
             resources=resources,
             study=study,
-            files=BundleFiles(plan, split, audit, study, resources.slots),
             backbone=share_weights(weights),
             image_folder=plan.study_folder if has_shared_file_system(experiment) else None,
             tracker=tracker,
@@ -195,9 +215,9 @@ class SearchRun:
 
     plan: Plan
     split: DataSplit
+    audit: dict[str, Any]
     resources: ResourcePlan
     study: optuna.Study
-    files: BundleFiles
     backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
     image_folder: Path | None
     """The folder for images that are too large for the object store; None if the nodes have no common folder."""
@@ -219,7 +239,9 @@ class SearchRun:
         settings, slots = self.plan.settings, self.resources.slots
         assert settings.trials is not None  # decided by the plan
         self._announce(f"searching, {slots} trials at a time")
-        best_so_far = BestSoFarCallback(self.study, self.plan.experiment, self.files.so_far)
+        best_so_far = BestSoFarCallback(
+            self.study, self.plan.experiment, lambda best, weights: self._files.so_far(best, weights)
+        )
         run_search(
             self.study,
             self.plan.space,
@@ -307,8 +329,8 @@ class SearchRun:
         from lungct_tune.reporting.console import print_outcome
 
         plan, experiment = self.plan, self.plan.experiment
-        final = self.files.final(winner, retrained, published, seeds)
-        bundle.write_bundle(experiment, self.files.files(final) | self._pages(final))
+        final = self._files.final(winner, retrained, published, seeds)
+        bundle.write_bundle(experiment, self._files.files(final) | self._pages(final))
         with suppress(StorageError):  # a folder that stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(self._seeds_folder)
@@ -332,6 +354,12 @@ class SearchRun:
             message = f"the bundle has no report.html: {error!r}"
             self.console.print(message, style="yellow", soft_wrap=True, markup=False)
             return {}
+
+    @cached_property
+    def _files(self) -> BundleFiles:
+        from lungct_tune.evaluation.bundle_files import BundleFiles  # imports torch, which no slot should wait for
+
+        return BundleFiles(self.plan, self.split, self.audit, self.study, self.resources.slots)
 
     @cached_property
     def _slot_plan(self) -> SlotPlan:
