@@ -6,6 +6,7 @@ A trial has these user attributes in addition to what Optuna keeps: "configurati
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
+from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
@@ -45,16 +46,13 @@ class StudyError(UserError):
 def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
     """Creates a study with the fixed trials enqueued, or opens the study of a resumed search.
 
-    The study's pruner is asynchronous successive halving (Li et al., MLSys 2020), with rungs at a ninth and a
-    third of the epochs. It is Optuna's and not Ray's: Ray's scheduler loses its rungs when the driver dies,
-    Optuna keeps them in the storage.
+    The study's pruner is asynchronous successive halving (Li et al., MLSys 2020) at the epochs of `rungs`. It is
+    Optuna's and not Ray's: Ray's scheduler loses its rungs when the driver dies, Optuna keeps them in the storage.
 
     Raises:
         StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
     """
-    pruner = optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=max(1, round(epochs / REDUCTION**2)), reduction_factor=REDUCTION
-    )
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(epochs)[0], reduction_factor=REDUCTION)
     where = f"{name!r} in {make_url(storage).render_as_string(hide_password=True)}"
     try:
         if not new:
@@ -76,6 +74,15 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
             user_attrs={"configuration": values},
         )
     return study
+
+
+def rungs(epochs: int) -> tuple[int, ...]:
+    """The epochs after which a trial of at most `epochs` epochs may be stopped: about a ninth and a third of them.
+
+    They are rounded up, so that no rung comes shortly before the end, where stopping saves nothing.
+    """
+    first = math.ceil(epochs / REDUCTION**2)
+    return tuple(rung for rung in (first, first * REDUCTION) if rung < epochs) or (first,)
 
 
 def read_trials(
@@ -120,13 +127,12 @@ def _outcome(trial: FrozenTrial) -> Outcome:
 def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
     """The balanced accuracy of one configuration trained with several seeds, each training at its best epoch.
 
-    A training that diverged or failed counts with the lowest score, since a user of that configuration may get one.
+    A training without a usable model counts with the lowest score, since a user of that configuration may get one.
 
     Args:
         reports: one for each training, with all its epochs.
     """
-    failed = (Outcome.DIVERGED, Outcome.FAILED)
-    best = [None if report.outcome in failed else best_epoch(report.epochs) for report in reports]
+    best = [None if report.outcome in UNSUCCESSFUL else best_epoch(report.epochs) for report in reports]
     scores = [BAD_SCORE if figures is None else figures.balanced_accuracy for figures in best]
     return {"balanced_accuracy": scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 

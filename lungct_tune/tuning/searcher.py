@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
-from lungct_tune.experiment.folder import Experiment, state_file
+from lungct_tune.experiment.folder import Experiment, delete_states
 from lungct_tune.experiment.study import BAD_SCORE, FINISHED
 from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, Outcome, TrialOrder, best_epoch
 from lungct_tune.filesystem import NodeRefused, StorageError
@@ -66,7 +66,6 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     Args:
         startup: how many trials Optuna draws at random before TPE starts.
-        folds: how many models a trial trains; each has its own state on the storage.
         provenance: noted in the study for every trial that starts or continues.
     """
 
@@ -78,12 +77,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         *,
         seed: int,
         startup: int,
-        folds: int = 1,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup, self._folds, self._provenance = startup, folds, dict(provenance or {})
+        self._startup, self._provenance = startup, dict(provenance or {})
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
         study.sampler = self._sampler()
@@ -152,8 +150,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             live.end(outcome, f"{outcome.value}: {report.reason}" if report.reason else outcome.value)
         self._tell(live.trial, outcome, live.history)
         with suppress(StorageError):  # a file that stays there is never read again
-            for fold in range(self._folds):
-                self._experiment.delete(state_file(live.trial.number, fold))
+            delete_states(self._experiment, live.trial.number)
 
     def _tell(self, trial: Trial, outcome: Outcome, history: list[EpochFigures]) -> None:
         best = best_epoch(history)
@@ -161,7 +158,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             self._study.tell(trial, state=TrialState.FAIL)
         elif outcome is Outcome.STOPPED:
             self._study.tell(trial, state=TrialState.PRUNED)
-        elif outcome is Outcome.DIVERGED or best is None:
+        elif outcome in (Outcome.DIVERGED, Outcome.OUT_OF_MEMORY) or best is None:
             self._study.tell(trial, BAD_SCORE)
         else:
             self._study.tell(trial, best.balanced_accuracy)

@@ -83,7 +83,6 @@ def run_search(
         plan.experiment,
         seed=seed,
         startup=startup,
-        folds=len(plan.folds),
         provenance=provenance(plan),
     )
     remaining = trials - len(finished_trials(study))

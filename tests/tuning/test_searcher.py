@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import StudyError, effort, finished_trials, open_study
+from lungct_tune.experiment.study import StudyError, effort, finished_trials, open_study, rungs
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.slots import REPORT
@@ -250,3 +253,11 @@ def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -
 def _no_warnings_about_ranges(recwarn: pytest.WarningsRecorder) -> Any:
     yield
     assert not [w for w in recwarn if "out of range" in str(w.message) or "xperimental" in str(w.message)]
+
+
+@given(st.integers(1, 200))
+def test_no_rung_is_shortly_before_the_last_epoch(epochs: int) -> None:
+    steps = rungs(epochs)
+    assert all(9 * rung >= epochs for rung in steps[:1]) and all(b == 3 * a for a, b in pairwise(steps))
+    # what a stopped trial saves is at least a third of the epochs, or all that a trial of a few epochs has
+    assert all(epochs - rung >= epochs // 3 for rung in steps) or epochs <= 3

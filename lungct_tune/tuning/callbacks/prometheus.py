@@ -15,11 +15,11 @@ from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
 from lungct_tune.experiment.study import finished_trials, read_trials
-from lungct_tune.experiment.trial import EpochReport, Outcome, best_trial
+from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochReport, Outcome, best_trial
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 
-ENDINGS = (Outcome.COMPLETED, Outcome.STOPPED, Outcome.DIVERGED, Outcome.FAILED)
+ENDINGS = (Outcome.COMPLETED, Outcome.STOPPED, *UNSUCCESSFUL)
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""
