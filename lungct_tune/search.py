@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,7 @@ from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
-    from pathlib import Path
-
     import optuna
-    import ray
     import torch
 
     from lungct_tune.data.split import DataSplit
@@ -35,6 +32,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.allocation import ResourcePlan
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.shared_data import SharedDataset
     from lungct_tune.tuning.workers import SlotPlan
 
 
@@ -154,7 +152,8 @@ def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
 
     resources = plan_resources(plan.settings)
     retraining = plan_retraining_resources(plan.settings)
-    print_plan(plan, f"{resources}; the final retraining on {retraining}", dashboard, console)
+    head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
+    print_plan(plan, f"{resources}; the final retraining on {retraining}; {head}", dashboard, console)
     if plan.settings.plan:
         print_space(plan.space, console)
     return resources
@@ -169,10 +168,12 @@ def start_search(
     weights: dict[str, torch.Tensor] | None,
     console: Console,
 ) -> Iterator[SearchRun]:
-    """Starts a search: checks its storage, opens its study, writes its plan. From here on `--resume` can continue it.
+    """Starts a search: checks its storage, opens its study, writes its plan, shares its images with the workers.
+
+    From here on `--resume` can continue it. All images are shared now, so that images that do not fit are refused now.
 
     Raises:
-        StorageError: a node cannot use the storage.
+        StorageError: a node cannot use the storage, or the images do not fit.
         StudyError, TrackingError: the study or the tracking server cannot be used.
         PlanError: another process runs this search.
     """
@@ -180,7 +181,8 @@ def start_search(
     from lungct_tune.experiment.study import open_study
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.cluster import check_storage, has_shared_file_system, machines
-    from lungct_tune.tuning.shared_data import share_weights
+    from lungct_tune.tuning.shared_data import share_dataset, share_weights
+    from lungct_tune.tuning.tuner import make_slot_plan
 
     settings, experiment = plan.settings, plan.experiment
     assert settings.epochs is not None  # decided by the plan
@@ -196,14 +198,17 @@ def start_search(
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:
             held.enter_context(tracker.kept_up(study, console))
+        folder = plan.study_folder if has_shared_file_system(experiment) else None
+        search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
+        slot_plan = make_slot_plan(plan, split, share_weights(weights), resources, search_file)
         yield SearchRun(
             plan=plan,
             split=split,
             audit=audit,
             resources=resources,
             study=study,
-            backbone=share_weights(weights),
-            image_folder=plan.study_folder if has_shared_file_system(experiment) else None,
+            slot_plan=slot_plan,
+            test=share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset),
             tracker=tracker,
             console=console,
         )
@@ -218,9 +223,9 @@ class SearchRun:
     audit: dict[str, Any]
     resources: ResourcePlan
     study: optuna.Study
-    backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
-    image_folder: Path | None
-    """The folder for images that are too large for the object store; None if the nodes have no common folder."""
+    slot_plan: SlotPlan
+    test: SharedDataset
+    """The images of test, which only the retraining gets."""
     tracker: MLflowTracker | None
     console: Console
 
@@ -245,7 +250,7 @@ class SearchRun:
         run_search(
             self.study,
             self.plan.space,
-            self._slot_plan,
+            self.slot_plan,
             trials=settings.trials,
             slots=slots,
             seed=settings.seed,
@@ -268,7 +273,7 @@ class SearchRun:
             return None
         self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots = self._slot_plan, self.resources.slots
+        plan, slots = self.slot_plan, self.resources.slots
         return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
     def retrain(self, trial: TrialRecord) -> RetrainedModel:
@@ -277,28 +282,26 @@ class SearchRun:
         Raises:
             RetrainingFailed, KeyboardInterrupt: see `retrain_and_predict`.
         """
-        import numpy as np
-
         from lungct_tune.tuning.cluster import plan_retraining_resources
         from lungct_tune.tuning.retrain import RetrainPlan, retrain_and_predict
-        from lungct_tune.tuning.shared_data import share_dataset
 
         assert trial.best is not None  # it completed
-        plan, split, epochs = self.plan, self.split, trial.best.epoch
+        plan, epochs = self.plan, trial.best.epoch
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
         resources = plan_retraining_resources(plan.settings)  # nodes may have come and gone
-        rows, file = np.arange(len(split.split)), self._file("all-images.npy")
-        retrain_plan = RetrainPlan(
-            experiment=plan.experiment,
-            dataset=share_dataset(plan.settings, split.images, rows, self.backbone, epochs, file),
-            hyperparameters=trial.hyperparameters,
-            seed=plan.settings.seed,
-            train_rows=split.searched_rows,
-            test_rows=split.test_rows,
-            workers=resources.workers,
-            resources_per_worker=resources.resources_per_worker,
+        return retrain_and_predict(
+            RetrainPlan(
+                experiment=plan.experiment,
+                name=f"trial_{trial.number:04d}_{epochs:03d}_epochs",
+                dataset=replace(self.slot_plan.dataset, epochs=epochs),
+                test=self.test,
+                hyperparameters=trial.hyperparameters,
+                seed=plan.settings.seed,
+                checkpoint_interval=plan.settings.checkpoint_interval,
+                workers=resources.workers,
+                resources_per_worker=resources.resources_per_worker,
+            )
         )
-        return retrain_and_predict(retrain_plan, name=f"trial_{trial.number:04d}_{epochs:03d}_epochs")
 
     def retrain_published(self, winner: TrialRecord) -> tuple[TrialRecord, RetrainedModel] | None:
         """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
@@ -360,15 +363,6 @@ class SearchRun:
         from lungct_tune.evaluation.bundle_files import BundleFiles  # imports torch, which no slot should wait for
 
         return BundleFiles(self.plan, self.split, self.audit, self.study, self.resources.slots)
-
-    @cached_property
-    def _slot_plan(self) -> SlotPlan:
-        from lungct_tune.tuning.tuner import make_slot_plan
-
-        return make_slot_plan(self.plan, self.split, self.backbone, self.resources, self._file("search-images.npy"))
-
-    def _file(self, name: str) -> Path | None:
-        return self.image_folder / name if self.image_folder else None
 
     @property
     def _seeds_folder(self) -> str:

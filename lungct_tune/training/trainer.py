@@ -136,19 +136,26 @@ class Trainer:
         return health_S2[:, 0].mean().item()
 
     @torch.inference_mode()
-    def probabilities(self, indices: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+    def probabilities(
+        self, indices: Tensor | np.ndarray | Sequence[int], images_NHW: Tensor | None = None
+    ) -> np.ndarray:
         """Class probabilities of these images, float32 (len(indices), classes), in their order, on every worker.
 
         Exactly one worker computes each image.
+
+        Args:
+            indices: of the images.
+            images_NHW: other images than those of the training.
         """
-        rows = torch.as_tensor(indices, dtype=torch.int64, device=self.images_NHW.device)
+        images_NHW = self.images_NHW if images_NHW is None else images_NHW
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=images_NHW.device)
         mine = rows[self.rank :: self.world]
         longest = math.ceil(len(rows) / self.world)
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
         self.model.eval()
         for start in range(0, len(mine), self.share):
             batch = slice(start, min(start + self.share, len(mine)))
-            grey_N1HW = as_grey(self.images_NHW[mine[batch]].to(self.device))
+            grey_N1HW = as_grey(images_NHW[mine[batch]].to(self.device))
             probabilities_NC[batch] = forward(self.model, grey_N1HW, self.normalisation).softmax(dim=1)
         everyones = [probabilities_NC]
         if self.world > 1:
