@@ -123,7 +123,7 @@ class Settings(BaseModel):
         description="seconds of training between two saved states of a trial (30)",
         json_schema_extra={"metavar": "S"},
     )
-    final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 16 images each or more)")
+    final_workers: Positive | None = _flag("workers of the final retraining (as a slot has; with folds 1)")
     storage: str = Field(
         "./results",
         description="where experiments go: a folder, s3://, gs://... (./results)",

@@ -61,8 +61,8 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
     assert running
     pull_the_best_so_far(experiment, tmp_path / "model", capsys)
 
-    with command(tmp_path, None, None) as run:
-        wait_for(lambda: list(experiment.glob("final/*/checkpoint*")), run)
+    with command(tmp_path, None, None, "--checkpoint-interval", "0") as run:
+        wait_for(lambda: list(experiment.glob("final/*/last.pt")), run)
         run.kill()
     assert nothing_held() and not (experiment / "best").exists()
 
