@@ -17,6 +17,9 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 BASELINE = 0
 """The number of the first trial of every study: the published configuration."""
 
+KEPT_TRIALS = 20
+"""So many of the best completed trials keep their weights."""
+
 
 class Outcome(Enum):
     """The outcome of a trial. Tables, figures and the study use the values."""
@@ -37,14 +40,27 @@ class TrialOrder:
     number: int
     seed: int
     hyperparameters: Hyperparameters
+    weights_from: tuple[float, float] | None = None
+    """The trial's weights are kept if its best epoch ranks at least as high; None: they are kept anyway. The figures do
+    not depend on this."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The form of it in Ray Tune's configuration of a trial and in the states on storage."""
+        """What the figures depend on: the form of it in the states on storage."""
         return {"number": self.number, "seed": self.seed, "configuration": self.hyperparameters.as_dict()}
+
+    def as_config(self) -> dict[str, Any]:
+        """The form of it in Ray Tune's configuration of a trial."""
+        return self.as_dict() | {"weights_from": self.weights_from}
 
     @classmethod
     def from_dict(cls, order: Mapping[str, Any]) -> Self:
-        return cls(order["number"], order["seed"], Hyperparameters(**order["configuration"]))
+        least = order.get("weights_from")
+        return cls(
+            order["number"],
+            order["seed"],
+            Hyperparameters(**order["configuration"]),
+            None if least is None else tuple(least),
+        )
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ not import Optuna.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
 TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
@@ -30,10 +34,20 @@ PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
 UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default_utilization_scorer"
 """How version 1 of Ray's autoscaler scores the types of node that it could start."""
 
+EXPERIMENT_CHECKPOINTS = "ray.tune.execution.experiment_state:_ExperimentCheckpointManager"
+"""Writes the state of Tune's experiment, with all trials, every ten seconds and at the end, and copies its folder."""
+
 OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
-PRIVATE_NAMES = (TORCH_BACKEND, DATASETS_CALLBACK, PROPAGATED_VARIABLES, UTILIZATION_SCORER, OPTUNA_TRIAL)
+PRIVATE_NAMES = (
+    TORCH_BACKEND,
+    DATASETS_CALLBACK,
+    PROPAGATED_VARIABLES,
+    UTILIZATION_SCORER,
+    EXPERIMENT_CHECKPOINTS,
+    OPTUNA_TRIAL,
+)
 
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head has."""
@@ -55,6 +69,17 @@ def reopen_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
     return made
 
 
+def report_value(trial: Trial, epoch: int, value: float) -> None:
+    """Sets a trial's intermediate value. `report` alone does not replace one that is there already."""
+    trial._cached_frozen_trial.intermediate_values.pop(epoch, None)
+    trial.report(value, epoch)
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """The storage of a study."""
+    return study._storage
+
+
 def suggest_value(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     """Draws a trial's value of a parameter. The public `suggest_…` methods take no distribution objects."""
     return trial._suggest(name, distribution)
@@ -67,6 +92,19 @@ def keep_credentials_from_actors() -> None:
     """
     variables: set[str] = private(PROPAGATED_VARIABLES)
     variables.difference_update({name for name in variables if name.startswith("AWS_")})
+
+
+@contextmanager
+def without_files_of_tune() -> Iterator[None]:
+    """Keeps Tune from writing results and the state of its experiment, which nothing reads."""
+    checkpoints = private(EXPERIMENT_CHECKPOINTS)
+    before, os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = checkpoints.sync_up_experiment_state, "1"
+    checkpoints.sync_up_experiment_state = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        checkpoints.sync_up_experiment_state = before
+        del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
 
 
 def autoscaling_config(gcs_address: str) -> str | None:
