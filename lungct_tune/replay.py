@@ -100,7 +100,7 @@ def replay(
         NotReplayable: the training failed this time.
         ClusterError, StorageError: the cluster or the storage cannot be used.
     """
-    from lungct_tune.experiment.trial import Outcome
+    from lungct_tune.experiment.trial import UNSUCCESSFUL
     from lungct_tune.tuning.rerun import replay_trial
 
     console.print(
@@ -108,7 +108,7 @@ def replay(
         soft_wrap=True,
     )
     report, provenance = replay_trial(plan, split, weights, trial)
-    if report.outcome in (Outcome.DIVERGED, Outcome.FAILED):
+    if report.outcome in UNSUCCESSFUL:
         raise NotReplayable(f"trial {trial.number} failed this time: {report.reason}")
     return _compare(trial.history, report.epochs, _changed(trial.provenance, provenance), console)
 

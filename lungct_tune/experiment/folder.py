@@ -183,6 +183,17 @@ def state_file(number: int, fold: int) -> str:
     return f"{trial_folder(number)}/last{f'-{fold}' if fold else ''}.pt"
 
 
+def delete_states(experiment: Experiment, number: int) -> None:
+    """Deletes all states of a trial.
+
+    Raises:
+        StorageError: the storage refuses.
+    """
+    for path in experiment.files(trial_folder(number)):
+        if path.endswith(".pt"):
+            experiment.delete(path)
+
+
 def locate(source: str, storage: str) -> Experiment:
     """The experiment for a path, a URI (its own or its bundle's) or a name on the storage."""
     from lungct_tune.experiment.bundle import FOLDER

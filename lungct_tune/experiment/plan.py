@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CHANGEABLE = {
     *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
-    *("compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
+    *("checkpoint_interval", "compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
 }
 """The settings that may change when a search is resumed. A change of any other would make it another search."""
 

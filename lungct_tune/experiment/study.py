@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
+from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
@@ -51,12 +51,12 @@ class StudyError(UserError):
 
 
 def rungs(epochs: int) -> tuple[int, ...]:
-    """The epochs after which a trial may be stopped early: about a ninth and a third of all epochs.
+    """The epochs after which a trial of at most `epochs` epochs may be stopped: about a ninth and a third of them.
 
-    None of them is in the last third, where most of the trial's cost is spent and its result is near.
+    They are rounded up, and none is in the last third of the epochs, where stopping saves little.
     """
     first = ceil(epochs / REDUCTION**2)
-    return tuple(rung for rung in (first, first * REDUCTION) if rung * 3 <= epochs * 2)
+    return tuple(rung for rung in (first, first * REDUCTION) if rung * 3 <= epochs * 2) or (first,)
 
 
 def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
@@ -71,9 +71,7 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
     Raises:
         StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
     """
-    pruner = optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=ceil(epochs / REDUCTION**2), reduction_factor=REDUCTION
-    )
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(epochs)[0], reduction_factor=REDUCTION)
     where = repr(name)
     try:
         if isinstance(storage, str):
@@ -181,13 +179,12 @@ def _outcome(trial: FrozenTrial) -> Outcome:
 def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
     """The balanced accuracy of one configuration trained with several seeds, each training at its best epoch.
 
-    A training that diverged or failed counts with the lowest score, since a user of that configuration may get one.
+    A training without a usable model counts with the lowest score, since a user of that configuration may get one.
 
     Args:
         reports: one for each training, with all its epochs.
     """
-    failed = (Outcome.DIVERGED, Outcome.FAILED)
-    best = [None if report.outcome in failed else best_epoch(report.epochs) for report in reports]
+    best = [None if report.outcome in UNSUCCESSFUL else best_epoch(report.epochs) for report in reports]
     scores = [BAD_SCORE if figures is None else figures.balanced_accuracy for figures in best]
     return {"balanced_accuracy": scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 

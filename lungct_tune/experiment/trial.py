@@ -28,9 +28,14 @@ class Outcome(Enum):
     COMPLETED = "completed"
     STOPPED = "stopped early"
     DIVERGED = "diverged"
+    OUT_OF_MEMORY = "out of memory"
     FAILED = "failed"
     REFUSED = "refused"
     """Only in reports: a node cannot use the search's storage. The trial keeps its state, and the search ends."""
+
+
+UNSUCCESSFUL = (Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED)
+"""The outcomes of trials that ended without a usable model, by their own fault."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +46,21 @@ class TrialOrder:
     seed: int
     hyperparameters: Hyperparameters
     weights_from: tuple[float, float] | None = None
-    """The trial's weights are kept if its best epoch ranks at least as high; None: they are kept anyway. The figures do
-    not depend on this."""
+    """The lowest `EpochFigures.rank` with which the weights of its best epoch are kept; None if they always are."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """What the figures depend on: the form of it in the states on storage."""
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its figures depend on. A state on storage belongs to a trial if their identities are equal."""
         return {"number": self.number, "seed": self.seed, "configuration": self.hyperparameters.as_dict()}
 
-    def as_config(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The form of it in Ray Tune's configuration of a trial."""
-        return self.as_dict() | {"weights_from": self.weights_from}
+        return self.identity | {"weights_from": self.weights_from}
 
     @classmethod
     def from_dict(cls, order: Mapping[str, Any]) -> Self:
-        least = order.get("weights_from")
-        return cls(
-            order["number"],
-            order["seed"],
-            Hyperparameters(**order["configuration"]),
-            None if least is None else tuple(least),
-        )
+        kept = order["weights_from"] and tuple(order["weights_from"])
+        return cls(order["number"], order["seed"], Hyperparameters(**order["configuration"]), kept)
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,11 @@ STATES = {
     Outcome.COMPLETED: "COMPLETE",
     Outcome.STOPPED: "PRUNED",
     Outcome.DIVERGED: "COMPLETE",
+    Outcome.OUT_OF_MEMORY: "COMPLETE",
     Outcome.FAILED: "FAIL",
 }
-"""Optuna's state of a trial by its outcome. A trial that diverged is complete with the lowest score, so that TPE avoids
-such configurations. TPE ignores trials that failed."""
+"""Optuna's state of a trial by its outcome. A trial that diverged or ran out of memory is complete with the lowest
+score, so that TPE avoids such configurations. TPE ignores trials that failed."""
 
 
 def best_trial(trials: Iterable[TrialRecord]) -> TrialRecord | None:

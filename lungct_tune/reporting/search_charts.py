@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import BaseDistribution
 
-from lungct_tune.experiment.trial import BASELINE, EpochFigures, Outcome, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, EpochFigures, Outcome, TrialRecord
 from lungct_tune.reporting.format import parameter_name
 from lungct_tune.reporting.svg import (
     BAD,
@@ -35,6 +35,7 @@ _MARKS = {
     Outcome.COMPLETED: "o",
     Outcome.STOPPED: "v",
     Outcome.DIVERGED: "X",
+    Outcome.OUT_OF_MEMORY: "X",
     Outcome.FAILED: "X",
     Outcome.RUNNING: "o",
 }
@@ -208,7 +209,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
             bars = axes.broken_barh(
                 spans,
                 (slots.index(slot) - 0.36, 0.72),
-                color=BAD if trial.outcome in (Outcome.DIVERGED, Outcome.FAILED) else colour,
+                color=BAD if trial.outcome in UNSUCCESSFUL else colour,
                 alpha=dim if colour == OTHER else 1,
                 linewidth=0,
             )

@@ -12,7 +12,7 @@ from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import bounds, in_range
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import parameter_importance
-from lungct_tune.experiment.trial import BASELINE, EpochFigures, Outcome, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, EpochFigures, Outcome, TrialRecord
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
@@ -134,9 +134,8 @@ def trial_rows(found: SearchResults) -> list[list[str | int]]:
 
 
 def failures(found: SearchResults) -> list[tuple[int, str]]:
-    """The trials that diverged or failed, and why."""
-    bad = (Outcome.DIVERGED, Outcome.FAILED)
-    return [(trial.number, trial.ended) for trial in found.trials if trial.outcome in bad]
+    """The trials that diverged, ran out of memory or failed, and why."""
+    return [(trial.number, trial.ended) for trial in found.trials if trial.outcome in UNSUCCESSFUL]
 
 
 def search_charts(found: SearchResults) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
-from lungct_tune.experiment.folder import Experiment, state_file, trial_folder
+from lungct_tune.experiment.folder import Experiment, delete_states, trial_folder
 from lungct_tune.experiment.study import (
     BAD_SCORE,
     finished_trials,
@@ -85,7 +85,6 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         epochs: of a trial that is not stopped early.
         startup: how many trials Optuna draws at random before TPE starts.
         storage_threads: deletes files on the experiment's storage, so that the search does not wait for it.
-        folds: how many models a trial trains; each has its own state on the storage.
         provenance: noted in the study for every trial that starts or continues.
     """
 
@@ -99,12 +98,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         seed: int,
         startup: int,
         storage_threads: Executor,
-        folds: int = 1,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._rungs, self._folds, self._provenance = set(rungs(epochs)), folds, dict(provenance or {})
+        self._rungs, self._provenance = set(rungs(epochs)), dict(provenance or {})
         self._storage_threads = storage_threads
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
@@ -133,7 +131,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", self._provenance)
         self._live[trial_id] = _Live(trial)
-        return TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from).as_config()
+        return TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from).as_dict()
 
     def record(self, trial_id: str, report: EpochReport) -> None:
         """Adds a step's epochs to the study, and earlier epochs that an interruption kept from it."""
@@ -191,8 +189,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             if not_kept is not None:
                 self._experiment.delete_folder(trial_folder(not_kept))
             if not_kept != ended:
-                for fold in range(self._folds):
-                    self._experiment.delete(state_file(ended, fold))
+                delete_states(self._experiment, ended)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Does nothing: the state is in the study's storage."""

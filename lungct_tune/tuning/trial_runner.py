@@ -193,7 +193,7 @@ class _FoldModel:
         if digest != hashlib.sha256(content).digest():
             return
         state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-        if state["order"] == self._order.as_dict():  # else it is of a trial with the same number in another study
+        if state["order"] == self._order.identity:  # else it is of a trial with the same number in another study
             self.trainer.load_state_dict(state["training"])
             self._history = [EpochFigures(**figures) for figures in state["history"]]
 
@@ -239,7 +239,7 @@ class _FoldModel:
 
         history = [figures.as_dict() for figures in self._history]
         stream = io.BytesIO()
-        state = {"order": self._order.as_dict(), "training": self.trainer.state_dict(), "history": history}
+        state = {"order": self._order.identity, "training": self.trainer.state_dict(), "history": history}
         torch.save(state, stream)
         content = stream.getvalue()
         file = state_file(self._order.number, self._number)

@@ -98,7 +98,6 @@ def run_search(
             seed=seed,
             startup=startup,
             storage_threads=storage_threads,
-            folds=len(plan.folds),
             provenance=provenance(plan),
         )
         tally = searcher.tally

@@ -12,12 +12,12 @@ from typing import Any
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
-from lungct_tune.experiment.trial import EpochReport, Outcome
+from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochReport, Outcome
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
 
-ENDINGS = (Outcome.COMPLETED, Outcome.STOPPED, Outcome.DIVERGED, Outcome.FAILED)
+ENDINGS = (Outcome.COMPLETED, Outcome.STOPPED, *UNSUCCESSFUL)
 
 REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""
