@@ -10,7 +10,7 @@ not import Optuna.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,9 @@ UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default
 EXPERIMENT_CHECKPOINTS = "ray.tune.execution.experiment_state:_ExperimentCheckpointManager"
 """Writes the state of Tune's experiment, with all trials, every ten seconds and at the end, and copies its folder."""
 
+EXPERIMENT_ANALYSIS = "ray.tune.analysis.experiment_analysis:ExperimentAnalysis"
+"""What Tune returns at its end. It reads the results of all trials from files."""
+
 OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
@@ -46,6 +49,7 @@ PRIVATE_NAMES = (
     PROPAGATED_VARIABLES,
     UTILIZATION_SCORER,
     EXPERIMENT_CHECKPOINTS,
+    EXPERIMENT_ANALYSIS,
     OPTUNA_TRIAL,
 )
 
@@ -96,14 +100,23 @@ def keep_credentials_from_actors() -> None:
 
 @contextmanager
 def without_files_of_tune() -> Iterator[None]:
-    """Keeps Tune from writing results and the state of its experiment, which nothing reads."""
-    checkpoints = private(EXPERIMENT_CHECKPOINTS)
-    before, os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = checkpoints.sync_up_experiment_state, "1"
-    checkpoints.sync_up_experiment_state = lambda *_, **__: None
+    """Keeps Tune from writing results and the state of its experiment, which nothing reads.
+
+    Only the first state is written, because Tune looks for the file at its end.
+    """
+    checkpoints, analysis = private(EXPERIMENT_CHECKPOINTS), private(EXPERIMENT_ANALYSIS)
+    sync, fetch = checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes
+
+    def sync_first(self: Any, save_fn: Callable[[], None], force: bool = False, wait: bool = False) -> None:
+        if self._last_sync_time is None:
+            sync(self, save_fn, wait=True)
+
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync_first, lambda self: {}
     try:
         yield
     finally:
-        checkpoints.sync_up_experiment_state = before
+        checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync, fetch
         del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
 
 

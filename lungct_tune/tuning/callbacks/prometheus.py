@@ -81,8 +81,9 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
             return
         figures = report.epochs[-1]
         slot = str(figures.slot)
-        self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
-        self._seconds.inc(cost.checkpoint_s, {"slot": slot})
+        if cost.checkpoint_bytes:  # a state is not written in every step, and Ray refuses to add zero
+            self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
+            self._seconds.inc(cost.checkpoint_s, {"slot": slot})
         self._training_s += sum(figures.seconds for figures in report.epochs if figures.slot is not None)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
