@@ -6,17 +6,19 @@ also while a search writes. It needs no locks of the file system, so it may be i
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from lungct_tune.errors import UserError
 
@@ -141,7 +143,29 @@ class StudyStorage(JournalStorage):
 
     def __init__(self, file: Path) -> None:
         self._journal = StudyJournal(file)
+        self._open: list[int] = []
+        """Those of the first `_known` trials that may not have ended. A journal's trials have the ids 0, 1, 2 …"""
+        self._known = 0
         super().__init__(self._journal)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """The trials in the order of their numbers; see Optuna's `BaseStorage`.
+
+        Optuna looks for waiting trials each time that it is asked for one, and TPE for running ones. So those that have
+        not ended are found without a look at the others.
+        """
+        if states is None or any(state.is_finished() and state in states for state in TrialState):
+            return super().get_all_trials(study_id, deepcopy, states)
+        with suppress(KeyError):  # there is no such trial yet
+            while self.get_trial(self._known):
+                self._open.append(self._known)
+                self._known += 1
+        trials = {trial_id: self.get_trial(trial_id) for trial_id in self._open}
+        self._open = [trial_id for trial_id, trial in trials.items() if not trial.state.is_finished()]
+        chosen = [trial for trial in trials.values() if trial.state in states]
+        return copy.deepcopy(chosen) if deepcopy else chosen
 
     def sync(self) -> None:
         """Waits until all changes so far are on the disk, see `StudyJournal.sync`."""

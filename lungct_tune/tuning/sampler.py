@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 from lungct_tune.tuning.ray_compat import storage_of
 
 ALL_UP_TO = 500
-"""TPE gets all ended trials up to this number, and so many of more. From 241 on it takes 25 as good ones, so that with
-more trials the good ones stay the same."""
+"""TPE gets all ended trials up to this number."""
+
+SEEN = 250
+"""So many ended trials TPE gets of more. It takes a tenth of them as good ones, but at most `GOOD`: of this number it
+takes the same good ones as of any larger number."""
 
 GOOD = 25
 """How many trials TPE takes as good ones at most (Optuna's `default_gamma`)."""
@@ -34,14 +38,25 @@ class SearchSampler(BaseSampler):
 
     Args:
         distributions: of all parameters of a trial.
+        ended: the trials that have ended before.
         startup: how many trials must have ended before TPE starts; until then parameters are drawn at random.
     """
 
-    def __init__(self, distributions: Mapping[str, BaseDistribution], *, seed: int, startup: int) -> None:
+    def __init__(
+        self,
+        distributions: Mapping[str, BaseDistribution],
+        ended: Iterable[FrozenTrial],
+        *,
+        seed: int,
+        startup: int,
+    ) -> None:
         self._varied = {name: of for name, of in sorted(distributions.items()) if not of.single()}
         self._seed, self._startup = seed, startup
         self._number, self._tpe = -1, TPESampler()
-        self._ranks: dict[int, tuple[float, ...]] = {}
+        self._ended: list[tuple[tuple[float, ...], FrozenTrial]] = []
+        """The trials that have ended, the best ones first."""
+        for trial in ended:
+            self.add(trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._varied
@@ -65,29 +80,29 @@ class SearchSampler(BaseSampler):
             )
         return self._tpe
 
+    def add(self, trial: FrozenTrial) -> None:
+        """Adds a trial that has ended to those that suggestions are made from."""
+        if trial.state in ENDED:
+            bisect.insort(self._ended, (_rank(trial), trial))
+
     def _excerpt(self, study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
         """The study, or one with the same storage that has a part of its trials."""
-        known = study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING))
-        ended = [each for each in known if each.state in ENDED]
-        if len(ended) <= ALL_UP_TO:
+        if len(self._ended) <= ALL_UP_TO:
             return study
-        ended.sort(key=self._rank)
         generator = np.random.default_rng([self._seed, trial.number, 1])
-        others = GOOD + generator.choice(len(ended) - GOOD, ALL_UP_TO - GOOD, replace=False)
-        part = ended[:GOOD] + [ended[i] for i in others] + [each for each in known if each.state not in ENDED]
-        part.sort(key=lambda each: each.number)
-        return optuna.Study(study.study_name, storage=_Excerpt(storage_of(study), part))  # type: ignore[arg-type]
+        others = GOOD + generator.choice(len(self._ended) - GOOD, SEEN - GOOD, replace=False)
+        seen = [each for _, each in self._ended[:GOOD]] + [self._ended[i][1] for i in others]
+        seen += study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        seen.sort(key=lambda each: each.number)
+        return optuna.Study(study.study_name, storage=_Excerpt(storage_of(study), seen))  # type: ignore[arg-type]
 
-    def _rank(self, trial: FrozenTrial) -> tuple[float, ...]:
-        """The best trials first, as TPE sorts them: completed ones by value, then pruned ones by epoch and value."""
-        if (rank := self._ranks.get(trial.number)) is None:
-            if trial.state is TrialState.COMPLETE:
-                rank = (0, -float(trial.value or 0.0), 0.0, trial.number)
-            else:
-                step = trial.last_step or 0
-                rank = (1, -step, -trial.intermediate_values.get(step, 0.0), trial.number)
-            self._ranks[trial.number] = rank
-        return rank
+
+def _rank(trial: FrozenTrial) -> tuple[float, ...]:
+    """The best trials first, as TPE sorts them: completed ones by value, then pruned ones by epoch and value."""
+    if trial.state is TrialState.COMPLETE:
+        return 0, -float(trial.value or 0.0), 0.0, trial.number
+    step = trial.last_step or 0
+    return 1, -step, -trial.intermediate_values.get(step, 0.0), trial.number
 
 
 class _Excerpt:

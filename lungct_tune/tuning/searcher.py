@@ -27,6 +27,7 @@ from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.experiment.folder import Experiment, delete_states, trial_folder
 from lungct_tune.experiment.study import (
     BAD_SCORE,
+    FINISHED,
     finished_trials,
     history_key,
     read_history,
@@ -107,7 +108,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
         self.tally = SearchTally(finished_trials(study))
-        study.sampler = SearchSampler(space.distributions, seed=seed, startup=startup)
+        ended = study.get_trials(deepcopy=False, states=FINISHED)
+        self._sampler = study.sampler = SearchSampler(space.distributions, ended, seed=seed, startup=startup)
         with _without_warnings():
             running = [
                 reopen_trial(study, trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -177,6 +179,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             ended = self._study.tell(live.trial, best.balanced_accuracy)
         else:
             ended = self._study.tell(live.trial, BAD_SCORE)
+        self._sampler.add(ended)
         not_kept = self.tally.add(trial_record(ended))
         self._storage_threads.submit(self._clean_up, ended.number, not_kept)
 

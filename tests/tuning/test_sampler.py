@@ -13,7 +13,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState, create_trial
 
 from lungct_tune.tuning.ray_compat import storage_of
-from lungct_tune.tuning.sampler import ALL_UP_TO, GOOD, SearchSampler
+from lungct_tune.tuning.sampler import ALL_UP_TO, GOOD, SEEN, SearchSampler
 
 SPACE = {"width": FloatDistribution(0.0, 1.0), "depth": IntDistribution(1, 49), "fixed": IntDistribution(5, 5)}
 
@@ -53,7 +53,8 @@ def plain(number: int, startup: int) -> TPESampler:
 @pytest.mark.parametrize(("trials", "startup"), [(0, 4), (3, 4), (40, 10), (ALL_UP_TO, 10)])
 def test_up_to_the_limit_suggestions_are_those_of_optuna(trials: int, startup: int) -> None:
     expected = [ask(study, plain(trials + 3 + i, startup)) for study in [study_of(trials)] for i in range(4)]
-    study, sampler = study_of(trials), SearchSampler(SPACE, seed=1, startup=startup)
+    study = study_of(trials)
+    sampler = SearchSampler(SPACE, study.trials, seed=1, startup=startup)
     assert [ask(study, sampler) for _ in range(4)] == expected
 
 
@@ -68,7 +69,7 @@ def seen_by_tpe(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> tuple[d
     original: Callable[..., dict[str, Any]] = TPESampler.sample_relative
     with monkeypatch.context() as patch:
         patch.setattr(TPESampler, "sample_relative", look)
-        return ask(study, SearchSampler(SPACE, seed=1, startup=10)), seen
+        return ask(study, SearchSampler(SPACE, study.trials, seed=1, startup=10)), seen
 
 
 def test_above_the_limit_tpe_sees_the_best_the_running_and_some_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +78,7 @@ def test_above_the_limit_tpe_sees_the_best_the_running_and_some_of_the_others(mo
     complete = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
     best = {trial.number for trial in sorted(complete, key=lambda trial: -(trial.value or 0.0))[:GOOD]}
     running = {trial.number for trial in study.trials if trial.state is TrialState.RUNNING}
-    assert best | running <= seen and len(seen) == ALL_UP_TO + len(running)
+    assert best | running <= seen and len(seen) == SEEN + len(running)
     assert set(suggested) == set(SPACE)
 
 
@@ -91,4 +92,4 @@ def test_above_the_limit_a_suggestion_depends_on_seed_number_and_results_only(mo
 def test_optunas_number_of_good_trials_is_the_one_that_is_assumed_here() -> None:
     from optuna.samplers._tpe.sampler import default_gamma
 
-    assert default_gamma(ALL_UP_TO) == default_gamma(10**6) == GOOD
+    assert default_gamma(SEEN) == default_gamma(10**6) == GOOD
