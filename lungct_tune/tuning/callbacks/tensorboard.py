@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Executor
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from ray import tune
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import hparams
 
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.trial import EpochReport
+from lungct_tune.experiment.trial import EpochFigures, EpochReport
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.slots import REPORT
@@ -21,44 +24,47 @@ FOLDER = "tune"
 """In the experiment: a folder for each trial, with TensorBoard's events."""
 
 FLUSH_S = 10
-"""How late the files of a running trial may be."""
+"""How late the files of running trials may be."""
 
 PREFIX = "ray/tune/"
 """Of the tags, as Ray Tune names them."""
 
 
 class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
-    """Writes the figures of every epoch, and at a trial's end its hyperparameters.
+    """Writes the figures of every epoch, and at a trial's end its hyperparameters, in a thread of its own.
 
     The files are in the experiment's folder on this machine. With remote storage they are uploaded when a trial ends.
+    A context manager: at its end everything is written.
 
     Args:
-        storage_threads: upload them, so that the search does not wait for it.
+        storage_threads: upload the files.
     """
 
     def __init__(self, experiment: Experiment, storage_threads: Executor) -> None:
-        self._experiment, self._threads = experiment, storage_threads
-        self._writers: dict[str, SummaryWriter] = {}
+        self._experiment, self._storage_threads = experiment, storage_threads
+        self._thread = ThreadPoolExecutor(1)
+        self._writers: dict[str, EventsWriter] = {}
+        """Used in that thread, and after its end."""
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> TensorBoardCallback:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
         for name in list(self._writers):
             self._close(name)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         report: EpochReport = result[REPORT]
         new = [figures for figures in report.epochs if figures.slot is not None]  # others were drawn before
-        if not new:
-            return
-        name = str(trial)
-        if name not in self._writers:
-            folder = str(self._experiment.local_folder / FOLDER / name)
-            self._writers[name] = SummaryWriter(folder, flush_secs=FLUSH_S)
-        for figures in new:
-            for what, value in figures.as_dict().items():
-                self._writers[name].add_scalar(f"{PREFIX}{what}", value, figures.epoch)
+        if new:
+            self._thread.submit(self._write, str(trial), new)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if time.monotonic() >= self._flushed + FLUSH_S:
+            self._flushed = time.monotonic()
+            self._thread.submit(lambda: [writer.flush() for writer in self._writers.values()])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._end(trial)
@@ -67,22 +73,34 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
         self._end(trial)
 
     def _end(self, trial: Any) -> None:
-        if (name := str(trial)) not in self._writers:
+        reached = trial.last_result.get(OBJECTIVE, 0.0) if trial.last_result else 0.0
+        self._thread.submit(self._finish, str(trial), trial.config["configuration"], reached)
+
+    def _write(self, name: str, epochs: Sequence[EpochFigures]) -> None:
+        if name not in self._writers:
+            folder = self._experiment.local_folder / FOLDER / name
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writers[name] = EventsWriter(str(folder / "events"))
+        for figures in epochs:
+            values = [Summary.Value(tag=f"{PREFIX}{of}", simple_value=value) for of, value in figures.as_dict().items()]
+            at = figures.at or time.time()
+            self._writers[name].write_event(Event(wall_time=at, step=figures.epoch, summary=Summary(value=values)))
+
+    def _finish(self, name: str, configuration: Mapping[str, Any], reached: float) -> None:
+        if name not in self._writers:  # no epoch was run
             return
-        configuration: Mapping[str, Any] = trial.config["configuration"]
-        chosen = {f"configuration/{what}": value for what, value in configuration.items() if value is not None}
-        reached = {f"{PREFIX}{OBJECTIVE}": trial.last_result.get(OBJECTIVE, 0.0)}
-        for summary in hparams(chosen, reached):
-            self._writers[name].file_writer.add_summary(summary)
+        chosen = {f"configuration/{of}": value for of, value in configuration.items() if value is not None}
+        for summary in hparams(chosen, {f"{PREFIX}{OBJECTIVE}": reached}):
+            self._writers[name].write_event(Event(wall_time=time.time(), summary=summary))
         self._close(name)
 
     def _close(self, name: str) -> None:
         self._writers.pop(name).close()
         if not self._experiment.is_local:
-            self._threads.submit(self._upload, name)
+            self._storage_threads.submit(self._upload, name)
 
     def _upload(self, name: str) -> None:
-        with suppress(StorageError):  # they stay on this machine
+        with suppress(StorageError):  # the files stay on this machine
             for file in (self._experiment.local_folder / FOLDER / name).iterdir():
                 self._experiment.write(f"{FOLDER}/{name}/{file.name}", file.read_bytes())
 
