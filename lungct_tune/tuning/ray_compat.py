@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +29,24 @@ TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
 DATASETS_CALLBACK = "ray.train.v2._internal.callbacks:DatasetsCallback"
 """Starts an actor that distributes Ray datasets. It would cost a process and 0.2 GB on the head for each group of
 workers, and this project uses no Ray datasets."""
+
+CLEANER_CALLBACK = "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback"
+"""Starts a detached actor that removes the placement group of a dead controller. The search does this itself."""
+
+TRAIN_CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
+"""Runs a group of workers. Ray Train starts it in an actor of its own."""
+
+SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.worker_group:SynchronizationActor"
+"""Brings the workers together in `ray.train.report`, which the workers of a slot do not call."""
+
+SHUT_DOWN_SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.state:_shutdown_sync_actor"
+"""Kills that actor."""
+
+PLACEMENT_GROUP = "ray.train.v2._internal.execution.worker_group.worker_group:placement_group"
+"""Reserves the resources of a group of workers. Ray Train gives the placement group no name."""
+
+DRAINING_NODES = "ray._private.state:state.get_draining_nodes"
+"""The nodes that will be lost, and when: notices of spot nodes, and what `ray drain-node` asked for."""
 
 PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
 """Environment variables that Tune sends to its actors. They then appear in Ray's logs and dashboard."""
@@ -44,13 +64,9 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
 PRIVATE_NAMES = (
-    TORCH_BACKEND,
-    DATASETS_CALLBACK,
-    PROPAGATED_VARIABLES,
-    UTILIZATION_SCORER,
-    EXPERIMENT_CHECKPOINTS,
-    EXPERIMENT_ANALYSIS,
-    OPTUNA_TRIAL,
+    *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER),
+    *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES),
+    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, OPTUNA_TRIAL),
 )
 
 HEAD_NODE = "node:__internal_head__"
@@ -63,8 +79,8 @@ def private(name: str) -> Any:
     Raises:
         ImportError, AttributeError: this version of Ray or Optuna does not have it.
     """
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+    module, _, attributes = name.partition(":")
+    return attrgetter(attributes)(import_module(module))
 
 
 def reopen_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
@@ -118,6 +134,38 @@ def without_files_of_tune() -> Iterator[None]:
     finally:
         checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync, fetch
         del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
+
+
+def prepare_controller(name: str) -> None:
+    """Changes how Train controllers in this process start groups of workers.
+
+    They start no `SYNCHRONIZATION_ACTOR`. Their placement groups get a name, so that another process can remove those
+    of a dead one.
+    """
+    from ray.util import placement_group
+
+    for private_name, replacement in (
+        (SYNCHRONIZATION_ACTOR, _NoActor()),
+        (SHUT_DOWN_SYNCHRONIZATION_ACTOR, lambda actor: None),
+        (PLACEMENT_GROUP, partial(placement_group, name=name)),
+    ):
+        module, _, attribute = private_name.partition(":")
+        setattr(import_module(module), attribute, replacement)
+
+
+class _NoActor:
+    """Is made and passed on like an actor class, but starts nothing."""
+
+    def options(self, **options: Any) -> _NoActor:
+        return self
+
+    def remote(self, **arguments: Any) -> _NoActor:
+        return self
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes of which Ray knows that they will be lost."""
+    return set(private(DRAINING_NODES)())
 
 
 def autoscaling_config(gcs_address: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,18 +19,20 @@ from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import read_trials
+from lungct_tune.experiment.study import read_trials, rungs
 from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
+from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
 from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
+from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.ray_compat import keep_credentials_from_actors, without_files_of_tune
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
-from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
+from lungct_tune.tuning.slots import ON_HEAD, TuneSlot, remove_placement_groups
 from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.workers import SlotPlan
 
@@ -58,12 +61,15 @@ def make_slot_plan(
         backbone: of `share_weights`.
         file: the file for images that are too large for the object store, see `share_images`.
     """
+    assert plan.settings.epochs is not None  # decided by the plan
     return SlotPlan(
         experiment=plan.experiment,
         dataset=share_dataset(plan.settings, split.images, split.searched_rows, backbone, path=file),
         folds=tuple(Fold(*rows) for rows in split.folds),
         workers=resources.workers,
         resources_per_worker=resources.resources_per_worker,
+        rungs=rungs(plan.settings.epochs),
+        checkpoint_interval=plan.settings.checkpoint_interval,
     )
 
 
@@ -110,7 +116,13 @@ def run_search(
         callbacks = [clock, board, PrometheusCallback(tally, plan.experiment.name, trials, clock, trained_s)]
         if so_far:
             callbacks.append(BestSoFarCallback(tally, plan.experiment, storage_threads, so_far))
-        with ProgressCallback(tally, trials, clock, console) as progress, clock, board, without_files_of_tune():
+        with ExitStack() as held:
+            mailbox = held.enter_context(opened_mailbox(plan.experiment.name))
+            progress = held.enter_context(ProgressCallback(tally, trials, clock, console))
+            held.enter_context(clock)
+            held.enter_context(board)
+            held.enter_context(without_files_of_tune())
+            held.callback(remove_placement_groups, f"{plan.experiment.name} slot")
             tuner = tune.Tuner(
                 # CPUs and GPUs are reserved by the slot's workers, not by its actor
                 tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
@@ -129,7 +141,7 @@ def run_search(
                     failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                     # the workers themselves write a trial's state to the storage
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[*callbacks, progress],
+                    callbacks=[*callbacks, progress, NodeWatchCallback(mailbox, console)],
                     verbose=0,
                 ),
             )

@@ -46,11 +46,11 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
     begin = ["--name", "one", "--data", "s3://bucket/ct", "--space", str(tmp_path / "space.yaml"), *SMALL, *TRIALS]
     with contextlib.ExitStack() as heads:
         first, first_disk = heads.enter_context(head(failing, *store, *begin))
-        wait_for(lambda: any(trial.user_attrs.get("history") for trial in copied_trials(tmp_path)), first)
+        wait_for(lambda: any(trial.user_attrs.get("history") for trial in copied_trials()), first)
         first.kill()
         outputs = [first.communicate()[0]]
         before = copied_trials()
-        second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one"))
+        second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one", "--data", "s3://bucket/ct"))
         outputs.append(second.communicate(timeout=900)[0])
         assert second.returncode == 0, outputs
         print(*outputs, f"requests passed on and checksum_errors: {dict(failing.answered)}", sep="\n")

@@ -28,11 +28,11 @@ class RayTrial:
         return "trial_0007"
 
 
-def report(*epochs: int, slot: int | None = 1) -> dict[str, Any]:
+def report(*epochs: int, at: float = 4e9) -> dict[str, Any]:
     figures = [
         EpochFigures(
             epoch=epoch, balanced_accuracy=epoch / 10, accuracy=0.5, log_loss=1.0, train_loss=1.0, train_s=1.0,
-            valid_s=0.1, at=1.8e9 + epoch, slot=slot,
+            valid_s=0.1, at=at + epoch, slot=1,
         )
         for epoch in epochs
     ]  # fmt: skip
@@ -57,7 +57,7 @@ def test_every_epoch_and_the_hyperparameters_are_in_a_trials_file(
     experiment = Experiment(f"fsspec+file://{tmp_path}/there/one" if remote else f"{tmp_path}/one")
     trial = RayTrial()
     with ThreadPoolExecutor(2) as threads, TensorBoardCallback(experiment, threads) as board:
-        board.on_trial_result(0, [], trial, report(1, 2, slot=None))  # of before an interruption
+        board.on_trial_result(0, [], trial, report(1, 2, at=1e9))  # of before an interruption
         board.on_trial_result(0, [], trial, report(3, 4, 5))
         board.on_trial_result(0, [], trial, report(6))
         board.on_trial_complete(0, [], trial)

@@ -49,7 +49,7 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
 
         self._of_slots: dict[tuple[Gauge, str], float] = {}
         self._refreshed = 0.0
-        self._training_s = training_s
+        self._training_s, self._began = training_s, time.time()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Sets all gauges again every `REFRESH_S` seconds. Tune calls this some ten times a second."""
@@ -84,7 +84,7 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
         if cost.checkpoint_bytes:  # a state is not written in every step, and Ray refuses to add zero
             self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
             self._seconds.inc(cost.checkpoint_s, {"slot": slot})
-        self._training_s += sum(figures.seconds for figures in report.epochs if figures.slot is not None)
+        self._training_s += sum(figures.seconds for figures in report.epochs if (figures.at or 0) >= self._began)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
 

@@ -45,7 +45,7 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
         self._thread = ThreadPoolExecutor(1)
         self._writers: dict[str, EventsWriter] = {}
         """Used in that thread, and after its end."""
-        self._flushed = time.monotonic()
+        self._flushed, self._began = time.monotonic(), time.time()
 
     def __enter__(self) -> TensorBoardCallback:
         return self
@@ -57,7 +57,7 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         report: EpochReport = result[REPORT]
-        new = [figures for figures in report.epochs if figures.slot is not None]  # others were drawn before
+        new = [figures for figures in report.epochs if (figures.at or 0) >= self._began]  # others were drawn before
         if new:
             self._thread.submit(self._write, str(trial), new)
 
