@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,10 +21,7 @@ from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
-    from pathlib import Path
-
     import optuna
-    import ray
     import torch
 
     from lungct_tune.data.split import DataSplit
@@ -33,6 +32,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.allocation import ResourcePlan
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.shared_data import SharedDataset
     from lungct_tune.tuning.workers import SlotPlan
 
 
@@ -60,19 +60,18 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     from lungct_tune.experiment.plan import plan_search
 
     plan = plan_search(settings, given)
-    with _with_resume_command(plan):
+    with _with_resume_command(plan), join_cluster(plan) as dashboard:
         split, audit = load_and_audit(plan, console)
         weights = plan.read_weights()
-        with join_cluster(plan) as dashboard:
-            resources = announce(plan, dashboard, console)
-            if plan.settings.plan:
-                return
-            with start_search(plan, split, audit, resources, weights, console) as run:
-                winner = run.search()
-                seeds = run.repeat_with_seeds(winner)
-                retrained = run.retrain(winner)
-                published = run.retrain_published(winner)
-                run.write_bundle(winner, retrained, published, seeds)
+        resources = announce(plan, dashboard.result(), console)
+        if plan.settings.plan:
+            return
+        with start_search(plan, split, audit, resources, weights, console) as run:
+            winner = run.search()
+            seeds = run.repeat_with_seeds(winner)
+            retrained = run.retrain(winner)
+            published = run.retrain_published(winner)
+            run.write_bundle(winner, retrained, published, seeds)
 
 
 @contextmanager
@@ -111,15 +110,35 @@ def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, A
     return split, audit
 
 
-def join_cluster(plan: Plan) -> AbstractContextManager[str]:
-    """Joins or starts the Ray cluster; yields the address of its dashboard.
+@contextmanager
+def join_cluster(plan: Plan) -> Iterator[Future[str]]:
+    """Joins or starts the Ray cluster in a thread, while the images are read; yields its dashboard's future address.
+
+    Images that are refused in the first half second start no cluster.
 
     Raises:
-        ClusterError: the cluster cannot be joined.
+        ClusterError: from the future: the cluster cannot be joined.
     """
-    from lungct_tune.tuning.cluster import joined  # not before: much can be refused without importing Ray
+    # imported here and not by two threads at once: packages that import each other in a circle can fail then
+    import lungct_tune.auditing.audit
+    import lungct_tune.reporting.console  # noqa: F401
+    from lungct_tune.tuning.cluster import joined
 
-    return joined(plan.settings.address, plan.settings.verbose, plan.experiment.name)
+    refused = Event()
+
+    def join() -> str:
+        if refused.wait(timeout=0.5):
+            return ""
+        return cluster.enter_context(joined(plan.settings.address, plan.settings.verbose, plan.experiment.name))
+
+    # Linux ends the processes of a cluster together with the thread that started them, so the thread stays until then
+    with ThreadPoolExecutor(1) as thread, ExitStack() as cluster:
+        joining = thread.submit(join)
+        try:
+            yield joining
+        finally:
+            refused.set()
+            wait([joining])
 
 
 def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
@@ -133,7 +152,8 @@ def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
 
     resources = plan_resources(plan.settings)
     retraining = plan_retraining_resources(plan.settings)
-    print_plan(plan, f"{resources}; the final retraining on {retraining}", dashboard, console)
+    head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
+    print_plan(plan, f"{resources}; the final retraining on {retraining}; {head}", dashboard, console)
     if plan.settings.plan:
         print_space(plan.space, console)
     return resources
@@ -148,42 +168,44 @@ def start_search(
     weights: dict[str, torch.Tensor] | None,
     console: Console,
 ) -> Iterator[SearchRun]:
-    """Starts a search: checks its storage, opens its study, writes its plan. From here on `--resume` can continue it.
+    """Starts a search: checks its storage, opens its study, writes its plan, shares its images with the workers.
+
+    From here on `--resume` can continue it. All images are shared now, so that images that do not fit are refused now.
 
     Raises:
-        StorageError: a node cannot use the storage.
+        StorageError: a node cannot use the storage, or the images do not fit.
         StudyError, TrackingError: the study or the tracking server cannot be used.
         PlanError: another process runs this search.
     """
-    from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment import bundle
-    from lungct_tune.experiment.study import open_study
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.cluster import check_storage, has_shared_file_system, machines
-    from lungct_tune.tuning.shared_data import share_weights
+    from lungct_tune.tuning.shared_data import share_dataset, share_weights
+    from lungct_tune.tuning.tuner import make_slot_plan
 
     settings, experiment = plan.settings, plan.experiment
-    assert settings.epochs is not None  # decided by the plan
     check_storage(experiment)
     is_new = not settings.resume
     tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
     with ExitStack() as held:
         held.enter_context(plan.exclusive_lock())
-        held.enter_context(plan.mirrored_study())
-        study = open_study(plan.study_url, experiment.name, plan.space, settings.epochs, new=is_new)
+        study = held.enter_context(plan.opened_study(new=is_new))
         study.set_user_attr("cluster", f"{resources}, on {machines()}")
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:
             held.enter_context(tracker.kept_up(study, console))
+        folder = plan.study_folder if has_shared_file_system(experiment) else None
+        search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
+        slot_plan = make_slot_plan(plan, split, share_weights(weights), resources, search_file)
         yield SearchRun(
             plan=plan,
             split=split,
+            audit=audit,
             resources=resources,
             study=study,
-            files=BundleFiles(plan, split, audit, study, resources.slots),
-            backbone=share_weights(weights),
-            image_folder=plan.study_folder if has_shared_file_system(experiment) else None,
+            slot_plan=slot_plan,
+            test=share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset),
             tracker=tracker,
             console=console,
         )
@@ -195,12 +217,12 @@ class SearchRun:
 
     plan: Plan
     split: DataSplit
+    audit: dict[str, Any]
     resources: ResourcePlan
     study: optuna.Study
-    files: BundleFiles
-    backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None
-    image_folder: Path | None
-    """The folder for images that are too large for the object store; None if the nodes have no common folder."""
+    slot_plan: SlotPlan
+    test: SharedDataset
+    """The images of test, which only the retraining gets."""
     tracker: MLflowTracker | None
     console: Console
 
@@ -213,22 +235,20 @@ class SearchRun:
         """
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import best_trial
-        from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
         from lungct_tune.tuning.tuner import run_search
 
         settings, slots = self.plan.settings, self.resources.slots
         assert settings.trials is not None  # decided by the plan
         self._announce(f"searching, {slots} trials at a time")
-        best_so_far = BestSoFarCallback(self.study, self.plan.experiment, self.files.so_far)
         run_search(
             self.study,
             self.plan.space,
-            self._slot_plan,
+            self.slot_plan,
             trials=settings.trials,
             slots=slots,
             seed=settings.seed,
             console=self.console,
-            callbacks=[best_so_far],
+            so_far=lambda best, weights: self._files.so_far(best, weights),
         )
         trials = finished_trials(self.study)
         if (winner := best_trial(trials)) is None:
@@ -246,7 +266,7 @@ class SearchRun:
             return None
         self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots = self._slot_plan, self.resources.slots
+        plan, slots = self.slot_plan, self.resources.slots
         return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
     def retrain(self, trial: TrialRecord) -> RetrainedModel:
@@ -255,28 +275,26 @@ class SearchRun:
         Raises:
             RetrainingFailed, KeyboardInterrupt: see `retrain_and_predict`.
         """
-        import numpy as np
-
         from lungct_tune.tuning.cluster import plan_retraining_resources
         from lungct_tune.tuning.retrain import RetrainPlan, retrain_and_predict
-        from lungct_tune.tuning.shared_data import share_dataset
 
         assert trial.best is not None  # it completed
-        plan, split, epochs = self.plan, self.split, trial.best.epoch
+        plan, epochs = self.plan, trial.best.epoch
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
         resources = plan_retraining_resources(plan.settings)  # nodes may have come and gone
-        rows, file = np.arange(len(split.split)), self._file("all-images.npy")
-        retrain_plan = RetrainPlan(
-            experiment=plan.experiment,
-            dataset=share_dataset(plan.settings, split.images, rows, self.backbone, epochs, file),
-            hyperparameters=trial.hyperparameters,
-            seed=plan.settings.seed,
-            train_rows=split.searched_rows,
-            test_rows=split.test_rows,
-            workers=resources.workers,
-            resources_per_worker=resources.resources_per_worker,
+        return retrain_and_predict(
+            RetrainPlan(
+                experiment=plan.experiment,
+                name=f"trial_{trial.number:04d}_{epochs:03d}_epochs",
+                dataset=replace(self.slot_plan.dataset, epochs=epochs),
+                test=self.test,
+                hyperparameters=trial.hyperparameters,
+                seed=plan.settings.seed,
+                checkpoint_interval=plan.settings.checkpoint_interval,
+                workers=resources.workers,
+                resources_per_worker=resources.resources_per_worker,
+            )
         )
-        return retrain_and_predict(retrain_plan, name=f"trial_{trial.number:04d}_{epochs:03d}_epochs")
 
     def retrain_published(self, winner: TrialRecord) -> tuple[TrialRecord, RetrainedModel] | None:
         """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
@@ -307,8 +325,8 @@ class SearchRun:
         from lungct_tune.reporting.console import print_outcome
 
         plan, experiment = self.plan, self.plan.experiment
-        final = self.files.final(winner, retrained, published, seeds)
-        bundle.write_bundle(experiment, self.files.files(final) | self._pages(final))
+        final = self._files.final(winner, retrained, published, seeds)
+        bundle.write_bundle(experiment, self._files.files(final) | self._pages(final))
         with suppress(StorageError):  # a folder that stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(self._seeds_folder)
@@ -334,13 +352,10 @@ class SearchRun:
             return {}
 
     @cached_property
-    def _slot_plan(self) -> SlotPlan:
-        from lungct_tune.tuning.tuner import make_slot_plan
+    def _files(self) -> BundleFiles:
+        from lungct_tune.evaluation.bundle_files import BundleFiles  # imports torch, which no slot should wait for
 
-        return make_slot_plan(self.plan, self.split, self.backbone, self.resources, self._file("search-images.npy"))
-
-    def _file(self, name: str) -> Path | None:
-        return self.image_folder / name if self.image_folder else None
+        return BundleFiles(self.plan, self.split, self.audit, self.study, self.resources.slots)
 
     @property
     def _seeds_folder(self) -> str:

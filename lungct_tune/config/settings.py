@@ -123,14 +123,14 @@ class Settings(BaseModel):
         description="seconds of training between two saved states of a trial (30)",
         json_schema_extra={"metavar": "S"},
     )
-    final_workers: Positive | None = _flag("workers of the final retraining (all that fit, 16 images each or more)")
+    final_workers: Positive | None = _flag("workers of the final retraining (as a slot has; with folds 1)")
     storage: str = Field(
         "./results",
         description="where experiments go: a folder, s3://, gs://... (./results)",
         json_schema_extra={"metavar": "URI"},
     )
     name: Name | None = _flag("the experiment's name (time and data)", "NAME")
-    study: str | None = _flag("a database for Optuna (SQLite in the experiment's folder)", "URL")
+    study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(

@@ -76,6 +76,7 @@ def build_model(config: Mapping[str, Any], weights: bytes) -> TruncatedResNet50:
         config["model"]["truncation_depth"],
         dropout=config["model"]["dropout"],
         classes=len(config["classes"]),
+        initialise=False,
     )
     try:
         model.load_state_dict(safetensors.torch.load(weights))

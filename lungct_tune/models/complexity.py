@@ -36,7 +36,7 @@ def model_profile(truncation_depth: int, classes: int, image_size: int) -> Model
     images_NCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images_NCHW)
-    features_NCHW = model.backbone(images_NCHW)["features"]
+    features_NCHW = model.backbone(images_NCHW)
     parameters, flops = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
     for name, parameter in model.named_parameters():
         parameters[_stage(name)] += parameter.numel()

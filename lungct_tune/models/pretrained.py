@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.models import ResNet50_Weights
 
 from lungct_tune.errors import UserError
-from lungct_tune.models.truncated_resnet import ACTIVATIONS, TruncatedResNet50, layers_before, truncate
+from lungct_tune.models.truncated_resnet import ACTIVATIONS, TruncatedResNet50, truncate
 
-_IMAGENET = ResNet50_Weights.IMAGENET1K_V2
 _PREFIXES = re.compile(r"^((module|backbone|model)\.)+")
 _NAMED_MISFITS = 5
 
@@ -64,10 +62,8 @@ def read_covering(source: str, depth: int) -> dict[str, Tensor]:
 
 def covered_depth(state: Mapping[str, Tensor]) -> int:
     """The largest truncation depth for which `state` has every tensor in the right shape; 0 if there is none."""
-    backbone = truncate(ACTIVATIONS)
-    missing = {key.rpartition(".")[0] for key in _misfits(backbone.state_dict(), state)}
     depths = range(1, ACTIVATIONS + 1)
-    return sum(missing.isdisjoint(layers_before(backbone, depth)) for depth in depths)
+    return sum(not _misfits(truncate(depth).state_dict(), state) for depth in depths)
 
 
 def load_backbone(model: TruncatedResNet50, state: Mapping[str, Tensor]) -> None:
@@ -102,8 +98,14 @@ def _misfits(kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[st
     }
 
 
+def _imagenet() -> Any:
+    from torchvision.models import ResNet50_Weights  # not above: it takes 2 s, and no worker needs it
+
+    return ResNet50_Weights.IMAGENET1K_V2
+
+
 def _download() -> dict[str, Any]:
-    return dict(_IMAGENET.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True))
+    return dict(_imagenet().get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,9 +119,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _complaint(what: str) -> str:
     """The message for an error: `what` is wrong, and three ways to fix it."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(_IMAGENET.url).name)
+    url = _imagenet().url
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     return (
-        f"{what}\nThree ways to fix this: (1) save {_IMAGENET.url} as {cached} ; "
+        f"{what}\nThree ways to fix this: (1) save {url} as {cached} ; "
         "(2) give --weights FILE, a .pth or .safetensors with torchvision's key names, for at least the layers of the "
         "truncated network; (3) start from random weights with --weights none."
     )

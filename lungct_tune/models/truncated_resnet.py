@@ -1,25 +1,35 @@
 """ResNet50 truncated after one of its 49 ReLUs, with a small head on top: the network that a trial trains.
 
 The published model keeps "20 of the 50 activation layers" of ResNet50. Here they are counted in the order in which the
-graph runs them (1 in the stem, 3 in each of 16 bottleneck blocks). So the depth is one integer to search over.
+network runs them (1 in the stem, 3 in each of 16 bottleneck blocks). So the depth is one integer to search over.
+
+The layers are those of torchvision's ResNet50, and have its names (a test compares both at every depth). They are
+written out here because importing torchvision takes 2 s of CPU in every worker, and cutting its network by tracing
+takes 0.1 to 0.5 s for every trial.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import nullcontext
-from functools import cache
 
 import torch
-from torch import Tensor, fx, nn
-from torchvision.models import resnet50
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torch import Tensor, nn
 
-ACTIVATIONS = 49
-"""ReLUs in ResNet50. The 50th activation of the published count is the softmax."""
+STAGES = {"layer1": (64, 3), "layer2": (128, 4), "layer3": (256, 6), "layer4": (512, 3)}
+"""The width and the number of the bottleneck blocks of each stage (He et al., CVPR 2016, table 1)."""
+
+EXPANSION = 4
+"""The output channels of a bottleneck block, relative to its width."""
+
+ACTIVATIONS = 1 + 3 * sum(blocks for _, blocks in STAGES.values())
+"""ReLUs in ResNet50: 49. The 50th activation of the published count is the softmax."""
 
 HEAD_WIDTHS = (256, 128)
 """Units of the two hidden dense layers. The publication names three dense layers but not their widths."""
+
+
+_WITH_WEIGHTS = (nn.Conv2d, nn.BatchNorm2d)
 
 
 class TruncatedResNet50(nn.Module):
@@ -37,23 +47,32 @@ class TruncatedResNet50(nn.Module):
         frozen_depth: f, 0 (all layers are trained) to k (only the head is trained).
         dropout: probability of dropping a unit between the dense layers, 0 to below 1.
         classes: number of outputs.
+        initialise: whether to draw the backbone's initial weights. Without, they are undefined until weights are
+            loaded; 24 million random numbers that are overwritten then would take 0.3 s.
 
     Raises:
         ValueError: k or f is out of range.
     """
 
-    def __init__(self, truncation_depth: int, frozen_depth: int = 0, dropout: float = 0.5, classes: int = 4):
+    def __init__(
+        self,
+        truncation_depth: int,
+        frozen_depth: int = 0,
+        dropout: float = 0.5,
+        classes: int = 4,
+        *,
+        initialise: bool = True,
+    ) -> None:
         super().__init__()
         if not 0 <= frozen_depth <= truncation_depth:
             raise ValueError(
                 f"frozen depth is {frozen_depth}; allowed are 0 to the truncation depth {truncation_depth}"
             )
         self.backbone = truncate(truncation_depth).to_empty(device="cpu")
-        _initialise(self.backbone)
-        channels = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
-        self.head = _head(channels, dropout, classes)
+        _initialise(self.backbone, random=initialise)
+        self.head = _head(self.backbone.channels, dropout, classes)
 
-        frozen = layers_before(self.backbone, frozen_depth) if frozen_depth else []
+        frozen = layers_before(frozen_depth) if frozen_depth else []
         self.frozen = [f"backbone.{layer}" for layer in frozen]
         """Names of the modules that stay in eval mode and get no gradients."""
         for name in self.frozen:
@@ -66,7 +85,7 @@ class TruncatedResNet50(nn.Module):
         Under autocast only the backbone is computed in lower precision. The head costs next to nothing, and logits of
         eight significant bits would often be equal.
         """
-        features_NCHW = self.backbone(images_NCHW)["features"]
+        features_NCHW = self.backbone(images_NCHW)
         is_lower = features_NCHW.dtype != torch.float32
         with torch.autocast(features_NCHW.device.type, enabled=False) if is_lower else nullcontext():
             logits_NC: Tensor = self.head(features_NCHW)
@@ -80,46 +99,97 @@ class TruncatedResNet50(nn.Module):
         return self
 
 
-def truncate(truncation_depth: int) -> fx.GraphModule:
-    """ResNet50 up to its k-th ReLU, on the meta device; its output is {"features": (N, C, h, w)}.
+class Backbone(nn.Module):
+    """ResNet50 up to its k-th ReLU. Maps images (N, 3, H, W) to features (N, channels, h, w).
 
-    Building and tracing 25 million parameters takes a second; on the meta device it takes a tenth of that.
+    Raises:
+        ValueError: k is not in 1 to 49.
+    """
+
+    def __init__(self, truncation_depth: int) -> None:
+        super().__init__()
+        if not 1 <= truncation_depth <= ACTIVATIONS:
+            raise ValueError(f"truncation depth is {truncation_depth}; ResNet50 can be cut at 1 to {ACTIVATIONS}")
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.channels, left = 64, truncation_depth - 1
+        if left:
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        for stage, (width, blocks) in STAGES.items():
+            stride = 1 if stage == "layer1" else 2  # the stem has already halved the image twice
+            made: list[Bottleneck] = []
+            while left > 0 and len(made) < blocks:
+                made.append(Bottleneck(self.channels, width, 1 if made else stride, min(left, 3)))
+                self.channels, left = made[-1].channels, left - 3
+            if made:
+                self.add_module(stage, nn.Sequential(*made))
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        features_NCHW: Tensor = images_NCHW
+        for layer in self.children():  # in the order in which they were added
+            features_NCHW = layer(features_NCHW)
+        return features_NCHW
+
+
+class Bottleneck(nn.Module):
+    """torchvision's bottleneck block (stride in the 3x3 convolution) up to its first, second or third ReLU."""
+
+    def __init__(self, channels: int, width: int, stride: int, activations: int) -> None:
+        super().__init__()
+        self.activations, self.channels = activations, width
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        if activations > 1:
+            self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+            self.bn2 = nn.BatchNorm2d(width)
+        if activations > 2:
+            self.channels = EXPANSION * width
+            self.conv3 = nn.Conv2d(width, self.channels, 1, bias=False)
+            self.bn3 = nn.BatchNorm2d(self.channels)
+            self.downsample: nn.Module = nn.Identity()
+            if channels != self.channels:
+                conv = nn.Conv2d(channels, self.channels, 1, stride=stride, bias=False)
+                self.downsample = nn.Sequential(conv, nn.BatchNorm2d(self.channels))
+
+    def forward(self, before_NCHW: Tensor) -> Tensor:
+        features_NCHW: Tensor = self.relu(self.bn1(self.conv1(before_NCHW)))
+        if self.activations > 1:
+            features_NCHW = self.relu(self.bn2(self.conv2(features_NCHW)))
+        if self.activations > 2:
+            features_NCHW = self.bn3(self.conv3(features_NCHW))
+            features_NCHW += self.downsample(before_NCHW)
+            features_NCHW = self.relu(features_NCHW)
+        return features_NCHW
+
+
+def truncate(truncation_depth: int) -> Backbone:
+    """ResNet50 up to its k-th ReLU, on the meta device, so without weights.
 
     Raises:
         ValueError: the depth is not in 1 to 49.
     """
-    if not 1 <= truncation_depth <= ACTIVATIONS:
-        raise ValueError(f"truncation depth is {truncation_depth}; ResNet50 can be cut at 1 to {ACTIVATIONS}")
     with torch.device("meta"):
-        network = resnet50()
-    node = activation_nodes()[truncation_depth - 1]
-    backbone: fx.GraphModule = create_feature_extractor(network, {node: "features"})
-    return backbone
+        return Backbone(truncation_depth)
 
 
-@cache
 def activation_nodes() -> tuple[str, ...]:
     """Names of the 49 ReLUs of ResNet50 in the order they run, as torchvision's graph nodes ("layer1.0.relu_2")."""
-    with torch.device("meta"):
-        _, nodes = get_graph_node_names(resnet50())
-    return tuple(node for node in nodes if node.split(".")[-1].startswith("relu"))
+    in_block = ("relu", "relu_1", "relu_2")
+    blocks = (f"{stage}.{block}" for stage, (_, blocks) in STAGES.items() for block in range(blocks))
+    return ("relu", *(f"{block}.{relu}" for block in blocks for relu in in_block))
 
 
-def layers_before(backbone: fx.GraphModule, activation: int) -> list[str]:
-    """Names of the modules that the n-th ReLU (from 1) of a truncated network depends on, with itself, in order."""
-    calls = [node for node in backbone.graph.nodes if node.op == "call_module"]
-    relus = [node for node in calls if isinstance(backbone.get_submodule(node.target), nn.ReLU)]
-    needed = {relus[activation - 1]}
-    for node in reversed(backbone.graph.nodes):  # a graph lists inputs before nodes, so one pass is enough
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    return [node.target for node in calls if node in needed]
+def layers_before(activation: int) -> list[str]:
+    """Names of the layers with weights that the n-th ReLU (from 1) depends on, in order."""
+    return [name for name, layer in truncate(activation).named_modules() if isinstance(layer, _WITH_WEIGHTS)]
 
 
-def _initialise(backbone: nn.Module) -> None:
-    """Initialises the layers as `torchvision.models.resnet.ResNet.__init__` does."""
+def _initialise(backbone: Backbone, random: bool) -> None:
+    """Initialises the layers as `torchvision.models.resnet.ResNet.__init__` does; without `random` only the norms."""
     for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and random:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()

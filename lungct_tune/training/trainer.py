@@ -103,7 +103,11 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # all steps have the same shapes
         torch.manual_seed(seed)
         model = TruncatedResNet50(
-            configuration.truncation_depth, configuration.frozen_depth, configuration.dropout, classes
+            configuration.truncation_depth,
+            configuration.frozen_depth,
+            configuration.dropout,
+            classes,
+            initialise=backbone_state is None,
         )
         if backbone_state is not None:
             load_backbone(model, backbone_state)
@@ -140,20 +144,27 @@ class Trainer:
         return health_S2[:, 0].mean().item()
 
     @torch.inference_mode()
-    def probabilities(self, indices: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+    def probabilities(
+        self, indices: Tensor | np.ndarray | Sequence[int], images_NHW: Tensor | None = None
+    ) -> np.ndarray:
         """Class probabilities of these images, float32 (len(indices), classes), in their order, on every worker.
 
         Exactly one worker computes each image.
+
+        Args:
+            indices: of the images.
+            images_NHW: other images than those of the training.
         """
-        rows = torch.as_tensor(indices, dtype=torch.int64, device=self.images_NHW.device)
+        images_NHW = self.images_NHW if images_NHW is None else images_NHW
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=images_NHW.device)
         mine = rows[self.rank :: self.world]
         longest = math.ceil(len(rows) / self.world)
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
         self.model.eval()
         start, batches = 0, mine.split(self.share) if len(mine) else ()
-        for images_NHW in on_device(self.images_NHW, batches, self.device):
-            batch = slice(start, start + len(images_NHW))
-            probabilities_NC[batch] = forward(self.model, as_grey(images_NHW), self.normalisation).softmax(dim=1)
+        for batch_nHW in on_device(images_NHW, batches, self.device):
+            batch = slice(start, start + len(batch_nHW))
+            probabilities_NC[batch] = forward(self.model, as_grey(batch_nHW), self.normalisation).softmax(dim=1)
             start = batch.stop
         everyones = [probabilities_NC]
         if self.world > 1:

@@ -15,8 +15,9 @@ class ClusterError(UserError):
     """The cluster cannot be reached or is too small. The message says what it has and what to do."""
 
 
-FINAL_SHARE = 16
-"""The fewest images of a batch for a worker of the final retraining, unless the user sets the number of workers."""
+HEAD_MEMORY_OF_SLOT = 0.6 * 2**30
+"""Bytes of the head's memory for each slot: the slot's actor with Ray Tune, Ray Train and torch, see
+docs/benchmarks.md. A slot's workers need memory of their own, on their own nodes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class ResourcePlan:
     resources_per_worker: dict[str, float]
     capacity: int
     """How many slots the present nodes have room for; the others wait for nodes."""
+
+    @property
+    def head_memory(self) -> float:
+        """Bytes that the slots need on the head."""
+        return self.slots * HEAD_MEMORY_OF_SLOT
 
     def __str__(self) -> str:
         waiting = f" (room for {min(self.capacity, self.slots)} now; the others start as nodes come)"
@@ -79,7 +85,8 @@ def divide(
     """Computes `plan_resources` from present nodes and from future ones, `to_come` (see `autoscaler_nodes`).
 
     Raises:
-        ClusterError: there will never be room for one slot, or for the number that the settings ask for.
+        ClusterError: there will never be room for one slot, or for the number that the settings ask for; or the head
+            has too little memory for its part of the slots.
     """
     each = _each(settings, nodes, to_come)
     now, most = _workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
@@ -93,7 +100,24 @@ def divide(
             f"{slots * settings.workers} are needed. It has {number_of(len(nodes), 'node')}: {have}. Lower --slots, "
             "--workers, --cpus-per-worker or --gpus-per-worker, or give the cluster more nodes."
         )
-    return ResourcePlan(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)
+    plan = ResourcePlan(min(slots, settings.trials or slots), settings.workers, each, now // settings.workers)
+    _check_head(plan, nodes)
+    return plan
+
+
+def _check_head(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Checks that the head has memory for its part of every slot.
+
+    Raises:
+        ClusterError: it has less.
+    """
+    memory = next((node["memory"] for node in nodes if HEAD_NODE in node and "memory" in node), None)
+    if memory is not None and plan.head_memory > memory:
+        raise ClusterError(
+            f"{number_of(plan.slots, 'slot')} need {plan.head_memory / 2**30:.1f} GiB of the head's memory, "
+            f"{HEAD_MEMORY_OF_SLOT / 2**30:.1f} GiB each, and Ray has {memory / 2**30:.1f} GiB there. "
+            f"Give --slots {max(1, int(memory // HEAD_MEMORY_OF_SLOT))}, or a head with more memory."
+        )
 
 
 def divide_for_retraining(
@@ -101,25 +125,27 @@ def divide_for_retraining(
 ) -> RetrainingResources:
     """Computes `plan_retraining_resources` from present nodes and from future ones, `to_come`.
 
+    By default as many workers as a slot has, so that the batch is divided as in the search; with folds one, because a
+    slot's workers then train a fold each. More workers seldom pay: a batch of 32 images takes a GPU some ms, and two
+    nodes with 10 Gb/s between them 60 ms to add up the gradients of the whole ResNet50.
+
     Raises:
         ClusterError: there will never be room for the number that the settings ask for.
     """
     each = _each(settings, nodes, to_come)
-    if "GPU" in each:  # all workers are one group, and NCCL does not allow two of a group on one GPU
+    asked = settings.final_workers
+    workers = asked or (1 if settings.folds else settings.workers)
+    if workers > 1 and "GPU" in each:  # all workers are one group, and NCCL does not allow two of a group on one GPU
         each["GPU"] = max(1.0, each["GPU"])
     most = _most_workers(nodes, to_come, each)
-    batch = settings.batch_size or 1
-    if settings.final_workers is None:
-        fits = _workers_that_fit(nodes, each) or most
-        shares = [n for n in range(1, fits + 1) if batch % n == 0 and batch // n >= FINAL_SHARE]
-        return RetrainingResources(max(shares, default=1), each)
-    too_many = to_come is not None and settings.final_workers > most
-    if too_many or batch % settings.final_workers or batch // settings.final_workers < 2:
+    batch = settings.batch_size or 2 * workers
+    too_many = to_come is not None and workers > most
+    if asked and (too_many or batch % asked or batch // asked < 2):
         raise ClusterError(
-            f"--final-workers {settings.final_workers} is not possible: the cluster holds {most} workers, and "
+            f"--final-workers {asked} is not possible: the cluster holds {most} workers, and "
             f"the batch of {batch} images must divide evenly among them, two or more for each"
         )
-    return RetrainingResources(settings.final_workers, each)
+    return RetrainingResources(workers, each)
 
 
 def _each(

@@ -120,7 +120,7 @@ def plan_resources(settings: Settings) -> ResourcePlan:
 
 
 def plan_retraining_resources(settings: Settings) -> RetrainingResources:
-    """The workers of the final retraining: as many as are useful on the present nodes, else on future ones.
+    """The workers of the final retraining, see `divide_for_retraining`.
 
     Raises:
         ClusterError: there will never be room for the number that the settings ask for.

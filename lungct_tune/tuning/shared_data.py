@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class SharedDataset:
     """Images, labels and pretrained weights for a group of workers. Pickling it copies only references.
 
-    It may have only some of the images: that of a search's slots has no test images. Images are always identified by
-    their rows in the whole data set.
+    It has only some of the images. That of a search's slots has those of train and validation, so no slot can read a
+    test image. Images are always identified by their rows in the whole data set.
     """
 
     images: ray.ObjectRef[np.ndarray] | Path | np.ndarray
@@ -72,7 +72,7 @@ class SharedDataset:
 
         return Trainer(
             hyperparameters,
-            images_NHW=self._images_for(device),
+            images_NHW=self.images_on(device),
             labels_N=torch.from_numpy(self.labels_N),
             train_indices=torch.from_numpy(self.positions(train_rows)),
             classes=self.classes,
@@ -85,7 +85,7 @@ class SharedDataset:
             alone=alone,
         )
 
-    def _images_for(self, device: torch.device) -> torch.Tensor:
+    def images_on(self, device: torch.device) -> torch.Tensor:
         """The images on the device if they need at most a quarter of its memory; else on the CPU, moved by batch."""
         import torch
 
@@ -120,30 +120,32 @@ def share_dataset(
     images: ImageSet,
     rows: np.ndarray,
     backbone: ray.ObjectRef[dict[str, torch.Tensor]] | None,
-    epochs: int | None = None,
     path: Path | None = None,
+    besides: SharedDataset | None = None,
 ) -> SharedDataset:
     """Shares some of the images with the workers.
 
     Args:
         rows: the rows of these images; the workers get no others.
         backbone: pretrained weights, of `share_weights`.
-        epochs: the length of the learning-rate schedule; by default that of a trial.
         path: see `share_images`.
+        besides: other images that have been shared already.
 
     Raises:
         StorageError: see `share_images`.
     """
     assert settings.epochs is not None and settings.batch_size is not None  # decided by for_data()
+    in_store = besides is not None and not isinstance(besides.images, Path)
+    taken = len(besides.rows) * images.images_NHW[0].nbytes if besides is not None and in_store else 0
     return SharedDataset(
-        images=share_images(images.images_NHW, rows, path, object_store_room()),
+        images=share_images(images.images_NHW, rows, path, object_store_room() - taken),
         rows=rows,
         labels_N=images.table["label"].to_numpy()[rows],
         classes=len(images.classes),
         backbone=backbone,
         normalisation=settings.normalisation,
         batch_size=settings.batch_size,
-        epochs=epochs or settings.epochs,
+        epochs=settings.epochs,
     )
 
 

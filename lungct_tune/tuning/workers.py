@@ -151,7 +151,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _free_memory() -> None:
-    """Frees the previous trial's model. `fx.GraphModule` is a reference cycle, so only a collection frees it."""
+    """Frees what is left of the previous trial, also in reference cycles, as those of DistributedDataParallel."""
     import torch
 
     gc.collect()

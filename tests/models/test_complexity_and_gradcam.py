@@ -34,7 +34,7 @@ def test_maps_are_grad_cam_by_its_definition() -> None:
     maps_NKhw, probabilities_NC = grad_cam(model, images_NHW, np.stack([classes_N, 2 - classes_N], axis=1), "unit")
     other_N1hw, _ = grad_cam(model, images_NHW, 2 - classes_N[:, None], "unit")
     grey_N1HW = torch.from_numpy(images_NHW).unsqueeze(1) / 255
-    features = model.backbone(grey_N1HW.repeat(1, 3, 1, 1))["features"].detach().requires_grad_()
+    features = model.backbone(grey_N1HW.repeat(1, 3, 1, 1)).detach().requires_grad_()
     logits_NC = model.head(features)
     logits_NC[range(3), classes_N].sum().backward()
     assert features.grad is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet50
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from lungct_tune.models.pretrained import load_backbone
 from lungct_tune.models.truncated_resnet import (
@@ -65,7 +69,7 @@ def test_every_cut_has_the_shape_of_the_table_and_no_more_parameters_than_the_ne
     parameters = []
     for depth in DEPTHS:
         backbone = truncate(depth)
-        features = backbone(torch.empty(2, 3, 224, 224, device="meta"))["features"]
+        features = backbone(torch.empty(2, 3, 224, 224, device="meta"))
         channels, size = TABLE[depth - 1]
         assert features.shape == (2, channels, size, size), depth
         parameters.append(sum(p.numel() for p in backbone.parameters()))
@@ -76,18 +80,16 @@ def test_every_cut_has_the_shape_of_the_table_and_no_more_parameters_than_the_ne
 def test_nothing_behind_the_cut_remains() -> None:
     for depth in DEPTHS:
         backbone = truncate(depth)
-        needed = layers_before(backbone, depth)
-        calls = [node.target for node in backbone.graph.nodes if node.op == "call_module"]
-        assert calls == needed, "arithmetic behind the cut"
-        assert {key.rpartition(".")[0] for key in backbone.state_dict()} <= set(needed), "parameters behind the cut"
+        with FlopCounterMode(display=False) as counter:
+            backbone(torch.empty(2, 3, 64, 64, device="meta"))
+        ran = {name.removeprefix("Backbone.") for name in counter.get_flop_counts()}
+        convolutions = {name for name, layer in backbone.named_modules() if isinstance(layer, nn.Conv2d)}
+        assert convolutions == ran & convolutions, "layers behind the cut"
+        assert {key.rpartition(".")[0] for key in backbone.state_dict()} == set(layers_before(depth))
     assert not any(key.startswith(("layer2.3.conv2", "layer3", "fc")) for key in truncate(20).state_dict())
 
 
-def test_every_cut_computes_what_the_whole_network_computes_there(
-    whole: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # every tensor is loaded: drawing 600 million random numbers first would take ten times as long as all the rest
-    monkeypatch.setattr("lungct_tune.models.truncated_resnet._initialise", lambda backbone: None)
+def test_every_cut_computes_what_the_whole_network_computes_there(whole: nn.Module) -> None:
     images_NCHW = torch.randn(2, 3, 64, 64)
     every = create_feature_extractor(whole, list(activation_nodes())).eval()
     for module in every.modules():
@@ -96,9 +98,23 @@ def test_every_cut_computes_what_the_whole_network_computes_there(
     with torch.inference_mode():
         expected = every(images_NCHW)
         for depth, node in enumerate(activation_nodes(), start=1):
-            model = TruncatedResNet50(depth).eval()
+            model = TruncatedResNet50(depth, initialise=False).eval()
             load_backbone(model, whole.state_dict())
-            torch.testing.assert_close(model.backbone(images_NCHW)["features"], expected[node], msg=node)
+            torch.testing.assert_close(model.backbone(images_NCHW), expected[node], msg=node)
+
+
+def test_the_activations_are_those_that_torchvision_traces() -> None:
+    with torch.device("meta"):
+        nodes, _ = get_graph_node_names(resnet50())
+    assert activation_nodes() == tuple(node for node in nodes if node.split(".")[-1].startswith("relu"))
+
+
+def test_a_worker_does_not_import_torchvision() -> None:
+    """It takes 2 s of CPU, most of it for torch._dynamo, in each of a search's workers."""
+    workers = "lungct_tune.tuning.workers, lungct_tune.training.trainer, lungct_tune.tuning.retrain"
+    heavy = "torchvision", "torch._dynamo", "optuna", "matplotlib", "sklearn"
+    code = f"import sys, {workers}; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_a_random_backbone_starts_as_torchvisions_does_and_follows_the_global_seed() -> None:

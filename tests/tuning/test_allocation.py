@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_a_laptop_without_gpus() -> None:
     assert (allotment.slots, allotment.resources_per_worker) == (2, {"CPU": 1})
     assert str(allotment) == "2 slots of 1 worker with 1 CPU each"
     final = divide_for_retraining(settings(), LAPTOP, FIXED)
-    assert str(final) == "2 workers with 1 CPU each"
+    assert str(final) == "1 worker with 1 CPU each"
 
 
 def test_gpus_are_used_where_there_are_some_and_not_counted_where_there_are_none() -> None:
@@ -71,18 +72,19 @@ def test_a_fraction_of_a_gpu_lies_on_one_gpu() -> None:
     assert divide(settings(gpus_per_worker=0.1), node, FIXED).slots == 16  # then the CPUs are what is scarce
 
 
-def test_the_retraining_gives_every_worker_a_whole_gpu() -> None:
+def test_the_retraining_has_the_workers_of_a_slot_and_several_get_a_whole_gpu_each() -> None:
     node = [{"CPU": 16.0, "GPU": 2.0}]
     assert divide(settings(gpus_per_worker=0.25), node, FIXED).slots == 8
     final = divide_for_retraining(settings(gpus_per_worker=0.25), node, FIXED)
+    assert (final.workers, final.resources_per_worker["GPU"]) == (1, 0.25)
+    final = divide_for_retraining(settings(gpus_per_worker=0.25, final_workers=2), node, FIXED)
     assert (final.workers, final.resources_per_worker["GPU"]) == (2, 1)
+    assert divide_for_retraining(settings(workers=2), node, FIXED).workers == 2
+    assert divide_for_retraining(settings(workers=2, folds=4), node, FIXED).workers == 1
 
 
-def test_no_more_slots_than_trials_and_enough_images_for_each_final_worker() -> None:
+def test_no_more_slots_than_trials() -> None:
     assert divide(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).slots == 3
-    assert (
-        divide_for_retraining(settings(trials=3, batch_size=64), [{"CPU": 64.0}], FIXED).workers == 4
-    )  # 16 images each
 
 
 HEAD = {"CPU": 0.0, "node:__internal_head__": 1.0}
@@ -106,24 +108,14 @@ def test_an_empty_cluster_is_divided_as_it_can_grow() -> None:
     assert divide(settings(), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).capacity == 4
 
 
-def test_the_retraining_takes_the_nodes_that_are_there_and_waits_only_where_there_are_none() -> None:
-    to_come, batch = workers_of(AUTOSCALED), {"batch_size": 128}
-    assert divide_for_retraining(settings(**batch), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers == 4
-    assert divide_for_retraining(settings(**batch), [HEAD], to_come).workers == 8
-    assert (
-        divide_for_retraining(settings(**batch, final_workers=8), [HEAD, {"CPU": 16.0, "GPU": 4.0}], to_come).workers
-        == 8
-    )
-
-
-def test_more_slots_than_fit_are_allowed_where_more_nodes_may_come() -> None:
-    silent = {"node": {"resources": {}, "max_workers": 2}}
-    assert workers_of({"available_node_types": silent}) is None
-    assert workers_of({"available_node_types": silent, "head_node_type": "node"}) is None  # as on own machines
-    assert divide(settings(slots=5), LAPTOP, None).slots == 5  # nobody can say how many may come
-    assert divide(settings(slots=8), [HEAD], workers_of(AUTOSCALED)).slots == 8
-    with pytest.raises(ClusterError, match="holds 0 workers, and 8 with all the nodes that its autoscaler may bring"):
-        divide(settings(slots=9), [HEAD], workers_of(AUTOSCALED))
+def test_a_head_with_too_little_memory_for_its_part_of_the_slots_is_refused() -> None:
+    nodes: list[dict[str, float]] = [{"node:__internal_head__": 1.0, "memory": 8.0 * 2**30}, {"CPU": 128.0}]
+    with pytest.raises(ClusterError, match=r"128 slots need [\d.]+ GiB of the head's memory.* 8.0 GiB") as refused:
+        divide(settings(trials=500), nodes, FIXED)
+    fit = int(re.search(r"--slots (\d+)", str(refused.value))[1])  # type: ignore[index]
+    assert divide(settings(trials=500, slots=fit), nodes, FIXED).head_memory <= 8 * 2**30
+    with pytest.raises(ClusterError):
+        divide(settings(trials=500, slots=fit + 1), nodes, FIXED)
 
 
 @pytest.mark.parametrize(
