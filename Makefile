@@ -1,25 +1,30 @@
 # make search: the main job on phantoms.  make test: lint and the fast tests.  All set up .venv on first use.
 # make test-all: the same, and the tests that need hosts, services and long searches.
+# make test-gpu: the tests and the benchmark that need a GPU.
 # make test-packages: what of Debian some tests need; without it they are skipped.
 
 PYTHON ?= python3
 BIN := .venv/bin
-UV := uv==0.13.9
 # for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
 TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 
-.PHONY: search test test-all test-packages lint setup lock
+.PHONY: search test test-all test-gpu test-packages lint setup lock
 
 search: .venv/.ready
 	$(BIN)/python -m lungct_tune.search
 
 # tests that need no Ray in two processes, then those that share one Ray
 test: .venv/.ready lint
-	$(BIN)/python -m pytest -m "not ray and not long" --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "ray and not long"
+	$(BIN)/python -m pytest -m "not ray and not long and not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "ray and not long and not gpu"
 
 test-all: test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not gpu"
+
+# on a machine with a GPU; the benchmark's figures go into docs/benchmarks.md
+test-gpu: .venv/.ready
+	$(BIN)/python -m pytest tests/gpu -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 test-packages:
 	apt-get update -qq
@@ -34,16 +39,19 @@ lint: .venv/.ready
 setup: .venv/.ready
 
 # Bytecode is compiled here: every Ray worker is a new process, and without it each spends 10 s more on importing.
-.venv/.ready: requirements.lock pyproject.toml
+.venv/.ready: requirements.lock requirements-uv.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	$(BIN)/python -m compileall -q lungct_tune
 	touch $@
 
+# Versions and checksums of all packages, for any machine. uv, which installs them, has a file of its own: pip installs it.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --generate-hashes
 lock:
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --extra dev pyproject.toml -o requirements.lock
+	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
+	echo uv | $(COMPILE) - -o requirements-uv.lock
 
 # The docs: the page of settings from the settings model, pictures from phantoms (needs chromium), and the site.
 .PHONY: docs pictures settings-page

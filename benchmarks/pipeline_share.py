@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.models.preprocessing import precision_for
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.trainer import Trainer
 
@@ -90,11 +91,11 @@ def bare_loop(cut: int, px: int, batch: int, steps: int, device: torch.device) -
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images_NCHW = torch.randn(batch, 3, px, px, device=device).to(memory_format=torch.channels_last)
     labels_N = torch.arange(batch, device=device) % 4
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = precision_for(device)
 
     def epoch() -> float:
         for _ in range(steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 loss = F.cross_entropy(model(images_NCHW), labels_N)
             optimizer.zero_grad()
             loss.backward()

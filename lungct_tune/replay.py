@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME is (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
+    parser.add_argument("--weights", metavar="FILE", help="the pretrained weights (where they were for the search)")
+    parser.add_argument("--study", metavar="URL", help="the study's database, if the search had a --study")
     parser.add_argument(
         "--address", metavar="ADDR", help="address of a Ray cluster (the running one, else a local one)"
     )
@@ -55,8 +57,9 @@ def _run(asked: argparse.Namespace, console: Console) -> int:
     from lungct_tune.tuning.cluster import joined
 
     experiment = locate(asked.source, asked.storage)
-    trial = find_trial(experiment, asked.trial)
-    plan = read_plan(experiment, slots=1, **({"data": asked.data} if asked.data else {}))
+    trial = find_trial(experiment, asked.trial, asked.study)
+    elsewhere = {name: value for name in ("data", "weights") if (value := getattr(asked, name))}
+    plan = read_plan(experiment, {*elsewhere, "study"}, slots=1, **elsewhere)
     split, weights = plan.load_and_split(), plan.read_weights()
     with joined(asked.address, verbose=False, name=f"{experiment.name} again"):
         return 0 if replay(plan, split, weights, trial, console) else 1
@@ -66,16 +69,19 @@ class NotReplayable(UserError):
     """A trial cannot be trained again. The message says why."""
 
 
-def find_trial(experiment: Experiment, number: int) -> TrialRecord:
+def find_trial(experiment: Experiment, number: int, study: str | None = None) -> TrialRecord:
     """Finds the record of a trial.
+
+    Args:
+        study: the URL of the study's database, if it is in one.
 
     Raises:
         NotReplayable: there is no such trial, or none of its epochs has ended.
-        NothingHeld: there is no search.
+        NothingHeld, SettingsError: see `read_results`.
     """
     from lungct_tune.experiment.results import read_results
 
-    trials = {trial.number: trial for trial in read_results(experiment).trials}
+    trials = {trial.number: trial for trial in read_results(experiment, study).trials}
     if number not in trials:
         has = f"it has {min(trials)} to {max(trials)}" if trials else "none has begun"
         raise NotReplayable(f"{experiment.name} has no trial {number}; {has}")

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME is (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
+    parser.add_argument("--study", metavar="URL", help="the study's database, if the search had a --study")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(./report.html)")
     asked = parser.parse_args(argv)
     return exit_status(lambda: _run(asked, Console(highlight=False)))
@@ -45,13 +46,13 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
 
     check_free(asked.out, "--out")
     experiment = locate(asked.source, asked.storage)
-    found = read_results(experiment)
+    found = read_results(experiment, asked.study)
 
     from lungct_tune.reporting.report_page import report_page
     from lungct_tune.reporting.test_section import Pictures, find_pictures
 
     copies = found.audit["copies"]["pairs"] if found.audit else []
-    pictures = find_pictures(found, asked.data) if found.test or copies else Pictures()
+    pictures = find_pictures(found, asked.data, experiment.is_local) if found.test or copies else Pictures()
     page = report_page(experiment.name, found, pictures)
     try:
         asked.out.write_bytes(page)

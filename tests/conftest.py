@@ -1,9 +1,10 @@
 """What tests share: one Ray, one small data set, one finished search.
 
-Tests run in three lanes. The Makefile says how; which test is in which lane is decided here:
+Tests run in four lanes. The Makefile says how; which test is in which lane is decided here:
 
 - A test marked `long` needs hosts, services, a failing store or a long search. `make test-all` runs it.
 - A test that uses the fixture `cluster` is marked `ray`. All of them share one Ray, in one process.
+- A test marked `gpu` needs a CUDA GPU. `make test-gpu` runs it; the other commands leave it out.
 - All others need no Ray. They run in two processes, each with one thread for torch.
 """
 

@@ -22,6 +22,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 """Pattern for options of a database URL that may hold a password; drivers have many, such as sslpassword."""
 
+OF_ONE_RUN = frozenset({"resume", "plan", "address", "track", "verbose"})
+"""Settings of one run of the program. They are neither kept in an experiment nor taken from one."""
+
 _PACKAGE = Path(__file__).parents[1]
 SPACES = max(_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces", key=Path.is_dir)
 """Folder of the search spaces that come with the program: inside an installed package, beside it in a checkout."""
@@ -226,7 +229,7 @@ class Settings(BaseModel):
 
     def as_yaml(self) -> str:
         """The settings that define the experiment, as YAML."""
-        kept = self.model_dump(mode="json", exclude={"resume", "plan", "address", "track", "verbose"})
+        kept = self.model_dump(mode="json", exclude=set(OF_ONE_RUN))
         return yaml.safe_dump(kept, sort_keys=False)
 
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import psutil
 from numpy.lib.format import open_memmap
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from lungct_tune.data import copies
 from lungct_tune.data.copies import PRINT, Copy, find_copies
-from lungct_tune.data.decode import DECODER_VERSION, THUMBNAIL, FileProperties, decode
+from lungct_tune.data.decode import DECODER_VERSION, MEMORY, THUMBNAIL, FileProperties, decode
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
 
@@ -187,9 +187,9 @@ def _decode_into(
 
 def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:
     """The results of `decode_row` for 0 to n - 1. Threads are enough, since Pillow decodes without the GIL."""
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+    threads = max(1, min(os.cpu_count() or 1, _free_memory() // MEMORY))
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # files that cannot be used are reported anyway
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
         reasons = track(
             pool.map(decode_row, range(n)),
             description="Decoding images",
@@ -199,3 +199,16 @@ def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool)
             disable=not (progress and sys.stderr.isatty()),
         )
         return list(reasons)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free on this machine, or in this container if that is less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")  # of Linux's control groups: docs.kernel.org/admin-guide/cgroup-v2.html
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, limit - used + int(cached))
+    except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+        pass
+    return int(free)

@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from lungct_tune.data.copies import PRINT
 
 DECODER_VERSION = 1
 """Part of every cache key. Raise it when a change gives other pixels for the same file."""
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+"""The formats that are opened. Pillow knows others; for some of them, such as EPS, it starts programs."""
+
+MOST_PIXELS = 20_000_000
+"""Of an image's file. CT slices have a quarter of a million; a small compressed file can hold very many more."""
+
+MEMORY = 400_000_000
+"""Bytes that decoding one image may take, at most."""
+
+_BLOCK = 1_000_000  # values that are scaled at a time
 
 THUMBNAIL = 64  # pixels; at this size the series of chest-ctscan were measured; the network's input size is separate
 
@@ -53,16 +64,33 @@ def decode(path: Path, size: int) -> Decoded:
     length = path.stat().st_size
     if length == 0:
         raise ValueError("empty file")
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
-    with Image.open(path) as image:
+    with open_image(path) as image:
         grey = to_grey(image)
         properties = FileProperties(*image.size, image.mode, image.format or "", length)
     image_HW, thumbnail_HW, fingerprint_HW = (
         np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
     )
-    pixel_digest = hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest()
-    return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest)
+    pixel_digest = hashlib.sha256(f"{grey.size}".encode())
+    pixel_digest.update(grey.tobytes())
+    return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest.hexdigest())
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens a file of one of the `FORMATS` with at most `MOST_PIXELS`; its pixels are not decoded yet.
+
+    Raises:
+        OSError, ValueError: it is not one.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} pixels are decoded")
+    return image
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -73,12 +101,16 @@ def to_grey(image: Image.Image) -> Image.Image:
     a 12-bit CT slice almost black. Colours become ITU-R 601 luma. Transparency is composited over black.
     """
     if image.mode.startswith(("I", "F")):
-        values_HW = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values_HW).all():
+        values_M = np.asarray(image).ravel()
+        low, high = float(values_M.min()), float(values_M.max())  # not a number if any value is not
+        if not np.isfinite([low, high]).all():
             raise ValueError("has pixels that are not finite numbers")
-        low, high = values_HW.min(), values_HW.max()
-        scaled_HW = (values_HW - low) * (255 / max(high - low, np.finfo(float).tiny))
-        return Image.fromarray(np.round(scaled_HW).astype(np.uint8))
+        factor = 255 / max(high - low, np.finfo(float).tiny)
+        grey_M = np.empty(values_M.size, np.uint8)
+        for start in range(0, values_M.size, _BLOCK):  # in blocks, because float64 takes eight times the memory
+            block = slice(start, start + _BLOCK)
+            grey_M[block] = np.round((values_M[block].astype(np.float64) - low) * factor)
+        return Image.fromarray(grey_M.reshape(image.height, image.width))
     grey = image.convert("L")
     if image.has_transparency_data:
         return ImageChops.multiply(grey, image.convert("RGBA").getchannel("A"))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
 from lungct_tune.evaluation.calibration import calibrated
-from lungct_tune.experiment.bundle import CONFIG, MODEL, verify
+from lungct_tune.experiment.bundle import CONFIG, MODEL, BundleError, verify
+from lungct_tune.experiment.model_config import read_config
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
@@ -57,21 +58,28 @@ def load_model(folder: Path | str) -> tuple[TruncatedResNet50, dict[str, Any]]:
     """Rebuilds a bundle's model, on the CPU and ready to predict, with its config.json.
 
     Raises:
-        BundleError: the bundle is incomplete or altered.
+        BundleError: the bundle is incomplete or altered, or its config.json has values out of bounds.
     """
     folder = Path(folder)
     verify(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_config((folder / CONFIG).read_bytes())
     return build_model(config, (folder / MODEL).read_bytes()), config
 
 
 def build_model(config: Mapping[str, Any], weights: bytes) -> TruncatedResNet50:
-    """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict."""
+    """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict.
+
+    Raises:
+        BundleError: the weights are not those of such a model.
+    """
     model = TruncatedResNet50(
         config["model"]["truncation_depth"],
         dropout=config["model"]["dropout"],
         classes=len(config["classes"]),
         initialise=False,
     )
-    model.load_state_dict(safetensors.torch.load(weights))
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise BundleError(f"{MODEL} does not have the weights of the model in {CONFIG}: {error}") from error
     return model.eval()

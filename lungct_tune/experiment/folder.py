@@ -18,6 +18,9 @@ from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 CHUNK = 4 * 2**20
 """Bytes that are read at once. With this size an object store's latency hardly counts."""
 
+BEST_WEIGHTS = "best.safetensors"
+"""In a trial's folder: the weights of its best epoch."""
+
 VALID = "valid.npy"
 """In a trial's folder: the predictions of its best epoch on validation."""
 
@@ -34,9 +37,10 @@ class Experiment:
     audit.json      the audit of these images
     study.db        the Optuna study (with remote storage: a copy, see study_mirror.py)
     tune/           Ray Tune's own folder: results and TensorBoard events of each trial
-    trials/0007/    last.pt: the state from which trial 7 continues (last-1.pt, ...: its other folds);
-                    best.safetensors: its best epoch's weights (of the first fold); valid.npy: that epoch's
-                    probabilities (float32) for the validation images (of all folds), in the order of split.csv
+    trials/0007/    state-0012.pt: the state from which trial 7 continues after epoch 12 (state-0012-1.pt, ...: of its
+                    other workers, if each trains folds of its own); best.safetensors: its best epoch's weights (of
+                    the first fold); valid.npy: that epoch's probabilities (float32) for the validation images (of all
+                    folds), in the order of split.csv. Only the best trials have the last two
     slots/          Ray Train's runs of the slots (empty folders)
     final/          Ray Train's run of the final retraining
     *-images.npy    images that are too large for Ray's object store; the workers memory-map them
@@ -170,9 +174,18 @@ def trial_folder(number: int) -> str:
     return f"trials/{number:04d}"
 
 
-def state_file(number: int, fold: int) -> str:
-    """The file of the state from which a trial continues with a fold. Without folds there is only fold 0."""
-    return f"{trial_folder(number)}/last{f'-{fold}' if fold else ''}.pt"
+STATE = ".pt"
+"""The suffix of the files from which a trial continues."""
+
+
+def state_file(number: int, epoch: int, rank: int = 0) -> str:
+    """The file of the state from which a worker continues a trial after `epoch`."""
+    return f"{trial_folder(number)}/state-{epoch:04d}{f'-{rank}' if rank else ''}{STATE}"
+
+
+def old_state_file(number: int, fold: int) -> str:
+    """The file in which version 0.1 kept the state of a fold. Without folds there was only fold 0."""
+    return f"{trial_folder(number)}/last{f'-{fold}' if fold else ''}{STATE}"
 
 
 def delete_states(experiment: Experiment, number: int) -> None:
@@ -182,7 +195,7 @@ def delete_states(experiment: Experiment, number: int) -> None:
         StorageError: the storage refuses.
     """
     for path in experiment.files(trial_folder(number)):
-        if path.endswith(".pt"):
+        if path.endswith(STATE):
             experiment.delete(path)
 
 

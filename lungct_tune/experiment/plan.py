@@ -6,7 +6,7 @@ import fcntl
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
-from lungct_tune.config.settings import Settings, SettingsError, validate
+from lungct_tune.config.settings import Settings, SettingsError, flags, validate
 from lungct_tune.data import fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
 from lungct_tune.data.split import DataSplit, split_and_fold
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_in, read_kept
 from lungct_tune.experiment.study_mirror import StudyMirror
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ class Plan:
             words += ["--storage", self.settings.storage]
         if self.settings.study:
             words += ["--study", self.settings.study]
+        if not self.experiment.is_local:  # see `confirm_paths`
+            settings = self.settings.model_dump()
+            words += flags(settings, paths_in(settings))
         if self.settings.address:
             words += ["--address", self.settings.address]
         if self.settings.track:
@@ -190,8 +194,9 @@ def _new(asked: Settings) -> Plan:
 
 def _resumed(asked: Settings, given: set[str]) -> Plan:
     assert asked.resume is not None
-    plan = read_plan(Experiment.at(asked.storage, asked.resume))
-    begun, experiment, asked = plan.settings, plan.experiment, asked.with_absolute_paths()
+    experiment, asked = Experiment.at(asked.storage, asked.resume), asked.with_absolute_paths()
+    plan = read_plan(experiment, given)
+    begun = plan.settings
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
@@ -200,28 +205,30 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
             f"{asked.resume} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
             "used, so more trials would be chosen with knowledge of it: start a new search for them"
         )
-    settings = validate(begun.model_dump() | {field: getattr(asked, field) for field in given & CHANGEABLE})
-    return replace(plan, settings=settings)
+    changed = {field: getattr(asked, field) for field in given & CHANGEABLE}
+    return replace(plan, settings=validate(begun.model_dump() | {"storage": asked.storage} | changed))
 
 
-def read_plan(experiment: Experiment, **elsewhere: Any) -> Plan:
-    """Reads the plan of an existing search.
+def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) -> Plan:
+    """Reads the plan of an existing search. Its settings do not have the study's URL, which only the user may give.
 
     Args:
+        given: the names of the settings that the user gave.
         elsewhere: settings that differ on this machine, for example the path of the data.
 
     Raises:
         PlanError: there is no such search.
-        SettingsError: its settings cannot be used here.
+        SettingsError: its settings cannot be used here, or the user has to give some of them again.
     """
-    kept = experiment.read("settings.yaml")
+    kept = read_kept(experiment)
     if kept is None:
         storage, _, name = experiment.uri.rpartition("/")
         raise PlanError(
             f"there is no search {name!r} in {storage}; check its name, and give the --storage that it was started with"
         )
-    content = yaml.safe_load(kept)
-    fingerprint = content.pop("fingerprint")
+    confirm_study(kept, experiment, given)
+    confirm_paths(kept, experiment, given)
+    fingerprint = kept.pop("fingerprint")
     text = (experiment.read("space.yaml") or b"").decode()
     space = parse_space(text, f"{experiment.uri}/space.yaml")
-    return Plan(validate(content | elsewhere), experiment, space, text, fingerprint)
+    return Plan(validate(kept | {"study": None} | elsewhere), experiment, space, text, fingerprint)

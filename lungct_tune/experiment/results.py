@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +17,14 @@ import yaml
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
+from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, as_json, find_bundle
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
+from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.predictions import Predictions, read_predictions, read_table
 from lungct_tune.experiment.study import count_outcomes, read_trials
 from lungct_tune.experiment.study_mirror import COPY
@@ -168,29 +170,37 @@ class SearchResults:
         return [sum(column) for column in zip(*self.counts.values(), strict=True)]
 
 
-def read_results(experiment: Experiment) -> SearchResults:
+def read_results(experiment: Experiment, study: str | None = None) -> SearchResults:
     """Reads an experiment, finished or not.
+
+    Args:
+        study: the URL of the study's database, if it is in one.
 
     Raises:
         NothingHeld: there is no search, or its study cannot be read.
+        SettingsError: the study is in a database, and its URL is missing or wrong.
         StorageError: the storage refuses.
     """
-    kept = experiment.read("settings.yaml")
+    kept = read_kept(experiment)
     if kept is None:
         hint = "it is a pulled bundle, which has its own report.html" if experiment.exists("checksums.txt") else ""
         raise NothingHeld(
             f"there is no search in {experiment.uri} (no settings.yaml); "
             + (hint or "give the NAME of one and its --storage, or its folder or URI")
         )
+    given = {"study": study} if study else {}
+    confirm_study(kept, experiment, given)
+    url = validate(given).study
     with tempfile.TemporaryDirectory() as scratch:
-        study = _open_study(experiment, yaml.safe_load(kept), Path(scratch))
-        return gather_results(experiment, study, read_bundle(experiment))
+        opened = _open_study(experiment, kept["name"], url, Path(scratch))
+        return gather_results(experiment, opened, read_bundle(experiment))
 
 
 def read_bundle(experiment: Experiment) -> Bundle | None:
     """Reads the bundle of an experiment, or the best so far; None before a trial has completed.
 
     Raises:
+        BundleError: its config.json has values out of bounds.
         StorageError: the storage refuses.
     """
     if (folder := find_bundle(experiment)) is None:
@@ -199,7 +209,7 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
     weights, config, metrics, predictions = (experiment.read(f"{folder}/{name}") for name in names)
     if weights is None or config is None or metrics is None:
         return None  # the search has just replaced it by a better one
-    content = json.loads(config)
+    content = read_config(config)
     return Bundle(
         weights=weights,
         config=content,
@@ -224,9 +234,9 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     )
 
 
-def _open_study(experiment: Experiment, settings: Mapping[str, Any], scratch: Path) -> optuna.Study:
-    """Opens the study. If it is a file, opens a copy, because a search may be writing to it."""
-    url = settings["study"]
+def _open_study(experiment: Experiment, name: str, url: str | None, scratch: Path) -> optuna.Study:
+    """Opens the study in a database, or without a URL a copy of its file, because a search may be writing to it."""
+    where = "its database" if url else f"{experiment.uri}/{COPY}"
     try:
         if not url:
             copy = scratch / COPY
@@ -240,7 +250,6 @@ def _open_study(experiment: Experiment, settings: Mapping[str, Any], scratch: Pa
                     f"{experiment.uri} has no {COPY}: the search has not started, or kept its study elsewhere"
                 )
             url = f"sqlite:///{copy}"
-        return optuna.load_study(storage=url, study_name=settings["name"])
+        return optuna.load_study(storage=url, study_name=name)
     except (KeyError, SQLAlchemyError, sqlite3.Error, ImportError, optuna.exceptions.StorageInternalError) as error:
-        where = "its database" if settings["study"] else f"{experiment.uri}/{COPY}"
-        raise NothingHeld(f"the study {settings['name']!r} cannot be read from {where}: {error}") from error
+        raise NothingHeld(f"the study {name!r} cannot be read from {where}: {error}") from error

@@ -6,7 +6,7 @@ These are plain dataclasses, because worker processes import this module. The st
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
 from functools import cached_property
@@ -76,7 +76,7 @@ class EpochFigures:
     at: float | None = None
     """The time when it ended, in seconds since 1970."""
     slot: int | None = None
-    """The slot that ran it; None where it was run before an interruption and reported after it."""
+    """The slot that ran it; None if that is not known."""
     balanced_accuracy_sd: float | None = None
     """Standard deviation over the folds (n - 1)."""
 
@@ -102,12 +102,14 @@ def best_epoch(epochs: Iterable[EpochFigures]) -> EpochFigures | None:
 
 @dataclass(frozen=True)
 class EpochCost:
-    """The cost of an epoch in addition to its seconds, as the first worker measures it."""
+    """The cost of a step in addition to the seconds of its epochs, as the first worker measures it."""
 
     images: int
-    """Training images of all workers."""
+    """Training images of an epoch, of all workers."""
     checkpoint_bytes: int
+    """What has been written during the step: states, and the files of a completed trial."""
     checkpoint_s: float
+    """How long training waited for that."""
 
 
 @dataclass(frozen=True)
@@ -116,22 +118,17 @@ class EpochReport:
 
     outcome: Outcome
     epochs: tuple[EpochFigures, ...] = ()
-    """The epochs that this slot has not reported yet, oldest first: the new one, and after an interruption those
-    before it."""
+    """The epochs that the workers have not reported yet, oldest first: the new ones, and after an interruption those
+    before it. An epoch that was trained again replaces the earlier one."""
     cost: EpochCost | None = None
-    """Of the new epoch; None if none was trained."""
+    """Of the step; None if none was run."""
     reason: str = ""
-    """Why the trial diverged, failed or was refused."""
+    """Why the trial diverged, ran out of memory, failed or was refused."""
 
     @property
     def is_last(self) -> bool:
         """Whether the trial has ended with this report."""
         return self.outcome not in (Outcome.RUNNING, Outcome.REFUSED)
-
-    def of_slot(self, slot: int) -> EpochReport:
-        """The same report, with the slot that ran its new epoch."""
-        *before, last = self.epochs or (None,)
-        return self if last is None else replace(self, epochs=(*before, replace(last, slot=slot)))
 
     def __str__(self) -> str:
         """The text in Ray Tune's own log files."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -17,17 +19,28 @@ def as_grey(images_NHW: Tensor) -> Tensor:
     return images_NHW.unsqueeze(1) / 255
 
 
+@cache
+def precision_for(device: torch.device) -> torch.dtype:
+    """What the backbone computes in: bfloat16 on GPUs that have it (since Ampere), else float16; float32 on CPUs.
+
+    The head, the loss and the weights are float32 everywhere. float16 needs a gradient scaler in training.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor:
     """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1.
 
     Repeats the image in three channels (channels-last), normalises them as `normalisation` names in `NORMALISATIONS`,
-    and computes in bfloat16 on GPUs that support it.
+    and computes in the device's precision.
     """
     means, deviations = NORMALISATIONS[normalisation]
     channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(means, deviations, strict=True)]
     images_NCHW = torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
-    on_gpu = grey_N1HW.device.type == "cuda"
-    bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast(grey_N1HW.device.type, torch.bfloat16, enabled=bfloat16):
+    precision = precision_for(grey_N1HW.device)
+    with torch.autocast(grey_N1HW.device.type, precision, enabled=precision != torch.float32):
         logits_NC: Tensor = network(images_NCHW)
-    return logits_NC.float()
+    return logits_NC

@@ -11,6 +11,7 @@ takes 0.1 to 0.5 s for every trial.
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +80,15 @@ class TruncatedResNet50(nn.Module):
         self.train()
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
-        """Logits (N, classes) of normalised float images (N, 3, H, W)."""
-        logits_NC: Tensor = self.head(self.backbone(images_NCHW))
+        """Logits (N, classes), float32, of normalised float images (N, 3, H, W).
+
+        Under autocast only the backbone is computed in lower precision. The head costs next to nothing, and logits of
+        eight significant bits would often be equal.
+        """
+        features_NCHW = self.backbone(images_NCHW)
+        is_lower = features_NCHW.dtype != torch.float32
+        with torch.autocast(features_NCHW.device.type, enabled=False) if is_lower else nullcontext():
+            logits_NC: Tensor = self.head(features_NCHW)
         return logits_NC
 
     def train(self, mode: bool = True) -> TruncatedResNet50:
@@ -187,12 +195,20 @@ def _initialise(backbone: Backbone, random: bool) -> None:
             module.reset_parameters()
 
 
+class ToFloat32(nn.Module):
+    """Turns its input into float32."""
+
+    def forward(self, pooled_NC: Tensor) -> Tensor:
+        return pooled_NC.float()
+
+
 def _head(channels: int, dropout: float, classes: int) -> nn.Sequential:
     wide, narrow = HEAD_WIDTHS
     return nn.Sequential(
         OrderedDict(
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
+            float32=ToFloat32(),
             norm=nn.BatchNorm1d(channels),
             dense1=nn.Linear(channels, wide),
             relu1=nn.ReLU(inplace=True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, TestMetrics, read_metrics
+from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.reporting.format import in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
@@ -128,7 +128,7 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
 
 def print_bundle(folder: Path, console: Console) -> None:
     """Prints the content of a bundle, its accuracy, and how to use it."""
-    config, metrics = json.loads((folder / CONFIG).read_text()), read_metrics((folder / METRICS).read_bytes())
+    config, metrics = read_config((folder / CONFIG).read_bytes()), read_metrics((folder / METRICS).read_bytes())
     best = metrics.best_trial
     configuration = Hyperparameters(**config["training"]["configuration"])
     console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
-from lungct_tune.data.decode import to_grey
+from lungct_tune.data.decode import open_image, to_grey
 from lungct_tune.reporting.format import figure, interval, percent
 from lungct_tune.reporting.output_file import GENERATOR
 
@@ -64,17 +64,22 @@ def pairs_of_copies(audit: Mapping[str, Any], root: Path, most: int) -> list[dic
     return [
         {
             **pair,
-            "sides": [{**side, "picture": _thumbnail(root / side["path"])} for side in (pair["first"], pair["second"])],
+            "sides": [{**side, "picture": _thumbnail(root, side["path"])} for side in (pair["first"], pair["second"])],
         }
         for pair in pairs
     ]
 
 
-def _thumbnail(path: Path) -> str:
-    """The picture of a file; "" if the file is gone. The audit advises to delete one of two contradicting files."""
-    if not path.is_file():
+def _thumbnail(root: Path, name: str) -> str:
+    """The picture of a file in the folder of the images; "" if it is not there.
+
+    The audit advises to delete one of two contradicting files. A stored audit may also have been changed by others, to
+    get a picture from elsewhere on this machine into the page.
+    """
+    path = root / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
         return ""
-    with warnings.catch_warnings(), Image.open(path) as image:
+    with warnings.catch_warnings(), open_image(path) as image:
         warnings.simplefilter("ignore")  # the file has been decoded before
         grey = to_grey(image)
     grey.thumbnail((THUMBNAIL, THUMBNAIL))

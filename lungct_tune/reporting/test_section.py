@@ -131,9 +131,18 @@ def difference(test: TestMetrics) -> str:
     )
 
 
-def find_pictures(found: SearchResults, data: str | Path | None) -> Pictures:
-    """Reads the images of a search, from `data` or from the search's own path; if it cannot, says why."""
+def find_pictures(found: SearchResults, data: str | Path | None, is_local: bool) -> Pictures:
+    """Reads the images of a search, from `data` or from the search's own path; if it cannot, says why.
+
+    Args:
+        is_local: whether the search is in a folder. Paths are not taken from a remote storage, see `confirm_paths`.
+    """
     settings = found.settings
+    if settings["data"] and not data and not is_local:
+        return Pictures(
+            missing="the path of the images is not taken from a remote storage, since others may write to it; give "
+            f"their folder with --data DIR (settings.yaml names {settings['data']})"
+        )
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:
         images = read_images(

@@ -1,8 +1,10 @@
 """One training of one configuration: its epochs, its predictions and its state, in plain PyTorch.
 
 Runs alone (in a notebook) or on all workers of a torch.distributed process group, each with its share of every batch.
-All random numbers follow from the seed and the number of the epoch, so a checkpoint needs no random state: a training
-that was interrupted and continued gives the same result as an uninterrupted one.
+All random numbers follow from the seed and the number of the epoch, so a checkpoint needs no random state. On CPUs a
+training that was interrupted and continued gives the same result as an uninterrupted one. On GPUs it has the same
+batches and augmentations, but some kernels of cuDNN and PyTorch add in an order that changes from run to run. There
+figures differ in their last digits.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.models import preprocessing
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.pretrained import load_backbone
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.augmentation import Augmentation
+from lungct_tune.training.batches import on_device
 
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0
@@ -83,7 +87,7 @@ class Trainer:
         together = dist.is_initialized() and not alone
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.images_NHW = images_NHW
-        self.labels_N = labels_N.to(images_NHW.device)
+        self.labels_N = labels_N.to(self.device)
         self.train_indices = torch.as_tensor(train_indices, dtype=torch.int64)
         self.share = _share(batch_size, len(self.train_indices), self.world)
         self.steps = len(self.train_indices) // (self.share * self.world)
@@ -94,9 +98,9 @@ class Trainer:
         self.normalisation = normalisation
         self.augmentation = Augmentation(configuration.augmentation)
         train_labels_N = self.labels_N[self.train_indices.to(self.labels_N.device)]
-        self.class_weights_C = _class_weights(train_labels_N, classes).to(self.device)
+        self.class_weights_C = _class_weights(train_labels_N, classes)
 
-        torch.backends.cudnn.deterministic = True  # so that a trial gives the same figures in every slot
+        torch.backends.cudnn.benchmark = True  # all steps have the same shapes
         torch.manual_seed(seed)
         model = TruncatedResNet50(
             configuration.truncation_depth,
@@ -109,6 +113,9 @@ class Trainer:
             load_backbone(model, backbone_state)
         self.model, self.network = _place(model, self.device, self.world)
         self.optimizer = _optimizer(self.model, configuration)
+        precision = preprocessing.precision_for(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        """Scales the loss, so that small gradients are not 0 in float16; does nothing in other precisions."""
 
     def train_epoch(self) -> float:
         """Trains one epoch, and returns its mean loss over all workers.
@@ -121,11 +128,12 @@ class Trainer:
             raise RuntimeError(f"all {self.epochs} epochs of this training are done")
         torch.manual_seed(_mix(self.seed, self.epoch, 1 + self.rank))  # dropout differs between workers
         indices_SN, matrices_SN23 = self._plan_epoch()
+        labels_SN = self.labels_N[indices_SN.to(self.device)]
         self.network.train()
         health = []  # stays on the device: reading a loss would wait for all work that is queued there
-        for step in range(self.steps):
+        for step, images_NHW in enumerate(on_device(self.images_NHW, indices_SN, self.device)):
             self._set_learning_rates((self.epoch * self.steps + step + 0.5) / (self.epochs * self.steps))
-            health.append(self._train_step(indices_SN[step], matrices_SN23[step]))
+            health.append(self._train_step(images_NHW, labels_SN[step], matrices_SN23[step]))
         health_S2 = torch.stack(health)
         if self.world > 1:
             dist.all_reduce(health_S2)
@@ -153,10 +161,11 @@ class Trainer:
         longest = math.ceil(len(rows) / self.world)
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
         self.model.eval()
-        for start in range(0, len(mine), self.share):
-            batch = slice(start, min(start + self.share, len(mine)))
-            grey_N1HW = as_grey(images_NHW[mine[batch]].to(self.device))
-            probabilities_NC[batch] = forward(self.model, grey_N1HW, self.normalisation).softmax(dim=1)
+        start, batches = 0, mine.split(self.share) if len(mine) else ()
+        for batch_NHW in on_device(images_NHW, batches, self.device):
+            batch = slice(start, start + len(batch_NHW))
+            probabilities_NC[batch] = forward(self.model, as_grey(batch_NHW), self.normalisation).softmax(dim=1)
+            start = batch.stop
         everyones = [probabilities_NC]
         if self.world > 1:
             everyones = [torch.empty_like(probabilities_NC) for _ in range(self.world)]
@@ -166,12 +175,13 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The state that a training needs to continue, the same on every worker and for any number of workers.
 
-        It has the model, the optimizer and the number of finished epochs. Learning rates and random numbers follow from
-        these. As in torch, the tensors are not copies: save them before the next epoch.
+        It has the model, the optimizer, the scaler and the number of finished epochs. Learning rates and random numbers
+        follow from these. As in torch, the tensors are not copies: save them before the next epoch.
         """
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
         }
 
@@ -179,6 +189,8 @@ class Trainer:
         """Continues from a `state_dict` of a training with the same configuration, data and seed."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # it is empty in other precisions: the state may be of another kind of GPU
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
 
     def model_state(self) -> dict[str, Tensor]:
@@ -203,10 +215,8 @@ class Trainer:
         matrices_SN23 = matrices_M23.view(self.steps, batch, 2, 3)[:, mine]
         return indices_SN.to(self.images_NHW.device), matrices_SN23.to(self.device)
 
-    def _train_step(self, indices_N: Tensor, matrices_N23: Tensor) -> Tensor:
+    def _train_step(self, images_NHW: Tensor, labels_N: Tensor, matrices_N23: Tensor) -> Tensor:
         """Trains one step on this worker's share of a batch; returns loss and gradient norm (2,), on the device."""
-        images_NHW = self.images_NHW[indices_N].to(self.device, non_blocking=True)
-        labels_N = self.labels_N[indices_N].to(self.device, non_blocking=True)
         grey_N1HW = self.augmentation.apply(as_grey(images_NHW), matrices_N23)
         logits_NC = forward(self.network, grey_N1HW, self.normalisation)
         # Divided by the number of images, not by their class weights as "mean" does. Then the mean over the workers is
@@ -215,10 +225,12 @@ class Trainer:
             logits_NC, labels_N, self.class_weights_C, label_smoothing=LABEL_SMOOTHING, reduction="sum"
         ) / len(labels_N)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = clip_grad_norm_(learning, GRADIENT_NORM)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # not if gradients have overflowed
+        self.scaler.update()
         return torch.stack([loss.detach(), norm])
 
     def _set_learning_rates(self, progress: float) -> None:
@@ -226,7 +238,12 @@ class Trainer:
             group["lr"] = group["peak_lr"] * schedule(progress)
 
     def _check(self, health_S2: Tensor) -> None:
-        broken_S = ~health_S2.isfinite().all(dim=1)
+        finite_S2 = health_S2.isfinite()
+        # The scaler skips a step whose gradients overflow in float16, and halves the scale. Below 1 it is no longer the
+        # scale that makes them overflow.
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            finite_S2 = finite_S2[:, :1]
+        broken_S = ~finite_S2.all(dim=1)
         if broken_S.any():
             step = int(broken_S.int().argmax())
             loss, norm = health_S2[step].tolist()

@@ -9,7 +9,9 @@ not import Optuna.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,24 @@ DATASETS_CALLBACK = "ray.train.v2._internal.callbacks:DatasetsCallback"
 """Starts an actor that distributes Ray datasets. It would cost a process and 0.2 GB on the head for each group of
 workers, and this project uses no Ray datasets."""
 
+CLEANER_CALLBACK = "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback"
+"""Starts a detached actor that removes the placement group of a dead controller. The search does this itself."""
+
+TRAIN_CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
+"""Runs a group of workers. Ray Train starts it in an actor of its own."""
+
+SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.worker_group:SynchronizationActor"
+"""Brings the workers together in `ray.train.report`, which the workers of a slot do not call."""
+
+SHUT_DOWN_SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.state:_shutdown_sync_actor"
+"""Kills that actor."""
+
+PLACEMENT_GROUP = "ray.train.v2._internal.execution.worker_group.worker_group:placement_group"
+"""Reserves the resources of a group of workers. Ray Train gives the placement group no name."""
+
+DRAINING_NODES = "ray._private.state:state.get_draining_nodes"
+"""The nodes that will be lost, and when: notices of spot nodes, and what `ray drain-node` asked for."""
+
 PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
 """Environment variables that Tune sends to its actors. They then appear in Ray's logs and dashboard."""
 
@@ -33,7 +53,11 @@ UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default
 OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
-PRIVATE_NAMES = (TORCH_BACKEND, DATASETS_CALLBACK, PROPAGATED_VARIABLES, UTILIZATION_SCORER, OPTUNA_TRIAL)
+PRIVATE_NAMES = (
+    *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER),
+    *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES),
+    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, OPTUNA_TRIAL),
+)
 
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head has."""
@@ -45,8 +69,8 @@ def private(name: str) -> Any:
     Raises:
         ImportError, AttributeError: this version of Ray or Optuna does not have it.
     """
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+    module, _, attributes = name.partition(":")
+    return attrgetter(attributes)(import_module(module))
 
 
 def reopen_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
@@ -67,6 +91,38 @@ def keep_credentials_from_actors() -> None:
     """
     variables: set[str] = private(PROPAGATED_VARIABLES)
     variables.difference_update({name for name in variables if name.startswith("AWS_")})
+
+
+def prepare_controller(name: str) -> None:
+    """Changes how Train controllers in this process start groups of workers.
+
+    They start no `SYNCHRONIZATION_ACTOR`. Their placement groups get a name, so that another process can remove those
+    of a dead one.
+    """
+    from ray.util import placement_group
+
+    for private_name, replacement in (
+        (SYNCHRONIZATION_ACTOR, _NoActor()),
+        (SHUT_DOWN_SYNCHRONIZATION_ACTOR, lambda actor: None),
+        (PLACEMENT_GROUP, partial(placement_group, name=name)),
+    ):
+        module, _, attribute = private_name.partition(":")
+        setattr(import_module(module), attribute, replacement)
+
+
+class _NoActor:
+    """Is made and passed on like an actor class, but starts nothing."""
+
+    def options(self, **options: Any) -> _NoActor:
+        return self
+
+    def remote(self, **arguments: Any) -> _NoActor:
+        return self
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes of which Ray knows that they will be lost."""
+    return set(private(DRAINING_NODES)())
 
 
 def autoscaling_config(gcs_address: str) -> str | None:

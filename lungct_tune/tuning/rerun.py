@@ -15,6 +15,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder, TrialRecord
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
+from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import share_weights
 from lungct_tune.tuning.slots import Slot
 from lungct_tune.tuning.tuner import make_slot_plan, provenance
@@ -40,7 +41,7 @@ def rerun_trials(
     def run(slot: Slot, mine: Sequence[TrialOrder]) -> list[EpochReport]:
         return [follow_trial(slot, order, epochs, stopped) for order in mine]
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with opened_mailbox(plan.experiment.name), ThreadPoolExecutor(at_once) as pool:
         running = [Slot(plan) for _ in range(at_once)]
         try:
             by_slot = list(pool.map(run, running, [orders[slot::at_once] for slot in range(at_once)]))
@@ -87,9 +88,9 @@ def follow_trial(slot: Slot, order: TrialOrder, epochs: int, stopped: threading.
     """
     done: list[EpochFigures] = []
     while not stopped.is_set():
-        report = slot.run_epoch(order)
+        report = slot.run(order)
         # workers that took over report all epochs, also those that had been reported
         done += [figures for figures in report.epochs if figures.epoch > len(done)]
         if report.is_last or len(done) >= epochs:
-            return replace(report, epochs=tuple(done))
+            return replace(report, epochs=tuple(done[:epochs]))
     raise KeyboardInterrupt

@@ -39,17 +39,20 @@ class _Live:
 
     trial: Trial
     history: list[EpochFigures] = field(default_factory=list)
+    reported: int = 0
+    """How many epochs have intermediate values."""
     stopped: bool = False
     failure: str = "unknown"
     """The last error; the trial may have recovered from it."""
 
     def record(self, report: EpochReport) -> None:
         """Adds the report's new epochs to the study."""
-        new = [figures for figures in report.epochs if figures.epoch > len(self.history)]
-        for figures in new:
-            self.trial.report(figures.balanced_accuracy, figures.epoch)
-        self.history += new
-        if new:
+        for figures in report.epochs:
+            self.history[figures.epoch - 1 :] = [figures]  # an epoch that was trained again replaces the earlier one
+            if figures.epoch > self.reported:
+                self.trial.report(figures.balanced_accuracy, figures.epoch)
+                self.reported = figures.epoch
+        if report.epochs:
             self.trial.set_user_attr("history", [figures.as_dict() for figures in self.history])
 
     def end(self, outcome: Outcome, ended: str) -> None:
@@ -107,7 +110,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             hyperparameters = self._space.hyperparameters(trial.params)
             trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", self._provenance)
-        self._live[trial_id] = _Live(trial, _history(trial))
+        history = _history(trial)
+        self._live[trial_id] = _Live(trial, history, len(history))
         return TrialOrder(trial.number, self._seed, hyperparameters).as_dict()
 
     def _sampler(self) -> optuna.samplers.BaseSampler:

@@ -2,8 +2,11 @@
 
 Ray's documented way of combining Tune and Train starts a Train run for every trial: seven processes that
 each import their libraries, some 17 s on two cores (measured in benchmarks/further_trial.py). Here one Tune
-actor keeps one Train run during the whole search, and its workers get trials, an epoch at a time, from a
+actor keeps one Train run during the whole search, and its workers get trials, a step at a time, from a
 mailbox. Data, pretrained weights, process group and CUDA context are set up once for each slot.
+
+A slot of one worker is two processes: the slot's actor, in which the controller of Ray Train runs too, and the worker.
+All slots share one mailbox.
 """
 
 from __future__ import annotations
@@ -11,25 +14,32 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import ActorAlreadyExistsError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.mailbox import ORDER, open_mailbox
+from lungct_tune.tuning.mailbox import REPORT as REPORTED
 from lungct_tune.tuning.ray_compat import HEAD_NODE
-from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, Mailbox, SlotPlan, run_worker
+from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
 
 REPORT = "report"
 """The key of the `EpochReport` in a result of Ray Tune."""
 
 MAX_LOSSES = 3
-"""How many groups of workers may be lost over one epoch of a trial before the trial counts as failed."""
+"""How many groups of workers may be lost over one step of a trial before the trial counts as failed."""
+
+RELEASE_S = 120
+"""How long workers get to save the state of their trial before they are ended."""
+
+OUT_OF_MEMORY = (OutOfMemory, ray.exceptions.OutOfMemoryError)
+"""Errors of workers that needed more memory than there is, on the GPU or on the node."""
 
 ON_HEAD = {HEAD_NODE: 0.001}
 """A slot's actor reserves a little of this resource, so it runs on the head. The processes that coordinate its workers
@@ -39,12 +49,14 @@ run there too. So every other node may come and go."""
 class WorkersLost(RuntimeError):
     """A group of workers ended unexpectedly. The message says why."""
 
+    out_of_memory = False
+
 
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's side of a slot: an actor that Tune reuses for one trial after another.
 
-    A trial's configuration is a `TrialOrder` as a dictionary, and a step is one epoch. The result of a step has the
-    figures for Tune's loggers, and under `REPORT` the `EpochReport` for the other code.
+    A trial's configuration is a `TrialOrder` as a dictionary, and a step is one call of `Slot.run`. The result of a
+    step has the figures of its last epoch for Tune's loggers, and under `REPORT` the `EpochReport` for the other code.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
@@ -60,7 +72,7 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         try:
-            report = self._slot.run_epoch(self._order)
+            report = self._slot.run(self._order)
         except NodeRefused as refusal:  # not raised: Tune would count it as a failure of the trial and retry
             report = EpochReport(Outcome.REFUSED, reason=str(refusal))
         result: dict[str, Any] = {OBJECTIVE: 0.0, REPORT: report, "done": report.is_last}
@@ -77,57 +89,73 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
 class Slot:
     """A warm group of workers, replaced when it is lost.
 
-    The workers write a trial's state to the experiment's storage after every epoch, and start by reading it. So other
+    The workers write a trial's state to the experiment's storage from time to time, and start by reading it. So other
     workers can continue the trial: workers that replace these, or workers of a resumed search.
     """
 
     def __init__(self, plan: SlotPlan) -> None:
-        # saves a process for each group: the notice that a node will be lost would not end an epoch any sooner
+        # saves a process for each group: the driver tells the workers itself that their node will be lost
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        self._plan, self._released = plan, False
-        self._group = Group(plan)
+        self._plan, self._released, self._lock = plan, False, threading.Lock()
+        self._mailbox = open_mailbox(plan.experiment.name)
+        context = ray.get_runtime_context()
+        actor = context.current_actor if context.get_actor_id() else None
+        self.number: int = ray.get(self._mailbox.take_number.remote(actor))
+        self.name = f"{plan.experiment.name} slot {self.number}"
+        remove_placement_groups(self.name)  # of a slot with this number that has been killed
+        self._group = self._new_group()
 
-    @property
-    def name(self) -> str:
-        return self._group.name
-
-    def run_epoch(self, order: TrialOrder) -> EpochReport:
-        """Runs the trial's next epoch on the workers. Lost workers are replaced.
+    def run(self, order: TrialOrder) -> EpochReport:
+        """Trains a trial on: to the next rung, to its end, or for about a second. Lost workers are replaced.
 
         New workers wait without a limit for room: for a new node, or for the end of another slot.
 
         Raises:
             NodeRefused: workers started on a node that cannot use the storage.
+            WorkersLost: the slot has been released.
         """
         for _ in range(MAX_LOSSES):
             try:
-                return self._group.run_epoch(order).of_slot(self._group.number)
+                return self._group.run(order)
             except WorkersLost as loss:
-                if self._released:
-                    raise
+                if loss.out_of_memory:
+                    self._replace_group(loss)
+                    return EpochReport(Outcome.OUT_OF_MEMORY, reason=str(loss))
                 reason = str(loss)
-                self._group.release()
-                self._group = Group(self._plan)
+                self._replace_group(loss)
         return EpochReport(Outcome.FAILED, reason=reason)
 
     def release(self) -> None:
-        """Ends the workers. A call of `run_epoch` that waits for them gets an error."""
-        self._released = True
+        """Ends the workers, after they have saved the state of their trial. A call of `run` gets an error."""
+        with self._lock:  # else `run` might start a group of workers after this, and nobody would end them
+            self._released = True
         self._group.release()
+        with suppress(ray.exceptions.RayActorError):
+            ray.get(self._mailbox.return_number.remote(self.number))
+
+    def _replace_group(self, loss: WorkersLost) -> None:
+        self._group.release()
+        with self._lock:
+            if self._released:
+                raise loss
+            self._group = self._new_group()
+
+    def _new_group(self) -> Group:
+        return Group(self._plan, self.name, self.number, self._mailbox)
 
 
 class Group:
     """One Ray Train run whose workers process orders until there are no more."""
 
-    def __init__(self, plan: SlotPlan) -> None:
+    def __init__(self, plan: SlotPlan, name: str, slot: int, mailbox: Any) -> None:
+        self._plan, self._mailbox = plan, mailbox
+        self._id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported = 0, False
         self._error: Exception | None = None
-        self.number, self._mailbox = _numbered_mailbox(plan.experiment.name)
-        self.name = slot_name(plan.experiment.name, self.number)
-        self._run = threading.Thread(target=self._fit, args=(plan,), daemon=True)
+        self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
 
-    def run_epoch(self, order: TrialOrder) -> EpochReport:
+    def run(self, order: TrialOrder) -> EpochReport:
         """Sends an order to the workers; returns their report.
 
         Raises:
@@ -135,42 +163,52 @@ class Group:
             NodeRefused: the workers ended because the node of one of them cannot use the storage.
         """
         self._sequence += 1
-        self._mailbox.put.remote("order", self._sequence, order)
+        self._mailbox.put.remote((self._id, ORDER, self._sequence), order)
         what = f"trial {order.number}: {order.hyperparameters}"
-        waiting = self._mailbox.get.options(name=what).remote("report", self._sequence)
+        waiting = self._mailbox.get.options(name=what).remote((self._id, REPORTED, self._sequence))
         while not ray.wait([waiting], timeout=1)[0]:
             if not self._run.is_alive():
-                if isinstance(self._error, NodeRefused):
-                    raise self._error
-                raise WorkersLost(f"the workers ended: {self._error or 'without an error'}") from self._error
-        report: EpochReport = ray.get(waiting)
+                raise self._loss()
+        try:
+            report: EpochReport = ray.get(waiting)
+        except ray.exceptions.RayError as error:  # the mailbox was lost, or the group was released
+            raise WorkersLost(f"the slot's mailbox does not answer: {error}") from error
         self._has_reported = True
         return report
 
     def release(self) -> None:
-        """Ends the workers. If they do not end in time, the mailbox is killed, which ends their run.
+        """Ends the workers, with an error if they do not end in time.
 
-        It is killed at once if the workers have not finished an epoch yet. A run that waits for room does not notice;
-        it ends with this process.
+        A group that has not answered yet may still wait for room. It gets no time.
         """
-        if self._has_reported:
-            self._mailbox.put.remote("order", self._sequence + 1, None)
-            self._run.join(timeout=10)
-        ray.kill(self._mailbox)
+        if self._has_reported and self._run.is_alive():
+            self._mailbox.put.remote((self._id, ORDER, self._sequence + 1), None)
+            self._run.join(timeout=RELEASE_S)
+        self._mailbox.close.remote(self._id)
         self._run.join(timeout=10 if self._has_reported else 1)
 
-    def _fit(self, plan: SlotPlan) -> None:
+    def _loss(self) -> Exception:
+        if isinstance(self._error, NodeRefused):
+            return self._error
+        loss = WorkersLost(f"the workers ended: {self._error or 'without an error'}")
+        loss.out_of_memory = isinstance(self._error, OUT_OF_MEMORY)
+        loss.__cause__ = self._error
+        return loss
+
+    def _fit(self, slot: int) -> None:
         from ray.train import FailureConfig, RunConfig
 
-        from lungct_tune.tuning.ray_trainer import GroupTrainer
+        from lungct_tune.tuning.ray_trainer import GroupTrainer, SlotTrainer
 
-        trainer = GroupTrainer(
+        plan = self._plan
+        in_actor = ray.get_runtime_context().get_actor_id() is not None
+        trainer = (SlotTrainer if in_actor else GroupTrainer)(
             run_worker,
-            {"plan": plan, "mailbox": self._mailbox},
+            {"plan": plan, "mailbox": self._mailbox, "group": self._id, "slot": slot},
             plan.workers,
             plan.resources_per_worker,
             RunConfig(
-                name=f"{self.name.replace(' ', '-')}-{uuid.uuid4().hex[:8]}",
+                name=self._id,
                 storage_path=f"{plan.experiment.root}/slots",
                 storage_filesystem=plan.experiment.filesystem,
                 # only the slot recovers from failures: a group that loses a worker ends, and the slot makes a new one
@@ -182,29 +220,27 @@ class Group:
         try:
             plan.experiment.write(PROBE, PROBE.encode())
             trainer.fit()
-        except Exception as error:  # kept for run_epoch(), which raises it in the slot's thread
-            of_workers = getattr(error, "worker_failures", {}).values()
-            self._error = next((each for each in of_workers if isinstance(each, NodeRefused)), error)
+        except Exception as error:  # kept for run(), which raises it in the slot's thread
+            of_workers = list(getattr(error, "worker_failures", {}).values())
+            self._error = next((each for each in of_workers if isinstance(each, (NodeRefused, *OUT_OF_MEMORY))), error)
 
 
-def slot_name(search: str, number: int) -> str:
-    """The name of a slot in Ray's dashboard."""
-    return f"{search} slot {number}"
+def _run_name(slot: str) -> str:
+    """How the names of a slot's Train runs and placement groups begin."""
+    return slot.replace(" ", "-")
 
 
-def _numbered_mailbox(search: str) -> tuple[int, Any]:
-    """The lowest number that no other slot of the search has now, and a mailbox that reserves the number.
+def remove_placement_groups(slots: str) -> None:
+    """Removes the placement groups of slots that have been killed, and with them their workers.
 
-    The number is in the mailbox's name, and Ray does not allow two living actors with the same name.
+    Args:
+        slots: the name of a slot, or what the names of all slots of a search begin with.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
-    number = 1
-    while True:
-        try:
-            return number, ray.remote(Mailbox).options(name=slot_name(search, number), **options).remote()
-        except ActorAlreadyExistsError:
-            number += 1
+    job = ray.get_runtime_context().get_job_id()
+    for key, group in ray.util.placement_group_table().items():
+        left = group["state"] != "REMOVED" and group["name"].startswith(f"{_run_name(slots)}-")
+        if left and key.endswith(job):  # ids of a job's placement groups end with its id
+            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
 def waiting_for_room(plan: SlotPlan) -> int:

@@ -1,4 +1,4 @@
-"""Runs a trial on the workers of a slot: trains it epoch by epoch, keeps its state, reports its figures.
+"""Runs a trial on the workers of a slot: trains it step by step, keeps its state, reports its figures.
 
 Without folds all workers train one model together, each on its share of every batch. With folds every worker trains
 models of its own, one for each fold, so that no gradients are exchanged. This works without Ray too: in one process, or
@@ -7,17 +7,16 @@ in any torch.distributed process group.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lungct_tune.experiment.folder import VALID, Experiment, state_file, trial_folder
+from lungct_tune.experiment.folder import BEST_WEIGHTS, VALID, Experiment, old_state_file, state_file, trial_folder
 from lungct_tune.experiment.trial import (
     EpochCost,
     EpochFigures,
@@ -26,16 +25,22 @@ from lungct_tune.experiment.trial import (
     TrialOrder,
     best_epoch,
 )
+from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE, validation_figures
 from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, saved_epochs
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 
-DIGEST_BYTES = 32
-"""A state starts with the sha256 of its other bytes, because torch loads many damaged files without an error."""
+STEP_S = 1.0
+"""A step ends with the first epoch that ends after so many seconds, so that the study and the display keep up."""
+
+PAUSE_S = 5.0
+"""How long a trial that has ended waits before it tries again to write its files to a storage that refused them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,33 @@ class Fold:
 
     train_rows: np.ndarray
     valid_rows: np.ndarray
+
+
+@dataclass
+class _Best:
+    """The best epoch so far: its weights, on the training device, and its predictions for this worker's folds."""
+
+    rank: tuple[float, float]
+    probabilities: dict[int, np.ndarray]
+    weights: dict[str, Tensor] | None
+    """Of the first fold's model; None on workers that do not have it."""
+
+
+@dataclass(frozen=True)
+class _WorkerEpoch:
+    """What a worker tells the others after an epoch."""
+
+    epoch: int
+    folds: dict[int, EpochFigures]
+    """By the numbers of the folds whose models it has."""
+    diverged: str
+    step_is_over: bool
+    save: bool
+    """Whether it wants a state to be saved."""
+    can_save: bool
+    """Whether its writer is idle."""
+    saved: int
+    """The epoch of its newest complete state."""
 
 
 class TrialRunner:
@@ -55,6 +87,10 @@ class TrialRunner:
         experiment: where the trial's state is written, and read from at the start.
         folds: one, or several for cross-validation.
         device: where this worker trains.
+        rungs: epochs after which early stopping decides, so a step ends there.
+        checkpoint_interval: seconds of training between two states.
+        slot: the number of the slot, noted in the figures.
+        warn: is called with a sentence if the storage refuses a file.
     """
 
     def __init__(
@@ -64,51 +100,244 @@ class TrialRunner:
         folds: Sequence[Fold],
         order: TrialOrder,
         device: torch.device,
+        *,
+        rungs: Sequence[int] = (),
+        checkpoint_interval: float = 30.0,
+        slot: int | None = None,
+        warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         import torch.distributed as dist
 
-        self.number = order.number
-        self._experiment, self._epochs = experiment, dataset.epochs
+        self.order = order
+        self._experiment, self._epochs, self._rungs = experiment, dataset.epochs, rungs
+        self._interval, self._slot, self._warn = checkpoint_interval, slot, warn
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._each_alone = len(folds) > 1
         mine = range(self._rank, len(folds), self._world) if self._each_alone else [0]
-        self._models = [
-            _FoldModel(experiment, dataset, fold, folds[fold], order, device, alone=self._each_alone) for fold in mine
-        ]
-        for model in self._models:
-            model.resume()
-        epochs = list(chain(*self._of_all_workers([model.trainer.epoch for model in self._models])))
-        self._epoch = min(epochs)
-        if max(epochs) > self._epoch + 1:  # a fold's state was damaged: the others are of a later epoch
-            self._epoch = 0
-            for model in self._models:
-                model.restart()
+        self._models = {k: _FoldModel(dataset, folds[k], order, device, self._each_alone) for k in mine}
+        images = sum(model.images for model in self._models.values())
+        self._images = sum(self._gather(images)) if self._each_alone else images
         self._in_order = np.argsort(np.concatenate([fold.valid_rows for fold in folds]))
+        self._history: list[EpochFigures] = []
+        self._best: _Best | None = None
+        self._ended = False
+        self._writer = StateWriter(experiment, order.number, self._rank)
+        self._resume()
+        self._saved_at = time.monotonic()
         self._reported = 0
 
-    def run_epoch(self) -> EpochReport:
-        """Trains and validates an epoch, writes the trial's state, and returns the report for the study."""
-        is_new = self._epoch < self._epochs
-        self._epoch += is_new
-        by_worker = self._of_all_workers([model.run_to(self._epoch) for model in self._models])
-        results = sorted(chain(*by_worker), key=lambda result: result.fold)
-        if errors := [result.diverged for result in results if result.diverged]:
-            return EpochReport(Outcome.DIVERGED, reason=errors[0])
-        history = [_figures_of_epoch(by_worker, epoch) for epoch in range(self._epoch)]
-        cost = None
-        if is_new:
-            began = time.perf_counter()
-            written = self._save(history, results)
-            images = sum(result.images for result in results)
-            cost = EpochCost(images, written, time.perf_counter() - began)
-            self._of_all_workers(None)  # so that all have written their states before the first one answers
-        new, self._reported = history[self._reported :], len(history)
-        outcome = Outcome.COMPLETED if self._epoch >= self._epochs else Outcome.RUNNING
-        return EpochReport(outcome, tuple(new), cost)
+    def run(self, must_save: Callable[[], bool] = lambda: False) -> EpochReport:
+        """Trains the trial on to the next rung, to its last epoch, or for a second; returns the report for the study.
 
-    def _of_all_workers(self, mine: T) -> list[T]:
-        """The values of all workers, by rank. If they train one model together, all are equal, and one is returned."""
-        if not self._each_alone or self._world == 1:
+        Args:
+            must_save: whether a state is to be saved as soon as possible, because the worker may be lost.
+
+        Raises:
+            RuntimeError: the workers have trained different numbers of epochs.
+        """
+        began, bytes_before, waited_before = time.monotonic(), self._writer.bytes, self._writer.waited_s
+        first, step_is_over = self._reported, False
+        while len(self._history) < self._epochs and not step_is_over:
+            by_worker = self._gather(self._train_epoch(began, must_save))
+            if reason := next((worker.diverged for worker in by_worker if worker.diverged), ""):
+                self._ended = True
+                return EpochReport(Outcome.DIVERGED, reason=reason)
+            self._note_epoch(by_worker)
+            self._keep_state(by_worker)
+            step_is_over = any(worker.step_is_over for worker in by_worker) or len(self._history) in self._rungs
+        if len(self._history) == self._epochs:
+            self._ended = True
+            self._keep_best()
+        self._reported = len(self._history)
+        cost = EpochCost(self._images, self._writer.bytes - bytes_before, self._writer.waited_s - waited_before)
+        outcome = Outcome.COMPLETED if self._ended else Outcome.RUNNING
+        return EpochReport(outcome, tuple(self._history[first:]), cost)
+
+    def close(self) -> None:
+        """Saves the state of a trial that has not ended, and waits for it.
+
+        A trial that stands at a rung may have been stopped there, so its state is not saved.
+
+        Raises:
+            StorageError: the storage refuses.
+        """
+        epoch = len(self._history)
+        if self._ended or epoch in self._rungs or not (self._rank == 0 or self._each_alone):
+            return
+        self._writer.wait()
+        self._writer.take_error()  # of an older state
+        if self._writer.newest != epoch:
+            self._writer.start(epoch, self._state())
+            self._writer.wait()
+        if (error := self._writer.take_error()) is not None:
+            raise error
+
+    def _train_epoch(self, began: float, must_save: Callable[[], bool]) -> _WorkerEpoch:
+        from lungct_tune.training.trainer import NotFiniteLoss
+
+        diverged, figures = "", {}
+        try:
+            for number, model in self._models.items():
+                figures[number] = model.train_and_validate()
+        except NotFiniteLoss as not_finite:
+            diverged = f"fold {number}: {not_finite}" if self._each_alone else str(not_finite)
+        if (error := self._writer.take_error()) is not None:
+            self._warn(f"trial {self.order.number} goes on, but its state is not saved: {error}")
+        now = time.monotonic()
+        return _WorkerEpoch(
+            epoch=next(iter(self._models.values())).trainer.epoch,
+            folds=figures,
+            diverged=diverged,
+            step_is_over=now - began >= STEP_S,
+            save=now - self._saved_at >= self._interval or must_save(),
+            can_save=self._writer.is_idle,
+            saved=self._writer.newest,
+        )
+
+    def _note_epoch(self, by_worker: Sequence[_WorkerEpoch]) -> None:
+        if len({worker.epoch for worker in by_worker}) > 1:
+            raise RuntimeError(f"workers are at different epochs: {[worker.epoch for worker in by_worker]}")
+        if not self._each_alone:  # all workers have the same model, and the first one's times count
+            by_worker = by_worker[:1]
+        self._history.append(_mean([worker.folds for worker in by_worker], self._slot))
+        if best_epoch(self._history) is self._history[-1]:
+            self._note_best(self._history[-1])
+
+    def _note_best(self, figures: EpochFigures) -> None:
+        weights = None
+        if self._rank == 0:
+            source = self._models[0].trainer.model.state_dict()
+            weights = self._best.weights if self._best else None
+            if weights is None:
+                weights = {key: value.clone() for key, value in source.items()}
+            else:
+                for key, value in source.items():
+                    weights[key].copy_(value)
+        self._best = _Best(figures.rank, {k: model.probabilities_NC for k, model in self._models.items()}, weights)
+
+    def _keep_state(self, by_worker: Sequence[_WorkerEpoch]) -> None:
+        """Starts to save a state if one is due and all earlier ones are written."""
+        epoch = len(self._history)
+        due = any(worker.save for worker in by_worker) and all(worker.can_save for worker in by_worker)
+        if due and epoch < self._epochs:
+            self._saved_at = time.monotonic()
+            if self._rank == 0 or self._each_alone:
+                writers = by_worker if self._each_alone else by_worker[:1]
+                self._writer.start(epoch, self._state(), complete=min(worker.saved for worker in writers))
+
+    def _state(self) -> dict[str, Any]:
+        best = self._best
+        return {
+            "order": self.order.identity,
+            "folds": {k: model.trainer.state_dict() for k, model in self._models.items()},
+            "history": [figures.as_dict() for figures in self._history],
+            "best": best
+            and {
+                "rank": list(best.rank),
+                "probabilities": {k: _tensor(array) for k, array in best.probabilities.items()},
+                "weights": best.weights,
+            },
+        }
+
+    def _resume(self) -> None:
+        """Continues from the newest state that all workers can read, if there is one.
+
+        Workers that train one model together get the state from the first of them. If each read the storage, one of
+        them might find another state than the others, and data-parallel training goes wrong without an error then.
+        """
+        number = self.order.number
+        reads = self._rank == 0 or self._each_alone
+        files = self._world if self._each_alone else 1
+        for epoch in self._of_first(saved_epochs(self._experiment, number, files) if self._rank == 0 else []):
+            kept = read_bytes(self._experiment, state_file(number, epoch, self._rank)) if reads else b""
+            state = from_bytes(kept if self._each_alone else self._of_first(kept), self.order.identity)
+            if all(self._gather(state is not None)):
+                assert state is not None
+                self._load(state)
+                self._writer = StateWriter(self._experiment, number, self._rank, epoch)
+                return
+        self._resume_old()
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for number, model in self._models.items():
+            model.trainer.load_state_dict(state["folds"][number])
+        self._history = [EpochFigures(**figures) for figures in state["history"]]
+        if (best := state["best"]) is not None:
+            arrays = {k: tensor.numpy() for k, tensor in best["probabilities"].items()}
+            weights = best["weights"] if self._rank == 0 else None
+            if weights is not None:
+                device = self._models[0].trainer.device
+                weights = {key: value.to(device) for key, value in weights.items()}
+            self._best = _Best(tuple(best["rank"]), arrays, weights)
+
+    def _resume_old(self) -> None:
+        """Continues from the states of version 0.1: a file for each fold, and the best epoch's files beside them."""
+        states = {}
+        for number in self._models:
+            kept = b""
+            if self._rank == 0 or self._each_alone:
+                kept = read_bytes(self._experiment, old_state_file(self.order.number, number))
+            states[number] = from_bytes(kept if self._each_alone else self._of_first(kept), self.order.identity)
+        histories = {k: [EpochFigures(**e) for e in state["history"]] if state else [] for k, state in states.items()}
+        lengths = {k: len(history) for k, history in histories.items()}
+        if len(set(chain(*(each.values() for each in self._gather(lengths))))) > 1:
+            return  # the files are of different epochs
+        for number, model in self._models.items():
+            if (state := states[number]) is not None:
+                model.trainer.load_state_dict(state["training"])
+        by_worker = self._gather(histories)
+        if not self._each_alone:
+            by_worker = by_worker[:1]
+        for epoch in range(len(next(iter(histories.values())))):
+            of_epoch = [{k: history[epoch] for k, history in worker.items()} for worker in by_worker]
+            self._history.append(_mean(of_epoch, None))
+
+    def _keep_best(self) -> None:
+        """Writes weights and predictions of the best epoch, if the trial is one of the best. Waits for the storage.
+
+        If the best epoch was trained by version 0.1, its files are there already.
+        """
+        best = best_epoch(self._history)
+        assert best is not None
+        ranked = self.order.weights_from is None or best.rank >= self.order.weights_from
+        by_worker = self._gather(self._best.probabilities if self._best else {}) if ranked else []
+        if self._rank == 0 and self._best is not None and self._best.rank == best.rank and by_worker:
+            by_fold = dict(chain(*(worker.items() for worker in by_worker)))
+            probabilities_NC = np.concatenate([by_fold[k] for k in sorted(by_fold)])[self._in_order]
+            began = time.perf_counter()
+            for path, content in self._files_of_best(best, probabilities_NC).items():
+                self._write(path, content)
+            self._writer.waited_s += time.perf_counter() - began
+        self._gather(None)  # no worker answers before the files are written
+
+    def _files_of_best(self, best: EpochFigures, probabilities_NC: np.ndarray) -> dict[str, bytes | memoryview]:
+        import safetensors.torch
+
+        assert self._best is not None and self._best.weights is not None
+        metadata = {"epoch": str(best.epoch), OBJECTIVE: str(best.balanced_accuracy)}
+        weights = {key: value.cpu().contiguous() for key, value in self._best.weights.items()}
+        valid = io.BytesIO()
+        np.save(valid, probabilities_NC)
+        folder = trial_folder(self.order.number)
+        return {
+            f"{folder}/{BEST_WEIGHTS}": safetensors.torch.save(weights, metadata),
+            f"{folder}/{VALID}": valid.getbuffer(),
+        }
+
+    def _write(self, path: str, content: bytes | memoryview) -> None:
+        """Writes a file, as often as it takes."""
+        while True:
+            try:
+                self._experiment.write(path, content)
+                self._writer.bytes += len(content)
+                return
+            except StorageError as error:
+                self._warn(f"trial {self.order.number} has ended and waits for the storage: {error}")
+                time.sleep(PAUSE_S)
+
+    def _gather(self, mine: T) -> list[T]:
+        """The values of all workers, by rank."""
+        if self._world == 1:
             return [mine]
         import torch.distributed as dist
 
@@ -116,112 +345,46 @@ class TrialRunner:
         dist.all_gather_object(gathered, mine)
         return gathered
 
-    def _save(self, history: Sequence[EpochFigures], results: Sequence[_FoldResult]) -> int:
-        """Writes the files of the best epoch, then the states. After a crash between the two the epoch is repeated.
+    def _of_first(self, value: T) -> T:
+        """The first worker's value, on all workers."""
+        if self._world == 1:
+            return value
+        import torch.distributed as dist
 
-        Returns:
-            How many bytes this worker wrote.
-        """
-        written = 0
-        if self._rank == 0 and best_epoch(history) is history[-1]:
-            written += self._save_best(history[-1], results)
-        if self._rank == 0 or self._each_alone:
-            written += sum(model.save() for model in self._models)
-        return written
-
-    def _save_best(self, figures: EpochFigures, results: Sequence[_FoldResult]) -> int:
-        import safetensors.torch
-
-        metadata = {"epoch": str(figures.epoch), OBJECTIVE: str(figures.balanced_accuracy)}
-        weights = safetensors.torch.save(self._models[0].trainer.model_state(), metadata)
-        self._experiment.write(f"{trial_folder(self.number)}/best.safetensors", weights)
-        valid = io.BytesIO()
-        np.save(valid, np.concatenate([result.probabilities_NC for result in results])[self._in_order])
-        self._experiment.write(f"{trial_folder(self.number)}/{VALID}", valid.getbuffer())
-        return len(weights) + valid.getbuffer().nbytes
-
-
-@dataclass(frozen=True)
-class _FoldResult:
-    """The results of a fold's model after an epoch."""
-
-    fold: int
-    history: list[EpochFigures]
-    probabilities_NC: np.ndarray
-    """On the fold's validation images, in the order of its rows."""
-    images: int
-    """Training images of an epoch."""
-    diverged: str
+        sent = [value]
+        dist.broadcast_object_list(sent, src=0)
+        return sent[0]
 
 
 class _FoldModel:
-    """The model of one fold, and its state on the storage."""
+    """The model of one fold."""
 
     def __init__(
-        self,
-        experiment: Experiment,
-        dataset: SharedDataset,
-        number: int,
-        fold: Fold,
-        order: TrialOrder,
-        device: torch.device,
-        *,
-        alone: bool,
+        self, dataset: SharedDataset, fold: Fold, order: TrialOrder, device: torch.device, each_alone: bool
     ) -> None:
-        self._experiment, self._dataset, self._number, self._fold = experiment, dataset, number, fold
-        self._order, self._device, self._alone = order, device, alone
         self._valid_positions = dataset.positions(fold.valid_rows)
         self._labels_N = dataset.labels_of(fold.valid_rows)
-        self.restart()
+        self.trainer = dataset.trainer(order.hyperparameters, fold.train_rows, order.seed, device, each_alone)
+        self.images = self.trainer.steps * self.trainer.share * self.trainer.world
+        """Training images of an epoch."""
+        self.probabilities_NC = np.empty(0)
+        """On the fold's validation images after the last epoch, in the order of its rows."""
 
-    def restart(self) -> None:
-        """Starts with an untrained model."""
-        order, rows = self._order, self._fold.train_rows
-        self.trainer = self._dataset.trainer(order.hyperparameters, rows, order.seed, self._device, self._alone)
-        self._history: list[EpochFigures] = []
-        self._probabilities_NC = np.empty(0)
+    def train_and_validate(self) -> EpochFigures:
+        """Trains an epoch; returns its figures.
 
-    def resume(self) -> None:
-        """Continues from the state on the storage, if there is one of this order.
-
-        A damaged state is ignored. A state may be damaged if it was read while a dying process was writing it.
+        Raises:
+            NotFiniteLoss: a loss, a gradient or a prediction is not finite.
         """
-        import torch
-
-        kept = self._experiment.read(state_file(self._order.number, self._number)) or b""
-        digest, content = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
-        if digest != hashlib.sha256(content).digest():
-            return
-        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-        if state["order"] == self._order.identity:  # else it is of a trial with the same number in another study
-            self.trainer.load_state_dict(state["training"])
-            self._history = [EpochFigures(**figures) for figures in state["history"]]
-
-    def run_to(self, epoch: int) -> _FoldResult:
-        """Brings the model to this epoch, unless it ended the epoch before an interruption; returns its results."""
-        from lungct_tune.training.trainer import NotFiniteLoss
-
-        diverged = ""
-        try:
-            if self.trainer.epoch < epoch:
-                self._history.append(self._train_and_validate())
-            elif not len(self._probabilities_NC):
-                self._probabilities_NC = self.trainer.probabilities(self._valid_positions)
-        except NotFiniteLoss as error:
-            diverged = f"fold {self._number}: {error}" if self._alone else str(error)
-        images = self.trainer.steps * self.trainer.share * self.trainer.world
-        return _FoldResult(self._number, self._history, self._probabilities_NC, images, diverged)
-
-    def _train_and_validate(self) -> EpochFigures:
         from lungct_tune.training.trainer import NotFiniteLoss
 
         began = time.perf_counter()
         loss = self.trainer.train_epoch()
         trained = time.perf_counter()
-        self._probabilities_NC = self.trainer.probabilities(self._valid_positions)
-        if not np.isfinite(self._probabilities_NC).all():
+        self.probabilities_NC = self.trainer.probabilities(self._valid_positions)
+        if not np.isfinite(self.probabilities_NC).all():
             raise NotFiniteLoss(f"predictions are not finite after epoch {self.trainer.epoch}")
-        figures = validation_figures(self._labels_N, self._probabilities_NC)
+        figures = validation_figures(self._labels_N, self.probabilities_NC)
         return EpochFigures(
             epoch=self.trainer.epoch,
             balanced_accuracy=figures["balanced_accuracy"],
@@ -233,30 +396,23 @@ class _FoldModel:
             at=time.time(),
         )
 
-    def save(self) -> int:
-        """Writes the model's state, after its sha256; returns the number of bytes."""
-        import torch
 
-        history = [figures.as_dict() for figures in self._history]
-        stream = io.BytesIO()
-        state = {"order": self._order.identity, "training": self.trainer.state_dict(), "history": history}
-        torch.save(state, stream)
-        content = stream.getvalue()
-        file = state_file(self._order.number, self._number)
-        self._experiment.write(file, hashlib.sha256(content).digest() + content)
-        return DIGEST_BYTES + len(content)
+def _tensor(array: np.ndarray) -> Tensor:
+    import torch
+
+    return torch.from_numpy(array)
 
 
-def _figures_of_epoch(by_worker: Sequence[Sequence[_FoldResult]], epoch: int) -> EpochFigures:
-    """The mean figures of the folds, their standard deviation, and the seconds of the slowest worker."""
-    folds = [result.history[epoch] for result in chain(*by_worker)]
+def _mean(by_worker: Sequence[dict[int, EpochFigures]], slot: int | None) -> EpochFigures:
+    """The mean figures of the folds of an epoch, their standard deviation, and the seconds of the slowest worker."""
+    folds = [figures for _, figures in sorted(chain(*(worker.items() for worker in by_worker)))]
     scores = [figures.balanced_accuracy for figures in folds]
 
     def longest(seconds: str) -> float:
-        return max(sum(float(getattr(result.history[epoch], seconds)) for result in worker) for worker in by_worker)
+        return max(sum(float(getattr(figures, seconds)) for figures in worker.values()) for worker in by_worker)
 
     return EpochFigures(
-        epoch=epoch + 1,
+        epoch=folds[0].epoch,
         balanced_accuracy=float(np.mean(scores)),
         accuracy=float(np.mean([figures.accuracy for figures in folds])),
         log_loss=float(np.mean([figures.log_loss for figures in folds])),
@@ -264,5 +420,6 @@ def _figures_of_epoch(by_worker: Sequence[Sequence[_FoldResult]], epoch: int) ->
         train_s=longest("train_s"),
         valid_s=longest("valid_s"),
         at=max((figures.at for figures in folds if figures.at is not None), default=None),
+        slot=slot,
         balanced_accuracy_sd=float(np.std(scores, ddof=1)) if len(folds) > 1 else None,
     )

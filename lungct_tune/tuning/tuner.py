@@ -15,16 +15,18 @@ from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import finished_trials
+from lungct_tune.experiment.study import finished_trials, rungs
 from lungct_tune.filesystem import NodeRefused
 from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
+from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
+from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.ray_compat import keep_credentials_from_actors
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
-from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
+from lungct_tune.tuning.slots import ON_HEAD, TuneSlot, remove_placement_groups
 from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.workers import SlotPlan
 
@@ -50,12 +52,15 @@ def make_slot_plan(
         backbone: of `share_weights`.
         file: the file for images that are too large for the object store, see `share_images`.
     """
+    assert plan.settings.epochs is not None  # decided by the plan
     return SlotPlan(
         experiment=plan.experiment,
         dataset=share_dataset(plan.settings, split.images, split.searched_rows, backbone, path=file),
         folds=tuple(Fold(*rows) for rows in split.folds),
         workers=resources.workers,
         resources_per_worker=resources.resources_per_worker,
+        rungs=rungs(plan.settings.epochs),
+        checkpoint_interval=plan.settings.checkpoint_interval,
     )
 
 
@@ -89,7 +94,8 @@ def run_search(
     if remaining <= 0:
         return
     clock = SlotTimeCallback(study, plan, slots)
-    with ProgressCallback(study, trials, clock, console) as progress, clock:
+    mailbox = opened_mailbox(plan.experiment.name)
+    with mailbox as opened, ProgressCallback(study, trials, clock, console) as progress, clock:
         tuner = tune.Tuner(
             # CPUs and GPUs are reserved by the slot's workers, not by its actor
             tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
@@ -109,7 +115,10 @@ def run_search(
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                 # the workers themselves write a trial's state to the storage, after each epoch
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[clock, progress, PrometheusCallback(study, plan.experiment.name, trials, clock), *callbacks],
+                callbacks=[
+                    *(clock, progress, PrometheusCallback(study, plan.experiment.name, trials, clock)),
+                    *(NodeWatchCallback(opened, console), *callbacks),
+                ],
                 verbose=0,
             ),
         )
@@ -124,6 +133,7 @@ def run_search(
             # after a Ctrl-C Tune's own handler restores the previous one, otherwise it stays installed
             stopped = signal.getsignal(signal.SIGINT) is before
             signal.signal(signal.SIGINT, before)
+            remove_placement_groups(f"{plan.experiment.name} slot")
     if stopped or len(finished_trials(study)) < trials:
         raise KeyboardInterrupt
 

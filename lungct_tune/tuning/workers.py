@@ -6,19 +6,22 @@ every mailbox, every Train controller and every worker.
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
+import gc
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.trial import TrialOrder
+from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
+from lungct_tune.tuning.mailbox import DRAIN, ORDER, REPORT
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import Fold, TrialRunner
+
+if TYPE_CHECKING:
+    import torch
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers before it reports an error."""
@@ -37,20 +40,14 @@ class SlotPlan:
     """One fold, or several: a trial's figures are then means over the folds."""
     workers: int
     resources_per_worker: dict[str, float]
+    rungs: tuple[int, ...] = ()
+    """The epochs after which early stopping decides about a trial."""
+    checkpoint_interval: float = 30.0
+    """Seconds of training between two saved states of a trial."""
 
 
-class Mailbox:
-    """Passes orders from a slot to its workers and reports back, by a sequence number that both sides count."""
-
-    def __init__(self) -> None:
-        self._letters: defaultdict[tuple[str, int], asyncio.Future[Any]] = defaultdict(asyncio.Future)
-
-    async def put(self, kind: str, sequence: int, letter: Any) -> None:
-        self._letters[kind, sequence].set_result(letter)
-        self._letters.pop((kind, sequence - 2), None)  # everybody has read it, else this number would not be reached
-
-    async def get(self, kind: str, sequence: int) -> Any:
-        return await asyncio.shield(self._letters[kind, sequence])
+class OutOfMemory(RuntimeError):
+    """A trial needs more memory than its workers have. The message says of what kind."""
 
 
 def check_from_here(experiment: Experiment) -> None:
@@ -84,29 +81,79 @@ def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
 
 
 def run_worker(config: dict[str, Any]) -> None:
-    """Runs a worker of a slot: it takes an order, runs an epoch of that trial and reports, until there are no orders.
+    """Runs a worker of a slot: it takes an order, runs a step of that trial and reports, until there are no orders.
+
+    Args:
+        config: "plan" (SlotPlan), "mailbox", "group" (the id of the group of workers) and "slot" (its number).
 
     Raises:
         NodeRefused: the worker's node cannot use the storage. Such a node may have joined after the search started.
+        OutOfMemory: one of several workers has run out of memory; the others would wait for it.
     """
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    plan, mailbox = config["plan"], config["mailbox"]
+    plan, mailbox, group = config["plan"], config["mailbox"], config["group"]
     check_from_here(plan.experiment)
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # workers with one fold each gather their results there
     is_first = get_context().get_world_rank() == 0
+    drain = mailbox.get.remote((ray.get_runtime_context().get_node_id(), DRAIN, 0))
     trial: TrialRunner | None = None
+    gc.collect()
+    gc.freeze()  # a collection between two trials then looks only at what trials have made
     for sequence in range(1, 2**62):
-        order: TrialOrder | None = ray.get(mailbox.get.remote("order", sequence))
+        order: TrialOrder | None = ray.get(mailbox.get.remote((group, ORDER, sequence)))
         if order is None:
+            if trial is not None:
+                trial.close()
             return
-        if trial is None or trial.number != order.number:
-            trial = None  # frees the previous model's memory before the next model is made
-            trial = TrialRunner(plan.experiment, plan.dataset, plan.folds, order, device)
-        report = trial.run_epoch()
+        try:
+            if trial is None or trial.order != order:
+                trial = None
+                _free_memory()
+                trial = _start_trial(config, order, device)
+            report = trial.run(must_save=lambda: bool(ray.wait([drain], timeout=0)[0]))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = f"{device}: {str(error).splitlines()[0]}"
+            if plan.workers > 1:
+                raise OutOfMemory(reason) from None
+            trial, report = None, EpochReport(Outcome.OUT_OF_MEMORY, reason=reason)
         if is_first:
-            ray.get(mailbox.put.remote("report", sequence, report))
+            ray.get(mailbox.put.remote((group, REPORT, sequence), report))
+
+
+def _start_trial(config: dict[str, Any], order: TrialOrder, device: torch.device) -> TrialRunner:
+    plan: SlotPlan = config["plan"]
+    return TrialRunner(
+        plan.experiment,
+        plan.dataset,
+        plan.folds,
+        order,
+        device,
+        rungs=plan.rungs,
+        checkpoint_interval=plan.checkpoint_interval,
+        slot=config["slot"],
+        warn=lambda sentence: config["mailbox"].warn.remote(sentence),
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so; torch has a class of its own for it only on GPUs."""
+    import torch
+
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _free_memory() -> None:
+    """Frees the previous trial's model, also what reference cycles hold (DistributedDataParallel has some)."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -272,6 +272,18 @@ def test_a_pair_whose_files_were_removed_since_is_named_without_pictures(clean: 
     assert pictures[copied[0]] == "" and pictures[copied[1]].startswith("data:image/webp")
 
 
+@pytest.mark.parametrize("elsewhere", ["../private.png", "ABSOLUTE"])
+def test_a_pair_from_elsewhere_on_this_machine_is_not_shown(clean: Path, elsewhere: str) -> None:
+    """A stored audit may have been changed by others."""
+    copy_across(clean, 2)
+    audit = audited(clean)
+    private = clean.parent / "private.png"
+    shutil.copy(next(clean.rglob("*.png")), private)
+    audit["copies"]["pairs"][0]["first"]["path"] = elsewhere.replace("ABSOLUTE", str(private))
+    first, second = pairs_of_copies(audit, clean, most=1)[0]["sides"]
+    assert first["picture"] == "" and second["picture"]
+
+
 def test_folders_without_train_have_nothing_to_learn_permuted_labels_from(clean: Path) -> None:
     shutil.rmtree(clean / "train")
     (clean / "groups.csv").unlink()

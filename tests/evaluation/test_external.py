@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,7 +24,7 @@ from lungct_tune.evaluate import main
 from lungct_tune.evaluation.bundle_files import describe_model
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.inference import load_model, predict
-from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, MODEL, as_json, write_bundle
+from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, MODEL, BundleError, as_json, write_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import FittedOn, TemperatureScaling
 
@@ -246,3 +247,13 @@ def test_a_class_that_the_bundle_does_not_know_is_named(
     assert main([*known, "--map", "normal=cancer"]) == 2  # what is neither cancer nor normal would be neither
     assert "this bundle's images can be adenocarcinoma" in capsys.readouterr().err
     assert main([*known, "--map", "squamous.cell.carcinoma=other"]) == 0
+
+
+def test_a_model_out_of_bounds_is_not_built(bundle: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in bundle.iterdir() if path.name != "checksums.txt"}
+    huge = re.sub(rb'"image_size": \d+', b'"image_size": 1000000', files[CONFIG])
+    other = files[CONFIG].replace(b'"truncation_depth": 4', b'"truncation_depth": 5')
+    for name, content, fault in (("huge", huge, "image_size"), ("other", other, "does not have the weights")):
+        write_bundle(Experiment.at(str(tmp_path), name), files | {CONFIG: content})
+        with pytest.raises(BundleError, match=fault):
+            load_model(tmp_path / name / "best")

@@ -24,9 +24,12 @@ JUDGED = evaluate_predictions(
 
 def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:
     config = {
+        "model": {"truncation_depth": 20, "dropout": 0.5},
+        "classes": ["cancer", "normal"],
         "training": {"configuration": PUBLISHED.as_dict()},
         "preprocessing": {"image_size": 64},
-        "settings": {"trials": 8},
+        "calibration": None,
+        "settings": {"trials": 8, "normalisation": "imagenet"},
     }
     best = {"trial": 3, "best_balanced_accuracy": 0.875}
     metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)

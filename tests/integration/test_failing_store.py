@@ -49,7 +49,7 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
         first.kill()
         outputs = [first.communicate()[0]]
         before = copied_trials(tmp_path)
-        second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one"))
+        second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one", "--data", "s3://bucket/ct"))
         outputs.append(second.communicate(timeout=900)[0])
         assert second.returncode == 0, outputs
         print(*outputs, f"requests passed on and checksum_errors: {dict(failing.answered)}", sep="\n")

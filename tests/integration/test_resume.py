@@ -42,12 +42,12 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
     """
     experiment = tmp_path / "killed"
     with command(tmp_path, phantoms, space, *TWO_SLOTS, "--trials", "3", *SLOW) as run:
-        wait_for(lambda: list(experiment.glob("trials/*/last.pt")), run)
+        wait_for(lambda: list(experiment.glob("trials/*/state-*.pt")), run)
         victim = train_workers()[-1]
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: train_workers() and victim not in train_workers(), run)
         wait_for(lambda: epochs_of(experiment, 0), run)
-        assert list(experiment.glob("trials/*/last.pt")), "a state was there for the slot that took over"
+        assert list(experiment.glob("trials/*/state-*.pt")), "a state was there for the slot that took over"
         pull_all_while_it_runs(experiment, tmp_path / "copy", capsys)
         wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
         run.send_signal(signal.SIGINT)

@@ -83,7 +83,7 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
         assert trial.best is not None
         assert figures["log_loss"] == pytest.approx(trial.best.log_loss, rel=1e-3)
         assert figures[OBJECTIVE] == pytest.approx(trial.best.balanced_accuracy, abs=1e-6)
-    assert not list(finished.glob("trials/*/last.pt"))
+    assert not list(finished.glob("trials/*/*.pt"))
 
 
 def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:

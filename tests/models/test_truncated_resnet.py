@@ -15,6 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from lungct_tune.models.pretrained import load_backbone
 from lungct_tune.models.truncated_resnet import (
     ACTIVATIONS,
+    ToFloat32,
     TruncatedResNet50,
     activation_nodes,
     layers_before,
@@ -137,6 +138,7 @@ def test_the_head_is_pooling_norm_and_three_dense_layers_with_dropout() -> None:
     assert kinds == [
         nn.AdaptiveAvgPool2d,
         nn.Flatten,
+        ToFloat32,
         nn.BatchNorm1d,
         dense,
         *between,

@@ -87,7 +87,7 @@ def found(finished: Search) -> SearchResults:
 
 @pytest.fixture(scope="module")
 def content(found: SearchResults) -> bytes:
-    return report_page("one", found, find_pictures(found, None))
+    return report_page("one", found, find_pictures(found, None, is_local=True))
 
 
 def test_a_page_stands_alone_and_is_well_formed(content: bytes) -> None:
@@ -138,7 +138,7 @@ def test_every_wrong_test_image_is_shown_with_what_spoke_for_either_class(found:
 
 def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found: SearchResults, tmp_path: Path) -> None:
     (tmp_path / "normal").mkdir()
-    pictures = find_pictures(found, tmp_path)
+    pictures = find_pictures(found, tmp_path, is_local=True)
     assert "--data DIR" in pictures.missing
     page = Page(report_page("one", found, pictures))
     assert page.images == 0 and "--data DIR" in page.text and ", predicted as " in page.text
@@ -147,8 +147,10 @@ def test_without_its_images_a_page_lists_the_mistakes_and_says_what_to_do(found:
 def test_other_images_than_the_searchs_are_not_shown(found: SearchResults, phantoms: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(phantoms, tmp_path / "copy")
     shutil.copy(next(copy.glob("train/normal/*")), next(copy.glob("test/normal/*")))
-    assert "are not those of the search" in find_pictures(found, copy).missing
-    assert find_pictures(found, f"file://{phantoms}").images is not None
+    assert "are not those of the search" in find_pictures(found, copy, is_local=True).missing
+    assert find_pictures(found, f"file://{phantoms}", is_local=True).images is not None
+    missing = find_pictures(found, None, is_local=False).missing  # others may have written the path there
+    assert "give their folder with --data DIR" in missing
 
 
 def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: SearchResults) -> None:

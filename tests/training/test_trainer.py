@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from toys import NO_CHANCE, SMALL, assert_same, toy_data, training
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PX = 32
-SMALL = Hyperparameters(truncation_depth=5, backbone_lr=1e-3, head_lr=1e-2)
-NO_CHANCE = replace(SMALL, frozen_share=1.0, dropout=0.0)
-"""Frozen and without dropout: what is left does not depend on how a batch is shared."""
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -37,37 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def toy_data(n: int = 48) -> tuple[Tensor, Tensor]:
-    """Four classes of noise that differ in brightness, the first twice as common as the others."""
-    generator = torch.Generator().manual_seed(7)
-    labels_N = (torch.arange(n) % 5 - 1).clamp(min=0)
-    noise_NHW = torch.randint(60, (n, PX, PX), generator=generator)
-    return (noise_NHW + 60 * labels_N[:, None, None]).to(torch.uint8), labels_N
-
-
-def training(configuration: Hyperparameters = SMALL, **changes: Any) -> Trainer:
-    images_NHW, labels_N = toy_data()
-    arguments: dict[str, Any] = {
-        "images_NHW": images_NHW,
-        "labels_N": labels_N,
-        "train_indices": range(40),
-        "classes": 4,
-        "epochs": 4,
-        "batch_size": 12,
-        "seed": 3,
-        "normalisation": "imagenet",
-        "backbone_state": None,
-        "device": "cpu",
-    }
-    return Trainer(configuration, **arguments | changes)
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    different = [key for key in left if not torch.equal(left[key], right[key])]
-    assert not different
 
 
 def test_learns() -> None:

@@ -7,24 +7,29 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from processes import wait_for
 from ray.util.state import list_actors
+from ray_state import nothing_held, train_workers
+from trials import SHALLOW, comparable, epochs_of, order, slot_plan
 
 from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, best_epoch
+from lungct_tune.experiment.trial import EpochReport, Outcome, best_epoch
 from lungct_tune.training.objective import OBJECTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lungct_tune.tuning.workers import SlotPlan
+
 pytestmark = pytest.mark.usefixtures("cluster")
 
 EPOCHS = 2
-SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -35,42 +40,22 @@ def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[A
 
 @contextmanager
 def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
-    from lungct_tune.data import fold_images, read_images, split_images
-    from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.shared_data import SharedDataset, share_images
+    """A slot whose steps are single epochs, and that keeps a state of each."""
+    from lungct_tune.tuning.shared_data import share_images
     from lungct_tune.tuning.slots import TuneSlot
-    from lungct_tune.tuning.trial_runner import Fold
-    from lungct_tune.tuning.workers import SlotPlan
 
-    images = read_images(phantoms, 32, progress=False)
-    split = split_images(images, "grouped", seed=0)
+    plan = slot_plan(folder, phantoms, epochs=EPOCHS, folds=folds, workers=workers)
     # as if they did not fit the object store: the workers map the file (test_search.py has them in the store)
-    mapped = share_images(images.images_NHW, np.arange(len(split)), folder / "images.npy", room=0)
-    assert np.array_equal(np.load(mapped), images.images_NHW)
-    searched = np.flatnonzero(split != "test")
-    fold_N = fold_images(images, searched, folds, seed=0) if folds > 1 else (split[searched] != "valid").astype(int)
-    plan = SlotPlan(
-        experiment=Experiment.at(str(folder), "one"),
-        dataset=SharedDataset(
-            images=mapped,
-            rows=np.arange(len(split)),
-            labels_N=images.table["label"].to_numpy(),
-            classes=len(images.classes),
-            backbone=None,
-            normalisation="unit",
-            batch_size=8,
-            epochs=EPOCHS,
-        ),
-        folds=tuple(Fold(searched[fold_N != k], searched[fold_N == k]) for k in range(folds)),
-        workers=workers,
-        resources_per_worker={"CPU": 1},
-    )
+    images = plan.dataset.images
+    mapped = share_images(images, np.arange(len(images)), folder / "images.npy", room=0)
+    assert np.array_equal(np.load(mapped), images)
+    plan = replace(plan, dataset=replace(plan.dataset, images=mapped))
 
     class WithPlan(TuneSlot):
         def setup(self, config: dict[str, Any]) -> None:
             super().setup(config, plan)
 
-    made = WithPlan(order(0, SHALLOW))
+    made = WithPlan(order(0).as_dict())
     made.folder, made.plan = Path(plan.experiment.uri), plan
     try:
         yield made
@@ -78,16 +63,20 @@ def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iter
         made.stop()
 
 
-def order(number: int, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    return TrialOrder(number, 3, hyperparameters).as_dict()
-
-
-def run(slot: Any, number: int, hyperparameters: Hyperparameters) -> list[EpochReport]:
-    assert slot.reset(order(number, hyperparameters))
+def run(slot: Any, number: int, hyperparameters: Hyperparameters = SHALLOW) -> list[EpochReport]:
+    assert slot.reset(order(number, hyperparameters).as_dict())
     reports = [step(slot)]
     while not reports[-1].is_last:
         reports.append(step(slot))
     return reports
+
+
+def begin(slot: Any, number: int) -> None:
+    """Trains the first epoch of a trial, and waits for its state."""
+    slot.reset(order(number).as_dict())
+    assert [figures.epoch for figures in step(slot).epochs] == [1]
+    folder = slot.folder / "trials" / f"{number:04d}"
+    wait_for(lambda: len(list(folder.glob("state-0001*.pt"))) == slot.plan.workers)
 
 
 def step(slot: Any) -> EpochReport:
@@ -102,15 +91,6 @@ def step(slot: Any) -> EpochReport:
     return report
 
 
-def epochs_of(reports: list[EpochReport]) -> list[EpochFigures]:
-    return [figures for report in reports for figures in report.epochs]
-
-
-def comparable(figures: EpochFigures) -> tuple[float, ...]:
-    """What does not depend on time and place."""
-    return figures.epoch, figures.balanced_accuracy, figures.accuracy, figures.log_loss, figures.train_loss
-
-
 def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: Any) -> None:
     first = run(slot, 0, SHALLOW)
     others = [Hyperparameters(truncation_depth=k, dropout=0.1) for k in (7, 1)]
@@ -120,59 +100,21 @@ def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alo
     assert diverged.outcome is Outcome.DIVERGED and "epoch" in diverged.reason and not diverged.epochs
     fifth = run(slot, 4, SHALLOW)
     assert [*map(comparable, epochs_of(fifth))] == [*map(comparable, epochs_of(first))]
-    assert all(report.cost and report.cost.images and report.cost.checkpoint_bytes for report in fifth)
+    assert all(report.cost and report.cost.images for report in fifth)
+    assert sum(report.cost.checkpoint_bytes for report in fifth if report.cost)
 
 
-def test_the_kept_weights_are_those_of_the_best_epoch(slot: Any) -> None:
-    from safetensors import safe_open
-
-    best = best_epoch(epochs_of(run(slot, 5, SHALLOW)))
-    assert best is not None
-    with safe_open(slot.folder / "trials" / "0005" / "best.safetensors", "pt") as file:
-        assert int(file.metadata()["epoch"]) == best.epoch
-        assert float(file.metadata()[OBJECTIVE]) == best.balanced_accuracy
-
-
-def test_a_trial_goes_on_from_its_last_epoch(slot: Any) -> None:
-    whole = epochs_of(run(slot, 6, SHALLOW))
-    slot.reset(order(7, SHALLOW))
-    assert [figures.epoch for figures in step(slot).epochs] == [1]
-    run(slot, 8, Hyperparameters(truncation_depth=1))  # something else takes the slot
-    slot.reset(order(7, SHALLOW))
-    report = step(slot)
-    assert report.outcome is Outcome.COMPLETED
-    assert [figures.epoch for figures in report.epochs] == [1, 2]  # the first for a study that may not know it
-    assert report.epochs[-1].log_loss == whole[-1].log_loss
-
-
-def test_a_state_of_another_study_is_not_taken_for_the_trials_own(slot: Any) -> None:
-    slot.reset(order(10, SHALLOW))
-    assert [figures.epoch for figures in step(slot).epochs] == [1]
-    run(slot, 11, SHALLOW)
-    slot.reset(order(10, Hyperparameters(truncation_depth=4, backbone_lr=2e-3)))
-    assert [figures.epoch for figures in step(slot).epochs] == [1]
-
-
-def test_a_damaged_state_costs_the_epochs_that_it_held_and_not_the_trial(slot: Any) -> None:
-    slot.reset(order(15, SHALLOW))
-    assert [figures.epoch for figures in step(slot).epochs] == [1]
-    run(slot, 16, SHALLOW)
-    state = slot.folder / "trials" / "0015" / "last.pt"
-    state.write_bytes(state.read_bytes()[:-1000])
-    assert [figures.epoch for figures in epochs_of(run(slot, 15, SHALLOW))] == [1, 2]
+def living_actors() -> list[Any]:
+    return [actor for actor in list_actors(detail=True, limit=10_000) if actor.state == "ALIVE"]
 
 
 def kill_a_worker() -> None:
-    worker, *_ = [
-        a for a in list_actors(detail=True, limit=10_000) if a.class_name == "RayTrainWorker" and a.state == "ALIVE"
-    ]
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(train_workers()[0], signal.SIGKILL)
 
 
 def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any) -> None:
-    whole = epochs_of(run(slot, 9, SHALLOW))
-    slot.reset(order(12, SHALLOW))
-    assert [figures.epoch for figures in step(slot).epochs] == [1]
+    whole = epochs_of(run(slot, 9))
+    begin(slot, 12)
     kill_a_worker()
     report = step(slot)
     assert report.outcome is Outcome.COMPLETED
@@ -182,7 +124,7 @@ def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any
 
 def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
-    slot.reset(order(13, SHALLOW) | {"seed": "no number"})
+    slot.reset(order(13).as_dict() | {"seed": "no number"})
     failed = step(slot)
     assert failed.outcome is Outcome.FAILED and "the workers ended" in failed.reason
     assert [figures.epoch for figures in epochs_of(run(slot, 14, SHALLOW))] == [1, 2]
@@ -294,18 +236,58 @@ def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges
 
 @pytest.mark.long
 def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) -> None:
-    whole = epochs_of(run(slot_of_folds, 1, SHALLOW))
-    slot_of_folds.reset(order(2, SHALLOW))
-    assert [figures.epoch for figures in step(slot_of_folds).epochs] == [1]
-    ahead = slot_of_folds.folder / "trials" / "0002" / "last-1.pt"
-    behind = ahead.read_bytes()
+    whole = epochs_of(run(slot_of_folds, 1))
+    begin(slot_of_folds, 2)
     kill_a_worker()
     report = step(slot_of_folds)
-    assert report.outcome is Outcome.COMPLETED and report.epochs[-1].log_loss == whole[-1].log_loss
-    assert ahead.read_bytes() != behind
-    # as if the workers had been lost when one of them had kept the second epoch and the others had not
-    for kept in ("last.pt", "last-2.pt"):
-        (slot_of_folds.folder / "trials" / "0002" / kept).unlink()
-    kill_a_worker()
-    again = epochs_of(run(slot_of_folds, 2, SHALLOW))
-    assert [*map(comparable, again)] == [*map(comparable, whole)]
+    assert report.outcome is Outcome.COMPLETED
+    assert [*map(comparable, report.epochs)] == [*map(comparable, whole)]
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> SlotPlan:
+    """A plan whose trials take long, and keep a state only when they must."""
+    plan = slot_plan(tmp_path_factory.mktemp("endless"), phantoms, epochs=2000)
+    return replace(plan, rungs=(), checkpoint_interval=3600)
+
+
+def slot_actor(plan: SlotPlan) -> Any:
+    """A slot in an actor, as Ray Tune makes it, after a step of trial 0."""
+    import ray
+    from ray import tune
+
+    from lungct_tune.tuning.slots import TuneSlot
+
+    actor = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=plan)).remote(order(0).as_dict())
+    report = ray.get(actor.step.remote())["report"]
+    assert report.outcome is Outcome.RUNNING and len(report.epochs) > 1
+    return actor
+
+
+def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(slot: Any, endless: SlotPlan) -> None:
+    import ray
+
+    from lungct_tune.tuning.mailbox import opened_mailbox
+
+    slot.stop()  # its worker's CPU is needed
+    with opened_mailbox(endless.experiment.name):
+        before = {actor.actor_id for actor in living_actors()}
+        actor = slot_actor(endless)
+        assert len([made for made in living_actors() if made.actor_id not in before]) == 2
+        ray.get(actor.cleanup.remote())
+        assert list(Path(endless.experiment.uri).glob("trials/0000/state-*.pt"))
+        ray.kill(actor)
+
+
+def test_a_killed_slot_leaves_no_worker_and_no_resources_held(slot: Any, endless: SlotPlan) -> None:
+    import ray
+
+    from lungct_tune.tuning.mailbox import opened_mailbox
+    from lungct_tune.tuning.slots import remove_placement_groups
+
+    slot.stop()  # its worker's CPU is needed
+    with opened_mailbox(endless.experiment.name):
+        ray.kill(slot_actor(endless))
+        ray.kill(slot_actor(endless))  # which gets the number of the first, and its resources
+        remove_placement_groups(f"{endless.experiment.name} slot")
+    assert nothing_held()

@@ -15,6 +15,7 @@ from rich.text import Text
 from lungct_tune.experiment.study import finished_trials
 from lungct_tune.experiment.trial import best_trial
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
+from lungct_tune.tuning.slots import REPORT
 
 SAY_WAITING_AFTER_S = 30.0
 
@@ -48,7 +49,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             )
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        self._epochs += 1
+        self._epochs += len(result[REPORT].epochs)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._update(trial)

@@ -77,9 +77,10 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
             return
         figures = report.epochs[-1]
         slot = str(figures.slot)
-        self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
-        self._seconds.inc(cost.checkpoint_s, {"slot": slot})
-        self._training_s += figures.seconds
+        if cost.checkpoint_bytes:  # a counter refuses 0
+            self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
+            self._seconds.inc(cost.checkpoint_s, {"slot": slot})
+        self._training_s += sum(epoch.seconds for epoch in report.epochs)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
         if self._clock.slot_s:

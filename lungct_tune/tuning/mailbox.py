@@ -1,0 +1,124 @@
+"""The mailbox of a search: one actor on the head, through which slots, their workers and the driver talk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+Address = tuple[str, str, int]
+"""Group of workers, kind of letter, number."""
+
+ORDER, REPORT, DRAIN = "order", "report", "drain"
+
+MANY = 100_000
+"""Requests that may wait at the same time: some for each worker of each slot."""
+
+
+CLOSED = "this group of workers has been closed"
+
+
+class Mailbox:
+    """Passes letters on, each to all who ask for it. Whoever asks first waits until the letter is there."""
+
+    def __init__(self) -> None:
+        self._letters: defaultdict[Address, asyncio.Future[Any]] = defaultdict(asyncio.Future)
+        self._closed: set[str] = set()
+        self._slots: dict[int, Any] = {}
+        self._warnings: list[str] = []
+
+    async def take_number(self, slot: Any) -> int:
+        """The lowest number that no living slot of the search has.
+
+        Args:
+            slot: the slot's actor; None if it runs in the driver, where it always returns its number.
+        """
+        number = 1
+        while number in self._slots and await self._lives(self._slots[number]):
+            number += 1
+        self._slots[number] = slot
+        return number
+
+    async def return_number(self, number: int) -> None:
+        self._slots.pop(number, None)
+
+    async def _lives(self, slot: Any) -> bool:
+        """Whether an actor lives. A living one answers, or is busy."""
+        if slot is not None:
+            try:
+                await asyncio.wait_for(slot.__ray_ready__.remote(), timeout=0.5)
+            except TimeoutError:
+                return True
+            except ray.exceptions.RayActorError:
+                return False
+        return True
+
+    async def put(self, address: Address, letter: Any) -> None:
+        """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
+        group, kind, number = address
+        future = self._letters[address]
+        if not future.done():
+            future.set_result(letter)
+        self._letters.pop((group, kind, number - 2), None)
+
+    async def get(self, address: Address) -> Any:
+        """The letter at this address.
+
+        Raises:
+            RuntimeError: the group of workers has been closed.
+        """
+        if address[0] in self._closed:
+            raise RuntimeError(CLOSED)
+        return await asyncio.shield(self._letters[address])
+
+    async def close(self, group: str) -> None:
+        """Ends all waiting for letters of a group of workers with an error. Workers that start later get it too."""
+        self._closed.add(group)
+        for address in [address for address in self._letters if address[0] == group]:
+            future = self._letters.pop(address)
+            if not future.done():
+                future.set_exception(RuntimeError(CLOSED))
+                future.exception()  # so that a letter that nobody waits for is not reported as an unseen error
+
+    async def warn(self, sentence: str) -> None:
+        """Leaves a sentence for the user."""
+        self._warnings.append(sentence)
+
+    async def exchange(self, draining: set[str]) -> list[str]:
+        """Tells workers that their nodes will be lost; returns the sentences for the user since the last call."""
+        for node in draining:
+            await self.put((node, DRAIN, 0), None)
+        warnings, self._warnings = self._warnings, []
+        return warnings
+
+
+@contextmanager
+def opened_mailbox(search: str) -> Iterator[Any]:
+    """Does `open_mailbox`, and ends the mailbox afterwards."""
+    mailbox = open_mailbox(search)
+    try:
+        yield mailbox
+    finally:
+        ray.kill(mailbox)
+
+
+def open_mailbox(search: str) -> Any:
+    """The mailbox of a search of this job. It is made if it is not there. It lives as long as the process that made it.
+
+    The driver should open it before the slots do. Ray starts it again if it is lost. Then all slots start new workers.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Mailbox).options(
+        name=f"{search} mailbox",
+        get_if_exists=True,
+        num_cpus=0,
+        max_concurrency=MANY,
+        max_restarts=-1,
+        scheduling_strategy=here,
+    )
+    return actor.remote()

@@ -1,0 +1,163 @@
+"""The states from which trials continue: copied between two epochs, and written by a thread while training goes on.
+
+A state of an epoch consists of one file for each worker that trains models of its own. It counts only if all of them
+are there, so workers never continue from different epochs. `torch.distributed.checkpoint.async_save` works the same
+way, but it writes a folder through fsspec, without checksums, and every load needs a model to load into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lungct_tune.experiment.folder import Experiment, state_file, trial_folder
+from lungct_tune.filesystem import StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+DIGEST_BYTES = 32
+"""A state starts with the sha256 of its other bytes, because torch loads many damaged files without an error."""
+
+
+def saved_epochs(experiment: Experiment, number: int, files: int) -> list[int]:
+    """The epochs of which a trial has a state of so many files, the newest first.
+
+    Raises:
+        StorageError: the storage refuses.
+    """
+    found = experiment.files(trial_folder(number))
+    epochs = {int(match[1]) for path in found if (match := re.search(r"/state-(\d+)(?:-\d+)?\.pt$", path))}
+    whole = [epoch for epoch in epochs if all(state_file(number, epoch, rank) in found for rank in range(files))]
+    return sorted(whole, reverse=True)
+
+
+def read_bytes(experiment: Experiment, file: str) -> bytes:
+    """A state's bytes; none if there is no such file or it is damaged.
+
+    Raises:
+        StorageError: the storage refuses.
+    """
+    kept = experiment.read(file) or b""
+    content = memoryview(kept)[DIGEST_BYTES:]
+    return kept if kept[:DIGEST_BYTES] == hashlib.sha256(content).digest() else b""
+
+
+def from_bytes(kept: bytes, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state in `kept`, on the CPU; None if it is empty, or of another trial.
+
+    A trial of another study may have had the same number.
+    """
+    import torch
+
+    if not kept:
+        return None
+    content = io.BytesIO(memoryview(kept)[DIGEST_BYTES:])
+    state: dict[str, Any] = torch.load(content, weights_only=True, map_location="cpu")
+    return state if state["order"] == identity else None
+
+
+def to_bytes(state: Mapping[str, Any]) -> memoryview:
+    """The form of a state on storage."""
+    import torch
+
+    stream = io.BytesIO(bytes(DIGEST_BYTES))
+    stream.seek(DIGEST_BYTES)
+    torch.save(state, stream)
+    whole = stream.getbuffer()
+    whole[:DIGEST_BYTES] = hashlib.sha256(whole[DIGEST_BYTES:]).digest()
+    return whole
+
+
+class StateWriter:
+    """Writes a trial's states on one worker, one at a time, in a thread.
+
+    Args:
+        epoch: of a state that is there already; 0 if there is none.
+
+    Attributes:
+        bytes: written so far.
+        waited_s: how long training waited for copies so far.
+    """
+
+    def __init__(self, experiment: Experiment, number: int, rank: int, epoch: int = 0) -> None:
+        self._experiment, self._number, self._rank = experiment, number, rank
+        self._written = [epoch] if epoch else []
+        self._copy: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: StorageError | None = None
+        self.bytes, self.waited_s = 0, 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    @property
+    def newest(self) -> int:
+        """The epoch of the newest state that has been written; 0 if there is none."""
+        return self._written[-1] if self._written else 0
+
+    def start(self, epoch: int, state: Mapping[str, Any], complete: int = 0) -> None:
+        """Copies the state to memory of the host, and starts to write the copy. The writer must be idle.
+
+        Args:
+            complete: the epoch of the newest state that all workers have written. Older ones are deleted.
+        """
+        import torch
+
+        began = time.perf_counter()
+        self._copy = _copy_to_host(state, self._copy)
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        if copied:
+            copied.record()
+        self._thread = threading.Thread(target=self._write, args=(epoch, self._copy, copied, complete), daemon=True)
+        self._thread.start()
+        self.waited_s += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Waits until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def take_error(self) -> StorageError | None:
+        """Why the last state could not be written; None if it was, or if this has been told already."""
+        error, self._error = self._error, None
+        return error
+
+    def _write(self, epoch: int, state: Any, copied: torch.cuda.Event | None, complete: int) -> None:
+        try:
+            if copied:
+                copied.synchronize()
+            content = to_bytes(state)
+            self._experiment.write(state_file(self._number, epoch, self._rank), content)
+            self.bytes += len(content)
+            self._written.append(epoch)
+            while self._written[0] < complete:
+                self._experiment.delete(state_file(self._number, self._written[0], self._rank))
+                del self._written[0]
+        except StorageError as error:
+            self._error = error
+
+
+def _copy_to_host(value: Any, into: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors are on the CPU, from a GPU in pinned memory.
+
+    Args:
+        into: an earlier copy of the same structure, whose memory is used again; None if there is none.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if into is None:
+            into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return into.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _copy_to_host(item, (into or {}).get(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy_to_host(item, into[i] if into and i < len(into) else None) for i, item in enumerate(value)]
+    return value

@@ -1,0 +1,114 @@
+"""What others may have written into settings.yaml does not decide where a user's password or files go."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from lungct_tune import replay, report, search
+from lungct_tune.config.settings import Settings, SettingsError
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.plan import Plan, plan_search, read_plan
+from lungct_tune.experiment.results import read_results
+from lungct_tune.experiment.study import open_study
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def begun(phantoms: Path, tmp_path: Path) -> Plan:
+    """A search that has begun, in a folder."""
+    settings = Settings(data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=str(tmp_path))
+    plan = plan_search(settings.model_copy(update={"name": "begun"}), set())
+    plan.save(plan.load_and_split())
+    open_study(plan.study_url, "begun", plan.space, 1, new=True)
+    return plan
+
+
+@pytest.fixture
+def stranger() -> Iterator[socket.socket]:
+    """A host that a bucket's writer would like to have the database's password."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        yield server
+
+
+def overwrite(begun: Plan, **values: object) -> None:
+    """What anybody may do who can write to the storage."""
+    file = Path(begun.experiment.uri, "settings.yaml")
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
+
+
+def as_remote(plan: Plan) -> str:
+    """The URI of the experiment's storage, read as remote ones are."""
+    return f"fsspec+file://{Path(plan.experiment.uri).parent}"
+
+
+def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    name, *arguments = command
+    assert {"search": search, "report": report, "replay": replay}[name].main(arguments) == 2
+    return capsys.readouterr().err
+
+
+COMMANDS = [["report", "begun"], ["replay", "begun", "0"], ["search", "--resume", "begun"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("is_local", [True, False])
+def test_no_database_is_asked_that_only_the_storage_names(
+    command: list[str], is_local: bool, begun: Plan, stranger: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder too may have come from a bucket, by pull --all."""
+    overwrite(begun, study=f"postgresql+psycopg://me@127.0.0.1:{stranger.getsockname()[1]}/x?connect_timeout=2")
+    storage = str(Path(begun.experiment.uri).parent) if is_local else as_remote(begun)
+    said = refused([*command, "--storage", storage], capsys)
+    assert "give its URL again: --study URL" in said and "only if you know that host" in said
+    with pytest.raises(TimeoutError):
+        stranger.accept()
+
+
+def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
+    study_url = begun.study_url
+    overwrite(begun, study="postgresql+psycopg://me@elsewhere/x")
+    assert read_results(begun.experiment, study_url).trials == []
+    asked = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent), study=study_url)
+    plan = plan_search(asked, {"resume", "storage", "study"})
+    assert plan.study_url == study_url and f"--study {study_url}" in plan.resume_command
+
+
+def test_what_belongs_to_one_run_is_not_taken_from_the_storage(begun: Plan) -> None:
+    """A tracking server gets a password, and a cluster a token."""
+    overwrite(begun, track="mlflow:http://elsewhere", address="elsewhere:6379", plan=True)
+    settings = read_plan(begun.experiment, set()).settings
+    assert (settings.track, settings.address, settings.plan) == (None, None, False)
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:])
+def test_paths_of_a_remote_storage_are_given_again(
+    command: list[str], begun: Plan, phantoms: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command[0] == "replay":
+        with pytest.raises(SettingsError, match=f"give them again.* names: --data {phantoms}"):
+            read_plan(Experiment.at(as_remote(begun), "begun"), set())
+        return
+    said = refused([*command, "--storage", as_remote(begun)], capsys)
+    assert "others may write to it; give them again" in said and f"--data {phantoms}" in said
+
+
+def test_paths_that_are_given_again_are_used_and_are_in_the_command_that_resumes(begun: Plan, phantoms: Path) -> None:
+    asked = Settings(resume="begun", storage=as_remote(begun), data=phantoms)
+    plan = plan_search(asked, {"resume", "storage", "data"})
+    assert plan.settings.data == phantoms and f"--data {phantoms}" in plan.resume_command
+    local = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent))
+    assert "--data" not in plan_search(local, {"resume", "storage"}).resume_command
+
+
+def test_images_do_not_pass_for_those_of_a_search_without_a_fingerprint(begun: Plan) -> None:
+    overwrite(begun, fingerprint=None)
+    with pytest.raises(SettingsError, match=r"settings\.yaml is not one that a search wrote"):
+        read_plan(begun.experiment, set())

@@ -1,0 +1,46 @@
+"""A bundle's config.json cannot ask for a model or an image of any size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from bundles import files_of_a_bundle
+
+from lungct_tune.experiment.bundle import CONFIG, BundleError
+from lungct_tune.experiment.model_config import read_config
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return dict(json.loads(files_of_a_bundle()[CONFIG])) | changes
+
+
+def test_values_within_bounds_are_read_as_they_are() -> None:
+    written = config(calibration={"temperature": 1.5}, more="kept")
+    assert read_config(json.dumps(written).encode()) == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"preprocessing": {"image_size": 1_000_000}}, "preprocessing.image_size"),
+        ({"preprocessing": {}}, "preprocessing.image_size"),
+        ({"model": {"truncation_depth": 50, "dropout": 0.5}}, "model.truncation_depth"),
+        ({"model": {"truncation_depth": 20, "dropout": 1.0}}, "model.dropout"),
+        ({"classes": [f"class {n}" for n in range(1001)]}, "classes"),
+        ({"classes": ["normal", "normal"]}, "classes: .*same name"),
+        ({"classes": ["a" * 201, "normal"]}, "classes.0"),
+        ({"calibration": {"temperature": 0}}, "calibration.temperature"),
+        ({"calibration": {"temperature": float("nan")}}, "calibration.temperature"),
+        ({"settings": {"normalisation": "other"}}, "settings.normalisation"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(BundleError, match=rf"config\.json: {named}"):
+        read_config(json.dumps(config(**changes)).encode())
+
+
+def test_what_is_not_json_is_no_config() -> None:
+    with pytest.raises(BundleError, match="is not JSON"):
+        read_config(b"{")

@@ -1,0 +1,223 @@
+"""A trial on its workers: steps, states, the best epoch's files. Without Ray."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from safetensors.torch import load_file
+from trials import SHALLOW, comparable, epochs_of, order, run_all, runner, slot_plan
+
+from lungct_tune.experiment.folder import delete_states
+from lungct_tune.experiment.trial import Outcome, best_epoch
+from lungct_tune.filesystem import StorageError
+from lungct_tune.tuning import trial_runner
+from lungct_tune.tuning.trial_runner import TrialRunner
+
+if TYPE_CHECKING:
+    from lungct_tune.tuning.workers import SlotPlan
+
+EPOCHS = 4
+
+
+@pytest.fixture
+def plan(tmp_path: Path, phantoms: Path) -> SlotPlan:
+    return slot_plan(tmp_path, phantoms, epochs=EPOCHS)
+
+
+@pytest.fixture(autouse=True)
+def steps_end_at_rungs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is."""
+    monkeypatch.setattr(trial_runner, "STEP_S", float("inf"))
+
+
+def states(plan: SlotPlan, number: int) -> list[str]:
+    folder = Path(plan.experiment.uri, "trials", f"{number:04d}")
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
+def run_to(trial: TrialRunner, epoch: int) -> TrialRunner:
+    """The trial after so many epochs, with its states written."""
+    while len(trial._history) < epoch:
+        trial.run()
+    trial._writer.wait()
+    return trial
+
+
+def test_a_step_goes_to_the_next_rung_or_to_the_end_and_reports_all_epochs(plan: SlotPlan) -> None:
+    trial = runner(plan, order(0), rungs=(1, 3), slot=2)
+    first, second, last = run_all(trial)
+    assert [[figures.epoch for figures in report.epochs] for report in (first, second, last)] == [[1], [2, 3], [4]]
+    assert first.outcome is second.outcome is Outcome.RUNNING and last.outcome is Outcome.COMPLETED
+    assert {figures.slot for figures in epochs_of([first, second, last])} == {2}
+    assert all(report.cost and report.cost.images == trial._images for report in (first, second, last))
+
+
+def test_a_step_ends_with_the_first_epoch_after_its_time(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_runner, "STEP_S", 0.0)
+    assert [len(report.epochs) for report in run_all(runner(plan, order(0), rungs=()))] == [1] * EPOCHS
+
+
+def test_a_trial_goes_on_from_its_newest_state_as_if_it_had_never_stopped(plan: SlotPlan) -> None:
+    whole = epochs_of(run_all(runner(plan, order(0))))
+    run_to(runner(plan, order(1)), 2)
+    assert states(plan, 1)[-1] == "state-0002.pt"
+    again = runner(plan, order(1))
+    first = again.run()
+    assert [figures.epoch for figures in first.epochs] == [1, 2, 3]  # the study may not know the first two
+    assert [*map(comparable, epochs_of([first, *run_all(again)]))] == [*map(comparable, whole)]
+    folders = [Path(plan.experiment.uri, "trials", number) for number in ("0000", "0001")]
+    weights = [load_file(folder / "best.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert np.array_equal(*[np.load(folder / "valid.npy") for folder in folders])
+
+
+def test_the_best_epochs_files_survive_an_interruption(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are in the state: without it they would be lost with the workers."""
+    trial = run_to(runner(plan, order(0)), 3)
+    kept = best_epoch(trial._history)
+    assert kept is not None
+    resumed = runner(plan, order(0))
+    # as if the last epoch were worse than all before
+    monkeypatch.setattr(trial_runner, "best_epoch", lambda epochs: best_epoch([e for e in epochs if e.epoch <= 3]))
+    assert resumed.run().outcome is Outcome.COMPLETED
+    with safe_open(Path(plan.experiment.uri, "trials", "0000", "best.safetensors"), "pt") as file:
+        assert int(file.metadata()["epoch"]) == kept.epoch
+        assert float(file.metadata()["balanced_accuracy"]) == kept.balanced_accuracy
+
+
+def test_a_state_is_written_when_it_is_due_and_older_ones_go(plan: SlotPlan) -> None:
+    trial = runner(plan, order(0), rungs=(), checkpoint_interval=3600)
+    run_all(trial)
+    assert states(plan, 0) == []  # a trial that ends before its first state is due has none
+    run_to(runner(plan, order(1)), 3)
+    assert states(plan, 1) == ["state-0002.pt", "state-0003.pt"]
+    delete_states(plan.experiment, 1)
+    assert states(plan, 1) == []
+
+
+def test_a_worker_that_may_be_lost_saves_at_once(plan: SlotPlan) -> None:
+    trial = runner(plan, order(0), checkpoint_interval=3600)
+    trial.run(must_save=lambda: True)
+    trial._writer.wait()
+    assert states(plan, 0) == ["state-0001.pt"]
+
+
+def test_a_trial_that_is_interrupted_saves_its_state_and_one_that_may_have_ended_does_not(
+    plan: SlotPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_runner, "STEP_S", 0.0)
+    for number, rungs in enumerate([(), (1,)]):
+        trial = runner(plan, order(number), rungs=rungs, checkpoint_interval=3600)
+        trial.run()
+        trial.close()
+    ended = runner(plan, order(2), rungs=(), checkpoint_interval=3600)
+    run_all(ended)
+    ended.close()
+    assert [states(plan, number) for number in range(3)] == [["state-0001.pt"], [], []]
+
+
+def test_a_state_of_another_study_is_not_taken_for_the_trials_own(plan: SlotPlan) -> None:
+    run_to(runner(plan, order(0)), 2)
+    other = order(0, replace(SHALLOW, backbone_lr=2e-3))
+    assert [figures.epoch for figures in runner(plan, other).run().epochs] == [1]
+
+
+def test_a_damaged_state_costs_the_epochs_since_the_one_before(plan: SlotPlan) -> None:
+    whole = epochs_of(run_all(runner(plan, order(0))))
+    run_to(runner(plan, order(1)), 3)
+    newest = Path(plan.experiment.uri, "trials", "0001", "state-0003.pt")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    again = runner(plan, order(1))
+    assert len(again._history) == 2
+    assert [*map(comparable, epochs_of(run_all(again)))] == [*map(comparable, whole)]
+
+
+def test_training_goes_on_while_the_storage_refuses_states(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    refused = 0
+    write = type(plan.experiment).write
+
+    def refuse(self: object, path: str, content: bytes) -> None:
+        nonlocal refused
+        if refused < 4:  # states, and then the first tries to write the best epoch's files
+            refused += 1
+            raise StorageError("s3://bucket: cannot write: no server answers")
+        write(plan.experiment, path, content)
+
+    monkeypatch.setattr(type(plan.experiment), "write", refuse)
+    monkeypatch.setattr(trial_runner, "PAUSE_S", 0.0)
+    trial = runner(plan, order(0), warn=warnings.append)
+    reports = []
+    for _ in range(EPOCHS):
+        reports.append(trial.run())
+        trial._writer.wait()
+    assert reports[-1].outcome is Outcome.COMPLETED and refused == 4
+    assert "its state is not saved: s3://bucket" in warnings[0] and "waits for the storage" in warnings[-1]
+    assert Path(plan.experiment.uri, "trials", "0000", "valid.npy").exists()
+
+
+def test_only_a_trial_that_ranks_among_the_best_keeps_its_files(plan: SlotPlan) -> None:
+    run_all(runner(plan, replace(order(0), weights_from=(0.0, -100.0))))
+    run_all(runner(plan, replace(order(1), weights_from=(2.0, 0.0))))
+    kept = [Path(plan.experiment.uri, "trials", number, "best.safetensors") for number in ("0000", "0001")]
+    assert [file.exists() for file in kept] == [True, False]
+
+
+def test_the_model_of_an_ended_trial_does_not_stay_in_memory(plan: SlotPlan) -> None:
+    from lungct_tune.tuning.workers import _free_memory
+
+    trial: TrialRunner | None = runner(plan, order(0))
+    assert trial is not None
+    model = weakref.ref(trial._models[0].trainer.model.backbone)
+    trial = None
+    assert model() is not None  # the graph of a truncated network refers to itself
+    _free_memory()
+    assert model() is None
+
+
+def _two_ranks(rank: int, folder: Path, phantoms: Path, folds: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous-{folds}", rank=rank, world_size=2)
+    try:
+        plan = slot_plan(folder, phantoms, epochs=EPOCHS, folds=folds, workers=2)
+        whole = epochs_of(run_all(runner(plan, order(0))))
+        run_to(runner(plan, order(1)), 2)
+        dist.barrier()
+        if folds == 1 and rank == 1:  # this rank's read of the storage would find nothing
+            plan = slot_plan(folder / "elsewhere", phantoms, epochs=EPOCHS, workers=2)
+        if folds > 1 and rank == 0:  # the workers were lost when only one of them had written its newest state
+            Path(plan.experiment.uri, "trials", "0001", "state-0002.pt").unlink()
+        dist.barrier()
+        again = runner(plan, order(1))
+        assert len(again._history) == (2 if folds == 1 else 1)
+        resumed = epochs_of(run_all(again))
+        assert [*map(comparable, resumed)] == [*map(comparable, whole)]
+        if folds == 1:
+            weights = torch.cat([value.flatten().double() for value in again._models[0].trainer.model_state().values()])
+            others = [torch.empty_like(weights) for _ in range(2)]
+            dist.all_gather(others, weights)
+            assert torch.equal(*others)
+            apart = runner(plan, order(2))
+            apart._models[0].trainer.epoch = rank
+            with pytest.raises(RuntimeError, match="workers are at different epochs"):
+                apart.run()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_workers_continue_from_the_same_epoch_whatever_each_finds_on_the_storage(
+    tmp_path: Path, phantoms: Path, folds: int
+) -> None:
+    mp.spawn(_two_ranks, args=(tmp_path, phantoms, folds), nprocs=2)

@@ -1,0 +1,77 @@
+"""Small trials for tests: 60 phantom images of 32 pixels, a shallow network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder
+from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.trial_runner import Fold, TrialRunner
+from lungct_tune.tuning.workers import SlotPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
+
+
+def slot_plan(folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, workers: int = 1) -> SlotPlan:
+    """A plan whose trials pause after each epoch, and keep a state of each."""
+    from lungct_tune.data import fold_images, read_images, split_images
+
+    images = read_images(phantoms, 32, progress=False)
+    split = split_images(images, "grouped", seed=0)
+    searched = np.flatnonzero(split != "test")
+    fold_N = fold_images(images, searched, folds, seed=0) if folds > 1 else (split[searched] != "valid").astype(int)
+    return SlotPlan(
+        experiment=Experiment.at(str(folder), "one"),
+        dataset=SharedDataset(
+            images=np.ascontiguousarray(images.images_NHW),
+            rows=np.arange(len(split)),
+            labels_N=images.table["label"].to_numpy(),
+            classes=len(images.classes),
+            backbone=None,
+            normalisation="unit",
+            batch_size=8,
+            epochs=epochs,
+        ),
+        folds=tuple(Fold(searched[fold_N != k], searched[fold_N == k]) for k in range(folds)),
+        workers=workers,
+        resources_per_worker={"CPU": 1},
+        rungs=tuple(range(1, epochs)),
+        checkpoint_interval=0,
+    )
+
+
+def order(number: int, hyperparameters: Hyperparameters = SHALLOW, seed: int = 3) -> TrialOrder:
+    return TrialOrder(number, seed, hyperparameters)
+
+
+def runner(plan: SlotPlan, of: TrialOrder, **options: Any) -> TrialRunner:
+    """The trial on this process's worker."""
+    import torch
+
+    options = {"rungs": plan.rungs, "checkpoint_interval": plan.checkpoint_interval} | options
+    return TrialRunner(plan.experiment, plan.dataset, plan.folds, of, torch.device("cpu"), **options)
+
+
+def run_all(trial: TrialRunner) -> list[EpochReport]:
+    """The reports of all steps until the trial ends."""
+    reports = [trial.run()]
+    while not reports[-1].is_last:
+        reports.append(trial.run())
+    return reports
+
+
+def epochs_of(reports: list[EpochReport]) -> list[EpochFigures]:
+    return [figures for report in reports for figures in report.epochs]
+
+
+def comparable(figures: EpochFigures) -> EpochFigures:
+    """Without what depends on time and place."""
+    return replace(figures, train_s=0, valid_s=0, at=None, slot=None)
