@@ -67,7 +67,7 @@ def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple
     study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS, new=True)
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
     began = time.perf_counter()
-    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True), callbacks=[])
+    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
     return time.perf_counter() - began, sum(trial.seconds for trial in finished_trials(study))
 
 

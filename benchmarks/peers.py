@@ -70,7 +70,7 @@ def slot(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> list[
     """Runs the trials as a search in one slot; returns when each ended."""
     study = open_study(f"sqlite:///{folder}/slot.db", "slot", space, EPOCHS, new=True)
     own = replace(plan, experiment=Experiment.at(str(folder), "slot"))
-    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True), callbacks=[])
+    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
     return sorted(trial.datetime_complete.timestamp() for trial in study.trials if trial.datetime_complete)
 
 

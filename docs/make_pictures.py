@@ -272,7 +272,7 @@ def study_server(study: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     program = Path(sys.executable).with_name("optuna-dashboard")
     server = subprocess.Popen(
-        [program, "--port", str(port), f"sqlite:///{study}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [program, "--port", str(port), str(study)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         while True:
@@ -289,7 +289,7 @@ def study_server(study: Path) -> Iterator[str]:
 async def study_page(page: Page, study: Path) -> None:
     """The study in optuna-dashboard."""
     with study_server(study) as address:
-        await page.show(f"{address}/dashboard/studies/1", height=1130)
+        await page.show(f"{address}/dashboard/studies/0", height=1130)
         await page.wait_for("document.body.innerText.includes('Best Trial')")
         await asyncio.sleep(3)  # its charts are drawn one after another
 
@@ -346,7 +346,7 @@ async def make(wanted: set[str], folder: Path) -> None:
             await page.show(report.as_uri())
             save("report", await page.picture(), height=750)
         if "study" in wanted:
-            await study_page(page, experiment / "study.db")
+            await study_page(page, experiment / "study.journal")
             save("study", await page.picture())
 
 

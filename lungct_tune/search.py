@@ -180,21 +180,18 @@ def start_search(
         PlanError: another process runs this search.
     """
     from lungct_tune.experiment import bundle
-    from lungct_tune.experiment.study import open_study
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.cluster import check_storage, has_shared_file_system, machines
     from lungct_tune.tuning.shared_data import share_dataset, share_weights
     from lungct_tune.tuning.tuner import make_slot_plan
 
     settings, experiment = plan.settings, plan.experiment
-    assert settings.epochs is not None  # decided by the plan
     check_storage(experiment)
     is_new = not settings.resume
     tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
     with ExitStack() as held:
         held.enter_context(plan.exclusive_lock())
-        held.enter_context(plan.mirrored_study())
-        study = open_study(plan.study_url, experiment.name, plan.space, settings.epochs, new=is_new)
+        study = held.enter_context(plan.opened_study(new=is_new))
         study.set_user_attr("cluster", f"{resources}, on {machines()}")
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
@@ -240,15 +237,11 @@ class SearchRun:
         """
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import best_trial
-        from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
         from lungct_tune.tuning.tuner import run_search
 
         settings, slots = self.plan.settings, self.resources.slots
         assert settings.trials is not None  # decided by the plan
         self._announce(f"searching, {slots} trials at a time")
-        best_so_far = BestSoFarCallback(
-            self.study, self.plan.experiment, lambda best, weights: self._files.so_far(best, weights)
-        )
         run_search(
             self.study,
             self.plan.space,
@@ -257,7 +250,7 @@ class SearchRun:
             slots=slots,
             seed=settings.seed,
             console=self.console,
-            callbacks=[best_so_far],
+            so_far=lambda best, weights: self._files.so_far(best, weights),
         )
         trials = finished_trials(self.study)
         if (winner := best_trial(trials)) is None:
@@ -289,9 +282,8 @@ class SearchRun:
         plan = replace(self.slot_plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
 
         def trials_so_far() -> tuple[int, int]:
-            trials = self.study.get_trials(deepcopy=False)
-            ended = sum(trial.state.is_finished() for trial in trials)
-            return len(trials), ended
+            states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+            return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
 
         return EarlySlot(plan, trials_so_far, last=(settings.trials, max(1, settings.trials - self.resources.slots)))
 

@@ -130,7 +130,7 @@ class Settings(BaseModel):
         json_schema_extra={"metavar": "URI"},
     )
     name: Name | None = _flag("the experiment's name (time and data)", "NAME")
-    study: str | None = _flag("a database for Optuna (SQLite in the experiment's folder)", "URL")
+    study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(

@@ -35,12 +35,14 @@ class Experiment:
     settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml: the search space
     split.csv       every image: path, class, group, split
     audit.json      the audit of these images
-    study.db        the Optuna study (with remote storage: a copy, see study_mirror.py)
-    tune/           Ray Tune's own folder: results and TensorBoard events of each trial
+    study.journal   the Optuna study, a line for each change. With remote storage it is in `local_folder`, and study/
+                    has a copy in parts, see study_mirror.py. Older searches have study.db, a SQLite database
+    tune/           TensorBoard's events of each trial. With remote storage those of a trial that runs are in
+                    `local_folder`
     trials/0007/    state-0012.pt: the state from which trial 7 continues after epoch 12 (state-0012-1.pt, ...: of its
                     other workers, if each trains folds of its own); best.safetensors: its best epoch's weights (of
                     the first fold); valid.npy: that epoch's probabilities (float32) for the validation images (of all
-                    folds), in the order of split.csv. Only the best trials have the last two
+                    folds), in the order of split.csv. Only the best 20 trials have the last two
     slots/          Ray Train's runs of the slots (empty folders)
     final/          Ray Train's run of the final retraining
     *-images.npy    images that are too large for Ray's object store; the workers memory-map them
@@ -64,6 +66,11 @@ class Experiment:
     @property
     def is_local(self) -> bool:
         return "://" not in self.uri
+
+    @property
+    def local_folder(self) -> Path:
+        """The folder for files that this machine appends to: the experiment's own, or one beside for remote storage."""
+        return Path(self.uri) if self.is_local else Path("results", self.name).resolve()
 
     @cached_property
     def _place(self) -> tuple[pyarrow.fs.FileSystem, str]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment.bundle import CHECKSUMS, FOLDER, SO_FAR
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study_mirror import DATABASE
 from lungct_tune.experiment.transfer import TRANSIENT, is_transient, transfer_bar
 from lungct_tune.filesystem import StorageError
 
@@ -48,7 +49,7 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
         copy = default_cache() / "pulled" / str(config["cluster_name"]) / name
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as own:
             # rsync-down excludes what the cluster file excludes
-            yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, "study.db"], "rsync_filter": []}, own)
+            yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE], "rsync_filter": []}, own)
             own.flush()
             _find(_Head(own.name), places, name).fetch(copy, everything, console)
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError, StorageError) as error:
@@ -153,17 +154,18 @@ class _OnHead:
             except StorageError:
                 if attempt == ATTEMPTS:
                     raise
-        if everything and "study.db" in sizes:
-            self._rsync(self._study_copy, f"{copy}/study.db", sizes["study.db"], console)
+        if everything and DATABASE in sizes:
+            self._rsync(self._study_copy, f"{copy}/{DATABASE}", sizes[DATABASE], console)
             self._run(f"rm {self._study_copy}")
 
     def _list(self, copy_study: bool) -> dict[str, int]:
         """Lists the experiment's files with their sizes.
 
         Args:
-            copy_study: first let SQLite copy the study. Such a copy is consistent, even while the search writes.
+            copy_study: first let SQLite copy an older search's study. Such a copy is consistent, even while the search
+                writes. A journal only grows, so that rsync may copy it at any time.
         """
-        study, copy = f"{self.name}/study.db", self._study_copy
+        study, copy = f"{self.name}/{DATABASE}", self._study_copy
         program = f'import sqlite3; sqlite3.connect("{study}").execute("VACUUM INTO ?", ["{copy}"])'
         copying = f"if test -f {study}; then rm -f {copy} && python3 -c '{program}' || exit 1; fi; "
         files = rf"cd {self.name} && find . -type f -printf 'found %s %P\n'"

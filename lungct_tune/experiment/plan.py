@@ -7,9 +7,10 @@ import re
 import shlex
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_in, read_kept
-from lungct_tune.experiment.study_mirror import StudyMirror
+from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
 
 if TYPE_CHECKING:
+    import optuna
     import torch
 
 CHANGEABLE = {
@@ -53,18 +55,19 @@ class Plan:
 
     @property
     def study_folder(self) -> Path:
-        """The folder of a SQLite study: the experiment's folder, or with remote storage a folder on this machine."""
-        local = self.experiment.is_local
-        return Path(self.experiment.uri) if local else Path("results", self.experiment.name).resolve()
+        """The folder of the study's file: the experiment's folder, or with remote storage a folder on this machine."""
+        return self.experiment.local_folder
 
     @property
     def study_url(self) -> str:
-        """The Optuna storage's URL."""
-        return self.settings.study or f"sqlite:///{self._study_file}"
+        """The Optuna storage's URL, or the path of the study's file."""
+        return self.settings.study or str(self._study_file)
 
-    @property
+    @cached_property
     def _study_file(self) -> Path:
-        return self.study_folder / "study.db"
+        database = self.study_folder / DATABASE
+        is_old = self.fingerprint is not None and (database.exists() or has_database(self.experiment))
+        return database if is_old else self.study_folder / JOURNAL
 
     @property
     def resume_command(self) -> str:
@@ -112,14 +115,29 @@ class Plan:
                 pass
             yield
 
-    def mirrored_study(self) -> AbstractContextManager[object]:
-        """Keeps a copy of a SQLite study on remote storage, see `StudyMirror`; otherwise does nothing.
+    @contextmanager
+    def opened_study(self, *, new: bool) -> Iterator[optuna.Study]:
+        """Creates or opens the study for writing. With remote storage it also keeps a copy there, see `StudyMirror`.
 
         Raises:
+            StudyError, JournalError: the study cannot be opened.
             StorageError: on entering, the storage cannot be read.
         """
-        held = self.settings.study or self.experiment.is_local
-        return nullcontext() if held else StudyMirror(self.experiment, self._study_file)
+        from lungct_tune.experiment.study import open_study
+        from lungct_tune.experiment.study_journal import opened_journal
+
+        assert self.settings.epochs is not None  # decided by the plan
+        how = self.experiment.name, self.space, self.settings.epochs
+        if self.settings.study:
+            yield open_study(self.settings.study, *how, new=new)
+            return
+        file = self._study_file
+        is_journal = file.name == JOURNAL
+        with ExitStack() as held:
+            if not self.experiment.is_local:
+                held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))
+            storage = held.enter_context(opened_journal(file)) if is_journal else f"sqlite:///{file}"
+            yield open_study(storage, *how, new=new)
 
     def load_and_split(self) -> DataSplit:
         """Finds, decodes (once), groups and splits the images.

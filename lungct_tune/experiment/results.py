@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -14,6 +13,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import yaml
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
@@ -26,8 +26,8 @@ from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.predictions import Predictions, read_predictions, read_table
-from lungct_tune.experiment.study import count_outcomes, read_trials
-from lungct_tune.experiment.study_mirror import COPY
+from lungct_tune.experiment.study import count_outcomes, load_study, read_trials
+from lungct_tune.experiment.study_mirror import JOURNAL, copy_study
 from lungct_tune.experiment.trial import BASELINE, Outcome, TrialRecord, best_trial
 from lungct_tune.training.objective import judged
 
@@ -236,20 +236,14 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
 
 def _open_study(experiment: Experiment, name: str, url: str | None, scratch: Path) -> optuna.Study:
     """Opens the study in a database, or without a URL a copy of its file, because a search may be writing to it."""
-    where = "its database" if url else f"{experiment.uri}/{COPY}"
     try:
-        if not url:
-            copy = scratch / COPY
-            if experiment.is_local and Path(experiment.uri, COPY).is_file():
-                with closing(sqlite3.connect(f"{Path(experiment.uri, COPY).as_uri()}?mode=ro", uri=True)) as live:
-                    copy.write_bytes(live.serialize())
-            elif (content := experiment.read(COPY)) is not None:
-                copy.write_bytes(content)
-            else:
-                raise NothingHeld(
-                    f"{experiment.uri} has no {COPY}: the search has not started, or kept its study elsewhere"
-                )
-            url = f"sqlite:///{copy}"
-        return optuna.load_study(storage=url, study_name=name)
-    except (KeyError, SQLAlchemyError, sqlite3.Error, ImportError, optuna.exceptions.StorageInternalError) as error:
+        if url:
+            return optuna.load_study(storage=url, study_name=name)
+        if (copy := copy_study(experiment, scratch)) is None:
+            raise NothingHeld(
+                f"{experiment.uri} has no {JOURNAL}: the search has not started, or kept its study elsewhere"
+            )
+        return load_study(copy, name)
+    except (KeyError, ValueError, SQLAlchemyError, sqlite3.Error, ImportError, StorageInternalError) as error:
+        where = "its database" if url else experiment.uri
         raise NothingHeld(f"the study {name!r} cannot be read from {where}: {error}") from error

@@ -1,20 +1,24 @@
 """Opens the Optuna study of a search, and reads it as records of its trials. Does not need Ray.
 
-A trial has these user attributes in addition to what Optuna keeps: "configuration" (its hyperparameters), "history"
-(its epochs), "made_with" (versions and resources), "outcome", and "ended" (the outcome and its reason, as text).
+A trial has these user attributes in addition to what Optuna keeps: "configuration" (its hyperparameters), "history",
+"history:1", "history:2" and so on (its epochs, see `read_history`), "made_with" (versions and resources), "outcome",
+and "ended" (the outcome and its reason, as text).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,6 +31,9 @@ from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
 """ASHA: the best third of the trials at a rung continues to three times as many epochs."""
+
+HISTORY = "history"
+"""The user attribute with the first epochs of a trial; a number follows in those with later epochs."""
 
 BAD_SCORE = 0.0
 """The objective of a trial whose training diverged: the lowest possible balanced accuracy."""
@@ -43,18 +50,32 @@ class StudyError(UserError):
     """The Optuna study cannot be used. The message names study and storage and says what to do."""
 
 
-def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
+def rungs(epochs: int) -> tuple[int, ...]:
+    """The epochs after which a trial of at most `epochs` epochs may be stopped: about a ninth and a third of them.
+
+    They are rounded up, and none is in the last third of the epochs, where stopping saves little.
+    """
+    first = ceil(epochs / REDUCTION**2)
+    return tuple(rung for rung in (first, first * REDUCTION) if rung * 3 <= epochs * 2) or (first,)
+
+
+def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
     """Creates a study with the fixed trials enqueued, or opens the study of a resumed search.
 
-    The study's pruner is asynchronous successive halving (Li et al., MLSys 2020) at the epochs of `rungs`. It is
+    The study's pruner is asynchronous successive halving (Li et al., MLSys 2020), which is asked at the `rungs`. It is
     Optuna's and not Ray's: Ray's scheduler loses its rungs when the driver dies, Optuna keeps them in the storage.
+
+    Args:
+        storage: an URL for Optuna, or an open storage.
 
     Raises:
         StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
     """
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(epochs)[0], reduction_factor=REDUCTION)
-    where = f"{name!r} in {make_url(storage).render_as_string(hide_password=True)}"
+    where = repr(name)
     try:
+        if isinstance(storage, str):
+            where += f" in {make_url(storage).render_as_string(hide_password=True)}"
         if not new:
             return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
@@ -76,21 +97,31 @@ def open_study(storage: str, name: str, space: SearchSpace, epochs: int, *, new:
     return study
 
 
-def rungs(epochs: int) -> tuple[int, ...]:
-    """The epochs after which a trial of at most `epochs` epochs may be stopped: about a ninth and a third of them.
+def load_study(file: Path, name: str) -> optuna.Study:
+    """Opens a copy of a study, a journal or a SQLite database, to read it.
 
-    They are rounded up, so that no rung comes shortly before the end, where stopping saves nothing.
+    Raises:
+        KeyError: it has no study of that name.
+        ValueError, SQLAlchemyError, StorageInternalError: it is damaged.
     """
-    first = math.ceil(epochs / REDUCTION**2)
-    return tuple(rung for rung in (first, first * REDUCTION) if rung < epochs) or (first,)
+    if file.suffix == ".db":
+        return optuna.load_study(storage=f"sqlite:///{file}", study_name=name)
+    return optuna.load_study(storage=JournalStorage(JournalFileBackend(str(file))), study_name=name)
 
 
 def read_trials(
-    study: optuna.Study, states: Sequence[TrialState] = (*FINISHED, TrialState.RUNNING)
+    study: optuna.Study,
+    states: Sequence[TrialState] = (*FINISHED, TrialState.RUNNING),
+    without: Container[int] = (),
 ) -> list[TrialRecord]:
-    """The trials that have started, in the order of their numbers."""
+    """The trials that have started, in the order of their numbers.
+
+    Args:
+        without: numbers of trials that are left out.
+    """
     trials = study.get_trials(deepcopy=False, states=states)
-    return [_record(trial) for trial in trials if "configuration" in trial.user_attrs]
+    started = (trial for trial in trials if trial.number not in without and "configuration" in trial.user_attrs)
+    return [trial_record(trial) for trial in started]
 
 
 def finished_trials(study: optuna.Study) -> list[TrialRecord]:
@@ -98,13 +129,34 @@ def finished_trials(study: optuna.Study) -> list[TrialRecord]:
     return read_trials(study, FINISHED)
 
 
-def _record(trial: FrozenTrial) -> TrialRecord:
+def read_history(attributes: Mapping[str, Any]) -> tuple[list[EpochFigures], int]:
+    """A trial's epochs, from its user attributes, and the number of attributes that they are in.
+
+    Each step of a slot adds an attribute with its epochs. If it repeats epochs after an interruption, they replace the
+    earlier ones and all that followed those.
+    """
+    history: list[EpochFigures] = []
+    count = 0
+    while (step := attributes.get(history_key(count))) is not None:
+        epochs = [EpochFigures(**figures) for figures in step]
+        history = [figures for figures in history if figures.epoch < epochs[0].epoch] + epochs
+        count += 1
+    return history, count
+
+
+def history_key(count: int) -> str:
+    """The user attribute for the next epochs of a trial that has `count` of them."""
+    return f"{HISTORY}:{count}" if count else HISTORY
+
+
+def trial_record(trial: FrozenTrial) -> TrialRecord:
+    """Reads a trial of the study that has started."""
     attributes = trial.user_attrs
     outcome = _outcome(trial)
     return TrialRecord(
         number=trial.number,
         hyperparameters=Hyperparameters(**attributes["configuration"]),
-        history=tuple(EpochFigures(**figures) for figures in attributes.get("history", ())),
+        history=tuple(read_history(attributes)[0]),
         outcome=outcome,
         ended=attributes.get("ended", outcome.value) if outcome is not Outcome.RUNNING else outcome.value,
         provenance=attributes.get("made_with", {}),

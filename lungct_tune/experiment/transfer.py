@@ -14,7 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import CHECKSUMS, BundleError, checksum_errors, find_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study_mirror import COPY, read_mirror
+from lungct_tune.experiment.study_mirror import copy_study, is_study
 from lungct_tune.filesystem import StorageError
 
 AT_ONCE = 8
@@ -34,7 +34,7 @@ AT_ONCE = 8
 LOCK, BEGUN = ".lock", ".begun"
 """In `DEST.part`: the lock file of the running pull, and the folder of files that have arrived only in part."""
 
-TRANSIENT = ("*.part", ".lock", ".probe*", "study.db-*", "*-images.npy")
+TRANSIENT = ("*.part", ".lock", ".probe*", "study.db-*", "study.journal.lock*", "*-images.npy")
 """Names of temporary files and folders. A search does not need them to continue."""
 
 STATES = "last*.pt"
@@ -105,9 +105,9 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
         with _alone(part):
             prefix = "" if everything else f"{found}/"
             sizes = {path: size for path, size in experiment.files(prefix).items() if not is_transient(path)}
-            targets = {path: _inside(part, path.removeprefix(prefix)) for path in sizes}
+            targets = {path: _inside(part, path.removeprefix(prefix)) for path in sizes if not is_study(path)}
             _drop_others(part, {*targets.values(), part / LOCK, *(part / BEGUN).glob("*")})
-            _fetch_all(experiment, targets, part / BEGUN, sizes, console)
+            _fetch_all(experiment, targets, part, sizes, console)
             folder = part / found if everything and found else part
             wrong = list(checksum_errors(folder)) if found else []
             if not wrong:
@@ -179,10 +179,10 @@ def _drop_others(part: Path, wanted: set[Path]) -> None:
 
 
 def _fetch_all(
-    experiment: Experiment, targets: Mapping[str, Path], begun: Path, sizes: Mapping[str, int], console: Console
+    experiment: Experiment, targets: Mapping[str, Path], part: Path, sizes: Mapping[str, int], console: Console
 ) -> None:
-    """Fetches files in parallel, under a progress bar."""
-    stopped = threading.Event()
+    """Fetches the study if it is among the files, then the others in parallel, under a progress bar."""
+    begun, stopped = part / BEGUN, threading.Event()
     with transfer_bar(console) as bar, ThreadPoolExecutor(AT_ONCE) as pool:
         task = bar.add_task(experiment.name, total=sum(sizes.values()))
 
@@ -192,14 +192,13 @@ def _fetch_all(
             bar.advance(task, size)
 
         begun.mkdir(exist_ok=True)
-        if COPY in targets:  # before the trials' files, so that every trial that it has as ended is complete
-            _fetch_study(experiment, targets[COPY])
-            arrived(sizes[COPY])
+        if study := sizes.keys() - targets.keys():  # first, so that every trial that it has as ended is complete
+            copy_study(experiment, part)
+            arrived(sum(sizes[path] for path in study))
         fetches = []
         for path, target in targets.items():
-            if path != COPY:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fetches.append(pool.submit(_fetch_file, experiment, path, target, begun, arrived))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fetches.append(pool.submit(_fetch_file, experiment, path, target, begun, arrived))
         try:
             for fetched in as_completed(fetches):
                 fetched.result()
@@ -238,16 +237,6 @@ def _fetch_file(experiment: Experiment, path: str, target: Path, begun: Path, ar
 def beginning(begun: Path, info: pyarrow.fs.FileInfo) -> Path:
     """The path of this version of a file until it has arrived completely."""
     return begun / hashlib.sha256(f"{info.path} {info.size} {info.mtime_ns}".encode()).hexdigest()
-
-
-def _fetch_study(experiment: Experiment, target: Path) -> None:
-    """Copies a SQLite study. The copy is consistent, even while a search writes."""
-    if experiment.is_local:
-        target.unlink(missing_ok=True)
-        with closing(sqlite3.connect(Path(experiment.uri, COPY))) as live, closing(sqlite3.connect(target)) as copy:
-            live.backup(copy)
-    elif (content := read_mirror(experiment)) is not None:
-        target.write_bytes(content)
 
 
 def transfer_bar(console: Console) -> Progress:

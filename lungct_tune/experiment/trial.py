@@ -17,6 +17,9 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 BASELINE = 0
 """The number of the first trial of every study: the published configuration."""
 
+KEPT_TRIALS = 20
+"""So many of the best completed trials keep their weights."""
+
 
 class Outcome(Enum):
     """The outcome of a trial. Tables, figures and the study use the values."""

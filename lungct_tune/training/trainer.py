@@ -162,9 +162,9 @@ class Trainer:
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
         self.model.eval()
         start, batches = 0, mine.split(self.share) if len(mine) else ()
-        for batch_NHW in on_device(images_NHW, batches, self.device):
-            batch = slice(start, start + len(batch_NHW))
-            probabilities_NC[batch] = forward(self.model, as_grey(batch_NHW), self.normalisation).softmax(dim=1)
+        for batch_nHW in on_device(images_NHW, batches, self.device):
+            batch = slice(start, start + len(batch_nHW))
+            probabilities_NC[batch] = forward(self.model, as_grey(batch_nHW), self.normalisation).softmax(dim=1)
             start = batch.stop
         everyones = [probabilities_NC]
         if self.world > 1:

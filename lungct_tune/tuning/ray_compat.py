@@ -9,6 +9,9 @@ not import Optuna.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from operator import attrgetter
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
 TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
@@ -53,13 +57,19 @@ PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
 UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default_utilization_scorer"
 """How version 1 of Ray's autoscaler scores the types of node that it could start."""
 
+EXPERIMENT_CHECKPOINTS = "ray.tune.execution.experiment_state:_ExperimentCheckpointManager"
+"""Writes the state of Tune's experiment, with all trials, every ten seconds and at the end, and copies its folder."""
+
+EXPERIMENT_ANALYSIS = "ray.tune.analysis.experiment_analysis:ExperimentAnalysis"
+"""What Tune returns at its end. It reads the results of all trials from files."""
+
 OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
 PRIVATE_NAMES = (
     *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES),
-    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, OPTUNA_TRIAL),
+    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, OPTUNA_TRIAL),
 )
 
 HEAD_NODE = "node:__internal_head__"
@@ -82,6 +92,17 @@ def reopen_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
     return made
 
 
+def report_value(trial: Trial, epoch: int, value: float) -> None:
+    """Sets a trial's intermediate value. `report` alone does not replace one that is there already."""
+    trial._cached_frozen_trial.intermediate_values.pop(epoch, None)
+    trial.report(value, epoch)
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """The storage of a study."""
+    return study._storage
+
+
 def suggest_value(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
     """Draws a trial's value of a parameter. The public `suggest_…` methods take no distribution objects."""
     return trial._suggest(name, distribution)
@@ -94,6 +115,28 @@ def keep_credentials_from_actors() -> None:
     """
     variables: set[str] = private(PROPAGATED_VARIABLES)
     variables.difference_update({name for name in variables if name.startswith("AWS_")})
+
+
+@contextmanager
+def without_files_of_tune() -> Iterator[None]:
+    """Keeps Tune from writing results and the state of its experiment, which nothing reads.
+
+    Only the first state is written, because Tune looks for the file at its end.
+    """
+    checkpoints, analysis = private(EXPERIMENT_CHECKPOINTS), private(EXPERIMENT_ANALYSIS)
+    sync, fetch = checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes
+
+    def sync_first(self: Any, save_fn: Callable[[], None], force: bool = False, wait: bool = False) -> None:
+        if self._last_sync_time is None:
+            sync(self, save_fn, wait=True)
+
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync_first, lambda self: {}
+    try:
+        yield
+    finally:
+        checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync, fetch
+        del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
 
 
 def prepare_controller(name: str) -> None:

@@ -2,20 +2,20 @@
 
 Ray's own `OptunaSearch` reports trials that a scheduler stopped as complete (with the value of a shorter
 budget), and its state is in a pickle that is not always up to date. Here every epoch is written to the study
-at once, as an intermediate value, and a trial that was stopped early is PRUNED. So the search can continue
-from the study's storage after any crash.
+as an intermediate value, and a trial that was stopped early is PRUNED. So the search can continue from the
+study's storage after any crash.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import Trial, TrialState
 from ray.tune.experiment import Trial as RayTrial
@@ -24,13 +24,24 @@ from ray.tune.search import Searcher
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
-from lungct_tune.experiment.folder import Experiment, delete_states
-from lungct_tune.experiment.study import BAD_SCORE, FINISHED
-from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, Outcome, TrialOrder, best_epoch
+from lungct_tune.experiment.folder import Experiment, delete_states, trial_folder
+from lungct_tune.experiment.study import (
+    BAD_SCORE,
+    FINISHED,
+    finished_trials,
+    history_key,
+    read_history,
+    rungs,
+    trial_record,
+)
+from lungct_tune.experiment.study_journal import StudyStorage
+from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, best_epoch
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.ray_compat import reopen_trial, suggest_value
+from lungct_tune.tuning.ray_compat import reopen_trial, report_value, storage_of, suggest_value
+from lungct_tune.tuning.sampler import SearchSampler
 from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.tally import SearchTally
 
 
 @dataclass
@@ -38,22 +49,26 @@ class _Live:
     """A running trial: Optuna's handle on it, and the epochs that the study has."""
 
     trial: Trial
-    history: list[EpochFigures] = field(default_factory=list)
-    reported: int = 0
-    """How many epochs have intermediate values."""
     stopped: bool = False
+    at_rung: bool = False
+    """Whether one of the last recorded epochs is a rung."""
     failure: str = "unknown"
     """The last error; the trial may have recovered from it."""
 
+    def __post_init__(self) -> None:
+        self.history, self._steps = read_history(self.trial.user_attrs)
+
     def record(self, report: EpochReport) -> None:
-        """Adds the report's new epochs to the study."""
-        for figures in report.epochs:
-            self.history[figures.epoch - 1 :] = [figures]  # an epoch that was trained again replaces the earlier one
-            if figures.epoch > self.reported:
-                self.trial.report(figures.balanced_accuracy, figures.epoch)
-                self.reported = figures.epoch
-        if report.epochs:
-            self.trial.set_user_attr("history", [figures.as_dict() for figures in self.history])
+        """Adds the report's epochs to the study. Epochs that were repeated replace the earlier ones."""
+        known = {(figures.epoch, figures.at) for figures in self.history}
+        new = [figures for figures in report.epochs if (figures.epoch, figures.at) not in known]
+        if not new:
+            return
+        for figures in new:
+            report_value(self.trial, figures.epoch, figures.balanced_accuracy)
+        self.history = [figures for figures in self.history if figures.epoch < new[0].epoch] + new
+        self.trial.set_user_attr(history_key(self._steps), [figures.as_dict() for figures in new])
+        self._steps += 1
 
     def end(self, outcome: Outcome, ended: str) -> None:
         """Notes in the study how the trial ended. This comes before `tell`, because a driver may die in between."""
@@ -68,7 +83,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
     interruptions of the search.
 
     Args:
+        epochs: of a trial that is not stopped early.
         startup: how many trials Optuna draws at random before TPE starts.
+        storage_threads: deletes files on the experiment's storage, so that the search does not wait for it.
         provenance: noted in the study for every trial that starts or continues.
     """
 
@@ -78,29 +95,34 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         space: SearchSpace,
         experiment: Experiment,
         *,
+        epochs: int,
         seed: int,
         startup: int,
+        storage_threads: Executor,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._study, self._space, self._experiment, self._seed = study, space, experiment, seed
-        self._startup, self._provenance = startup, dict(provenance or {})
+        self._rungs, self._provenance = set(rungs(epochs)), dict(provenance or {})
+        self._storage_threads = storage_threads
         self._live: dict[str, _Live] = {}
         self._interrupted: deque[Trial] = deque()
-        study.sampler = self._sampler()
-        for running in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            trial = reopen_trial(study, running)
+        self.tally = SearchTally(finished_trials(study))
+        ended = study.get_trials(deepcopy=False, states=FINISHED)
+        self._sampler = study.sampler = SearchSampler(space.distributions, ended, seed=seed, startup=startup)
+        with _without_warnings():
+            running = [
+                reopen_trial(study, trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            ]
+        for trial in running:
             if (outcome := trial.user_attrs.get("outcome")) is None:
                 self._interrupted.append(trial)
             else:  # it had ended, but the driver died before `tell`
-                self._tell(trial, Outcome(outcome), _history(trial))
+                self._tell(_Live(trial), Outcome(outcome))
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The order for Ray's next trial. Trials that an interruption left running come first."""
-        with warnings.catch_warnings():
-            # experimental arguments, and fixed trials outside the ranges, are intended
-            warnings.simplefilter("ignore")
-            self._study.sampler = self._sampler()
+        with _without_warnings():
             trial = self._interrupted.popleft() if self._interrupted else self._study.ask()
             for name, distribution in self._space.distributions.items():
                 suggest_value(trial, name, distribution)  # also those that a crash during an earlier call left out
@@ -110,29 +132,22 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             hyperparameters = self._space.hyperparameters(trial.params)
             trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", self._provenance)
-        history = _history(trial)
-        self._live[trial_id] = _Live(trial, history, len(history))
-        return TrialOrder(trial.number, self._seed, hyperparameters).as_dict()
-
-    def _sampler(self) -> optuna.samplers.BaseSampler:
-        started = len(self._study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING)))
-        seed = int(np.random.SeedSequence([self._seed, started]).generate_state(1)[0])
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=self._startup, multivariate=True, constant_liar=True
-        )
+        self._live[trial_id] = _Live(trial)
+        return TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from).as_dict()
 
     def record(self, trial_id: str, report: EpochReport) -> None:
-        """Adds an epoch to the study, and earlier epochs that an interruption kept from it."""
+        """Adds a step's epochs to the study, and earlier epochs that an interruption kept from it."""
         self._live[trial_id].record(report)
+        self._live[trial_id].at_rung = any(figures.epoch in self._rungs for figures in report.epochs)
 
     def should_stop(self, trial_id: str) -> bool:
-        """Whether the trial should stop after its last recorded epoch.
+        """Whether the trial should stop after its last recorded epoch: ASHA decides only at rungs.
 
         The published configuration never stops early, because the search is compared with its result after all
         epochs. The pruner is still called for it, so that its rungs count for the other trials.
         """
         live = self._live[trial_id]
-        live.stopped = live.trial.should_prune() and live.trial.number != BASELINE
+        live.stopped = live.at_rung and live.trial.should_prune() and live.trial.number != BASELINE
         if live.stopped:
             live.end(Outcome.STOPPED, f"{Outcome.STOPPED.value} after epoch {len(live.history)}")
         return live.stopped
@@ -142,7 +157,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._live[trial_id].failure = reason
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells the study how a trial ended, then deletes the trial's states on the storage."""
+        """Tells the study how a trial ended. Files that are not needed any more are deleted in another thread."""
         live = self._live.pop(trial_id)
         failed = EpochReport(Outcome.FAILED, reason=live.failure)
         report: EpochReport = failed if error or result is None else result[REPORT]
@@ -150,22 +165,34 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             return  # Tune ends, and the trial has not: in the study it stays a running one, which can be resumed
         outcome = Outcome.STOPPED if live.stopped else report.outcome
         if not live.stopped:
-            live.record(report)  # Tune gives a trial's last epoch only to this method
+            live.record(report)  # Tune gives a trial's last step only to this method
             live.end(outcome, f"{outcome.value}: {report.reason}" if report.reason else outcome.value)
-        self._tell(live.trial, outcome, live.history)
-        with suppress(StorageError):  # a file that stays there is never read again
-            delete_states(self._experiment, live.trial.number)
+        self._tell(live, outcome)
 
-    def _tell(self, trial: Trial, outcome: Outcome, history: list[EpochFigures]) -> None:
-        best = best_epoch(history)
+    def _tell(self, live: _Live, outcome: Outcome) -> None:
+        best = best_epoch(live.history)
         if outcome is Outcome.FAILED:
-            self._study.tell(trial, state=TrialState.FAIL)
+            ended = self._study.tell(live.trial, state=TrialState.FAIL)
         elif outcome is Outcome.STOPPED:
-            self._study.tell(trial, state=TrialState.PRUNED)
-        elif outcome in (Outcome.DIVERGED, Outcome.OUT_OF_MEMORY) or best is None:
-            self._study.tell(trial, BAD_SCORE)
+            ended = self._study.tell(live.trial, state=TrialState.PRUNED)
+        elif outcome is Outcome.COMPLETED and best is not None:
+            ended = self._study.tell(live.trial, best.balanced_accuracy)
         else:
-            self._study.tell(trial, best.balanced_accuracy)
+            ended = self._study.tell(live.trial, BAD_SCORE)
+        self._sampler.add(ended)
+        not_kept = self.tally.add(trial_record(ended))
+        self._storage_threads.submit(self._clean_up, ended.number, not_kept)
+
+    def _clean_up(self, ended: int, not_kept: int | None) -> None:
+        """Deletes the states of a trial that has ended, and the files of one whose weights are not kept any more."""
+        storage = storage_of(self._study)
+        if isinstance(storage, StudyStorage):
+            storage.sync()  # a search that is resumed must know that the trial has ended: its state is gone then
+        with suppress(StorageError):  # a file that stays there is never read again
+            if not_kept is not None:
+                self._experiment.delete_folder(trial_folder(not_kept))
+            if not_kept != ended:
+                delete_states(self._experiment, ended)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Does nothing: the state is in the study's storage."""
@@ -174,8 +201,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         return {}  # Tune pickles its configuration for Tuner.restore, which is not needed because of the study
 
 
-def _history(trial: Trial) -> list[EpochFigures]:
-    return [EpochFigures(**figures) for figures in trial.user_attrs.get("history", ())]
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides Optuna's warnings of what is intended: experimental arguments, and fixed trials outside the ranges."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class OptunaScheduler(FIFOScheduler):  # type: ignore[misc]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
@@ -13,17 +16,20 @@ from rich.console import Console
 
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
+from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import finished_trials, rungs
-from lungct_tune.filesystem import NodeRefused
+from lungct_tune.experiment.study import read_trials, rungs
+from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.tuning.allocation import ResourcePlan
+from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
+from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
 from lungct_tune.tuning.mailbox import opened_mailbox
-from lungct_tune.tuning.ray_compat import keep_credentials_from_actors
+from lungct_tune.tuning.ray_compat import keep_credentials_from_actors, without_files_of_tune
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot, remove_placement_groups
@@ -35,6 +41,9 @@ MOST_AT_RANDOM = 10
 
 MAX_FAILURES = 2
 """How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""
+
+STORAGE_THREADS = 4
+"""Threads that delete and upload files, so that a storage with a latency of 100 ms keeps up with 20 trials a second."""
 
 keep_credentials_from_actors()
 
@@ -73,69 +82,93 @@ def run_search(
     slots: int,
     seed: int,
     console: Console,
-    callbacks: Sequence[tune.Callback],
+    so_far: Callable[[TrialRecord, bytes], Mapping[str, bytes]] | None = None,
 ) -> None:
     """Runs trials until the study has `trials` finished ones. Interrupted trials continue first.
+
+    Args:
+        so_far: makes the files of a bundle from the best trial so far and its weights.
 
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are kept.
         NodeRefused: a node that joined later cannot use the storage; the study and the states are kept.
+        JournalError: the study cannot be written; what was written before is kept.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
-    searcher = OptunaSearcher(
-        study,
-        space,
-        plan.experiment,
-        seed=seed,
-        startup=startup,
-        provenance=provenance(plan),
-    )
-    remaining = trials - len(finished_trials(study))
-    if remaining <= 0:
-        return
-    clock = SlotTimeCallback(study, plan, slots)
-    mailbox = opened_mailbox(plan.experiment.name)
-    with mailbox as opened, ProgressCallback(study, trials, clock, console) as progress, clock:
-        tuner = tune.Tuner(
-            # CPUs and GPUs are reserved by the slot's workers, not by its actor
-            tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=OptunaScheduler(searcher),
-                num_samples=remaining,
-                max_concurrent_trials=slots,
-                reuse_actors=True,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=plan.experiment.root,
-                storage_filesystem=plan.experiment.filesystem,
-                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                # the workers themselves write a trial's state to the storage, after each epoch
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[
-                    *(clock, progress, PrometheusCallback(study, plan.experiment.name, trials, clock)),
-                    *(NodeWatchCallback(opened, console), *callbacks),
-                ],
-                verbose=0,
-            ),
+    with ThreadPoolExecutor(STORAGE_THREADS) as storage_threads, TemporaryDirectory() as scratch:
+        searcher = OptunaSearcher(
+            study,
+            space,
+            plan.experiment,
+            epochs=plan.dataset.epochs,
+            seed=seed,
+            startup=startup,
+            storage_threads=storage_threads,
+            provenance=provenance(plan),
         )
-        before = signal.getsignal(signal.SIGINT)
-        try:
-            tuner.fit()
-        except tune.TuneError as error:  # Tune wraps the scheduler's exceptions in it
-            if isinstance(error.__context__, NodeRefused):
-                raise error.__context__ from None
-            raise
-        finally:
-            # after a Ctrl-C Tune's own handler restores the previous one, otherwise it stays installed
-            stopped = signal.getsignal(signal.SIGINT) is before
-            signal.signal(signal.SIGINT, before)
-            remove_placement_groups(f"{plan.experiment.name} slot")
-    if stopped or len(finished_trials(study)) < trials:
+        tally = searcher.tally
+        remaining = trials - tally.finished
+        if remaining <= 0:
+            return
+        trained_s = sum(trial.seconds for trial in read_trials(study))
+        clock = SlotTimeCallback(study, plan, slots)
+        board = TensorBoardCallback(plan.experiment, storage_threads)
+        callbacks = [clock, board, PrometheusCallback(tally, plan.experiment.name, trials, clock, trained_s)]
+        if so_far:
+            callbacks.append(BestSoFarCallback(tally, plan.experiment, storage_threads, so_far))
+        with ExitStack() as held:
+            mailbox = held.enter_context(opened_mailbox(plan.experiment.name))
+            progress = held.enter_context(ProgressCallback(tally, trials, clock, console))
+            held.enter_context(clock)
+            held.enter_context(board)
+            held.enter_context(without_files_of_tune())
+            held.callback(remove_placement_groups, f"{plan.experiment.name} slot")
+            tuner = tune.Tuner(
+                # CPUs and GPUs are reserved by the slot's workers, not by its actor
+                tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    scheduler=OptunaScheduler(searcher),
+                    num_samples=remaining,
+                    max_concurrent_trials=slots,
+                    reuse_actors=True,
+                    trial_name_creator=_trial_name,
+                    trial_dirname_creator=_trial_name,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=scratch,  # the study has all that is needed to continue, and not Tune
+                    failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                    # the workers themselves write a trial's state to the storage
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    callbacks=[*callbacks, progress, NodeWatchCallback(mailbox, console)],
+                    verbose=0,
+                ),
+            )
+            stopped = _fit(tuner)
+    if stopped or tally.finished < trials:
         raise KeyboardInterrupt
+
+
+def _fit(tuner: tune.Tuner) -> bool:
+    """Runs the trials; returns whether the user stopped them.
+
+    Raises:
+        NodeRefused, JournalError: see `run_search`.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        tuner.fit()
+    except tune.TuneError as error:  # Tune wraps the exceptions of scheduler and searcher in it
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        raise cause or error from None
+    finally:
+        # after a Ctrl-C Tune's own handler restores the previous one, otherwise it stays installed
+        stopped = signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, before)
+    return stopped
 
 
 def provenance(plan: SlotPlan) -> dict[str, Any]:

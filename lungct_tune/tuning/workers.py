@@ -156,7 +156,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _free_memory() -> None:
-    """Frees the previous trial's model, also what reference cycles hold (DistributedDataParallel has some)."""
+    """Frees what is left of the previous trial, also in reference cycles, as those of DistributedDataParallel."""
     import torch
 
     gc.collect()

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from studies import epochs_of
 
 from lungct_tune.experiment.bundle import verify
 from lungct_tune.pull import main as pull
@@ -81,17 +82,17 @@ def test_an_old_interrupted_search_is_pulled_with_all_that_it_needs_and_goes_on(
     after = [trial for trial in trials_of(copy) if trial.state.is_finished()]
     assert [trial.number for trial in after] == list(range(6))
     for trial in after:
-        epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
+        epochs = [figures["epoch"] for figures in epochs_of(trial)]
         assert epochs == list(range(1, len(epochs) + 1))
     assert after[1] == before[1]
-    had, has = before[2].user_attrs["history"], after[2].user_attrs["history"]
+    had, has = epochs_of(before[2]), epochs_of(after[2])
     assert len(had) == 3 and len(has) > 3
     assert has[:3] == had  # with the time of day at which they ended: none was trained again
 
     old = trials_of(results / "f89f17a")[0].user_attrs
     for trial in after:
         assert old.keys() <= trial.user_attrs.keys()
-        assert all(old["history"][0].keys() <= figures.keys() for figures in trial.user_attrs["history"])
+        assert all(old["history"][0].keys() <= figures.keys() for figures in epochs_of(trial))
     verify(copy / "best")
     assert not (copy / "so_far").exists()
     for file in ("config.json", "metrics.json", "audit.json"):

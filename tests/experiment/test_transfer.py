@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import checksum_errors, find_bundle, verify, write_bundle, write_so_far
 from lungct_tune.experiment.transfer import BEGUN, beginning
-from lungct_tune.experiment.trial import EpochFigures
+from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.pull import main
 
 # ---- what is pulled, from where, to where --------------------------------------------------------------
@@ -260,35 +261,34 @@ def test_a_bundle_that_is_replaced_while_it_is_pulled_is_pulled_whole(tmp_path: 
 
 
 def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(tmp_path: Path) -> None:
-    import optuna
-    from optuna.trial import TrialState, create_trial
-
     from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
+    from lungct_tune.tuning.tally import SearchTally
 
-    experiment, study = begun(tmp_path), optuna.create_study(direction="maximize")
-    kept = BestSoFarCallback(study, experiment, lambda trial, weights: files_of_a_bundle(weights, test=None))
+    experiment, tally, threads = begun(tmp_path), SearchTally(()), ThreadPoolExecutor(1)
+    kept = BestSoFarCallback(tally, experiment, threads, lambda trial, weights: files_of_a_bundle(weights, test=None))
 
-    def end(state: TrialState, ended: str, score: float) -> None:
+    def end(outcome: Outcome, score: float) -> None:
         figures = EpochFigures(
             epoch=1, balanced_accuracy=score, accuracy=score, log_loss=1.0, train_loss=1.0, train_s=1.0, valid_s=0.1
         )
-        attributes = {"configuration": PUBLISHED.as_dict(), "ended": ended, "history": [figures.as_dict()]}
-        study.add_trial(create_trial(state=state, value=score, user_attrs=attributes))
-        experiment.write(f"trials/{len(study.trials) - 1:04d}/best.safetensors", f"weights {score}".encode())
+        number = tally.finished
+        experiment.write(f"trials/{number:04d}/best.safetensors", f"weights {score}".encode())
+        tally.add(TrialRecord(number, PUBLISHED, (figures,), outcome))
         kept.on_trial_complete(0, [], None)
+        threads.submit(int).result()
 
     def weights_so_far() -> list[bytes]:
         found = find_bundle(experiment)
         return [(tmp_path / "one" / found / "model.safetensors").read_bytes()] if found else []
 
-    end(TrialState.PRUNED, "stopped early after epoch 1", 0.9)
+    end(Outcome.STOPPED, 0.9)
     assert not weights_so_far()
     (tmp_path / "one" / "so_far").write_text("in the way of a folder")
-    end(TrialState.COMPLETE, "completed", 0.5)
+    end(Outcome.COMPLETED, 0.5)
     (tmp_path / "one" / "so_far").unlink()
-    end(TrialState.COMPLETE, "completed", 0.4)
+    end(Outcome.COMPLETED, 0.4)
     assert weights_so_far() == [b"weights 0.5"]
-    end(TrialState.COMPLETE, "completed", 0.6)
+    end(Outcome.COMPLETED, 0.6)
     assert weights_so_far() == [b"weights 0.6"]
 
 
@@ -336,6 +336,36 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
     assert f"predict('{dest}/best', images_NHW)" in capsys.readouterr().out
     assert main([experiment.uri, str(dest), "--all"]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_all_comes_with_the_journal_of_a_study_that_grows_meanwhile(tmp_path: Path) -> None:
+    import optuna
+
+    from lungct_tune.experiment.study import load_study
+    from lungct_tune.experiment.study_journal import opened_journal
+
+    experiment, ended = finished(tmp_path / "results"), threading.Event()
+
+    def search() -> None:
+        with opened_journal(Path(experiment.uri, "study.journal")) as storage:
+            study = optuna.create_study(storage=storage, study_name="one")
+            while not ended.is_set():
+                study.tell(study.ask(), 0.5)
+
+    running = threading.Thread(target=search)
+    running.start()
+    try:
+        for i in range(3):
+            wait_until = time.monotonic() + 10
+            while not Path(experiment.uri, "study.journal").exists() and time.monotonic() < wait_until:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            assert main([experiment.uri, str(tmp_path / str(i)), "--all"]) == 0
+            numbers = [trial.number for trial in load_study(tmp_path / str(i) / "study.journal", "one").trials]
+            assert numbers and numbers == list(range(len(numbers)))
+    finally:
+        ended.set()
+        running.join()
 
 
 def test_all_of_a_damaged_experiment_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from conftest import SMALL, SPACE
 from optuna.trial import TrialState
 from processes import free_port, wait_for
+from studies import epochs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,10 +130,10 @@ def test_slots_wait_for_nodes_that_come_and_go(
     assert "2 slots of 1 worker with 1 CPU each (room for 0 now; the others start as nodes come)" in log.read_text()
     assert most >= 1 + NODES  # at times more: the autoscaler replaces a node that it ended before the head missed it
     study = optuna.load_study(study_name="elastic", storage=study_url)
-    assert not (tmp_path / "elastic" / "study.db").exists()
+    assert not (tmp_path / "elastic" / "study.journal").exists()
     ended = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     assert [trial.number for trial in ended] == list(range(6))
-    histories = [trial.user_attrs["history"] for trial in ended]
+    histories = [epochs_of(trial) for trial in ended]
     assert all([figures["epoch"] for figures in history] == [*range(1, 1 + len(history))] for history in histories)
     assert {figures["slot"] for history in histories for figures in history} == {1, 2}
     wait_for(lambda: len(nodes(address)) == 1)  # nobody pays for what nobody uses

@@ -18,6 +18,7 @@ from conftest import SMALL, SPACE
 from optuna.trial import TrialState
 from processes import free_port, searching, wait_for
 from s3 import KEY, SECRET, Faulty, environment, put
+from studies import epochs_of, trials_in
 
 from lungct_tune.experiment.bundle import verify
 from lungct_tune.experiment.folder import Experiment
@@ -45,24 +46,24 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
     begin = ["--name", "one", "--data", "s3://bucket/ct", "--space", str(tmp_path / "space.yaml"), *SMALL, *TRIALS]
     with contextlib.ExitStack() as heads:
         first, first_disk = heads.enter_context(head(failing, *store, *begin))
-        wait_for(lambda: any(trial.user_attrs.get("history") for trial in copied_trials(tmp_path)), first)
+        wait_for(lambda: any(trial.user_attrs.get("history") for trial in copied_trials()), first)
         first.kill()
         outputs = [first.communicate()[0]]
-        before = copied_trials(tmp_path)
+        before = copied_trials()
         second, second_disk = heads.enter_context(head(failing, *store, "--resume", "one", "--data", "s3://bucket/ct"))
         outputs.append(second.communicate(timeout=900)[0])
         assert second.returncode == 0, outputs
         print(*outputs, f"requests passed on and checksum_errors: {dict(failing.answered)}", sep="\n")
 
-        trials = copied_trials(tmp_path)
+        trials = copied_trials()
         assert [trial.number for trial in trials] == [0, 1, 2]
         assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
         for trial in trials:
-            epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
+            epochs = [figures["epoch"] for figures in epochs_of(trial)]
             assert epochs == list(range(1, len(epochs) + 1))
         for had, has in zip(before, trials, strict=False):  # they went on
-            epochs = had.user_attrs.get("history", [])
-            assert has.user_attrs["history"][: len(epochs)] == epochs
+            epochs = epochs_of(had)
+            assert epochs_of(has)[: len(epochs)] == epochs
         assert min(failing.answered[fault] for fault in (500, 503, "stall")) > 0
 
         experiment = Experiment.at("s3://bucket/searches", "one")
@@ -81,15 +82,9 @@ def test_a_search_on_a_failing_store_loses_no_trial_nor_does_the_loss_of_its_hea
             assert all(secret.encode() not in path.read_bytes() for path in disks)
 
 
-def copied_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def copied_trials() -> list[optuna.trial.FrozenTrial]:
     """The trials in the copy of the study, which a head's loss leaves."""
-    if (copy := Experiment.at("s3://bucket/searches", "one").read("study.db")) is None:
-        return []
-    (folder / "copy.db").write_bytes(copy)
-    try:
-        return optuna.load_study(study_name="one", storage=f"sqlite:///{folder}/copy.db").trials
-    except KeyError:  # copied before there was a study in it
-        return []
+    return trials_in(Experiment.at("s3://bucket/searches", "one"))
 
 
 @contextlib.contextmanager

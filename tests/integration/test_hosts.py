@@ -20,6 +20,7 @@ import yaml
 from conftest import REPOSITORY
 from optuna.trial import TrialState
 from processes import wait_for
+from studies import epochs_of, trials_in
 
 from lungct_tune.experiment.bundle import verify
 from lungct_tune.tuning.trial_runner import DIGEST_BYTES
@@ -162,14 +163,13 @@ class Search:
         print(f"{what} lost after epoch {len(before)}, epoch {reached + 1} after {time.monotonic() - lost:.0f} s")
 
     def finished(self) -> list[optuna.trial.FrozenTrial]:
-        study = optuna.load_study(study_name=self._name, storage=f"sqlite:///{self.folder}/study.db")
-        return [trial for trial in study.trials if trial.state.is_finished()]
+        return [trial for trial in trials_in(self.folder, self._name) if trial.state.is_finished()]
 
     def check_nothing_is_missing_or_double(self, trials: int, epochs: int) -> None:
         finished = self.finished()
         assert sorted(trial.number for trial in finished) == list(range(trials))
         for trial in finished:
-            seen = [figures["epoch"] for figures in trial.user_attrs["history"]]
+            seen = [figures["epoch"] for figures in epochs_of(trial)]
             assert seen == list(range(1, len(seen) + 1))
             assert sorted(trial.intermediate_values) == seen
             assert trial.user_attrs["ended"] == "completed" if len(seen) == epochs else trial.state == TrialState.PRUNED
@@ -254,8 +254,7 @@ def test_all_of_a_search_comes_from_where_a_job_leaves_it_and_what_is_not_there_
     (cluster.head.home / "results").symlink_to(STORAGE)
     cluster.pull("slots", "everything", "--all")
     everything = cluster.laptop.home / "lungct_tune" / "everything"
-    study = optuna.load_study(study_name="slots", storage=f"sqlite:///{everything}/study.db")
-    assert len(study.trials) == 4
+    assert len(trials_in(everything, "slots")) == 4
     verify(everything / "best")
     with pytest.raises(AssertionError, match=r"no experiment 'other' on the head in ~/results .* there are: slots"):
         cluster.pull("other", "other")

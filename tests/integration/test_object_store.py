@@ -16,7 +16,7 @@ from s3 import KEY, SECRET, Faulty, put
 
 from lungct_tune.data import DataError, fetch_images
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study_mirror import StudyMirror
+from lungct_tune.experiment.study_mirror import DatabaseMirror
 from lungct_tune.filesystem import StorageError, resolve_filesystem
 from lungct_tune.search import main
 
@@ -241,7 +241,7 @@ def test_the_studys_copy_follows_it_through_a_failing_storage_and_replaces_an_ol
                 study.execute("CREATE TABLE epochs (n INTEGER)")
             study.execute("INSERT INTO epochs VALUES (1)")
 
-    with StudyMirror(experiment, here):
+    with DatabaseMirror(experiment, here):
         add(here, table=True)
         wait_for(lambda: experiment.exists("study.db") and rows_of_the_copy() == 1)
         s3.fault = lambda request: 503 if request.command == "PUT" else None
@@ -253,13 +253,13 @@ def test_the_studys_copy_follows_it_through_a_failing_storage_and_replaces_an_ol
         add(here)  # at the last moment
     assert rows_of_the_copy() == 4
 
-    with StudyMirror(experiment, there):  # another machine goes on
+    with DatabaseMirror(experiment, there):  # another machine goes on
         assert rows(there) == 4
         add(there)
-    with StudyMirror(experiment, here):  # and then this one again
+    with DatabaseMirror(experiment, here):  # and then this one again
         assert rows(here) == 5
         s3.fault = lambda request: 503 if request.command == "PUT" else None
         add(here)  # and is stopped when the copy cannot be written
     s3.fault = lambda request: None
-    with StudyMirror(experiment, here):
+    with DatabaseMirror(experiment, here):
         assert rows(here) == 6

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
-import sqlite3
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ from conftest import CT_IMAGES, CT_WEIGHTS, SMALL
 from optuna.trial import TrialState
 from processes import searching, wait_for
 from ray_state import nothing_held, train_workers
+from studies import epochs_of, trials_in
 
 from lungct_tune.pull import main as pull
 from lungct_tune.search import main
@@ -46,7 +45,7 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
         victim = train_workers()[-1]
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: train_workers() and victim not in train_workers(), run)
-        wait_for(lambda: epochs_of(experiment, 0), run)
+        wait_for(lambda: number_of_epochs(experiment, 0), run)
         assert list(experiment.glob("trials/*/state-*.pt")), "a state was there for the slot that took over"
         pull_all_while_it_runs(experiment, tmp_path / "copy", capsys)
         wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
@@ -74,11 +73,11 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
     for number in finished_numbers(after_stop):
         assert at_end[number].datetime_complete == after_stop[number].datetime_complete
     for number in running:  # they went on: what they had stands at the beginning of what they have
-        had, has = after_stop[number].user_attrs["history"], at_end[number].user_attrs["history"]
+        had, has = epochs_of(after_stop[number]), epochs_of(at_end[number])
         assert has[: len(had)] == had
     for number in finished_numbers(at_end):
         trial = at_end[number]
-        epochs = [figures["epoch"] for figures in trial.user_attrs["history"]]
+        epochs = [figures["epoch"] for figures in epochs_of(trial)]
         assert epochs == list(range(1, len(epochs) + 1))  # every epoch once
         completed = trial.user_attrs["ended"] == "completed"
         assert completed == (len(epochs) == EPOCHS) == (trial.state == TrialState.COMPLETE)
@@ -91,7 +90,7 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
 def pull_all_while_it_runs(experiment: Path, storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The copy is one that a search can go on from: trial 0 runs, and its state is there."""
     assert pull([str(experiment), str(storage / experiment.name), "--all"]) == 0
-    assert trials_of(storage / experiment.name)[0].user_attrs["history"]
+    assert epochs_of(trials_of(storage / experiment.name)[0])
     assert (storage / experiment.name / "trials" / "0000" / "last.pt").is_file()
     resume = ["--resume", experiment.name, "--storage", str(storage)]
     assert " ".join(resume) in capsys.readouterr().out
@@ -141,8 +140,7 @@ def command(
 
 
 def trials_of(experiment: Path) -> dict[int, optuna.trial.FrozenTrial]:
-    study = optuna.load_study(study_name="killed", storage=f"sqlite:///{experiment}/study.db")
-    return {trial.number: trial for trial in study.trials}
+    return {trial.number: trial for trial in trials_in(experiment, "killed")}
 
 
 def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
@@ -150,23 +148,14 @@ def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
 
 
 def ended_trials(experiment: Path) -> int:
-    return count(experiment, "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')")
+    return len(finished_numbers(trials_of(experiment)))
 
 
 def epochs_of_running_trials(experiment: Path) -> int:
-    values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
-    return count(experiment, f"{values} WHERE state = 'RUNNING'")
+    trials = trials_of(experiment).values()
+    return sum(len(trial.intermediate_values) for trial in trials if trial.state == TrialState.RUNNING)
 
 
-def epochs_of(experiment: Path, number: int) -> int:
-    values = "SELECT COUNT(*) FROM trial_intermediate_values JOIN trials USING (trial_id)"
-    return count(experiment, f"{values} WHERE number = {number}")
-
-
-def count(experiment: Path, query: str) -> int:
-    """Read without Optuna, which would create the tables that the search is about to create."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{experiment}/study.db?mode=ro", uri=True)) as study:
-            return int(study.execute(query).fetchone()[0])
-    except sqlite3.OperationalError:  # not there yet, or being written
-        return 0
+def number_of_epochs(experiment: Path, number: int) -> int:
+    trials = trials_of(experiment)
+    return len(trials[number].intermediate_values) if number in trials else 0

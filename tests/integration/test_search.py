@@ -9,10 +9,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
 import pytest
 from conftest import SMALL
 from optuna.trial import TrialState
+from studies import epochs_of, trials_in
 
 from lungct_tune.search import main
 from lungct_tune.training.objective import OBJECTIVE
@@ -32,16 +32,12 @@ def images(finished: Path) -> Any:
     return read_images(make_phantoms(default_cache(), seed=0), 32, progress=False)
 
 
-def study_of(experiment: Path) -> optuna.Study:
-    return optuna.load_study(study_name=experiment.name, storage=f"sqlite:///{experiment}/study.db")
-
-
 def test_the_study_knows_every_epoch_and_what_was_stopped_early(finished: Path) -> None:
-    trials = study_of(finished).trials
+    trials = trials_in(finished)
     ended = [trial for trial in trials if trial.state.is_finished()]
     assert len(ended) == 6
     for trial in ended:
-        history = trial.user_attrs["history"]
+        history = epochs_of(trial)
         assert trial.intermediate_values == {int(f["epoch"]): f[OBJECTIVE] for f in history}
         assert sorted(trial.intermediate_values) == list(range(1, len(history) + 1))
         if trial.state == TrialState.PRUNED:
@@ -52,7 +48,7 @@ def test_the_study_knows_every_epoch_and_what_was_stopped_early(finished: Path) 
 
 
 def test_the_published_configuration_is_first_and_never_stopped(finished: Path) -> None:
-    first, second = study_of(finished).trials[:2]
+    first, second = trials_in(finished)[:2]
     assert first.user_attrs["configuration"]["truncation_depth"] == 20
     assert first.user_attrs["configuration"]["dropout"] == 0.5
     assert first.state == TrialState.COMPLETE
@@ -64,7 +60,8 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     import torch
     from safetensors.torch import load_file
 
-    from lungct_tune.experiment.study import finished_trials
+    from lungct_tune.experiment.study import trial_record
+    from lungct_tune.experiment.trial import Outcome
     from lungct_tune.models.preprocessing import as_grey, forward
     from lungct_tune.models.truncated_resnet import TruncatedResNet50
     from lungct_tune.training.objective import validation_figures
@@ -72,7 +69,10 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     split = pd.read_csv(finished / "split.csv").set_index("path").loc[images.table["path"], "split"].to_numpy()
     valid = np.flatnonzero(split == "valid")
     grey_N1HW = as_grey(torch.from_numpy(images.images_NHW[valid]))
-    for trial in finished_trials(study_of(finished)):
+    trials = [trial_record(trial) for trial in trials_in(finished)]
+    completed = [trial for trial in trials if trial.outcome is Outcome.COMPLETED]
+    assert {int(folder.name) for folder in finished.glob("trials/*")} == {trial.number for trial in completed}
+    for trial in completed:
         model = TruncatedResNet50(trial.hyperparameters.truncation_depth, classes=4)
         model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "best.safetensors"))
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -10,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from optuna.trial import TrialState
 from processes import searching, wait_for
 from rich.console import Console
 from services import get, server
+from studies import epochs_of, trials_in
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.experiment.trial import EpochFigures
@@ -69,8 +68,7 @@ class Watched:
 
     @property
     def trials(self) -> list[optuna.trial.FrozenTrial]:
-        study = optuna.load_study(study_name="watched", storage=f"sqlite:///{self.folder}/study.db")
-        return [trial for trial in study.trials if trial.state.is_finished()]
+        return [trial for trial in trials_in(self.folder, "watched") if trial.state.is_finished()]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +175,7 @@ def test_prometheus_has_the_figures_that_the_study_has(watched: Watched, prometh
     share = latest(prometheus, "ray_lungct_training_time_ratio")
     assert 1 / share[""] == pytest.approx(metrics["search"]["overhead_ratio"], rel=0.3)
 
-    epochs = [epoch for trial in watched.trials for epoch in trial.user_attrs["history"]]
+    epochs = [epoch for trial in watched.trials for epoch in epochs_of(trial)]
     with (watched.folder / "split.csv").open() as file:
         images = sum(row["split"] == "train" for row in csv.DictReader(file)) // BATCH * BATCH
     seconds = latest(prometheus, "ray_lungct_epoch_seconds", "slot")
@@ -254,7 +252,7 @@ def test_optuna_dashboard_shows_the_study_grow(watched: Watched) -> None:
 
 
 def look_twice_with_optuna_dashboard(folder: Path, run: subprocess.Popen[str]) -> list[int]:
-    command = [str(Path(sys.executable).parent / "optuna-dashboard"), f"sqlite:///{folder}/study.db"]
+    command = [str(Path(sys.executable).parent / "optuna-dashboard"), f"{folder}/study.journal"]
     with server(lambda port: [*command, "--port", str(port)], "/api/studies") as (url, _):
         (study,) = json.loads(get(f"{url}/api/studies"))["study_summaries"]
         assert study["study_name"] == folder.name
@@ -357,16 +355,9 @@ def mlflow_history(url: str, run: Any, metric: str) -> list[tuple[int, float]]:
 
 
 def epochs_in(folder: Path, state: TrialState) -> set[int]:
-    """The numbers of the trials in that state of which the study knows an epoch.
-
-    Read without Optuna, which would create the tables that the search is about to create.
-    """
-    query = "SELECT DISTINCT number FROM trial_intermediate_values JOIN trials USING (trial_id) WHERE state = ?"
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as study:
-            return {number for (number,) in study.execute(query, [state.name])}
-    except sqlite3.OperationalError:  # not there yet, or being written
-        return set()
+    """The numbers of the trials in that state of which the study knows an epoch."""
+    trials = trials_in(folder, "watched")
+    return {trial.number for trial in trials if trial.state == state and trial.intermediate_values}
 
 
 def expressions() -> list[str]:

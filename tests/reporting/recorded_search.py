@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
@@ -21,15 +21,12 @@ from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
 from lungct_tune.experiment.study import finished_trials, open_study
+from lungct_tune.experiment.study_journal import StudyStorage
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.tuning import searcher as studies
 from lungct_tune.tuning.slots import REPORT
-
-if TYPE_CHECKING:
-    pass
-
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}
@@ -61,8 +58,17 @@ class Search:
         self.images = read_images(data, 32, progress=False)
         self.split = split_images(self.images, "grouped", 0)
         self.plan.save(DataSplit(self.images, self.split, None))
-        self.study = open_study(self.plan.study_url, "one", self.plan.space, EPOCHS, new=True)
-        self._tune = studies.OptunaSearcher(self.study, self.plan.space, self.plan.experiment, seed=0, startup=3)
+        self.storage = StudyStorage(Path(self.plan.study_url))
+        self.study = open_study(self.storage, "one", self.plan.space, EPOCHS, new=True)
+        self._tune = studies.OptunaSearcher(
+            self.study,
+            self.plan.space,
+            self.plan.experiment,
+            epochs=EPOCHS,
+            seed=0,
+            startup=3,
+            storage_threads=ThreadPoolExecutor(1),
+        )
 
     @property
     def folder(self) -> Path:
@@ -91,6 +97,7 @@ class Search:
                 self._tune.record(name, EpochReport(Outcome.RUNNING, (figures,)))
         if failure:
             self._tune.on_trial_complete(name, {REPORT: EpochReport(Outcome.FAILED, reason=failure)})
+        self.storage.sync()
 
     def finish(self) -> None:
         """The bundle, of the best trial's configuration with random weights."""

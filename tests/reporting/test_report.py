@@ -265,7 +265,7 @@ def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: 
     assert main([str(tmp_path / "pulled"), "--out", str(tmp_path / "x.html")]) == 2
     assert "pulled bundle" in capsys.readouterr().err
     shutil.copytree(finished.folder, tmp_path / "broken")
-    (tmp_path / "broken" / "study.db").write_bytes(b"no database")
+    (tmp_path / "broken" / "study.journal").write_bytes(b"no journal\n")
     assert main([str(tmp_path / "broken"), "--out", str(tmp_path / "x.html")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()

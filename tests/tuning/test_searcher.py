@@ -1,10 +1,11 @@
-"""The study as the memory of a search: real Optuna on SQLite, driven as Ray Tune drives it."""
+"""The study as the memory of a search: real Optuna on its journal, driven as Ray Tune drives it."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +16,17 @@ from optuna.trial import TrialState
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import StudyError, effort, finished_trials, open_study, rungs
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
+from lungct_tune.experiment.study import (
+    StudyError,
+    effort,
+    finished_trials,
+    open_study,
+    read_history,
+    read_trials,
+    rungs,
+)
+from lungct_tune.experiment.study_journal import StudyStorage
+from lungct_tune.experiment.trial import KEPT_TRIALS, EpochFigures, EpochReport, Outcome, TrialOrder, best_trial
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.slots import REPORT
 
@@ -40,12 +50,22 @@ class RayTrial:
 class Tune:
     """What Ray Tune does with a searcher, with an objective that is computed instead of trained."""
 
+    _open: ClassVar[dict[Path, StudyStorage]] = {}
+    """A study's storage is closed when another process, here another object, opens it again."""
+
     def __init__(self, folder: Path, text: str = SPACE, seed: int = 1) -> None:
         self.space: SearchSpace = parse_space(text, "test")
-        new = not (folder / "study.db").exists()
-        self.study = open_study(f"sqlite:///{folder}/study.db", "test", self.space, EPOCHS, new=new)
+        file = folder / "study.journal"
+        if file in self._open:
+            self._open[file].close()
+        new = not file.exists()
+        self._open[file] = StudyStorage(file)
+        self.study = open_study(self._open[file], "test", self.space, EPOCHS, new=new)
         experiment = Experiment.at(str(folder), "test")
-        self.search = OptunaSearcher(self.study, self.space, experiment, seed=seed, startup=4)
+        self.threads = ThreadPoolExecutor(1)
+        self.search = OptunaSearcher(
+            self.study, self.space, experiment, epochs=EPOCHS, seed=seed, startup=4, storage_threads=self.threads
+        )
         self._ids = iter(range(10**6))
 
     def run(self, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -128,7 +148,7 @@ def test_a_trial_that_was_running_goes_on_and_earlier_epochs_are_filled_in(tmp_p
     # the workers kept epoch 3, and the driver died before it told the study
     tune.search.record("ray-new", epoch_report(first["configuration"], 1, 2, 3, 4))
     assert sorted(tune.study.trials[0].intermediate_values) == [1, 2, 3, 4]
-    assert [figures["epoch"] for figures in tune.study.trials[0].user_attrs["history"]] == [1, 2, 3, 4]
+    assert [figures.epoch for figures in read_trials(tune.study)[0].history] == [1, 2, 3, 4]
 
 
 def test_fixed_trials_are_queued_once_however_often_the_study_is_opened(tmp_path: Path) -> None:
@@ -245,8 +265,68 @@ def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -
     experiment = Experiment.at(str(tmp_path), "test")
     for name in ("last.pt", "best.safetensors"):
         experiment.write(f"trials/0000/{name}", b"")
-    Tune(tmp_path).run()
+    tune = Tune(tmp_path)
+    tune.run()
+    tune.threads.shutdown()
     assert not experiment.exists("trials/0000/last.pt") and experiment.exists("trials/0000/best.safetensors")
+
+
+def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
+    experiment = Experiment.at(str(tmp_path), "test")
+    tune = Tune(tmp_path)
+    orders, scores = [], {}
+    for score in np.random.default_rng(0).permutation(KEPT_TRIALS + 6):
+        order = TrialOrder.from_dict(tune.search.suggest(f"ray-{score}"))
+        report = replace(epoch_report(order.hyperparameters.as_dict(), 1), outcome=Outcome.COMPLETED)
+        figures = replace(report.epochs[0], balanced_accuracy=float(score))
+        experiment.write(f"trials/{order.number:04d}/best.safetensors", b"")
+        orders.append(order)
+        scores[order.number] = float(score)
+        tune.search.on_trial_complete(f"ray-{score}", {REPORT: replace(report, epochs=(figures,))})
+    tune.threads.shutdown()
+    kept = {int(path.split("/")[1]) for path in experiment.files("trials")}
+    assert kept == {number for number, score in scores.items() if score >= 6}
+    assert [order.weights_from for order in orders[: KEPT_TRIALS + 1]] == [None] * KEPT_TRIALS + [
+        (min(scores[order.number] for order in orders[:KEPT_TRIALS]), -1.0)
+    ]
+    resumed = Tune(tmp_path)
+    assert TrialOrder.from_dict(resumed.search.suggest("again")).weights_from == (6.0, -1.0)
+
+
+def test_epochs_that_were_repeated_replace_the_earlier_ones_and_what_followed(tmp_path: Path) -> None:
+    """A crash lost the state after epoch 1; the study knows three epochs of it."""
+    configuration = Tune(tmp_path).run(epochs=3)["configuration"]
+    tune = Tune(tmp_path)
+    tune.search.suggest("again")
+    first, second = (epoch_report(configuration, epoch).epochs[0] for epoch in (1, 2))
+    second = replace(second, balanced_accuracy=0.125, at=1.9e9)
+    tune.search.record("again", EpochReport(Outcome.RUNNING, (replace(first, slot=None), second)))
+    trial = tune.study.trials[0]
+    assert [(figures.epoch, figures.at) for figures in read_history(trial.user_attrs)[0]] == [(1, first.at), (2, 1.9e9)]
+    assert trial.intermediate_values[2] == 0.125
+    assert read_history(Tune(tmp_path).study.trials[0].user_attrs) == read_history(trial.user_attrs)
+
+
+def test_several_epochs_of_a_step_are_one_attribute_and_all_intermediate_values(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    configuration = tune.search.suggest("a")["configuration"]
+    tune.search.record("a", epoch_report(configuration, 1, 2, 3))
+    tune.search.record("a", epoch_report(configuration, 4, 5))
+    trial = tune.study.trials[0]
+    assert sorted(trial.intermediate_values) == [1, 2, 3, 4, 5]
+    assert [len(trial.user_attrs[key]) for key in ("history", "history:1")] == [3, 2]
+
+
+def test_a_trial_is_stopped_only_at_a_rung(tmp_path: Path) -> None:
+    tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
+    tune.run()
+    configuration = tune.search.suggest("worse")["configuration"]
+    assert rungs(EPOCHS) == (1, 3)
+    stopped = []
+    for epoch in (2, 3):
+        tune.search.record("worse", epoch_report(configuration, epoch))
+        stopped.append(tune.search.should_stop("worse"))
+    assert stopped == [False, True]
 
 
 @pytest.fixture(autouse=True)
@@ -256,8 +336,7 @@ def _no_warnings_about_ranges(recwarn: pytest.WarningsRecorder) -> Any:
 
 
 @given(st.integers(1, 200))
-def test_no_rung_is_shortly_before_the_last_epoch(epochs: int) -> None:
+def test_no_rung_is_in_the_last_third_of_the_epochs(epochs: int) -> None:
     steps = rungs(epochs)
     assert all(9 * rung >= epochs for rung in steps[:1]) and all(b == 3 * a for a, b in pairwise(steps))
-    # what a stopped trial saves is at least a third of the epochs, or all that a trial of a few epochs has
-    assert all(epochs - rung >= epochs // 3 for rung in steps) or epochs <= 3
+    assert all(3 * rung <= 2 * epochs for rung in steps) or epochs == 1

@@ -146,7 +146,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     (slot.folder / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir()
     space = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
     with pytest.raises(NodeRefused, match=rf"^node [\d.]+: {slot.folder}: cannot write \.probe-"):
-        run_search(study, space, slot.plan, trials=2, slots=1, seed=0, console=Console(), callbacks=[])
+        run_search(study, space, slot.plan, trials=2, slots=1, seed=0, console=Console())
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert "ended" not in study.trials[0].user_attrs
 

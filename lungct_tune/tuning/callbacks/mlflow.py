@@ -136,10 +136,9 @@ class MLflowTracker:
             found = self._client.get_experiment_by_name(self._name)
             self._experiment = found.experiment_id if found else self._client.create_experiment(self._name)
             self._runs = self._read_runs()
-        for trial in read_trials(study):
+        ended = {int(name.removeprefix("trial_")) for name, run in self._runs.items() if run.ended and name != "final"}
+        for trial in read_trials(study, without=ended):
             run = self._run(f"trial_{trial.number:04d}", trial.started, trial.hyperparameters.as_dict())
-            if run.ended:
-                continue
             for epoch in trial.history[run.epochs :]:
                 now, values = _milliseconds(None), epoch.as_dict()
                 metrics = [Metric(name, values[name], now, run.epochs + 1) for name in values.keys() - WHEN_AND_WHERE]

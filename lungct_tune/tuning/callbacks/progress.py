@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import optuna
 from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from lungct_tune.experiment.study import finished_trials
-from lungct_tune.experiment.trial import best_trial
+from lungct_tune.experiment.trial import EpochReport
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.tally import SearchTally
 
 SAY_WAITING_AFTER_S = 30.0
 
@@ -23,12 +22,11 @@ SAY_WAITING_AFTER_S = 30.0
 class ProgressCallback(tune.Callback):  # type: ignore[misc]
     """Shows the number of finished trials, the best trial so far, epochs per second and the time left."""
 
-    def __init__(self, study: optuna.Study, trials: int, clock: SlotTimeCallback, console: Console) -> None:
-        self._study, self._trials, self._clock, self._console = study, trials, clock, console
+    def __init__(self, tally: SearchTally, trials: int, clock: SlotTimeCallback, console: Console) -> None:
+        self._tally, self._trials, self._clock, self._console = tally, trials, clock, console
         self._said_waiting = False
         self._began, self._epochs = time.monotonic(), 0
-        self._done_before = self._done = len(finished_trials(study))
-        self._best = "none yet"
+        self._done_before = tally.finished
         self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render)
 
     def __enter__(self) -> ProgressCallback:
@@ -49,44 +47,45 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             )
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        self._epochs += len(result[REPORT].epochs)
+        report: EpochReport = result[REPORT]
+        self._epochs += len(report.epochs)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._update(trial)
+        self._print(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._update(trial)
+        self._print(trial)
 
-    def _update(self, trial: Any) -> None:
-        finished = finished_trials(self._study)
-        self._done = len(finished)
-        if (best := best_trial(finished)) is not None and best.best is not None:
-            self._best = f"{best.best.balanced_accuracy:.3f} (trial {best.number}: {best.hyperparameters})"
-        if self._console.is_terminal:
+    def _print(self, trial: Any) -> None:
+        this = self._tally.last
+        if self._console.is_terminal or this is None or this.number != trial.config["number"]:
             return
-        number = trial.config["number"]
-        this = next(t for t in finished if t.number == number)
         figure = f" at {this.best.balanced_accuracy:.3f}" if this.best else ""
         self._console.print(
-            f"trial {number} {this.ended}{figure}; {self._summary()}; best {self._best}",
+            f"trial {this.number} {this.ended}{figure}; {self._summary()}; best {self._best()}",
             soft_wrap=True,
             highlight=False,
         )
 
+    def _best(self) -> str:
+        best = self._tally.best
+        if best is None or best.best is None:
+            return "none yet"
+        return f"{best.best.balanced_accuracy:.3f} (trial {best.number}: {best.hyperparameters})"
+
     def _summary(self) -> str:
         elapsed = time.monotonic() - self._began
-        done_now = self._done - self._done_before
-        left = (
-            f"{elapsed / done_now * (self._trials - self._done) / 60:.1f} min left" if done_now else "time left unknown"
-        )
+        done = self._tally.finished
+        done_now = done - self._done_before
+        left = f"{elapsed / done_now * (self._trials - done) / 60:.1f} min left" if done_now else "time left unknown"
         waiting = f", {self._clock.waiting} slots without room" if self._clock.waiting else ""
-        return f"{self._done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}{waiting}"
+        return f"{done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}{waiting}"
 
     def _render(self) -> Group:
         return Group(
-            ProgressBar(total=self._trials, completed=self._done, width=60),
+            ProgressBar(total=self._trials, completed=self._tally.finished, width=60),
             Text(f" {self._summary()}"),
-            Text(f"best balanced accuracy on validation: {self._best}"),
+            Text(f"best balanced accuracy on validation: {self._best()}"),
         )
 
     def __getstate__(self) -> dict[str, Any]:

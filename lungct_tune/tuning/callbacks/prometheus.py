@@ -7,17 +7,15 @@ and a worker cannot set a gauge during an epoch.
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
 from typing import Any
 
-import optuna
 from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
-from lungct_tune.experiment.study import finished_trials, read_trials
-from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochReport, Outcome, best_trial
+from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochReport, Outcome
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.tally import SearchTally
 
 ENDINGS = (Outcome.COMPLETED, Outcome.STOPPED, *UNSUCCESSFUL)
 
@@ -29,13 +27,18 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
     """Exports trials by state, the best figure, and for every slot the speed of training and the cost of checkpoints.
 
     The share of training time is the inverse of the bundle's `overhead_ratio` for the search so far.
+
+    Args:
+        training_s: seconds inside epochs before, if the search is resumed.
     """
 
-    def __init__(self, study: optuna.Study, search: str, trials: int, clock: SlotTimeCallback) -> None:
+    def __init__(
+        self, tally: SearchTally, search: str, trials: int, clock: SlotTimeCallback, training_s: float
+    ) -> None:
         def metric(kind: type[Metric], name: str, description: str, *tags: str) -> Any:
             return kind(name, description, ("search", *tags)).set_default_tags({"search": search})
 
-        self._study, self._asked, self._clock = study, trials, clock
+        self._tally, self._asked, self._clock = tally, trials, clock
         self._trials = metric(Gauge, "lungct_trials", "Trials by state", "state")
         self._best = metric(Gauge, "lungct_best_balanced_accuracy_ratio", "Best of the trials that ran to their end")
         self._share = metric(Gauge, "lungct_training_time_ratio", "Share of the slots' time that was inside epochs")
@@ -44,11 +47,9 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
         self._bytes = metric(Counter, "lungct_checkpoint_bytes_total", "Written by a slot's checkpoints", "slot")
         self._seconds = metric(Counter, "lungct_checkpoint_seconds_total", "A slot's time on checkpoints", "slot")
 
-        self._of_search: dict[Gauge, float] = {}
         self._of_slots: dict[tuple[Gauge, str], float] = {}
         self._refreshed = 0.0
-        self._training_s = sum(trial.seconds for trial in read_trials(study))
-        self._count_finished()
+        self._training_s, self._began = training_s, time.time()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Sets all gauges again every `REFRESH_S` seconds. Tune calls this some ten times a second."""
@@ -60,14 +61,17 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
 
     def _set_gauges(self, trials: list[Any]) -> None:
         self._refreshed = time.monotonic()
-        states, in_slots = Tally(self._finished), sum(trial.status == "RUNNING" for trial in trials)
+        in_slots = sum(trial.status == "RUNNING" for trial in trials)
+        states = {outcome.value: self._tally.outcomes[outcome] for outcome in ENDINGS}
         states["waiting for room"] = min(self._clock.waiting, in_slots)
         states["running"] = in_slots - states["waiting for room"]
-        states["waiting"] = max(0, self._asked - states.total())
+        states["waiting"] = max(0, self._asked - self._tally.finished - in_slots)
         for state, count in states.items():
             self._trials.set(count, {"state": state})
-        for gauge, value in self._of_search.items():
-            gauge.set(value)
+        if self._tally.best is not None and self._tally.best.best is not None:
+            self._best.set(self._tally.best.best.balanced_accuracy)
+        if self._clock.slot_s and self._training_s:
+            self._share.set(self._training_s / self._clock.slot_s)
         for (gauge, slot), value in self._of_slots.items():
             gauge.set(value, {"slot": slot})
 
@@ -77,27 +81,12 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
             return
         figures = report.epochs[-1]
         slot = str(figures.slot)
-        if cost.checkpoint_bytes:  # a counter refuses 0
+        if cost.checkpoint_bytes:  # a state is not written in every step, and Ray refuses to add zero
             self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
             self._seconds.inc(cost.checkpoint_s, {"slot": slot})
-        self._training_s += sum(epoch.seconds for epoch in report.epochs)
+        self._training_s += sum(figures.seconds for figures in report.epochs if (figures.at or 0) >= self._began)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
-        if self._clock.slot_s:
-            self._of_search[self._share] = self._training_s / self._clock.slot_s
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._count_finished()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._count_finished()
-
-    def _count_finished(self) -> None:
-        trials = finished_trials(self._study)
-        ended = Tally(trial.outcome for trial in trials)
-        self._finished = {outcome.value: ended[outcome] for outcome in ENDINGS}
-        if (winner := best_trial(trials)) is not None and winner.best is not None:
-            self._of_search[self._best] = winner.best.balanced_accuracy
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its configuration, but metrics cannot be moved to another process
