@@ -15,6 +15,7 @@ import argparse
 import io
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ EPOCHS = 2
 SPACE = "truncation_depth: 1\naugmentation: 0\ndropout: {low: 0.0, high: 0.5}"
 
 
-def plan_in(folder: Path) -> SlotPlan:
-    images = read_images(make_phantoms(folder, seed=0, patients=20, size=48), 32, cache=folder, progress=False)
+def plan_in(folder: Path, epochs: int = EPOCHS, patients: int = 20) -> SlotPlan:
+    images = read_images(make_phantoms(folder, seed=0, patients=patients, size=48), 32, cache=folder, progress=False)
     split = split_images(images, "grouped", seed=0)
     return SlotPlan(
         experiment=Experiment.at(str(folder), "warm"),
@@ -52,7 +53,7 @@ def plan_in(folder: Path) -> SlotPlan:
             backbone=None,
             normalisation="unit",
             batch_size=8,
-            epochs=EPOCHS,
+            epochs=epochs,
         ),
         folds=(Fold(np.flatnonzero(split == "train"), np.flatnonzero(split == "valid")),),
         workers=1,
@@ -70,7 +71,9 @@ def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple
     return time.perf_counter() - began, sum(trial.seconds for trial in finished_trials(study))
 
 
-def documented(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
+def documented(
+    plan: SlotPlan, space: SearchSpace, trials: int, folder: Path, callbacks: Sequence[tune.Callback] = ()
+) -> tuple[float, float]:
     """Wall seconds and epoch seconds of as many trials, each of which starts its own Train run."""
 
     def run_trial(config: dict[str, Any]) -> None:
@@ -93,7 +96,9 @@ def documented(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) ->
         tune.with_resources(run_trial, {"memory": 1}),
         param_space={"dropout": tune.uniform(0, 0.5)},
         tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1),
-        run_config=tune.RunConfig(name=f"documented-{trials}", storage_path=str(folder), verbose=0),
+        run_config=tune.RunConfig(
+            name=f"documented-{trials}", storage_path=str(folder), verbose=0, callbacks=[*callbacks]
+        ),
     ).fit()
     wall = time.perf_counter() - began
     assert not results.errors
@@ -106,7 +111,7 @@ def train_loop(config: dict[str, Any]) -> None:
     plan: SlotPlan = config["plan"]
     (fold,) = plan.folds
     trainer = plan.dataset.trainer(config["hyperparameters"], fold.train_rows, seed=0, device=torch.device("cpu"))
-    for _ in range(EPOCHS):
+    for _ in range(plan.dataset.epochs):
         began = time.perf_counter()
         trainer.train_epoch()
         labels_N = plan.dataset.labels_of(fold.valid_rows)

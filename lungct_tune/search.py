@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.allocation import ResourcePlan
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.retrain import EarlySlot
     from lungct_tune.tuning.shared_data import SharedDataset
     from lungct_tune.tuning.workers import SlotPlan
 
@@ -67,10 +68,11 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         if plan.settings.plan:
             return
         with start_search(plan, split, audit, resources, weights, console) as run:
-            winner = run.search()
+            with run.early_slot() as slot:
+                winner = run.search()
+                retrained = run.retrain(winner, slot)
+                published = run.retrain_published(winner, slot)
             seeds = run.repeat_with_seeds(winner)
-            retrained = run.retrain(winner)
-            published = run.retrain_published(winner)
             run.write_bundle(winner, retrained, published, seeds)
 
 
@@ -269,34 +271,44 @@ class SearchRun:
         plan, slots = self.slot_plan, self.resources.slots
         return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
-    def retrain(self, trial: TrialRecord) -> RetrainedModel:
+    def early_slot(self) -> EarlySlot:
+        """The slot of the retraining, which may start before the search has ended."""
+        from lungct_tune.tuning.cluster import plan_retraining_resources
+        from lungct_tune.tuning.retrain import EarlySlot
+
+        settings = self.plan.settings
+        assert settings.trials is not None  # decided by the plan
+        resources = plan_retraining_resources(settings)
+        plan = replace(self.slot_plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
+
+        def trials_so_far() -> tuple[int, int]:
+            states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+            return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
+
+        return EarlySlot(plan, trials_so_far, last=(settings.trials, max(1, settings.trials - self.resources.slots)))
+
+    def retrain(self, trial: TrialRecord, slot: EarlySlot) -> RetrainedModel:
         """Retrains a trial's hyperparameters on train and validation, and predicts the test split once.
 
         Raises:
-            RetrainingFailed, KeyboardInterrupt: see `retrain_and_predict`.
+            RetrainingFailed: see `retrain_and_predict`.
         """
-        from lungct_tune.tuning.cluster import plan_retraining_resources
-        from lungct_tune.tuning.retrain import RetrainPlan, retrain_and_predict
+        from lungct_tune.tuning.retrain import RetrainOrder, retrain_and_predict
 
         assert trial.best is not None  # it completed
-        plan, epochs = self.plan, trial.best.epoch
+        settings, epochs = self.plan.settings, trial.best.epoch
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
-        resources = plan_retraining_resources(plan.settings)  # nodes may have come and gone
-        return retrain_and_predict(
-            RetrainPlan(
-                experiment=plan.experiment,
-                name=f"trial_{trial.number:04d}_{epochs:03d}_epochs",
-                dataset=replace(self.slot_plan.dataset, epochs=epochs),
-                test=self.test,
-                hyperparameters=trial.hyperparameters,
-                seed=plan.settings.seed,
-                checkpoint_interval=plan.settings.checkpoint_interval,
-                workers=resources.workers,
-                resources_per_worker=resources.resources_per_worker,
-            )
+        order = RetrainOrder(
+            number=trial.number,
+            hyperparameters=trial.hyperparameters,
+            seed=settings.seed,
+            epochs=epochs,
+            test=self.test,
+            checkpoint_interval=settings.checkpoint_interval,
         )
+        return retrain_and_predict(self.plan.experiment, order, slot)
 
-    def retrain_published(self, winner: TrialRecord) -> tuple[TrialRecord, RetrainedModel] | None:
+    def retrain_published(self, winner: TrialRecord, slot: EarlySlot) -> tuple[TrialRecord, RetrainedModel] | None:
         """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import BASELINE, best_trial
@@ -310,7 +322,7 @@ class SearchRun:
         if published is None:
             self.console.print("the published configuration did not run to its end, so there is no comparison with it")
             return None
-        return published, self.retrain(published)
+        return published, self.retrain(published, slot)
 
     def write_bundle(
         self,

@@ -36,6 +36,9 @@ CLEANER_CALLBACK = "ray.train.v2._internal.callbacks.placement_group_callback:Pl
 TRAIN_CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
 """Runs a group of workers. Ray Train starts it in an actor of its own."""
 
+SCALING_POLICY = "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy"
+"""Keeps a group of workers at its size."""
+
 SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.worker_group:SynchronizationActor"
 """Brings the workers together in `ray.train.report`, which the workers of a slot do not call."""
 
@@ -64,7 +67,7 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
 PRIVATE_NAMES = (
-    *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER),
+    *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES),
     *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, OPTUNA_TRIAL),
 )

@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from lungct_tune.tuning.ray_compat import (
     CLEANER_CALLBACK,
     DATASETS_CALLBACK,
+    SCALING_POLICY,
     TORCH_BACKEND,
     TRAIN_CONTROLLER,
     prepare_controller,
@@ -67,9 +68,19 @@ class SlotTrainer(GroupTrainer):
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         prepare_controller(self.run_config.name or "")
+        # otherwise it starts an actor that asks the autoscaler for what the placement group asks for too
+        arguments["scaling_policy"] = _FixedSize(arguments["scaling_policy"].scaling_config)
         controller = private(TRAIN_CONTROLLER)(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
+
+
+class _FixedSize(private(SCALING_POLICY)):  # type: ignore[misc]
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 @dataclass

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import io
-import signal
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from ray import train
+import ray
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.trial import EpochReport
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.workers import START_ATTEMPTS
 
 if TYPE_CHECKING:
     import torch
 
     from lungct_tune.training.trainer import Trainer
+    from lungct_tune.tuning.workers import SlotPlan
 
-MAX_FAILURES = 3
-"""How many times the retraining may lose a worker and continue from its last state."""
+WATCH_S = 1.0
+"""How often a search that runs is asked whether the retraining's workers may start."""
+
+RELEASE_S = 15.0
+"""How long these workers get to end."""
 
 STATE, WEIGHTS, PREDICTIONS = "last.pt", "model.safetensors", "test_probabilities.npy"
 """The files of a retraining. The predictions are written last, so they say that it has ended."""
@@ -39,127 +45,164 @@ class RetrainingFailed(UserError):
 
 
 @dataclass(frozen=True)
-class RetrainPlan:
-    """The configuration of the retraining, which runs all epochs of the dataset's schedule.
+class RetrainOrder:
+    """What the workers of a slot get to retrain a trial's hyperparameters on train and validation together.
 
-    Their number is that of the winner's best epoch. Over them the learning rate falls to zero. The search's longer
-    schedule would end in its middle, at a high learning rate, where the last epoch's accuracy depends on chance.
+    The schedule has as many epochs as the winner's best epoch. Over them the learning rate falls to zero. The search's
+    longer schedule would end in its middle, at a high learning rate, where the last epoch's accuracy depends on chance.
     """
 
-    experiment: Experiment
-    name: str
-    """Of the folder with its files, in the experiment's `final/`."""
-    dataset: SharedDataset
-    """The images of train and validation, which the search's slots have too. All of them are trained on."""
-    test: SharedDataset
-    """The images of test, which the search's slots do not have."""
+    number: int
+    """Of the trial."""
     hyperparameters: Hyperparameters
     seed: int
+    epochs: int
+    test: SharedDataset
+    """The images of test. No order of the search has them."""
     checkpoint_interval: float
     """Seconds of training between two states."""
-    workers: int
-    resources_per_worker: dict[str, float]
 
     def file(self, name: str) -> str:
-        return f"final/{self.name}/{name}"
+        return f"final/trial_{self.number:04d}_{self.epochs:03d}_epochs/{name}"
 
 
-def retrain_and_predict(plan: RetrainPlan) -> RetrainedModel:
-    """Runs the retraining as an ordinary TorchTrainer run. An interrupted one continues from its last state.
+class EarlySlot:
+    """A slot for what comes after the search. It starts while the last trials run, if there is room beside them.
+
+    Once a trial has ended, it also does the driver's own large imports, so that nothing waits for them later.
+
+    Args:
+        plan: the slot's configuration.
+        trials_so_far: tells how many trials have begun, and how many of them have ended.
+        last: how many trials will have begun, and how many have ended, when the last ones run.
+    """
+
+    def __init__(self, plan: SlotPlan, trials_so_far: Callable[[], tuple[int, int]], last: tuple[int, int]) -> None:
+        self._plan, self._trials_so_far, self._last = plan, trials_so_far, last
+        self._slot: Any = None
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._start_early, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_watching()
+        self._release()
+
+    def run(self, order: RetrainOrder) -> EpochReport:
+        """Retrains, after the search has ended. The slot starts now if it has not started yet."""
+        self._stop_watching()
+        if not self._slot:
+            self._start()
+        report: EpochReport = ray.get(self._slot.run.remote(order))
+        return report
+
+    def _stop_watching(self) -> None:
+        self._ended.set()
+        self._watch.join()
+
+    def _start(self) -> None:
+        from lungct_tune.tuning.slots import ON_HEAD, Slot
+
+        name = f"{self._plan.experiment.name} final"  # what ends with the search is found by the search's name
+        actor = ray.remote(Slot).options(num_cpus=0, resources=ON_HEAD, max_concurrency=2)
+        self._slot = actor.remote(self._plan, name)
+
+    def _release(self) -> None:
+        if self._slot:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._slot.release.remote(), timeout=RELEASE_S)
+            ray.kill(self._slot)
+        self._slot = None
+
+    def _start_early(self) -> None:
+        from lungct_tune.tuning.slots import waiting_for_room
+
+        while not self._ended.wait(WATCH_S):
+            begun, ended = self._trials_so_far()
+            if ended:
+                import lungct_tune.reporting.report_page  # noqa: F401
+            crowded = bool(waiting_for_room(self._plan))
+            if self._slot and crowded:  # a slot of the search has lost its workers, and needs the room
+                self._release()
+            are_last = begun >= self._last[0] and ended >= self._last[1]
+            if are_last and not self._slot and not crowded and self._has_room():
+                self._start()
+
+    def _has_room(self) -> bool:
+        free = ray.available_resources()
+        needed = {kind: amount * self._plan.workers for kind, amount in self._plan.resources_per_worker.items()}
+        return all(free.get(kind, 0) >= amount for kind, amount in needed.items())
+
+
+def retrain_and_predict(experiment: Experiment, order: RetrainOrder, slot: EarlySlot) -> RetrainedModel:
+    """Retrains in a slot. An interrupted retraining continues from its last state; one that has ended is only read.
 
     Raises:
-        RetrainingFailed: workers failed more than MAX_FAILURES times, or could not be started.
-        KeyboardInterrupt: the user pressed Ctrl-C; the last state is kept.
+        RetrainingFailed: its workers were lost too often, or it needs more memory than there is.
         StorageError: its files cannot be read.
     """
-    if (before := _read_result(plan)) is not None:
-        return before
-    _run_workers(plan)
-    result = _read_result(plan)
-    assert result is not None  # the workers have ended without an error
+    result = _read_result(experiment, order)
+    if result is None:
+        try:
+            reason = slot.run(order).reason
+        except ray.exceptions.RayActorError as error:
+            reason = str(error)
+        if reason:
+            raise RetrainingFailed(
+                f"the final retraining failed: {reason}\n"
+                "Fix the cause (Ray's log files have the full error; --verbose prints it); "
+                "the search is kept, and --resume continues with the retraining"
+            )
+        result = _read_result(experiment, order)
+    assert result is not None  # the workers have written it
     return result
 
 
-def _read_result(plan: RetrainPlan) -> RetrainedModel | None:
-    predictions = plan.experiment.read(plan.file(PREDICTIONS))
-    weights = plan.experiment.read(plan.file(WEIGHTS)) if predictions else None
+def _read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel | None:
+    predictions = experiment.read(order.file(PREDICTIONS))
+    weights = experiment.read(order.file(WEIGHTS)) if predictions else None
     return RetrainedModel(weights, np.load(io.BytesIO(predictions))) if weights and predictions else None
 
 
-def _run_workers(plan: RetrainPlan) -> None:
-    from lungct_tune.tuning.ray_trainer import GroupTrainer
+def retrain(experiment: Experiment, dataset: SharedDataset, order: RetrainOrder, device: torch.device) -> None:
+    """Trains to the last epoch, predicts the test images, and writes the files. All workers call it together.
 
-    trainer = GroupTrainer(
-        _run_worker,
-        {"plan": plan},
-        plan.workers,
-        plan.resources_per_worker,
-        train.RunConfig(
-            name=plan.name,
-            storage_path=f"{plan.experiment.root}/final",
-            storage_filesystem=plan.experiment.filesystem,
-            failure_config=train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=MAX_FAILURES, controller_failure_limit=START_ATTEMPTS
-            ),
-        ),
-    )
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit()
-    except train.TrainingFailedError as error:
-        raise RetrainingFailed(
-            f"the final retraining failed: {str(error).strip().splitlines()[-1]}\n"
-            "Fix the cause (Ray's log files have the full error; --verbose prints it), or lower "
-            "--final-workers; the search is kept, and --resume continues with the retraining"
-        ) from error
-    except SystemExit:  # with status 0: Train's handler of SIGINT ends an aborted run so
-        raise KeyboardInterrupt from None
-    finally:
-        # otherwise that handler stays, with a reference to the run's controller: the actor would never end
-        signal.signal(signal.SIGINT, before)
-
-
-def _run_worker(config: dict[str, Any]) -> None:
-    import torch
-    from ray.train.torch import get_device
-
-    plan: RetrainPlan = config["plan"]
-    torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
-    retrain(plan, get_device())
-
-
-def retrain(plan: RetrainPlan, device: torch.device) -> None:
-    """Trains to the last epoch, predicts the test images, and writes the files. All workers call it together."""
+    Args:
+        dataset: the images of train and validation; all are trained on.
+    """
     import safetensors.torch
 
-    trainer = plan.dataset.trainer(plan.hyperparameters, plan.dataset.rows, plan.seed, device)
-    _resume(plan, trainer)
+    trainer = dataset.trainer(order.hyperparameters, dataset.rows, order.seed, device, epochs=order.epochs)
+    _resume(experiment, order, trainer)
     saved_at = time.monotonic()
-    while trainer.epoch < plan.dataset.epochs:
+    while trainer.epoch < order.epochs:
         trainer.train_epoch()
-        if trainer.rank == 0 and time.monotonic() - saved_at >= plan.checkpoint_interval:
-            _save(plan, trainer)
+        if trainer.rank == 0 and time.monotonic() - saved_at >= order.checkpoint_interval:
+            _save(experiment, order, trainer)
             saved_at = time.monotonic()
     # the one place in the program that looks at the test split
-    test_NHW = plan.test.images_on(device)
+    test_NHW = order.test.images_on(device)
     probabilities_NC = trainer.probabilities(range(len(test_NHW)), test_NHW)
     if trainer.rank == 0:
         predictions = io.BytesIO()
         np.save(predictions, probabilities_NC)
-        plan.experiment.write(plan.file(WEIGHTS), safetensors.torch.save(trainer.model_state()))
-        plan.experiment.write(plan.file(PREDICTIONS), predictions.getbuffer())
+        experiment.write(order.file(WEIGHTS), safetensors.torch.save(trainer.model_state()))
+        experiment.write(order.file(PREDICTIONS), predictions.getbuffer())
 
 
-def _save(plan: RetrainPlan, trainer: Trainer) -> None:
+def _save(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:
     import torch
 
     stream = io.BytesIO()
     torch.save(trainer.state_dict(), stream)
     content = stream.getvalue()
-    plan.experiment.write(plan.file(STATE), hashlib.sha256(content).digest() + content)
+    experiment.write(order.file(STATE), hashlib.sha256(content).digest() + content)
 
 
-def _resume(plan: RetrainPlan, trainer: Trainer) -> None:
+def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:
     """Continues from the last state, if there is one that is whole.
 
     Only the first worker reads it. If each read the storage, one of them might find another state than the others, and
@@ -168,7 +211,7 @@ def _resume(plan: RetrainPlan, trainer: Trainer) -> None:
     import torch
     import torch.distributed as dist
 
-    kept = [plan.experiment.read(plan.file(STATE)) or b"" if trainer.rank == 0 else b""]
+    kept = [experiment.read(order.file(STATE)) or b"" if trainer.rank == 0 else b""]
     if trainer.world > 1:
         dist.broadcast_object_list(kept, src=0)
     digest, content = kept[0][:DIGEST_BYTES], kept[0][DIGEST_BYTES:]

@@ -27,6 +27,7 @@ from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.mailbox import ORDER, open_mailbox
 from lungct_tune.tuning.mailbox import REPORT as REPORTED
 from lungct_tune.tuning.ray_compat import HEAD_NODE
+from lungct_tune.tuning.retrain import RetrainOrder
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
 
 REPORT = "report"
@@ -93,19 +94,20 @@ class Slot:
     workers can continue the trial: workers that replace these, or workers of a resumed search.
     """
 
-    def __init__(self, plan: SlotPlan) -> None:
+    def __init__(self, plan: SlotPlan, search: str = "") -> None:
         # saves a process for each group: the driver tells the workers itself that their node will be lost
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         self._plan, self._released, self._lock = plan, False, threading.Lock()
-        self._mailbox = open_mailbox(plan.experiment.name)
+        search = search or plan.experiment.name
+        self._mailbox = open_mailbox(search)
         context = ray.get_runtime_context()
         actor = context.current_actor if context.get_actor_id() else None
         self.number: int = ray.get(self._mailbox.take_number.remote(actor))
-        self.name = f"{plan.experiment.name} slot {self.number}"
+        self.name = f"{search} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
         self._group = self._new_group()
 
-    def run(self, order: TrialOrder) -> EpochReport:
+    def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
         """Trains a trial on: to the next rung, to its end, or for about a second. Lost workers are replaced.
 
         New workers wait without a limit for room: for a new node, or for the end of another slot.
@@ -155,7 +157,7 @@ class Group:
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
 
-    def run(self, order: TrialOrder) -> EpochReport:
+    def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
         """Sends an order to the workers; returns their report.
 
         Raises:

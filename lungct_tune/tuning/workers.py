@@ -17,6 +17,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.tuning.mailbox import DRAIN, ORDER, REPORT
+from lungct_tune.tuning.retrain import RetrainOrder, retrain
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import Fold, TrialRunner
 
@@ -105,7 +106,7 @@ def run_worker(config: dict[str, Any]) -> None:
     gc.collect()
     gc.freeze()  # a collection between two trials then looks only at what trials have made
     for sequence in range(1, 2**62):
-        order: TrialOrder | None = ray.get(mailbox.get.remote((group, ORDER, sequence)))
+        order: TrialOrder | RetrainOrder | None = ray.get(mailbox.get.remote((group, ORDER, sequence)))
         if order is None:
             if trial is not None:
                 trial.close()
@@ -114,8 +115,12 @@ def run_worker(config: dict[str, Any]) -> None:
             if trial is None or trial.order != order:
                 trial = None
                 _free_memory()
-                trial = _start_trial(config, order, device)
-            report = trial.run(must_save=lambda: bool(ray.wait([drain], timeout=0)[0]))
+            if isinstance(order, RetrainOrder):
+                retrain(plan.experiment, plan.dataset, order, device)
+                report = EpochReport(Outcome.COMPLETED)
+            else:
+                trial = trial or _start_trial(config, order, device)
+                report = trial.run(must_save=lambda: bool(ray.wait([drain], timeout=0)[0]))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from processes import wait_for
+from ray_state import nothing_held, train_workers
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import validate
@@ -15,15 +19,35 @@ from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.trainer import Trainer
-from lungct_tune.tuning.retrain import PREDICTIONS, STATE, WEIGHTS, RetrainPlan, retrain, retrain_and_predict
+from lungct_tune.tuning.retrain import (
+    PREDICTIONS,
+    STATE,
+    WEIGHTS,
+    EarlySlot,
+    RetrainOrder,
+    retrain,
+    retrain_and_predict,
+)
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
+from lungct_tune.tuning.trial_runner import Fold
+from lungct_tune.tuning.workers import SlotPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from lungct_tune.data import ImageSet
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the workers: sums of floats depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +68,47 @@ def dataset(images: ImageSet, rows: np.ndarray) -> SharedDataset:
     )
 
 
-def plan(images: ImageSet, storage: Path, interval: float = 1e9) -> RetrainPlan:
-    split = split_images(images, "grouped", seed=0)
-    return RetrainPlan(
-        experiment=Experiment.at(str(storage), "one"),
-        name="trial_0003_004_epochs",
-        dataset=dataset(images, np.flatnonzero(split != "test")),
-        test=dataset(images, np.flatnonzero(split == "test")),
+def searched(images: ImageSet) -> SharedDataset:
+    return dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) != "test"))
+
+
+def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
+    return RetrainOrder(
+        number=3,
         hyperparameters=Hyperparameters(truncation_depth=3, augmentation=0.5, dropout=0.2),
         seed=3,
+        epochs=4,
+        test=dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) == "test")),
         checkpoint_interval=interval,
-        workers=1,
-        resources_per_worker={"CPU": 1},
     )
 
 
-def files(one: RetrainPlan) -> dict[str, bytes]:
-    found = {name: one.experiment.read(one.file(name)) for name in (STATE, WEIGHTS, PREDICTIONS)}
+def files(experiment: Experiment, one: RetrainOrder) -> dict[str, bytes]:
+    found = {name: experiment.read(one.file(name)) for name in (STATE, WEIGHTS, PREDICTIONS)}
     return {name: content for name, content in found.items() if content is not None}
 
 
-def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageSet, tmp_path: Path) -> None:
-    one = plan(images, tmp_path)
-    retrain(one, CPU)
-    assert set(files(one)) == {WEIGHTS, PREDICTIONS}, "a retraining that ends before a state is due writes none"
-    result = retrain_and_predict(one)  # what has ended is read, and needs no Ray
-    trainer = one.dataset.trainer(one.hyperparameters, one.dataset.rows, 0, CPU)
-    trainer.model.load_state_dict(safetensors.torch.load(result.weights))
-    of_all = dataset(images, np.arange(len(images.table)))
-    again = of_all.trainer(one.hyperparameters, one.dataset.rows, 0, CPU)
-    again.model.load_state_dict(trainer.model.state_dict())
-    np.testing.assert_allclose(result.probabilities_NC, again.probabilities(one.test.rows), atol=1e-6)
+@pytest.fixture(scope="module")
+def whole(images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a retraining that nothing stopped."""
+    experiment = Experiment.at(str(tmp_path_factory.mktemp("whole")), "one")
+    retrain(experiment, searched(images), order(images), CPU)
+    return files(experiment, order(images))
+
+
+def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageSet, whole: dict[str, bytes]) -> None:
+    assert set(whole) == {WEIGHTS, PREDICTIONS}, "a retraining that ends before a state is due writes none"
+    one, every = order(images), dataset(images, np.arange(len(images.table)))
+    trainer = every.trainer(one.hyperparameters, every.rows, 0, CPU)
+    trainer.model.load_state_dict(safetensors.torch.load(whole[WEIGHTS]))
+    predicted_NC = np.load(io.BytesIO(whole[PREDICTIONS]))
+    np.testing.assert_allclose(predicted_NC, trainer.probabilities(one.test.rows), atol=1e-6)
 
 
 def test_a_stopped_retraining_continues_to_the_same_weights(
-    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: ImageSet, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, stopped = plan(images, tmp_path / "whole"), plan(images, tmp_path / "stopped", interval=0.0)
-    retrain(whole, CPU)
-    train_epoch = Trainer.train_epoch
+    experiment, one, train_epoch = Experiment.at(str(tmp_path), "one"), order(images, interval=0.0), Trainer.train_epoch
 
     def lost_in_the_third_epoch(trainer: Trainer) -> float:
         if trainer.epoch == 2:
@@ -92,23 +118,43 @@ def test_a_stopped_retraining_continues_to_the_same_weights(
     with monkeypatch.context() as losing:
         losing.setattr(Trainer, "train_epoch", lost_in_the_third_epoch)
         with pytest.raises(RuntimeError, match="lost"):
-            retrain(stopped, CPU)
-    assert set(files(stopped)) == {STATE}
+            retrain(experiment, searched(images), one, CPU)
+    assert set(files(experiment, one)) == {STATE}
     trained: list[int] = []
     with monkeypatch.context() as counting:
         counting.setattr(Trainer, "train_epoch", lambda trainer: (trained.append(trainer.epoch), train_epoch(trainer)))
-        retrain(stopped, CPU)
+        retrain(experiment, searched(images), one, CPU)
     assert trained == [2, 3]
-    assert files(stopped)[WEIGHTS] == files(whole)[WEIGHTS]
-    assert files(stopped)[PREDICTIONS] == files(whole)[PREDICTIONS]
+    again = files(experiment, one)
+    assert (again[WEIGHTS], again[PREDICTIONS]) == (whole[WEIGHTS], whole[PREDICTIONS])
 
 
-def test_a_damaged_state_is_not_continued_from(images: ImageSet, tmp_path: Path) -> None:
-    whole, damaged = plan(images, tmp_path / "whole"), plan(images, tmp_path / "damaged")
-    retrain(whole, CPU)
-    damaged.experiment.write(damaged.file(STATE), b"half a state")
-    retrain(damaged, CPU)
-    assert files(damaged)[WEIGHTS] == files(whole)[WEIGHTS]
+def test_a_damaged_state_is_not_continued_from(images: ImageSet, whole: dict[str, bytes], tmp_path: Path) -> None:
+    experiment, one = Experiment.at(str(tmp_path), "one"), order(images)
+    experiment.write(one.file(STATE), b"half a state")
+    retrain(experiment, searched(images), one, CPU)
+    assert files(experiment, one)[WEIGHTS] == whole[WEIGHTS]
+
+
+def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
+    fold = Fold(searched(images).rows, searched(images).rows)
+    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, (), 30.0)
+
+
+def test_a_slot_that_starts_early_retrains_to_the_same_weights_and_gives_its_room_back(
+    images: ImageSet, whole: dict[str, bytes], tmp_path: Path, cluster: None
+) -> None:
+    plan, one, ended = slot_plan(images, tmp_path), order(images), 0
+    with EarlySlot(plan, lambda: (2, ended), last=(2, 1)) as slot:
+        time.sleep(3)
+        assert train_workers() == [], "the search still needs the room"
+        ended = 1
+        wait_for(train_workers, within_s=120)
+        result = retrain_and_predict(plan.experiment, one, slot)
+    assert result.weights == whole[WEIGHTS]
+    assert nothing_held()
+    read = retrain_and_predict(plan.experiment, one, EarlySlot(plan, lambda: (0, 0), (1, 1)))  # starts no workers
+    assert np.array_equal(read.probabilities_NC, result.probabilities_NC) and nothing_held()
 
 
 def test_slots_cannot_read_test_images_and_what_does_not_fit_is_refused_when_it_is_shared(
@@ -116,12 +162,12 @@ def test_slots_cannot_read_test_images_and_what_does_not_fit_is_refused_when_it_
 ) -> None:
     settings = validate({"epochs": 4, "batch_size": 8})
     split = split_images(images, "grouped", seed=0)
-    searched, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
-    of_slots = share_dataset(settings, images, searched, None)
+    rows, test = np.flatnonzero(split != "test"), np.flatnonzero(split == "test")
+    of_slots = share_dataset(settings, images, rows, None)
     with pytest.raises(ValueError, match="not shared"):
         of_slots.positions(test[:1])
-    assert len(of_slots.images_on(CPU)) == len(searched)
-    room = len(searched) * images.images_NHW[0].nbytes
+    assert len(of_slots.images_on(CPU)) == len(rows)
+    room = len(rows) * images.images_NHW[0].nbytes
     monkeypatch.setattr("lungct_tune.tuning.shared_data.object_store_room", lambda: room)
     share_dataset(settings, images, test, None)  # alone they would fit
     with pytest.raises(StorageError, match="images need"):
