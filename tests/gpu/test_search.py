@@ -116,7 +116,7 @@ def test_a_state_is_written_beside_training_and_a_killed_trial_goes_on_from_it(
     epochs = 600 if resources == ON_GPU else 60  # long enough for a state
     asked = ["--trials", "1", "--epochs", str(epochs), "--checkpoint-interval", "1", *resources[:-1], "1"]
     with searching(*begin(tmp_path, phantoms, SPACE, *asked), environment=own_ray()) as run:
-        wait_for(lambda: (tmp_path / "one" / "trials" / "0000" / "last.pt").exists(), run)
+        wait_for(lambda: list((tmp_path / "one" / "trials" / "0000").glob("state-*.pt")), run)
         wait_for(lambda: running_epochs(tmp_path, least=0), run)
         run.kill()
         run.communicate()
