@@ -15,9 +15,9 @@ class ClusterError(UserError):
     """The cluster cannot be reached or is too small. The message says what it has and what to do."""
 
 
-HEAD_MEMORY_OF_SLOT = 0.6 * 2**30
-"""Bytes of the head's memory for each slot: the slot's actor with Ray Tune, Ray Train and torch, see
-docs/benchmarks.md. A slot's workers need memory of their own, on their own nodes."""
+HEAD_MEMORY_OF_SLOT = 0.4 * 2**30
+"""Bytes of the head's memory for each slot: its actor, with Ray Tune, Ray Train and torch, had 389 MiB that it shares
+with no other process (psutil's uss). A slot's workers need memory of their own, on their own nodes."""
 
 
 @dataclass(frozen=True)
