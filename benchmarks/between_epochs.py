@@ -46,8 +46,9 @@ from lungct_tune.experiment.study import open_study, read_trials
 from lungct_tune.experiment.trial import EpochFigures, TrialOrder
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
+from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.trial_runner import Fold, TrialRunner
+from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.tuner import run_search
 from lungct_tune.tuning.workers import SlotPlan, _free_memory, _start_trial
 
