@@ -81,9 +81,10 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
             return
         figures = report.epochs[-1]
         slot = str(figures.slot)
-        if cost.checkpoint_bytes:  # a state is not written in every step, and Ray refuses to add zero
-            self._bytes.inc(cost.checkpoint_bytes, {"slot": slot})
-            self._seconds.inc(cost.checkpoint_s, {"slot": slot})
+        # A state may be copied in one step, be written in a later one, or not at all. Ray refuses to add zero
+        for counter, amount in ((self._bytes, cost.checkpoint_bytes), (self._seconds, cost.checkpoint_s)):
+            if amount:
+                counter.inc(amount, {"slot": slot})
         self._training_s += sum(figures.seconds for figures in report.epochs if (figures.at or 0) >= self._began)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
