@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import asdict
@@ -51,6 +52,10 @@ class WorkersLost(RuntimeError):
     """A group of workers ended unexpectedly. The message says why."""
 
     out_of_memory = False
+
+
+class MailboxLost(WorkersLost):
+    """The mailbox was lost, or the slot has been released. It is not the fault of the trial."""
 
 
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
@@ -101,8 +106,8 @@ class Slot:
         search = search or plan.experiment.name
         self._mailbox = open_mailbox(search)
         context = ray.get_runtime_context()
-        actor = context.current_actor if context.get_actor_id() else None
-        self.number: int = ray.get(self._mailbox.take_number.remote(actor))
+        self._actor = context.current_actor if context.get_actor_id() else None
+        self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
         self.name = f"{search} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
         self._group = self._new_group()
@@ -116,7 +121,8 @@ class Slot:
             NodeRefused: workers started on a node that cannot use the storage.
             WorkersLost: the slot has been released.
         """
-        for _ in range(MAX_LOSSES):
+        losses = 0
+        while losses < MAX_LOSSES:
             try:
                 return self._group.run(order)
             except WorkersLost as loss:
@@ -124,6 +130,7 @@ class Slot:
                     self._replace_group(loss)
                     return EpochReport(Outcome.OUT_OF_MEMORY, reason=str(loss))
                 reason = str(loss)
+                losses += not isinstance(loss, MailboxLost)
                 self._replace_group(loss)
         return EpochReport(Outcome.FAILED, reason=reason)
 
@@ -137,10 +144,20 @@ class Slot:
 
     def _replace_group(self, loss: WorkersLost) -> None:
         self._group.release()
+        while not self._mailbox_is_there() and not self._released:
+            time.sleep(0.2)
         with self._lock:
             if self._released:
                 raise loss
             self._group = self._new_group()
+
+    def _mailbox_is_there(self) -> bool:
+        """Asks a mailbox that Ray may have started again. Such a one has to be told the slot's number."""
+        try:
+            ray.get(self._mailbox.keep_number.remote(self._actor, self.number))
+        except ray.exceptions.ActorUnavailableError:
+            return False
+        return True
 
     def _new_group(self) -> Group:
         return Group(self._plan, self.name, self.number, self._mailbox)
@@ -154,6 +171,7 @@ class Group:
         self._id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported = 0, False
         self._error: Exception | None = None
+        mailbox.open.remote(self._id)
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
 
@@ -174,7 +192,7 @@ class Group:
         try:
             report: EpochReport = ray.get(waiting)
         except ray.exceptions.RayError as error:  # the mailbox was lost, or the group was released
-            raise WorkersLost(f"the slot's mailbox does not answer: {error}") from error
+            raise MailboxLost(f"the slot's mailbox does not answer: {error}") from error
         self._has_reported = True
         return report
 
