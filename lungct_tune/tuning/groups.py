@@ -31,6 +31,10 @@ class WorkersLost(RuntimeError):
     """A group of workers ended unexpectedly. The message and the cause say why."""
 
 
+class MailboxLost(WorkersLost):
+    """The mailbox was lost, or the slot has been released. It is not the fault of the trial."""
+
+
 class Group:
     """One Ray Train run whose workers process orders until there are no more."""
 
@@ -46,6 +50,7 @@ class Group:
         self.id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
         self._error: Exception | None = None
+        mailbox.open.remote(self.id)
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
 
@@ -68,7 +73,7 @@ class Group:
         try:
             report: EpochReport = ray.get(waiting)
         except ray.exceptions.RayError as error:  # the mailbox was lost, or the group was released
-            raise WorkersLost(f"the slot's mailbox does not answer: {error}") from error
+            raise MailboxLost(f"the slot's mailbox does not answer: {error}") from error
         self._has_reported = True
         self._epoch_s = max([self._epoch_s, *(figures.seconds for figures in report.epochs)])
         return report

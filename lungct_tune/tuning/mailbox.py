@@ -28,7 +28,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._letters: defaultdict[Address, asyncio.Future[Any]] = defaultdict(asyncio.Future)
-        self._closed: set[str] = set()
+        self._open: set[str] = set()
         self._slots: dict[int, Any] = {}
         self._nodes: defaultdict[str, set[str]] = defaultdict(set)
         self._losses: defaultdict[str, set[int]] = defaultdict(set)
@@ -47,6 +47,10 @@ class Mailbox:
         self._slots[number] = slot
         return number
 
+    async def keep_number(self, slot: Any, number: int) -> None:
+        """Gives a slot the number that it has, after the mailbox has been lost."""
+        self._slots[number] = slot
+
     async def return_number(self, number: int) -> None:
         self._slots.pop(number, None)
 
@@ -64,6 +68,8 @@ class Mailbox:
     async def put(self, address: Address, letter: Any) -> None:
         """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
         group, kind, number = address
+        if kind != DRAIN and group not in self._open:
+            return
         if kind == REPORT:
             for node in self._nodes[group]:
                 self._losses.pop(node, None)
@@ -76,15 +82,19 @@ class Mailbox:
         """The letter at this address.
 
         Raises:
-            RuntimeError: the group of workers has been closed.
+            RuntimeError: the group of workers has been closed, or it is older than this mailbox.
         """
-        if address[0] in self._closed:
+        if address[1] != DRAIN and address[0] not in self._open:
             raise RuntimeError(CLOSED)
         return await asyncio.shield(self._letters[address])
 
+    async def open(self, group: str) -> None:
+        """Takes letters of a group of workers from now on. A mailbox that was started again knows no older group."""
+        self._open.add(group)
+
     async def close(self, group: str) -> None:
         """Ends all waiting for letters of a group of workers with an error. Workers that start later get it too."""
-        self._closed.add(group)
+        self._open.discard(group)
         for address in [address for address in self._letters if address[0] == group]:
             future = self._letters.pop(address)
             if not future.done():

@@ -76,8 +76,8 @@ class _Live:
 
     def end(self, outcome: Outcome, ended: str) -> None:
         """Notes in the study how the trial ended. This comes before `tell`, because a driver may die in between."""
-        self.trial.set_user_attr("outcome", outcome.value)
         self.trial.set_user_attr("ended", ended)
+        self.trial.set_user_attr("outcome", outcome.value)  # the last one: with it the trial counts as ended
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]

@@ -24,7 +24,7 @@ from ray import tune
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.groups import OUT_OF_MEMORY, Group, WorkersLost, remove_placement_groups
+from lungct_tune.tuning.groups import OUT_OF_MEMORY, Group, MailboxLost, WorkersLost, remove_placement_groups
 from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import HEAD_NODE
 from lungct_tune.tuning.retrain import RetrainOrder
@@ -98,8 +98,8 @@ class Slot:
         search = search or plan.experiment.name
         self._mailbox = open_mailbox(search)
         context = ray.get_runtime_context()
-        actor = context.current_actor if context.get_actor_id() else None
-        self.number: int = ray.get(self._mailbox.take_number.remote(actor))
+        self._actor = context.current_actor if context.get_actor_id() else None
+        self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
         self.name = f"{search} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
         self._group = self._new_group()
@@ -121,8 +121,9 @@ class Slot:
             except WorkersLost as loss:
                 cause = loss.__cause__
                 is_storage = isinstance(cause, StorageError)
-                losses += not is_storage
+                losses += not (is_storage or isinstance(loss, MailboxLost))
                 self._group.release(lost=True)
+                self._wait_for_mailbox()
                 if isinstance(cause, OUT_OF_MEMORY):
                     outcome: Outcome | None = Outcome.OUT_OF_MEMORY
                 else:
@@ -141,6 +142,15 @@ class Slot:
         self._group.release()
         with suppress(ray.exceptions.RayActorError):
             ray.get(self._mailbox.return_number.remote(self.number))
+
+    def _wait_for_mailbox(self) -> None:
+        """Waits for a mailbox that Ray may be starting again, and tells it the slot's number."""
+        while not self._released.is_set():
+            try:
+                ray.get(self._mailbox.keep_number.remote(self._actor, self.number))
+                return
+            except ray.exceptions.ActorUnavailableError:
+                self._released.wait(0.2)
 
     def _nodes_to_avoid(self, order: TrialOrder | RetrainOrder, loss: WorkersLost) -> set[str]:
         """Tells the user of a loss; returns the nodes that get no more workers of this search.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
 from lungct_tune.config.hyperparameters import PUBLISHED
@@ -27,7 +29,15 @@ from lungct_tune.experiment.study import (
     rungs,
 )
 from lungct_tune.experiment.study_journal import StudyStorage
-from lungct_tune.experiment.trial import KEPT_TRIALS, EpochFigures, EpochReport, Outcome, TrialOrder, best_trial
+from lungct_tune.experiment.trial import (
+    KEPT_TRIALS,
+    EpochFigures,
+    EpochReport,
+    Outcome,
+    TrialOrder,
+    TrialRecord,
+    best_trial,
+)
 from lungct_tune.tuning.searcher import MAX_FAILED_IN_A_ROW, OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.slots import REPORT
 
@@ -371,3 +381,39 @@ def test_trials_that_fail_one_after_the_other_end_the_search_and_are_trained_aga
     resumed = Tune(tmp_path)
     assert [resumed.run()["number"] for _ in range(MAX_FAILED_IN_A_ROW)] == [*numbers, numbers[-1] + 1]
     assert not [trial for trial in resumed.study.trials if trial.state == TrialState.FAIL]
+
+
+def test_the_driver_may_die_after_any_line_of_the_journal(tmp_path: Path) -> None:
+    """While a trial is made, between two epochs, between the outcome and `tell`: as many trials as asked, none twice.
+
+    They are the same trials, with two exceptions. A trial of which some parameters were drawn may get other values for
+    the rest. A trial that was to be stopped at a rung may go on to the next one, if its outcome was not noted yet.
+    """
+    journal = tmp_path / "study.journal"
+    whole = Tune(tmp_path)
+    whole._open[journal].sync()
+    begin = len(journal.read_bytes().splitlines())
+    trials = len([whole.run() for _ in range(8)])
+    whole._open[journal].sync()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    expected = [without_times(trial) for trial in finished_trials(whole.study)]
+    assert {trial.outcome for trial in expected} == {Outcome.COMPLETED, Outcome.STOPPED}
+    kinds = [json.loads(line)["op_code"] for line in lines]
+    for count in range(begin, len(lines)):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(b"".join(lines[:count]))
+        resumed = Tune(folder)
+        while resumed.search.tally.finished < trials:
+            resumed.run()
+        ended = [without_times(trial) for trial in read_trials(resumed.study)]
+        assert [trial.number for trial in ended] == list(range(trials))
+        assert all([figures.epoch for figures in t.history] in ([1], [1, 2, 3], [*range(1, 10)]) for t in ended)
+        between_draws = {*kinds[count - 1 : count + 1]} == {JournalOperation.SET_TRIAL_PARAM}
+        before_outcome = b'{"completed_rung' in lines[count - 1] or b'{"ended"' in lines[count - 1]
+        assert ended == expected or between_draws or before_outcome, lines[count - 1]
+        resumed._open[folder / "study.journal"].close()
+
+
+def without_times(trial: TrialRecord) -> TrialRecord:
+    return replace(trial, started=None, completed=None)

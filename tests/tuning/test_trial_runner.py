@@ -95,6 +95,17 @@ def test_the_best_epochs_files_survive_an_interruption(plan: SlotPlan, monkeypat
         assert float(file.metadata()["balanced_accuracy"]) == kept.balanced_accuracy
 
 
+def test_a_trial_whose_completion_nobody_heard_of_completes_again(plan: SlotPlan) -> None:
+    """The driver died after the files of its best epoch were written."""
+    first = run_all(runner(plan, order(0)))
+    folder = Path(plan.experiment.uri, "trials", "0000")
+    kept = {name: (folder / name).read_bytes() for name in ("best.safetensors", "valid.npy")}
+    assert states(plan, 0)[-1] == f"state-{EPOCHS - 1:04d}.pt"
+    again = run_all(runner(plan, order(0)))
+    assert [*map(comparable, epochs_of(again))] == [*map(comparable, epochs_of(first))]
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
 def test_a_state_is_written_when_it_is_due_and_older_ones_go(plan: SlotPlan) -> None:
     trial = runner(plan, order(0), rungs=(), checkpoint_interval=3600)
     run_all(trial)
