@@ -31,8 +31,8 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import finished_trials, open_study
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
+from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.tuner import run_search
 from lungct_tune.tuning.workers import SlotPlan, scaling
 

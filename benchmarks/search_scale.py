@@ -47,10 +47,10 @@ from lungct_tune.experiment.trial import EpochCost, EpochFigures, EpochReport, O
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning import tuner
 from lungct_tune.tuning.cluster import connect
+from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.slots import ON_HEAD, REPORT
 from lungct_tune.tuning.tally import SearchTally
-from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.workers import SlotPlan
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "default.yaml"

@@ -5,6 +5,7 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from lungct_tune.cli import exit_status
 from lungct_tune.config.settings import Settings, read_settings
-from lungct_tune.errors import UserError
+from lungct_tune.errors import SearchStopped, UserError
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
     import optuna
@@ -43,6 +44,7 @@ class NothingToRetrain(UserError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what a scheduler sends is a Ctrl-C
     return exit_status(lambda: search(*read_settings(argv), Console(highlight=False)))
 
 
@@ -83,7 +85,7 @@ def _with_resume_command(plan: Plan) -> Iterator[None]:
 
     try:
         yield
-    except (KeyboardInterrupt, NodeRefused) as stop:
+    except (KeyboardInterrupt, NodeRefused, SearchStopped) as stop:
         if plan.experiment.exists("settings.yaml"):
             stop.add_note(f"To continue: {plan.resume_command}")
         raise
@@ -285,7 +287,11 @@ class SearchRun:
             states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
             return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
 
-        return EarlySlot(plan, trials_so_far, last=(settings.trials, max(1, settings.trials - self.resources.slots)))
+        def import_pages() -> None:
+            import lungct_tune.reporting.report_page  # noqa: F401
+
+        last = (settings.trials, max(1, settings.trials - self.resources.slots))
+        return EarlySlot(plan, trials_so_far, last, import_pages)
 
     def retrain(self, trial: TrialRecord, slot: EarlySlot) -> RetrainedModel:
         """Retrains a trial's hyperparameters on train and validation, and predicts the test split once.

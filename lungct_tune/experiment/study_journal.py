@@ -20,13 +20,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from lungct_tune.errors import UserError
+from lungct_tune.errors import SearchStopped
 
 WRITE_EVERY_S = 0.2
 """How long a change may wait for the disk. A process that is killed loses the changes of this time."""
 
 
-class JournalError(UserError):
+class JournalError(SearchStopped):
     """The study's journal cannot be written. The message names the file and says what to do."""
 
 

@@ -30,6 +30,9 @@ class Mailbox:
         self._letters: defaultdict[Address, asyncio.Future[Any]] = defaultdict(asyncio.Future)
         self._open: set[str] = set()
         self._slots: dict[int, Any] = {}
+        self._nodes: defaultdict[str, set[str]] = defaultdict(set)
+        self._losses: defaultdict[str, set[int]] = defaultdict(set)
+        self._avoided: set[str] = set()
         self._warnings: list[str] = []
 
     async def take_number(self, slot: Any) -> int:
@@ -67,6 +70,9 @@ class Mailbox:
         group, kind, number = address
         if kind != DRAIN and group not in self._open:
             return
+        if kind == REPORT:
+            for node in self._nodes[group]:
+                self._losses.pop(node, None)
         future = self._letters[address]
         if not future.done():
             future.set_result(letter)
@@ -94,6 +100,26 @@ class Mailbox:
             if not future.done():
                 future.set_exception(RuntimeError(CLOSED))
                 future.exception()  # so that a letter that nobody waits for is not reported as an unseen error
+
+    async def start(self, group: str, node: str) -> None:
+        """Notes that a worker of the group has started on a node."""
+        self._nodes[group].add(node)
+
+    async def lose(self, group: str, trial: int) -> dict[str, int]:
+        """Notes that the group has been lost in a trial.
+
+        Returns:
+            For each of its nodes, how many trials have been lost there since workers there reported last.
+        """
+        nodes = self._nodes.pop(group, set())
+        for node in nodes:
+            self._losses[node].add(trial)
+        return {node: len(self._losses[node]) for node in nodes}
+
+    async def avoid(self, nodes: set[str]) -> set[str]:
+        """Adds nodes on which no worker of the search may start any more; returns all of them."""
+        self._avoided |= nodes
+        return self._avoided
 
     async def warn(self, sentence: str) -> None:
         """Leaves a sentence for the user."""

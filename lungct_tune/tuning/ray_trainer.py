@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class GroupTrainer(TorchTrainer):  # type: ignore[misc]
 
     Args:
         run_worker: the function that every worker runs with `config`.
+        avoid: ids of nodes on which no worker may start.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class GroupTrainer(TorchTrainer):  # type: ignore[misc]
         workers: int,
         resources_per_worker: dict[str, float],
         run_config: RunConfig,
+        avoid: Iterable[str] = (),
     ) -> None:
         super().__init__(
             run_worker,
             train_loop_config=config,
             torch_config=ProcessGroup(),
-            scaling_config=scaling(workers, resources_per_worker),
+            scaling_config=scaling(workers, resources_per_worker, avoid),
             run_config=run_config,
         )
 

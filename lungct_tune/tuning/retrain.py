@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import threading
 import time
@@ -20,6 +19,7 @@ from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport
 from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.trial_state import from_bytes, read_bytes, to_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +35,6 @@ RELEASE_S = 15.0
 
 STATE, WEIGHTS, PREDICTIONS = "last.pt", "model.safetensors", "test_probabilities.npy"
 """The files of a retraining. The predictions are written last, so they say that it has ended."""
-
-DIGEST_BYTES = 32
-"""A state starts with the sha256 of its other bytes, because torch loads many damaged files without an error."""
 
 
 class RetrainingFailed(UserError):
@@ -69,16 +66,21 @@ class RetrainOrder:
 class EarlySlot:
     """A slot for what comes after the search. It starts while the last trials run, if there is room beside them.
 
-    Once a trial has ended, it also does the driver's own large imports, so that nothing waits for them later.
-
     Args:
         plan: the slot's configuration.
         trials_so_far: tells how many trials have begun, and how many of them have ended.
         last: how many trials will have begun, and how many have ended, when the last ones run.
+        prepare: is called now and then once a trial has ended, for the driver's imports that are needed at the end.
     """
 
-    def __init__(self, plan: SlotPlan, trials_so_far: Callable[[], tuple[int, int]], last: tuple[int, int]) -> None:
-        self._plan, self._trials_so_far, self._last = plan, trials_so_far, last
+    def __init__(
+        self,
+        plan: SlotPlan,
+        trials_so_far: Callable[[], tuple[int, int]],
+        last: tuple[int, int],
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._plan, self._trials_so_far, self._last, self._prepare = plan, trials_so_far, last, prepare
         self._slot: Any = None
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._start_early, daemon=True)
@@ -118,12 +120,12 @@ class EarlySlot:
         self._slot = None
 
     def _start_early(self) -> None:
-        from lungct_tune.tuning.slots import waiting_for_room
+        from lungct_tune.tuning.groups import waiting_for_room
 
         while not self._ended.wait(WATCH_S):
             begun, ended = self._trials_so_far()
             if ended:
-                import lungct_tune.reporting.report_page  # noqa: F401
+                self._prepare()
             crowded = bool(waiting_for_room(self._plan))
             if self._slot and crowded:  # a slot of the search has lost its workers, and needs the room
                 self._release()
@@ -181,7 +183,7 @@ def retrain(experiment: Experiment, dataset: SharedDataset, order: RetrainOrder,
     while trainer.epoch < order.epochs:
         trainer.train_epoch()
         if trainer.rank == 0 and time.monotonic() - saved_at >= order.checkpoint_interval:
-            _save(experiment, order, trainer)
+            experiment.write(order.file(STATE), to_bytes(trainer.state_dict()))
             saved_at = time.monotonic()
     # the one place in the program that looks at the test split
     test_NHW = order.test.images_on(device)
@@ -193,27 +195,16 @@ def retrain(experiment: Experiment, dataset: SharedDataset, order: RetrainOrder,
         experiment.write(order.file(PREDICTIONS), predictions.getbuffer())
 
 
-def _save(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:
-    import torch
-
-    stream = io.BytesIO()
-    torch.save(trainer.state_dict(), stream)
-    content = stream.getvalue()
-    experiment.write(order.file(STATE), hashlib.sha256(content).digest() + content)
-
-
 def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:
     """Continues from the last state, if there is one that is whole.
 
     Only the first worker reads it. If each read the storage, one of them might find another state than the others, and
     data-parallel training goes wrong without an error then.
     """
-    import torch
     import torch.distributed as dist
 
-    kept = [experiment.read(order.file(STATE)) or b"" if trainer.rank == 0 else b""]
+    kept = [read_bytes(experiment, order.file(STATE)) if trainer.rank == 0 else b""]
     if trainer.world > 1:
         dist.broadcast_object_list(kept, src=0)
-    digest, content = kept[0][:DIGEST_BYTES], kept[0][DIGEST_BYTES:]
-    if digest == hashlib.sha256(content).digest():
-        trainer.load_state_dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
+    if kept[0]:
+        trainer.load_state_dict(from_bytes(kept[0]))

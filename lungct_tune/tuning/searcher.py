@@ -24,6 +24,7 @@ from ray.tune.search import Searcher
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
+from lungct_tune.errors import SearchStopped
 from lungct_tune.experiment.folder import Experiment, delete_states, trial_folder
 from lungct_tune.experiment.study import (
     BAD_SCORE,
@@ -42,6 +43,9 @@ from lungct_tune.tuning.ray_compat import reopen_trial, report_value, storage_of
 from lungct_tune.tuning.sampler import SearchSampler
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
+
+MAX_FAILED_IN_A_ROW = 5
+"""How many trials may fail one after the other before the search ends, because it cannot be their fault."""
 
 
 @dataclass
@@ -106,6 +110,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._rungs, self._provenance = set(rungs(epochs)), dict(provenance or {})
         self._storage_threads = storage_threads
         self._live: dict[str, _Live] = {}
+        self._failed: list[tuple[_Live, str]] = []
+        """Trials that have failed one after the other. If it is not their fault, they are not told to the study."""
         self._interrupted: deque[Trial] = deque()
         self.tally = SearchTally(finished_trials(study))
         ended = study.get_trials(deepcopy=False, states=FINISHED)
@@ -166,8 +172,26 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         outcome = Outcome.STOPPED if live.stopped else report.outcome
         if not live.stopped:
             live.record(report)  # Tune gives a trial's last step only to this method
+        if outcome is Outcome.FAILED:
+            self._failed.append((live, report.reason))
+            if len(self._failed) == MAX_FAILED_IN_A_ROW:
+                raise SearchStopped(
+                    f"{MAX_FAILED_IN_A_ROW} trials in a row have lost their workers again and again, so the search "
+                    f"ends. They are trained again when it continues. The last one: {report.reason}\n"
+                    "Fix the cause first; --verbose prints what Ray says about it"
+                )
+            return
+        self.tell_failed()
+        if not live.stopped:
             live.end(outcome, f"{outcome.value}: {report.reason}" if report.reason else outcome.value)
         self._tell(live, outcome)
+
+    def tell_failed(self) -> None:
+        """Tells the study of trials that have failed by their own fault, since another trial has ended well."""
+        for live, reason in self._failed:
+            live.end(Outcome.FAILED, f"{Outcome.FAILED.value}: {reason}")
+            self._tell(live, Outcome.FAILED)
+        self._failed.clear()
 
     def _tell(self, live: _Live, outcome: Outcome) -> None:
         best = best_epoch(live.history)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-import uuid
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -23,13 +22,13 @@ import ray
 from ray import tune
 
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
-from lungct_tune.filesystem import NodeRefused
+from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.mailbox import ORDER, open_mailbox
-from lungct_tune.tuning.mailbox import REPORT as REPORTED
+from lungct_tune.tuning.groups import OUT_OF_MEMORY, Group, MailboxLost, WorkersLost, remove_placement_groups
+from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import HEAD_NODE
 from lungct_tune.tuning.retrain import RetrainOrder
-from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
+from lungct_tune.tuning.workers import PROBE, SlotPlan
 
 REPORT = "report"
 """The key of the `EpochReport` in a result of Ray Tune."""
@@ -37,25 +36,15 @@ REPORT = "report"
 MAX_LOSSES = 3
 """How many groups of workers may be lost over one step of a trial before the trial counts as failed."""
 
-RELEASE_S = 120
-"""How long workers get to save the state of their trial before they are ended."""
+MAX_TRIALS_LOST = 3
+"""How many trials in a row may be lost on a node before it gets no more workers."""
 
-OUT_OF_MEMORY = (OutOfMemory, ray.exceptions.OutOfMemoryError)
-"""Errors of workers that needed more memory than there is, on the GPU or on the node."""
+PAUSE_S = 10.0
+"""How long a slot waits for a storage before it starts workers again."""
 
 ON_HEAD = {HEAD_NODE: 0.001}
 """A slot's actor reserves a little of this resource, so it runs on the head. The processes that coordinate its workers
 run there too. So every other node may come and go."""
-
-
-class WorkersLost(RuntimeError):
-    """A group of workers ended unexpectedly. The message says why."""
-
-    out_of_memory = False
-
-
-class MailboxLost(WorkersLost):
-    """The mailbox was lost, or the slot has been released. It is not the fault of the trial."""
 
 
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
@@ -97,12 +86,15 @@ class Slot:
 
     The workers write a trial's state to the experiment's storage from time to time, and start by reading it. So other
     workers can continue the trial: workers that replace these, or workers of a resumed search.
+
+    Args:
+        search: what the slot's name begins with, and whose mailbox it uses; by default the name of the experiment.
     """
 
     def __init__(self, plan: SlotPlan, search: str = "") -> None:
         # saves a process for each group: the driver tells the workers itself that their node will be lost
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        self._plan, self._released, self._lock = plan, False, threading.Lock()
+        self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
         search = search or plan.experiment.name
         self._mailbox = open_mailbox(search)
         context = ray.get_runtime_context()
@@ -115,159 +107,93 @@ class Slot:
     def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
         """Trains a trial on: to the next rung, to its end, or for about a second. Lost workers are replaced.
 
-        New workers wait without a limit for room: for a new node, or for the end of another slot.
+        New workers wait without a limit for room: for a new node, or for the end of another slot. They also wait for a
+        storage that does not answer.
 
         Raises:
-            NodeRefused: workers started on a node that cannot use the storage.
+            NodeRefused: no node is left that can use the storage.
             WorkersLost: the slot has been released.
         """
         losses = 0
-        while losses < MAX_LOSSES:
+        while True:
             try:
                 return self._group.run(order)
             except WorkersLost as loss:
-                if loss.out_of_memory:
-                    self._replace_group(loss)
-                    return EpochReport(Outcome.OUT_OF_MEMORY, reason=str(loss))
-                reason = str(loss)
-                losses += not isinstance(loss, MailboxLost)
-                self._replace_group(loss)
-        return EpochReport(Outcome.FAILED, reason=reason)
+                cause = loss.__cause__
+                is_storage = isinstance(cause, StorageError)
+                losses += not (is_storage or isinstance(loss, MailboxLost))
+                self._group.release(lost=True)
+                while not self._mailbox_is_there():
+                    if self._released.wait(0.2):
+                        raise
+                if isinstance(cause, OUT_OF_MEMORY):
+                    outcome: Outcome | None = Outcome.OUT_OF_MEMORY
+                else:
+                    outcome = Outcome.FAILED if losses == MAX_LOSSES else None
+                avoid = self._nodes_to_avoid(order, loss) if outcome is not Outcome.OUT_OF_MEMORY else set()
+                if is_storage and self._released.wait(PAUSE_S):
+                    raise
+                self._replace_group(loss, avoid)
+                if outcome:
+                    return EpochReport(outcome, reason=str(loss))
 
     def release(self) -> None:
         """Ends the workers, after they have saved the state of their trial. A call of `run` gets an error."""
         with self._lock:  # else `run` might start a group of workers after this, and nobody would end them
-            self._released = True
+            self._released.set()
         self._group.release()
         with suppress(ray.exceptions.RayActorError):
             ray.get(self._mailbox.return_number.remote(self.number))
 
-    def _replace_group(self, loss: WorkersLost) -> None:
-        self._group.release()
-        while not self._mailbox_is_there() and not self._released:
-            time.sleep(0.2)
-        with self._lock:
-            if self._released:
-                raise loss
-            self._group = self._new_group()
-
     def _mailbox_is_there(self) -> bool:
-        """Asks a mailbox that Ray may have started again. Such a one has to be told the slot's number."""
+        """Asks the mailbox, which Ray may have started again. Such a one has to be told the slot's number."""
         try:
             ray.get(self._mailbox.keep_number.remote(self._actor, self.number))
         except ray.exceptions.ActorUnavailableError:
             return False
         return True
 
-    def _new_group(self) -> Group:
-        return Group(self._plan, self.name, self.number, self._mailbox)
+    def _nodes_to_avoid(self, order: TrialOrder | RetrainOrder, loss: WorkersLost) -> set[str]:
+        """Tells the user of a loss; returns the nodes that get no more workers of this search.
 
-
-class Group:
-    """One Ray Train run whose workers process orders until there are no more."""
-
-    def __init__(self, plan: SlotPlan, name: str, slot: int, mailbox: Any) -> None:
-        self._plan, self._mailbox = plan, mailbox
-        self._id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
-        self._sequence, self._has_reported = 0, False
-        self._error: Exception | None = None
-        mailbox.open.remote(self._id)
-        self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
-        self._run.start()
-
-    def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
-        """Sends an order to the workers; returns their report.
+        A node is left alone if it cannot use the storage while the head can, or if several trials in a row have been
+        lost on it. The last node is not left alone.
 
         Raises:
-            WorkersLost: the workers ended instead. It is raised soon after that, whatever the cause.
-            NodeRefused: the workers ended because the node of one of them cannot use the storage.
+            NodeRefused: no other node is left, and this one cannot use the storage.
         """
-        self._sequence += 1
-        self._mailbox.put.remote((self._id, ORDER, self._sequence), order)
-        what = f"trial {order.number}: {order.hyperparameters}"
-        waiting = self._mailbox.get.options(name=what).remote((self._id, REPORTED, self._sequence))
-        while not ray.wait([waiting], timeout=1)[0]:
-            if not self._run.is_alive():
-                raise self._loss()
+        trials = ray.get(self._mailbox.lose.remote(self._group.id, order.number))
+        refused = isinstance(loss.__cause__, NodeRefused) and self._head_can_write()
+        bad = {node for node, lost in trials.items() if refused or lost >= MAX_TRIALS_LOST}
+        avoided: set[str] = ray.get(self._mailbox.avoid.remote(set()))
+        others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoided | bad]
+        if bad and not any(_holds(node["Resources"], self._plan.resources_per_worker) for node in others):
+            if refused:
+                raise loss.__cause__ or loss
+            bad = set()
+        names = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in bad]
+        consequence = f"; {' and '.join(names)} will get no more workers of this search" if bad else ""
+        waits = f", which waits {PAUSE_S:.0f} s for it" if isinstance(loss.__cause__, StorageError) else ""
+        self._mailbox.warn.remote(f"trial {order.number} has lost its workers{waits}: {loss}{consequence}")
+        avoided = ray.get(self._mailbox.avoid.remote(bad))
+        return avoided
+
+    def _head_can_write(self) -> bool:
         try:
-            report: EpochReport = ray.get(waiting)
-        except ray.exceptions.RayError as error:  # the mailbox was lost, or the group was released
-            raise MailboxLost(f"the slot's mailbox does not answer: {error}") from error
-        self._has_reported = True
-        return report
+            self._plan.experiment.write(PROBE, PROBE.encode())
+        except StorageError:
+            return False
+        return True
 
-    def release(self) -> None:
-        """Ends the workers, with an error if they do not end in time.
+    def _replace_group(self, loss: WorkersLost, avoid: set[str]) -> None:
+        with self._lock:
+            if self._released.is_set():
+                raise loss
+            self._group = self._new_group(avoid)
 
-        A group that has not answered yet may still wait for room. It gets no time.
-        """
-        if self._has_reported and self._run.is_alive():
-            self._mailbox.put.remote((self._id, ORDER, self._sequence + 1), None)
-            self._run.join(timeout=RELEASE_S)
-        self._mailbox.close.remote(self._id)
-        self._run.join(timeout=10 if self._has_reported else 1)
-
-    def _loss(self) -> Exception:
-        if isinstance(self._error, NodeRefused):
-            return self._error
-        loss = WorkersLost(f"the workers ended: {self._error or 'without an error'}")
-        loss.out_of_memory = isinstance(self._error, OUT_OF_MEMORY)
-        loss.__cause__ = self._error
-        return loss
-
-    def _fit(self, slot: int) -> None:
-        from ray.train import FailureConfig, RunConfig
-
-        from lungct_tune.tuning.ray_trainer import GroupTrainer, SlotTrainer
-
-        plan = self._plan
-        in_actor = ray.get_runtime_context().get_actor_id() is not None
-        trainer = (SlotTrainer if in_actor else GroupTrainer)(
-            run_worker,
-            {"plan": plan, "mailbox": self._mailbox, "group": self._id, "slot": slot},
-            plan.workers,
-            plan.resources_per_worker,
-            RunConfig(
-                name=self._id,
-                storage_path=f"{plan.experiment.root}/slots",
-                storage_filesystem=plan.experiment.filesystem,
-                # only the slot recovers from failures: a group that loses a worker ends, and the slot makes a new one
-                failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
-                ),
-            ),
-        )
-        try:
-            plan.experiment.write(PROBE, PROBE.encode())
-            trainer.fit()
-        except Exception as error:  # kept for run(), which raises it in the slot's thread
-            of_workers = list(getattr(error, "worker_failures", {}).values())
-            self._error = next((each for each in of_workers if isinstance(each, (NodeRefused, *OUT_OF_MEMORY))), error)
+    def _new_group(self, avoid: Iterable[str] = ()) -> Group:
+        return Group(self._plan, self.name, self.number, self._mailbox, set(avoid))
 
 
-def _run_name(slot: str) -> str:
-    """How the names of a slot's Train runs and placement groups begin."""
-    return slot.replace(" ", "-")
-
-
-def remove_placement_groups(slots: str) -> None:
-    """Removes the placement groups of slots that have been killed, and with them their workers.
-
-    Args:
-        slots: the name of a slot, or what the names of all slots of a search begin with.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    for key, group in ray.util.placement_group_table().items():
-        left = group["state"] != "REMOVED" and group["name"].startswith(f"{_run_name(slots)}-")
-        if left and key.endswith(job):  # ids of a job's placement groups end with its id
-            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
-
-
-def waiting_for_room(plan: SlotPlan) -> int:
-    """The number of this search's groups of workers that wait for room on the cluster."""
-    shape = [plan.resources_per_worker] * plan.workers
-    job = ray.get_runtime_context().get_job_id()  # ids of the search's placement groups end with it
-    return sum(
-        key.endswith(job) and group["state"] == "PENDING" and list(group["bundles"].values()) == shape
-        for key, group in ray.util.placement_group_table().items()
-    )
+def _holds(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool:
+    return all(resources.get(kind, 0) >= amount for kind, amount in needed.items())

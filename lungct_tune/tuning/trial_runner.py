@@ -26,7 +26,8 @@ from lungct_tune.experiment.trial import (
     best_epoch,
 )
 from lungct_tune.filesystem import StorageError
-from lungct_tune.training.objective import OBJECTIVE, validation_figures
+from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.fold_model import Fold, FoldModel, mean_figures
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, saved_epochs
 
@@ -41,14 +42,6 @@ STEP_S = 1.0
 
 PAUSE_S = 5.0
 """How long a trial that has ended waits before it tries again to write its files to a storage that refused them."""
-
-
-@dataclass(frozen=True)
-class Fold:
-    """The images that a model is trained and evaluated on, as rows of the data set."""
-
-    train_rows: np.ndarray
-    valid_rows: np.ndarray
 
 
 @dataclass
@@ -114,7 +107,7 @@ class TrialRunner:
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._each_alone = len(folds) > 1
         mine = range(self._rank, len(folds), self._world) if self._each_alone else [0]
-        self._models = {k: _FoldModel(dataset, folds[k], order, device, self._each_alone) for k in mine}
+        self._models = {k: FoldModel(dataset, folds[k], order, device, self._each_alone) for k in mine}
         images = sum(model.images for model in self._models.values())
         self._images = sum(self._gather(images)) if self._each_alone else images
         self._in_order = np.argsort(np.concatenate([fold.valid_rows for fold in folds]))
@@ -199,7 +192,7 @@ class TrialRunner:
             raise RuntimeError(f"workers are at different epochs: {[worker.epoch for worker in by_worker]}")
         if not self._each_alone:  # all workers have the same model, and the first one's times count
             by_worker = by_worker[:1]
-        self._history.append(_mean([worker.folds for worker in by_worker], self._slot))
+        self._history.append(mean_figures([worker.folds for worker in by_worker], self._slot))
         if best_epoch(self._history) is self._history[-1]:
             self._note_best(self._history[-1])
 
@@ -250,13 +243,19 @@ class TrialRunner:
         files = self._world if self._each_alone else 1
         for epoch in self._of_first(saved_epochs(self._experiment, number, files) if self._rank == 0 else []):
             kept = read_bytes(self._experiment, state_file(number, epoch, self._rank)) if reads else b""
-            state = from_bytes(kept if self._each_alone else self._of_first(kept), self.order.identity)
+            state = self._own_state(kept)
             if all(self._gather(state is not None)):
                 assert state is not None
                 self._load(state)
                 self._writer = StateWriter(self._experiment, number, self._rank, epoch)
                 return
         self._resume_old()
+
+    def _own_state(self, kept: bytes) -> dict[str, Any] | None:
+        """The state in `kept`, or in the first worker's; None if it is empty or of another study's trial."""
+        kept = kept if self._each_alone else self._of_first(kept)
+        state = from_bytes(kept) if kept else None
+        return state if state and state["order"] == self.order.identity else None
 
     def _load(self, state: dict[str, Any]) -> None:
         for number, model in self._models.items():
@@ -277,7 +276,7 @@ class TrialRunner:
             kept = b""
             if self._rank == 0 or self._each_alone:
                 kept = read_bytes(self._experiment, old_state_file(self.order.number, number))
-            states[number] = from_bytes(kept if self._each_alone else self._of_first(kept), self.order.identity)
+            states[number] = self._own_state(kept)
         histories = {k: [EpochFigures(**e) for e in state["history"]] if state else [] for k, state in states.items()}
         lengths = {k: len(history) for k, history in histories.items()}
         if len(set(chain(*(each.values() for each in self._gather(lengths))))) > 1:
@@ -290,7 +289,7 @@ class TrialRunner:
             by_worker = by_worker[:1]
         for epoch in range(len(next(iter(histories.values())))):
             of_epoch = [{k: history[epoch] for k, history in worker.items()} for worker in by_worker]
-            self._history.append(_mean(of_epoch, None))
+            self._history.append(mean_figures(of_epoch, None))
 
     def _keep_best(self) -> None:
         """Writes weights and predictions of the best epoch, if the trial is one of the best. Waits for the storage.
@@ -356,70 +355,7 @@ class TrialRunner:
         return sent[0]
 
 
-class _FoldModel:
-    """The model of one fold."""
-
-    def __init__(
-        self, dataset: SharedDataset, fold: Fold, order: TrialOrder, device: torch.device, each_alone: bool
-    ) -> None:
-        self._valid_positions = dataset.positions(fold.valid_rows)
-        self._labels_N = dataset.labels_of(fold.valid_rows)
-        self.trainer = dataset.trainer(order.hyperparameters, fold.train_rows, order.seed, device, each_alone)
-        self.images = self.trainer.steps * self.trainer.share * self.trainer.world
-        """Training images of an epoch."""
-        self.probabilities_NC = np.empty(0)
-        """On the fold's validation images after the last epoch, in the order of its rows."""
-
-    def train_and_validate(self) -> EpochFigures:
-        """Trains an epoch; returns its figures.
-
-        Raises:
-            NotFiniteLoss: a loss, a gradient or a prediction is not finite.
-        """
-        from lungct_tune.training.trainer import NotFiniteLoss
-
-        began = time.perf_counter()
-        loss = self.trainer.train_epoch()
-        trained = time.perf_counter()
-        self.probabilities_NC = self.trainer.probabilities(self._valid_positions)
-        if not np.isfinite(self.probabilities_NC).all():
-            raise NotFiniteLoss(f"predictions are not finite after epoch {self.trainer.epoch}")
-        figures = validation_figures(self._labels_N, self.probabilities_NC)
-        return EpochFigures(
-            epoch=self.trainer.epoch,
-            balanced_accuracy=figures["balanced_accuracy"],
-            accuracy=figures["accuracy"],
-            log_loss=figures["log_loss"],
-            train_loss=loss,
-            train_s=trained - began,
-            valid_s=time.perf_counter() - trained,
-            at=time.time(),
-        )
-
-
 def _tensor(array: np.ndarray) -> Tensor:
     import torch
 
     return torch.from_numpy(array)
-
-
-def _mean(by_worker: Sequence[dict[int, EpochFigures]], slot: int | None) -> EpochFigures:
-    """The mean figures of the folds of an epoch, their standard deviation, and the seconds of the slowest worker."""
-    folds = [figures for _, figures in sorted(chain(*(worker.items() for worker in by_worker)))]
-    scores = [figures.balanced_accuracy for figures in folds]
-
-    def longest(seconds: str) -> float:
-        return max(sum(float(getattr(figures, seconds)) for figures in worker.values()) for worker in by_worker)
-
-    return EpochFigures(
-        epoch=folds[0].epoch,
-        balanced_accuracy=float(np.mean(scores)),
-        accuracy=float(np.mean([figures.accuracy for figures in folds])),
-        log_loss=float(np.mean([figures.log_loss for figures in folds])),
-        train_loss=float(np.mean([figures.train_loss for figures in folds])),
-        train_s=longest("train_s"),
-        valid_s=longest("valid_s"),
-        at=max((figures.at for figures in folds if figures.at is not None), default=None),
-        slot=slot,
-        balanced_accuracy_sd=float(np.std(scores, ddof=1)) if len(folds) > 1 else None,
-    )

@@ -48,18 +48,13 @@ def read_bytes(experiment: Experiment, file: str) -> bytes:
     return kept if kept[:DIGEST_BYTES] == hashlib.sha256(content).digest() else b""
 
 
-def from_bytes(kept: bytes, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state in `kept`, on the CPU; None if it is empty, or of another trial.
-
-    A trial of another study may have had the same number.
-    """
+def from_bytes(kept: bytes) -> dict[str, Any]:
+    """The state in what `read_bytes` returned, on the CPU."""
     import torch
 
-    if not kept:
-        return None
     content = io.BytesIO(memoryview(kept)[DIGEST_BYTES:])
     state: dict[str, Any] = torch.load(content, weights_only=True, map_location="cpu")
-    return state if state["order"] == identity else None
+    return state
 
 
 def to_bytes(state: Mapping[str, Any]) -> memoryview:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
-from lungct_tune.errors import UserError
+from lungct_tune.errors import SearchStopped, UserError
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import read_trials, rungs
@@ -28,18 +28,19 @@ from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
 from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
+from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.ray_compat import keep_credentials_from_actors, without_files_of_tune
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
-from lungct_tune.tuning.slots import ON_HEAD, TuneSlot, remove_placement_groups
-from lungct_tune.tuning.trial_runner import Fold
+from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.workers import SlotPlan
 
 MOST_AT_RANDOM = 10
 """The most trials that Optuna draws at random before TPE starts. In a small search it is a third of the trials."""
 
-MAX_FAILURES = 2
+MAX_FAILURES = 10
 """How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""
 
 STORAGE_THREADS = 4
@@ -91,6 +92,7 @@ def run_search(
 
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are kept.
+        SearchStopped: too many trials failed one after the other, or Ray Tune has ended early.
         NodeRefused: a node that joined later cannot use the storage; the study and the states are kept.
         JournalError: the study cannot be written; what was written before is kept.
     """
@@ -146,8 +148,14 @@ def run_search(
                 ),
             )
             stopped = _fit(tuner)
-    if stopped or tally.finished < trials:
+            if not stopped:
+                searcher.tell_failed()
+    if stopped:
         raise KeyboardInterrupt
+    if tally.finished < trials:
+        raise SearchStopped(
+            f"Ray Tune has ended after {tally.finished} of {trials} trials; --verbose prints what it says about it"
+        )
 
 
 def _fit(tuner: tune.Tuner) -> bool:

@@ -7,6 +7,7 @@ every mailbox, every Train controller and every worker.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ import ray
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
+from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.mailbox import DRAIN, ORDER, REPORT
 from lungct_tune.tuning.retrain import RetrainOrder, retrain
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.trial_runner import Fold, TrialRunner
+from lungct_tune.tuning.trial_runner import TrialRunner
 
 if TYPE_CHECKING:
     import torch
@@ -73,12 +75,22 @@ def check_from_here(experiment: Experiment) -> None:
         )
 
 
-def scaling(workers: int, resources_per_worker: dict[str, float]) -> Any:
-    """Ray Train's description of a group of workers."""
+def scaling(workers: int, resources_per_worker: dict[str, float], avoid: Iterable[str] = ()) -> Any:
+    """Ray Train's description of a group of workers.
+
+    Args:
+        avoid: ids of nodes on which no worker may start.
+    """
     from ray.train import ScalingConfig
 
     gpu = resources_per_worker.get("GPU", 0) > 0
-    return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources_per_worker)
+    elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else None
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpu,
+        resources_per_worker=resources_per_worker,
+        label_selector=elsewhere,  # type: ignore[call-arg]  # exists in Train V2, but mypy sees V1
+    )
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -96,12 +108,14 @@ def run_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     plan, mailbox, group = config["plan"], config["mailbox"], config["group"]
+    node = ray.get_runtime_context().get_node_id()
+    mailbox.start.remote(group, node)
     check_from_here(plan.experiment)
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # workers with one fold each gather their results there
     is_first = get_context().get_world_rank() == 0
-    drain = mailbox.get.remote((ray.get_runtime_context().get_node_id(), DRAIN, 0))
+    drain = mailbox.get.remote((node, DRAIN, 0))
     trial: TrialRunner | None = None
     gc.collect()
     gc.freeze()  # a collection between two trials then looks only at what trials have made

@@ -19,6 +19,7 @@ from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.trainer import Trainer
+from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.retrain import (
     PREDICTIONS,
     STATE,
@@ -29,7 +30,6 @@ from lungct_tune.tuning.retrain import (
     retrain_and_predict,
 )
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
-from lungct_tune.tuning.trial_runner import Fold
 from lungct_tune.tuning.workers import SlotPlan
 
 if TYPE_CHECKING:

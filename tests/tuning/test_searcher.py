@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import SearchSpace, parse_space
+from lungct_tune.errors import SearchStopped
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import (
     StudyError,
@@ -37,7 +38,7 @@ from lungct_tune.experiment.trial import (
     TrialRecord,
     best_trial,
 )
-from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
+from lungct_tune.tuning.searcher import MAX_FAILED_IN_A_ROW, OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.slots import REPORT
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
     tune.search.note_failure("b", "out of memory")
     tune.search.on_trial_complete("b", error=True)
     tune.search.on_trial_complete("c", {REPORT: EpochReport(Outcome.FAILED, reason="the workers ended")})
+    tune.search.tell_failed()
     _, diverged, failed, lost = tune.study.trials
     assert (diverged.state, diverged.value) == (TrialState.COMPLETE, 0.0)
     assert diverged.user_attrs["ended"] == "diverged: loss nan in epoch 2"
@@ -386,3 +388,32 @@ def test_the_driver_may_die_after_any_line_of_the_journal(tmp_path: Path) -> Non
 
 def without_times(trial: TrialRecord) -> TrialRecord:
     return replace(trial, started=None, completed=None)
+
+
+def fail(tune: Tune) -> int:
+    """A trial whose slot loses its workers again and again; its number."""
+    suggested = tune.search.suggest("failing")
+    report = EpochReport(Outcome.FAILED, reason="the workers ended")
+    tune.search.on_trial_complete("failing", {REPORT: report})
+    return int(suggested["number"])
+
+
+def test_a_trial_that_fails_alone_is_told_once_another_has_ended_well(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    tune.run()
+    number = fail(tune)
+    assert tune.study.trials[number].state == TrialState.RUNNING
+    tune.run()
+    failed = tune.study.trials[number]
+    assert failed.state == TrialState.FAIL and failed.user_attrs["ended"] == "failed: the workers ended"
+
+
+def test_trials_that_fail_one_after_the_other_end_the_search_and_are_trained_again(tmp_path: Path) -> None:
+    tune = Tune(tmp_path)
+    tune.run()
+    numbers = [fail(tune) for _ in range(MAX_FAILED_IN_A_ROW - 1)]
+    with pytest.raises(SearchStopped, match=r"5 trials in a row .* The last one: the workers ended"):
+        fail(tune)
+    resumed = Tune(tmp_path)
+    assert [resumed.run()["number"] for _ in range(MAX_FAILED_IN_A_ROW)] == [*numbers, numbers[-1] + 1]
+    assert not [trial for trial in resumed.study.trials if trial.state == TrialState.FAIL]

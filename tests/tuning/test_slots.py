@@ -122,6 +122,38 @@ def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any
     assert report.epochs[-1].log_loss == whole[-1].log_loss
 
 
+@pytest.mark.long
+def test_a_worker_that_hangs_is_replaced(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_MIN_S", 3.0)
+    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_EPOCHS", 0)
+    begin(slot, 20)
+    (worker,) = train_workers()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        assert step(slot).outcome is Outcome.COMPLETED
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lungct_tune.experiment.folder import Experiment
+    from lungct_tune.filesystem import StorageError
+
+    begin(slot, 21)
+    write, refusals = Experiment.write, iter(range(5))  # more than workers may be lost in a trial
+
+    def refuse(self: Experiment, path: str, content: bytes) -> None:
+        if next(refusals, None) is not None:
+            raise StorageError("it does not answer")
+        write(self, path, content)
+
+    monkeypatch.setattr(Experiment, "write", refuse)
+    monkeypatch.setattr("lungct_tune.tuning.slots.PAUSE_S", 0.1)
+    kill_a_worker()
+    report = step(slot)
+    assert report.outcome is Outcome.COMPLETED and [figures.epoch for figures in report.epochs] == [1, 2]
+
+
 def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
     slot.reset(order(13).as_dict() | {"seed": "no number"})
@@ -155,7 +187,7 @@ def test_only_the_searchs_own_groups_of_workers_are_counted_as_waiting(tmp_path:
     from ray.util import placement_group, remove_placement_group
 
     from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.slots import waiting_for_room
+    from lungct_tune.tuning.groups import waiting_for_room
     from lungct_tune.tuning.workers import SlotPlan
 
     plan: Any = SlotPlan(Experiment(str(tmp_path)), None, (), 2, {"CPU": 50.0})  # type: ignore[arg-type]
@@ -282,8 +314,8 @@ def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(slot: A
 def test_a_killed_slot_leaves_no_worker_and_no_resources_held(slot: Any, endless: SlotPlan) -> None:
     import ray
 
+    from lungct_tune.tuning.groups import remove_placement_groups
     from lungct_tune.tuning.mailbox import opened_mailbox
-    from lungct_tune.tuning.slots import remove_placement_groups
 
     slot.stop()  # its worker's CPU is needed
     with opened_mailbox(endless.experiment.name):

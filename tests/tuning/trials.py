@@ -10,8 +10,9 @@ import numpy as np
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder
+from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.trial_runner import Fold, TrialRunner
+from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.workers import SlotPlan
 
 if TYPE_CHECKING:

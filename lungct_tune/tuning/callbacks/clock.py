@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 from ray import tune
 
-from lungct_tune.tuning.slots import waiting_for_room
+from lungct_tune.tuning.groups import waiting_for_room
 from lungct_tune.tuning.workers import SlotPlan
 
 COUNT_EVERY_S = 1.0

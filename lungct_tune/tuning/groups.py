@@ -1,0 +1,162 @@
+"""A group of workers: one Ray Train run, whose workers process a slot's orders until there are no more."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from lungct_tune.experiment.trial import EpochReport, TrialOrder
+from lungct_tune.filesystem import StorageError
+from lungct_tune.tuning.mailbox import ORDER, REPORT
+from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
+
+if TYPE_CHECKING:
+    from lungct_tune.tuning.retrain import RetrainOrder
+
+RELEASE_S = 120
+"""How long workers get to save the state of their trial before they are ended."""
+
+HANG_MIN_S, HANG_EPOCHS = 600.0, 50
+"""Workers hang if they do not answer for so many seconds, and for so many times their longest epoch so far."""
+
+OUT_OF_MEMORY = (OutOfMemory, ray.exceptions.OutOfMemoryError)
+"""Errors of workers that needed more memory than there is, on the GPU or on the node."""
+
+
+class WorkersLost(RuntimeError):
+    """A group of workers ended unexpectedly. The message and the cause say why."""
+
+
+class MailboxLost(WorkersLost):
+    """The mailbox was lost, or the slot has been released. The trial and its workers are not to blame."""
+
+
+class Group:
+    """One Ray Train run whose workers process orders until there are no more."""
+
+    def __init__(self, plan: SlotPlan, name: str, slot: int, mailbox: Any, avoid: set[str]) -> None:
+        """Starts the workers.
+
+        Args:
+            name: of the slot.
+            slot: its number.
+            avoid: ids of nodes on which no worker may start.
+        """
+        self._plan, self._mailbox, self._avoid = plan, mailbox, avoid
+        self.id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
+        self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
+        self._error: Exception | None = None
+        mailbox.open.remote(self.id)
+        self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
+        self._run.start()
+
+    def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
+        """Sends an order to the workers; returns their report.
+
+        Raises:
+            WorkersLost: the workers ended instead. It is raised soon after that, whatever the cause.
+        """
+        self._sequence += 1
+        self._mailbox.put.remote((self.id, ORDER, self._sequence), order)
+        what = f"trial {order.number}: {order.hyperparameters}"
+        waiting = self._mailbox.get.options(name=what).remote((self.id, REPORT, self._sequence))
+        asked = time.monotonic()
+        while not ray.wait([waiting], timeout=1)[0]:
+            if not self._run.is_alive():
+                raise self._loss()
+            if self._hangs(time.monotonic() - asked):
+                raise WorkersLost(f"the workers have not answered for {time.monotonic() - asked:.0f} s")
+        try:
+            report: EpochReport = ray.get(waiting)
+        except ray.exceptions.RayError as error:  # the mailbox was lost, or the group was released
+            raise MailboxLost(f"the slot's mailbox does not answer: {error}") from error
+        self._has_reported = True
+        self._epoch_s = max([self._epoch_s, *(figures.seconds for figures in report.epochs)])
+        return report
+
+    def _hangs(self, silent_s: float) -> bool:
+        """Whether workers that are silent so long hang. Those that have not answered yet may wait for room."""
+        return self._has_reported and silent_s > max(HANG_MIN_S, HANG_EPOCHS * self._epoch_s)
+
+    def release(self, *, lost: bool = False) -> None:
+        """Ends the workers. If they do not end in time, their placement group is removed, and they are killed.
+
+        Args:
+            lost: whether some of them do not answer. Then none gets time to save a state. The same goes for a group
+                that has not answered yet: it may still wait for room.
+        """
+        if self._has_reported and not lost and self._run.is_alive():
+            self._mailbox.put.remote((self.id, ORDER, self._sequence + 1), None)
+            self._run.join(timeout=RELEASE_S)
+        self._mailbox.close.remote(self.id)
+        self._run.join(timeout=10 if self._has_reported else 1)
+        if self._run.is_alive():
+            remove_placement_groups(self.id)
+
+    def _loss(self) -> Exception:
+        loss = WorkersLost(f"the workers ended: {self._error or 'without an error'}")
+        loss.__cause__ = self._error
+        return loss
+
+    def _fit(self, slot: int) -> None:
+        from ray.train import FailureConfig, RunConfig
+
+        from lungct_tune.tuning.ray_trainer import GroupTrainer, SlotTrainer
+
+        plan = self._plan
+        in_actor = ray.get_runtime_context().get_actor_id() is not None
+        trainer = (SlotTrainer if in_actor else GroupTrainer)(
+            run_worker,
+            {"plan": plan, "mailbox": self._mailbox, "group": self.id, "slot": slot},
+            plan.workers,
+            plan.resources_per_worker,
+            avoid=self._avoid,
+            run_config=RunConfig(
+                name=self.id,
+                storage_path=f"{plan.experiment.root}/slots",
+                storage_filesystem=plan.experiment.filesystem,
+                # only the slot recovers from failures: a group that loses a worker ends, and the slot makes a new one
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=START_ATTEMPTS
+                ),
+            ),
+        )
+        try:
+            plan.experiment.write(PROBE, PROBE.encode())
+            trainer.fit()
+        except Exception as error:  # kept for run(), which raises it in the slot's thread
+            of_workers = list(getattr(error, "worker_failures", {}).values())
+            telling = (StorageError, *OUT_OF_MEMORY)
+            self._error = next((each for each in of_workers if isinstance(each, telling)), error)
+
+
+def _run_name(slot: str) -> str:
+    """How the names of a slot's Train runs and placement groups begin."""
+    return slot.replace(" ", "-")
+
+
+def remove_placement_groups(name: str) -> None:
+    """Removes placement groups of groups of workers that nobody will end, and with them their workers.
+
+    Args:
+        name: the id of a group, or the name of its slot, or what the names of all slots of a search begin with.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for key, group in ray.util.placement_group_table().items():
+        left = group["state"] != "REMOVED" and f"{group['name']}-".startswith(f"{_run_name(name)}-")
+        if left and key.endswith(job):  # ids of a job's placement groups end with its id
+            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
+
+
+def waiting_for_room(plan: SlotPlan) -> int:
+    """The number of this search's groups of workers that wait for room on the cluster."""
+    shape = [plan.resources_per_worker] * plan.workers
+    job = ray.get_runtime_context().get_job_id()  # ids of the search's placement groups end with it
+    return sum(
+        key.endswith(job) and group["state"] == "PENDING" and list(group["bundles"].values()) == shape
+        for key, group in ray.util.placement_group_table().items()
+    )
