@@ -3,10 +3,10 @@
     python benchmarks/further_trial.py
 
 Both ways run the same small trial, one at a time on one CPU: two epochs of a ResNet50 truncated at 1 on 32-pixel
-phantoms, with validation and a checkpoint in each epoch. "documented" is a Tune function trainable that starts a
-TorchTrainer and reports through TuneReportCallback (https://docs.ray.io, "Hyperparameter Tuning with Ray Tune"). Each
-way runs with few and with more trials. The difference is the cost of the further trials. Their time outside of epochs
-is the overhead.
+phantoms, with validation. "documented" is a Tune function trainable that starts a TorchTrainer and reports, with a
+checkpoint after each epoch, through TuneReportCallback (https://docs.ray.io, "Hyperparameter Tuning with Ray Tune"). A
+slot writes the weights of the best epoch when the trial ends. Each way runs with few and with more trials. The
+difference is the cost of the further trials. Their time outside of epochs is the overhead.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import CHECKSUMS, BundleError, checksum_errors, find_bundle
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import STATE, Experiment
 from lungct_tune.experiment.study_mirror import copy_study, is_study
 from lungct_tune.filesystem import StorageError
 
@@ -37,9 +37,9 @@ LOCK, BEGUN = ".lock", ".begun"
 TRANSIENT = ("*.part", ".lock", ".probe*", "study.db-*", "study.journal.lock*", "*-images.npy")
 """Names of temporary files and folders. A search does not need them to continue."""
 
-STATES = "last*.pt"
-"""Files that a running trial may replace faster than they are fetched. A fetched file may then mix two versions.
-`--resume` ignores such a file, because its sha256 is wrong."""
+STATES = f"*{STATE}"
+"""States of running trials. They may be deleted, or in searches of version 0.1 replaced, faster than they are fetched.
+A fetched file of version 0.1 may then mix two versions. `--resume` ignores such a file, because its sha256 is wrong."""
 
 TAKEN = "{} already exists and was not changed. Give another DEST, or move it away first"
 """The message about a destination that exists."""
@@ -196,7 +196,7 @@ def _fetch_all(
             copy_study(experiment, part)
             arrived(sum(sizes[path] for path in study))
         fetches = []
-        for path, target in targets.items():
+        for path, target in sorted(targets.items(), key=lambda item: not _is_state(item[1])):  # states do not wait
             target.parent.mkdir(parents=True, exist_ok=True)
             fetches.append(pool.submit(_fetch_file, experiment, path, target, begun, arrived))
         try:
@@ -226,12 +226,17 @@ def _fetch_file(experiment: Experiment, path: str, target: Path, begun: Path, ar
             except StorageError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
+                continue
             os.fsync(file.fileno())
         os.utime(part, ns=(written, written))
         part.replace(target)
-        if fnmatchcase(target.name, STATES):
+        if _is_state(target):
             return
     target.unlink(missing_ok=True)
+
+
+def _is_state(file: Path) -> bool:
+    return fnmatchcase(file.name, STATES)
 
 
 def beginning(begun: Path, info: pyarrow.fs.FileInfo) -> Path:

@@ -301,7 +301,8 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
     """A search writes to its study all the time: in every copy, both tables know of the same trials."""
     experiment, ended = finished(tmp_path / "results"), threading.Event()
     experiment.write("trials/0003/best.safetensors", b"weights")
-    for transient in ("trials/0003/last.pt.12ab.part", ".lock", "best.part/x", "search-images.npy", "study.db-journal"):
+    temporary = (".lock", "best.part/x", "search-images.npy", "study.db-journal")
+    for transient in ("trials/0003/state-0002.pt.12ab.part", *temporary):
         experiment.write(transient, b"")
 
     with contextlib.closing(sqlite3.connect(f"{experiment.uri}/study.db")) as study:

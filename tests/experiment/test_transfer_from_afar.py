@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 from bundles import begun, files_of_a_bundle, finished
 
 from lungct_tune.experiment.bundle import verify, write_bundle, write_so_far
+from lungct_tune.experiment.folder import old_state_file, state_file
 from lungct_tune.pull import main
 
 if TYPE_CHECKING:
@@ -112,7 +114,10 @@ def test_a_bundle_comes_from_an_object_store_and_what_is_not_there_is_said(
 def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rests(
     bucket: str, line: Line, tmp_path: Path
 ) -> None:
-    """The study's copy and a running trial's state change faster than anybody can fetch them."""
+    """The study's copy and the states of running trials change faster than anybody can fetch them.
+
+    Trial 4 has a state of version 0.1, which is replaced. Trial 5 has one as now: it is deleted after the next ones.
+    """
     experiment, ended = finished(bucket), threading.Event()
     experiment.write("trials/0003/best.safetensors", b"weights")
 
@@ -120,16 +125,20 @@ def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rest
         with contextlib.closing(sqlite3.connect(":memory:")) as study:
             study.executescript("CREATE TABLE epochs (filler); INSERT INTO epochs VALUES (zeroblob(500000))")
             stop = time.monotonic() + 60
-            while not ended.is_set() and time.monotonic() < stop:
+            for epoch in itertools.count(1):
+                if ended.is_set() or time.monotonic() > stop:
+                    return
                 study.execute("INSERT INTO epochs VALUES (zeroblob(5000))")
                 study.commit()
                 experiment.write("study.db", study.serialize())
-                experiment.write("trials/0004/last.pt", os.urandom(500_000))
+                experiment.write(old_state_file(4, 0), os.urandom(500_000))
+                experiment.write(state_file(5, epoch), os.urandom(500_000))
+                experiment.delete(state_file(5, epoch - 2))
 
     running = threading.Thread(target=search)
     running.start()
     try:
-        while not experiment.exists("trials/0004/last.pt"):
+        while not experiment.exists(state_file(5, 2)):
             time.sleep(0.01)
         line.slow_after = 0
         for dest in (tmp_path / "1", tmp_path / "2"):
@@ -137,6 +146,7 @@ def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rest
             assert running.is_alive()
             verify(dest / "best")
             assert (dest / "trials" / "0003" / "best.safetensors").read_bytes() == b"weights"
+            assert {state.stat().st_size for state in dest.glob("trials/*/*.pt")} == {500_000}
             with contextlib.closing(sqlite3.connect(dest / "study.db")) as copy:
                 assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     finally:

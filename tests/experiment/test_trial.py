@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 
@@ -30,16 +31,12 @@ def test_a_higher_balanced_accuracy_ranks_higher_and_ties_go_to_the_lower_negati
 
 def test_an_order_and_the_figures_of_an_epoch_are_kept_as_plain_values_and_read_back() -> None:
     order = TrialOrder(7, 3, Hyperparameters(truncation_depth=4))
-    assert set(order.as_dict()) == {"number", "seed", "configuration"}  # the keys of states on storage
-    assert TrialOrder.from_dict(order.as_dict()) == order
+    assert set(order.identity) == {"number", "seed", "configuration"}  # the keys of states on storage
+    for one in (order, replace(order, weights_from=(0.7, -0.9))):
+        assert TrialOrder.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+        assert one.identity == order.identity
     assert EpochFigures(**EPOCH.as_dict()) == EPOCH and "slot" not in EPOCH.as_dict()
     assert pickle.loads(pickle.dumps(order)) == order
-
-
-def test_a_slot_is_noted_for_the_new_epoch_alone() -> None:
-    report = EpochReport(Outcome.RUNNING, (EPOCH, replace(EPOCH, epoch=2)))
-    assert [figures.slot for figures in report.of_slot(5).epochs] == [None, 5]
-    assert EpochReport(Outcome.FAILED, reason="gone").of_slot(5) == EpochReport(Outcome.FAILED, reason="gone")
 
 
 def test_a_report_is_the_last_unless_the_trial_goes_on_or_stays_as_it_is() -> None:

@@ -43,9 +43,9 @@ def test_a_request_is_repeated_through_errors_and_stalls_wherever_the_experiment
 
 def test_a_file_of_an_object_store_is_written_by_one_request(s3: Faulty) -> None:
     experiment = Experiment.at("s3://bucket/searches", "one")
-    experiment.write("trials/0001/last.pt", b"state")
+    experiment.write("trials/0001/state-0002.pt", b"state")
     assert s3.answered == {None: 1}
-    assert experiment.files() | {"a/b": 0} == {"trials/0001/last.pt": 5, "a/b": 0}
+    assert experiment.files() | {"a/b": 0} == {"trials/0001/state-0002.pt": 5, "a/b": 0}
 
 
 def test_an_experiment_travels_with_the_address_of_its_server_and_without_credentials(

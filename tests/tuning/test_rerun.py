@@ -19,28 +19,31 @@ def epoch(number: int) -> EpochFigures:
 
 
 class Slot:
-    """A slot that loses its workers once: those that take over report every epoch again, as `TrialRunner` does."""
+    """A slot whose steps have several epochs.
 
-    def __init__(self, epochs: int, lost_after: int) -> None:
-        self._epochs, self._lost_after, self._done = epochs, lost_after, 0
+    It loses its workers once: those that take over report every epoch again, as `TrialRunner` does.
+    """
 
-    def run_epoch(self, order: TrialOrder) -> EpochReport:
-        self._done += 1
-        first = 1 if self._done == self._lost_after + 1 else self._done
+    def __init__(self, epochs: int, lost_after: int, step: int = 1) -> None:
+        self._epochs, self._lost_after, self._step, self._done = epochs, lost_after, step, 0
+
+    def run(self, order: TrialOrder) -> EpochReport:
+        first = 1 if self._done == self._lost_after else self._done + 1
+        self._done = min(self._done + self._step, self._epochs)
         outcome = Outcome.COMPLETED if self._done == self._epochs else Outcome.RUNNING
         return EpochReport(outcome, tuple(epoch(number) for number in range(first, self._done + 1)))
 
 
-@pytest.mark.parametrize("lost_after", [0, 3, 5])
-def test_epochs_that_are_reported_twice_count_once(lost_after: int) -> None:
-    slot: Any = Slot(epochs=6, lost_after=lost_after)
+@pytest.mark.parametrize(("lost_after", "step"), [(0, 1), (3, 1), (5, 1), (2, 2), (4, 4)])
+def test_epochs_that_are_reported_twice_count_once(lost_after: int, step: int) -> None:
+    slot: Any = Slot(epochs=6, lost_after=lost_after, step=step)
     report = follow_trial(slot, ORDER, epochs=6, stopped=threading.Event())
     assert report.outcome is Outcome.COMPLETED
     assert [figures.epoch for figures in report.epochs] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_trial_is_followed_as_many_epochs_as_asked_and_no_further_when_stopped() -> None:
-    slot: Any = Slot(epochs=6, lost_after=0)
+    slot: Any = Slot(epochs=6, lost_after=0, step=3)
     assert len(follow_trial(slot, ORDER, epochs=2, stopped=threading.Event()).epochs) == 2
     stopped = threading.Event()
     stopped.set()

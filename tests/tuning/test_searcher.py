@@ -275,12 +275,12 @@ def test_a_trial_that_has_not_ended_stays_one_that_can_be_resumed(tmp_path: Path
 
 def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -> None:
     experiment = Experiment.at(str(tmp_path), "test")
-    for name in ("last.pt", "best.safetensors"):
+    for name in ("last.pt", "state-0002.pt", "state-0002-1.pt", "best.safetensors"):
         experiment.write(f"trials/0000/{name}", b"")
     tune = Tune(tmp_path)
     tune.run()
     tune.threads.shutdown()
-    assert not experiment.exists("trials/0000/last.pt") and experiment.exists("trials/0000/best.safetensors")
+    assert set(experiment.files("trials/0000")) == {"trials/0000/best.safetensors"}
 
 
 def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:

@@ -91,6 +91,60 @@ def step(slot: Any) -> EpochReport:
     return report
 
 
+# The tests of slots in actors come first, before this process has a slot of its own.
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> SlotPlan:
+    """A plan whose trials take long, and keep a state only when they must."""
+    plan = slot_plan(tmp_path_factory.mktemp("endless"), phantoms, epochs=2000)
+    return replace(plan, rungs=(), checkpoint_interval=3600)
+
+
+def living_actors() -> list[Any]:
+    return [actor for actor in list_actors(detail=True, limit=10_000) if actor.state == "ALIVE"]
+
+
+def slot_actor(plan: SlotPlan) -> Any:
+    """A slot in an actor, as Ray Tune makes it, after a step of trial 0."""
+    import ray
+    from ray import tune
+
+    from lungct_tune.tuning.slots import TuneSlot
+
+    actor = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=plan)).remote(order(0).as_dict())
+    report = ray.get(actor.step.remote())["report"]
+    assert report.outcome is Outcome.RUNNING and len(report.epochs) > 1
+    return actor
+
+
+def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(endless: SlotPlan) -> None:
+    import ray
+
+    from lungct_tune.tuning.mailbox import opened_mailbox
+
+    with opened_mailbox(endless.experiment.name):
+        before = {actor.actor_id for actor in living_actors()}
+        actor = slot_actor(endless)
+        assert len([made for made in living_actors() if made.actor_id not in before]) == 2
+        ray.get(actor.cleanup.remote())
+        assert list(Path(endless.experiment.uri).glob("trials/0000/state-*.pt"))
+        ray.kill(actor)
+
+
+def test_a_killed_slot_leaves_no_worker_and_no_resources_held(endless: SlotPlan) -> None:
+    import ray
+
+    from lungct_tune.tuning.groups import remove_placement_groups
+    from lungct_tune.tuning.mailbox import opened_mailbox
+
+    with opened_mailbox(endless.experiment.name):
+        ray.kill(slot_actor(endless))
+        ray.kill(slot_actor(endless))  # which gets the number of the first, and its resources
+        remove_placement_groups(f"{endless.experiment.name} slot")
+    assert nothing_held()
+
+
 def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: Any) -> None:
     first = run(slot, 0, SHALLOW)
     others = [Hyperparameters(truncation_depth=k, dropout=0.1) for k in (7, 1)]
@@ -102,10 +156,6 @@ def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alo
     assert [*map(comparable, epochs_of(fifth))] == [*map(comparable, epochs_of(first))]
     assert all(report.cost and report.cost.images for report in fifth)
     assert sum(report.cost.checkpoint_bytes for report in fifth if report.cost)
-
-
-def living_actors() -> list[Any]:
-    return [actor for actor in list_actors(detail=True, limit=10_000) if actor.state == "ALIVE"]
 
 
 def kill_a_worker() -> None:
@@ -274,52 +324,3 @@ def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) 
     report = step(slot_of_folds)
     assert report.outcome is Outcome.COMPLETED
     assert [*map(comparable, report.epochs)] == [*map(comparable, whole)]
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> SlotPlan:
-    """A plan whose trials take long, and keep a state only when they must."""
-    plan = slot_plan(tmp_path_factory.mktemp("endless"), phantoms, epochs=2000)
-    return replace(plan, rungs=(), checkpoint_interval=3600)
-
-
-def slot_actor(plan: SlotPlan) -> Any:
-    """A slot in an actor, as Ray Tune makes it, after a step of trial 0."""
-    import ray
-    from ray import tune
-
-    from lungct_tune.tuning.slots import TuneSlot
-
-    actor = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=plan)).remote(order(0).as_dict())
-    report = ray.get(actor.step.remote())["report"]
-    assert report.outcome is Outcome.RUNNING and len(report.epochs) > 1
-    return actor
-
-
-def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(slot: Any, endless: SlotPlan) -> None:
-    import ray
-
-    from lungct_tune.tuning.mailbox import opened_mailbox
-
-    slot.stop()  # its worker's CPU is needed
-    with opened_mailbox(endless.experiment.name):
-        before = {actor.actor_id for actor in living_actors()}
-        actor = slot_actor(endless)
-        assert len([made for made in living_actors() if made.actor_id not in before]) == 2
-        ray.get(actor.cleanup.remote())
-        assert list(Path(endless.experiment.uri).glob("trials/0000/state-*.pt"))
-        ray.kill(actor)
-
-
-def test_a_killed_slot_leaves_no_worker_and_no_resources_held(slot: Any, endless: SlotPlan) -> None:
-    import ray
-
-    from lungct_tune.tuning.groups import remove_placement_groups
-    from lungct_tune.tuning.mailbox import opened_mailbox
-
-    slot.stop()  # its worker's CPU is needed
-    with opened_mailbox(endless.experiment.name):
-        ray.kill(slot_actor(endless))
-        ray.kill(slot_actor(endless))  # which gets the number of the first, and its resources
-        remove_placement_groups(f"{endless.experiment.name} slot")
-    assert nothing_held()

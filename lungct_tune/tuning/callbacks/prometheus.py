@@ -81,7 +81,7 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
             return
         figures = report.epochs[-1]
         slot = str(figures.slot)
-        # A state may be copied in one step, be written in a later one, or not at all. Ray refuses to add zero
+        # a state may be copied in one step and written in a later one, and Ray refuses to add zero
         for counter, amount in ((self._bytes, cost.checkpoint_bytes), (self._seconds, cost.checkpoint_s)):
             if amount:
                 counter.inc(amount, {"slot": slot})
