@@ -32,7 +32,7 @@ class WorkersLost(RuntimeError):
 
 
 class MailboxLost(WorkersLost):
-    """The mailbox was lost, or the slot has been released. It is not the fault of the trial."""
+    """The mailbox was lost, or the slot has been released. The trial and its workers are not to blame."""
 
 
 class Group:

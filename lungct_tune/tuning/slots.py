@@ -123,7 +123,9 @@ class Slot:
                 is_storage = isinstance(cause, StorageError)
                 losses += not (is_storage or isinstance(loss, MailboxLost))
                 self._group.release(lost=True)
-                self._wait_for_mailbox()
+                while not self._mailbox_is_there():
+                    if self._released.wait(0.2):
+                        raise
                 if isinstance(cause, OUT_OF_MEMORY):
                     outcome: Outcome | None = Outcome.OUT_OF_MEMORY
                 else:
@@ -143,14 +145,13 @@ class Slot:
         with suppress(ray.exceptions.RayActorError):
             ray.get(self._mailbox.return_number.remote(self.number))
 
-    def _wait_for_mailbox(self) -> None:
-        """Waits for a mailbox that Ray may be starting again, and tells it the slot's number."""
-        while not self._released.is_set():
-            try:
-                ray.get(self._mailbox.keep_number.remote(self._actor, self.number))
-                return
-            except ray.exceptions.ActorUnavailableError:
-                self._released.wait(0.2)
+    def _mailbox_is_there(self) -> bool:
+        """Asks the mailbox, which Ray may have started again. Such a one has to be told the slot's number."""
+        try:
+            ray.get(self._mailbox.keep_number.remote(self._actor, self.number))
+        except ray.exceptions.ActorUnavailableError:
+            return False
+        return True
 
     def _nodes_to_avoid(self, order: TrialOrder | RetrainOrder, loss: WorkersLost) -> set[str]:
         """Tells the user of a loss; returns the nodes that get no more workers of this search.

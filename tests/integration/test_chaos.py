@@ -40,7 +40,7 @@ TRIALS = 40
 EPOCHS = 27
 NODES = 4
 KILLING_S = 90
-INTERVAL_S = 1.5
+INTERVAL_S = 3.0
 """Of training between two states."""
 
 SLACK_S = 3
