@@ -116,7 +116,7 @@ def _check_head(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Non
         raise ClusterError(
             f"{number_of(plan.slots, 'slot')} need {plan.head_memory / 2**30:.1f} GiB of the head's memory, "
             f"{HEAD_MEMORY_OF_SLOT / 2**30:.1f} GiB each, and Ray has {memory / 2**30:.1f} GiB there. "
-            f"Give --slots {max(1, int(memory // HEAD_MEMORY_OF_SLOT))}, or a head with more memory."
+            f"Give --slots {max(1, int(memory / HEAD_MEMORY_OF_SLOT + 1e-9))}, or a head with more memory."
         )
 
 

@@ -26,8 +26,8 @@ def begun(phantoms: Path, tmp_path: Path) -> Plan:
     settings = Settings(data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=str(tmp_path))
     plan = plan_search(settings.model_copy(update={"name": "begun"}), set())
     plan.save(plan.load_and_split())
-    open_study(plan.study_url, "begun", plan.space, 1, new=True)
-    return plan
+    with plan.opened_study(new=True):
+        return plan
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def test_no_database_is_asked_that_only_the_storage_names(
 
 
 def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
-    study_url = begun.study_url
+    study_url = f"sqlite:///{begun.study_folder}/elsewhere.db"
+    open_study(study_url, "begun", begun.space, 1, new=True)
     overwrite(begun, study="postgresql+psycopg://me@elsewhere/x")
     assert read_results(begun.experiment, study_url).trials == []
     asked = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent), study=study_url)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CUDA
+from devices import CUDA
 from toys import NO_CHANCE, SMALL, assert_same, training
 
 SURE = replace(SMALL, dropout=0.0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from devices import device, gpu  # noqa: F401
 from toys import SMALL, toy_data, training
 
 from lungct_tune.models import preprocessing

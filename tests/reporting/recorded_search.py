@@ -97,6 +97,7 @@ class Search:
                 self._tune.record(name, EpochReport(Outcome.RUNNING, (figures,)))
         if failure:
             self._tune.on_trial_complete(name, {REPORT: EpochReport(Outcome.FAILED, reason=failure)})
+            self._tune.tell_failed()
         self.storage.sync()
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import CUDA
+from devices import CUDA
 from processes import searching, wait_for
 
 from lungct_tune.experiment.bundle import verify
