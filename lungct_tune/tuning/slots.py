@@ -119,22 +119,20 @@ class Slot:
             try:
                 return self._group.run(order)
             except WorkersLost as loss:
-                cause = loss.__cause__
-                is_storage = isinstance(cause, StorageError)
-                losses += not (is_storage or isinstance(loss, MailboxLost))
                 self._group.release(lost=True)
                 while not self._mailbox_is_there():
                     if self._released.wait(0.2):
                         raise
-                if isinstance(cause, OUT_OF_MEMORY):
-                    outcome: Outcome | None = Outcome.OUT_OF_MEMORY
+                if isinstance(loss.__cause__, OUT_OF_MEMORY):
+                    outcome, avoid = Outcome.OUT_OF_MEMORY, self._avoided()
                 else:
-                    outcome = Outcome.FAILED if losses == MAX_LOSSES else None
-                avoid = self._nodes_to_avoid(order, loss) if outcome is not Outcome.OUT_OF_MEMORY else set()
-                if is_storage and self._released.wait(PAUSE_S):
+                    counts, avoid = self._examine(order, loss)
+                    losses += counts
+                    outcome = Outcome.FAILED if losses == MAX_LOSSES else Outcome.RUNNING
+                if isinstance(loss.__cause__, StorageError) and self._released.wait(PAUSE_S):
                     raise
                 self._replace_group(loss, avoid)
-                if outcome:
+                if outcome is not Outcome.RUNNING:
                     return EpochReport(outcome, reason=str(loss))
 
     def release(self) -> None:
@@ -153,30 +151,39 @@ class Slot:
             return False
         return True
 
-    def _nodes_to_avoid(self, order: TrialOrder | RetrainOrder, loss: WorkersLost) -> set[str]:
-        """Tells the user of a loss; returns the nodes that get no more workers of this search.
+    def _examine(self, order: TrialOrder | RetrainOrder, loss: WorkersLost) -> tuple[bool, set[str]]:
+        """Finds out what a loss says of the trial and of the nodes, and tells the user.
 
         A node is left alone if it cannot use the storage while the head can, or if several trials in a row have been
         lost on it. The last node is not left alone.
+
+        Returns:
+            Whether the trial may be to blame, and the nodes that get no more workers of this search.
 
         Raises:
             NodeRefused: no other node is left, and this one cannot use the storage.
         """
         trials = ray.get(self._mailbox.lose.remote(self._group.id, order.number))
+        living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         refused = isinstance(loss.__cause__, NodeRefused) and self._head_can_write()
         bad = {node for node, lost in trials.items() if refused or lost >= MAX_TRIALS_LOST}
-        avoided: set[str] = ray.get(self._mailbox.avoid.remote(set()))
-        others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoided | bad]
+        others = [living[node] for node in living.keys() - self._avoided() - bad]
         if bad and not any(_holds(node["Resources"], self._plan.resources_per_worker) for node in others):
             if refused:
                 raise loss.__cause__ or loss
             bad = set()
-        names = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in bad]
-        consequence = f"; {' and '.join(names)} will get no more workers of this search" if bad else ""
-        waits = f", which waits {PAUSE_S:.0f} s for it" if isinstance(loss.__cause__, StorageError) else ""
+        names = [living[node]["NodeManagerAddress"] for node in bad & living.keys()]
+        consequence = f"; {' and '.join(names)} will get no more workers of this search" if names else ""
+        is_storage = isinstance(loss.__cause__, StorageError)
+        waits = f", which waits {PAUSE_S:.0f} s for it" if is_storage else ""
         self._mailbox.warn.remote(f"trial {order.number} has lost its workers{waits}: {loss}{consequence}")
-        avoided = ray.get(self._mailbox.avoid.remote(bad))
-        return avoided
+        node_died = not trials.keys() <= living.keys()
+        return not (is_storage or node_died or isinstance(loss, MailboxLost)), self._avoided(bad)
+
+    def _avoided(self, more: Iterable[str] = ()) -> set[str]:
+        """The nodes on which no worker of the search may start any more, after adding some."""
+        nodes: set[str] = ray.get(self._mailbox.avoid.remote(set(more)))
+        return nodes
 
     def _head_can_write(self) -> bool:
         try:

@@ -205,6 +205,17 @@ def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: 
     assert report.outcome is Outcome.COMPLETED and [figures.epoch for figures in report.epochs] == [1, 2]
 
 
+def test_the_loss_of_a_node_is_not_the_trials_fault(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    begin(slot, 22)
+    group = slot._slot._group.id
+    ray.get(slot._slot._mailbox.start.remote(group, "0" * 56))  # as if one of its workers were on a node that is gone
+    monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
+    kill_a_worker()
+    assert step(slot).outcome is Outcome.COMPLETED
+
+
 def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
     slot.reset(order(13).as_dict() | {"seed": "no number"})
