@@ -35,19 +35,18 @@ import numpy as np
 import ray
 import safetensors.torch
 import torch
+from further_trial import plan_in
 from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import parse_space
-from lungct_tune.data import make_phantoms, read_images, split_images
 from lungct_tune.experiment.folder import Experiment, delete_states
 from lungct_tune.experiment.study import open_study, read_trials
 from lungct_tune.experiment.trial import EpochFigures, TrialOrder
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
-from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.tuner import run_search
 from lungct_tune.tuning.workers import SlotPlan, _free_memory, _start_trial
@@ -63,26 +62,11 @@ LATENCY_S = 0.05
 CPU = torch.device("cpu")
 
 
-def plan_in(folder: Path, epochs: int) -> SlotPlan:
-    """A slot's plan for 16 training images in two steps, and 9 validation images."""
-    images = read_images(make_phantoms(folder, seed=0, patients=20, size=48), 32, cache=folder, progress=False)
-    split = split_images(images, "grouped", seed=0)
-    return SlotPlan(
-        experiment=Experiment.at(str(folder), "one"),
-        dataset=SharedDataset(
-            images=np.ascontiguousarray(images.images_NHW),
-            rows=np.arange(len(split)),
-            labels_N=images.table["label"].to_numpy(),
-            classes=len(images.classes),
-            backbone=None,
-            normalisation="unit",
-            batch_size=8,
-            epochs=epochs,
-        ),
-        folds=(Fold(np.flatnonzero(split == "train")[:16], np.flatnonzero(split == "valid")[:9]),),
-        workers=1,
-        resources_per_worker={"CPU": 1},
-    )
+def small_plan(folder: Path, epochs: int) -> SlotPlan:
+    """A slot's plan for 16 training images in two steps, and 9 validation images, which are in this process."""
+    plan = plan_in(folder, epochs, share=np.asarray)
+    (fold,) = plan.folds
+    return replace(plan, folds=(Fold(fold.train_rows[:16], fold.valid_rows[:9]),))
 
 
 # ---- one process ---------------------------------------------------------------------------------------
@@ -143,7 +127,7 @@ def first_table(folder: Path, depths: list[int], seconds: float, console: Consol
         for storage in ("folder", "S3, 50 ms"):
             where = str(folder) if storage == "folder" else url
             for depth in depths:
-                plan = replace(plan_in(folder, 10), experiment=Experiment.at(where, "one"))
+                plan = replace(small_plan(folder, 10), experiment=Experiment.at(where, "one"))
                 wall, _, _ = now(plan, depth, 10)
                 for way, epochs in ((before, 5), (now, max(12, int(seconds * 9 / wall)))):
                     long = replace(plan, dataset=replace(plan.dataset, epochs=epochs))
@@ -205,9 +189,9 @@ def _pass_on(source: socket.socket, target: socket.socket, delay_s: float) -> No
 def second_table(folder: Path, depths: list[int], seconds: float, console: Console) -> None:
     table = Table("depth", "epochs", "epoch, ms", "outside, ms", "aim, ms")
     for depth in depths:
-        wall, _, _ = now(plan_in(folder, 10), depth, 10)
+        wall, _, _ = now(small_plan(folder, 10), depth, 10)
         epochs = max(10, int(seconds * 9 / wall))
-        plan = replace(plan_in(folder, epochs), experiment=Experiment.at(str(folder), f"search-{depth}"))
+        plan = replace(small_plan(folder, epochs), experiment=Experiment.at(str(folder), f"search-{depth}"))
         plan = replace(plan, dataset=replace(plan.dataset, images=ray.put(plan.dataset.images)))
         space = parse_space(f"truncation_depth: {depth}\ndropout: {{low: 0.0, high: 0.5}}", "benchmark")
         space = replace(space, fixed_trials=())
@@ -228,7 +212,7 @@ def second_table(folder: Path, depths: list[int], seconds: float, console: Conso
 
 def memory(folder: Path, console: Console) -> None:
     """Runs trials one after another as `run_worker` does; prints the process's resident memory."""
-    plan = plan_in(folder, epochs=1)
+    plan = small_plan(folder, epochs=1)
     table = Table("after trial", "resident memory, MB", "relative to trial 2")
     first = 0.0
     for number in range(1, TRIALS[-1] + 1):

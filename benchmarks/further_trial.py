@@ -15,7 +15,7 @@ import argparse
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,15 @@ EPOCHS = 2
 SPACE = "truncation_depth: 1\naugmentation: 0\ndropout: {low: 0.0, high: 0.5}"
 
 
-def plan_in(folder: Path, epochs: int = EPOCHS, patients: int = 20) -> SlotPlan:
+def plan_in(
+    folder: Path, epochs: int = EPOCHS, patients: int = 20, share: Callable[[np.ndarray], Any] = ray.put
+) -> SlotPlan:
     images = read_images(make_phantoms(folder, seed=0, patients=patients, size=48), 32, cache=folder, progress=False)
     split = split_images(images, "grouped", seed=0)
     return SlotPlan(
         experiment=Experiment.at(str(folder), "warm"),
         dataset=SharedDataset(
-            images=ray.put(np.ascontiguousarray(images.images_NHW)),
+            images=share(np.ascontiguousarray(images.images_NHW)),
             rows=np.arange(len(split)),
             labels_N=images.table["label"].to_numpy(),
             classes=len(images.classes),
