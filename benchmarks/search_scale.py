@@ -107,7 +107,7 @@ class LightSlot(tune.Trainable):  # type: ignore[misc]
         with Path(self._busy, str(os.getpid())).open("a") as log:
             log.write(f"{began} {time.time()}\n")
         outcome = Outcome.COMPLETED if self._epoch == self.load.epochs else Outcome.RUNNING
-        report = EpochReport(outcome, tuple(epochs), EpochCost(600, 0, 0.0))
+        report = EpochReport(outcome, tuple(epochs), EpochCost(len(epochs), 600, 0, 0.0))
         last = epochs[-1]
         return last.as_dict() | {REPORT: report, "done": report.is_last, "training_iteration": last.epoch}
 

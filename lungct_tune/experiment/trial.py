@@ -107,6 +107,8 @@ def best_epoch(epochs: Iterable[EpochFigures]) -> EpochFigures | None:
 class EpochCost:
     """The cost of a step in addition to the seconds of its epochs, as the first worker measures it."""
 
+    epochs: int
+    """How many epochs were trained in the step."""
     images: int
     """Training images of an epoch, of all workers."""
     checkpoint_bytes: int
@@ -127,6 +129,11 @@ class EpochReport:
     """Of the step; None if none was run."""
     reason: str = ""
     """Why the trial diverged, ran out of memory, failed or was refused."""
+
+    @property
+    def trained(self) -> tuple[EpochFigures, ...]:
+        """The epochs that were trained in the step, without those that were trained before an interruption."""
+        return self.epochs[len(self.epochs) - self.cost.epochs :] if self.cost else ()
 
     @property
     def is_last(self) -> bool:

@@ -129,22 +129,28 @@ class TrialRunner:
             RuntimeError: the workers have trained different numbers of epochs.
         """
         began, bytes_before, waited_before = time.monotonic(), self._writer.bytes, self._writer.waited_s
-        first, step_is_over = self._reported, False
-        while len(self._history) < self._epochs and not step_is_over:
+        first, known, outcome, reason = self._reported, len(self._history), Outcome.RUNNING, ""
+        step_is_over = known == self._epochs
+        while not step_is_over:
             by_worker = self._gather(self._train_epoch(began, must_save))
             if reason := next((worker.diverged for worker in by_worker if worker.diverged), ""):
-                self._ended = True
-                return EpochReport(Outcome.DIVERGED, reason=reason)
+                outcome = Outcome.DIVERGED
+                break
             self._note_epoch(by_worker)
             self._keep_state(by_worker)
-            step_is_over = any(worker.step_is_over for worker in by_worker) or len(self._history) in self._rungs
+            reached = len(self._history)
+            step_is_over = any(worker.step_is_over for worker in by_worker) or reached in (*self._rungs, self._epochs)
         if len(self._history) == self._epochs:
-            self._ended = True
+            outcome = Outcome.COMPLETED
             self._keep_best()
-        self._reported = len(self._history)
-        cost = EpochCost(self._images, self._writer.bytes - bytes_before, self._writer.waited_s - waited_before)
-        outcome = Outcome.COMPLETED if self._ended else Outcome.RUNNING
-        return EpochReport(outcome, tuple(self._history[first:]), cost)
+        self._ended, self._reported = outcome is not Outcome.RUNNING, len(self._history)
+        cost = EpochCost(
+            epochs=len(self._history) - known,
+            images=self._images,
+            checkpoint_bytes=self._writer.bytes - bytes_before,
+            checkpoint_s=self._writer.waited_s - waited_before,
+        )
+        return EpochReport(outcome, tuple(self._history[first:]), cost, reason)
 
     def close(self) -> None:
         """Saves the state of a trial that has not ended, and waits for it.

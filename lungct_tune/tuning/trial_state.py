@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lungct_tune.experiment.folder import Experiment, state_file, trial_folder
-from lungct_tune.filesystem import StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +84,7 @@ class StateWriter:
         self._written = [epoch] if epoch else []
         self._copy: Any = None
         self._thread: threading.Thread | None = None
-        self._error: StorageError | None = None
+        self._error: Exception | None = None
         self.bytes, self.waited_s = 0, 0.0
 
     @property
@@ -119,7 +118,7 @@ class StateWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def take_error(self) -> StorageError | None:
+    def take_error(self) -> Exception | None:
         """Why the last state could not be written; None if it was, or if this has been told already."""
         error, self._error = self._error, None
         return error
@@ -135,7 +134,7 @@ class StateWriter:
             while self._written[0] < complete:
                 self._experiment.delete(state_file(self._number, self._written[0], self._rank))
                 del self._written[0]
-        except StorageError as error:
+        except Exception as error:  # not only of the storage: memory may be short, too. Nobody else would see it
             self._error = error
 
 

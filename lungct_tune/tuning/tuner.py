@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import read_trials, rungs
 from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.tuning.allocation import ResourcePlan
+from lungct_tune.tuning.background import BackgroundThreads
 from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
@@ -97,7 +97,7 @@ def run_search(
         JournalError: the study cannot be written; what was written before is kept.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
-    with ThreadPoolExecutor(STORAGE_THREADS) as storage_threads, TemporaryDirectory() as scratch:
+    with BackgroundThreads(STORAGE_THREADS) as storage_threads, TemporaryDirectory() as scratch:
         searcher = OptunaSearcher(
             study,
             space,

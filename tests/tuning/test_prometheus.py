@@ -11,7 +11,7 @@ from lungct_tune.tuning.slots import REPORT
 
 def result(checkpoint_bytes: int, checkpoint_s: float) -> dict[str, Any]:
     figures = EpochFigures(1, 0.5, 0.5, 1.0, 1.0, train_s=1.0, valid_s=0.1, at=1e9, slot=1)
-    return {REPORT: EpochReport(Outcome.RUNNING, (figures,), EpochCost(8, checkpoint_bytes, checkpoint_s))}
+    return {REPORT: EpochReport(Outcome.RUNNING, (figures,), EpochCost(1, 8, checkpoint_bytes, checkpoint_s))}
 
 
 def test_a_state_that_is_copied_in_one_step_and_written_in_a_later_one_counts_once() -> None:

@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome
+from lungct_tune.experiment.trial import EpochCost, EpochFigures, EpochReport, Outcome
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.callbacks.tensorboard import FOLDER, PREFIX, TensorBoardCallback
 from lungct_tune.tuning.slots import REPORT
@@ -28,15 +28,16 @@ class RayTrial:
         return "trial_0007"
 
 
-def report(*epochs: int, at: float = 4e9) -> dict[str, Any]:
+def report(*epochs: int, trained: int) -> dict[str, Any]:
+    """The result of a step by a worker whose clock stands at 1970."""
     figures = [
         EpochFigures(
             epoch=epoch, balanced_accuracy=epoch / 10, accuracy=0.5, log_loss=1.0, train_loss=1.0, train_s=1.0,
-            valid_s=0.1, at=at + epoch, slot=1,
+            valid_s=0.1, at=float(epoch), slot=1,
         )
         for epoch in epochs
     ]  # fmt: skip
-    return {REPORT: EpochReport(Outcome.RUNNING, tuple(figures))}
+    return {REPORT: EpochReport(Outcome.RUNNING, tuple(figures), EpochCost(trained, 8, 0, 0.0))}
 
 
 def events(content: bytes) -> list[Any]:
@@ -57,9 +58,8 @@ def test_every_epoch_and_the_hyperparameters_are_in_a_trials_file(
     experiment = Experiment(f"fsspec+file://{tmp_path}/there/one" if remote else f"{tmp_path}/one")
     trial = RayTrial()
     with ThreadPoolExecutor(2) as threads, TensorBoardCallback(experiment, threads) as board:
-        board.on_trial_result(0, [], trial, report(1, 2, at=1e9))  # of before an interruption
-        board.on_trial_result(0, [], trial, report(3, 4, 5))
-        board.on_trial_result(0, [], trial, report(6))
+        board.on_trial_result(0, [], trial, report(1, 2, 3, 4, 5, trained=3))  # two are of before an interruption
+        board.on_trial_result(0, [], trial, report(6, trained=1))
         board.on_trial_complete(0, [], trial)
     (file,) = experiment.files(FOLDER)
     assert file.startswith(f"{FOLDER}/trial_0007/events.out.tfevents.")

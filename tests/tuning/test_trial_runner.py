@@ -62,6 +62,38 @@ def test_a_step_goes_to_the_next_rung_or_to_the_end_and_reports_all_epochs(plan:
     assert all(report.cost and report.cost.images == trial._images for report in (first, second, last))
 
 
+def test_a_trial_that_diverges_reports_the_epochs_before_it(plan: SlotPlan) -> None:
+    trial = runner(plan, order(0), rungs=(), checkpoint_interval=3600)
+
+    def break_after_two_epochs() -> bool:
+        if trial._models[0].trainer.epoch == 2:
+            next(trial._models[0].trainer.model.head.parameters()).data.fill_(float("nan"))
+        return False
+
+    report = trial.run(must_save=break_after_two_epochs)
+    assert report.outcome is Outcome.DIVERGED and "epoch 3" in report.reason
+    assert [figures.epoch for figures in report.epochs] == [figures.epoch for figures in report.trained] == [1, 2]
+
+
+def test_a_resumed_trial_says_which_epochs_it_has_trained(plan: SlotPlan) -> None:
+    run_to(runner(plan, order(0)), 2)
+    report = runner(plan, order(0)).run()
+    assert [len(report.epochs), len(report.trained)] == [3, 1]
+
+
+def test_a_state_that_cannot_be_made_is_reported(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(state: object) -> bytes:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr("lungct_tune.tuning.trial_state.to_bytes", too_large)
+    warnings: list[str] = []
+    trial = runner(plan, order(0), warn=warnings.append)
+    for _ in range(2):
+        trial.run()
+        trial._writer.wait()
+    assert warnings and "its state is not saved: out of memory" in warnings[0]
+
+
 def test_a_step_ends_with_the_first_epoch_after_its_time(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_runner, "STEP_S", 0.0)
     assert [len(report.epochs) for report in run_all(runner(plan, order(0), rungs=()))] == [1] * EPOCHS

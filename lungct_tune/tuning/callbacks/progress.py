@@ -48,7 +48,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         report: EpochReport = result[REPORT]
-        self._epochs += len(report.epochs)
+        self._epochs += len(report.trained)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._print(trial)

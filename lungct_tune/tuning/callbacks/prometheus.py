@@ -49,7 +49,7 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
 
         self._of_slots: dict[tuple[Gauge, str], float] = {}
         self._refreshed = 0.0
-        self._training_s, self._began = training_s, time.time()
+        self._training_s = training_s
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Sets all gauges again every `REFRESH_S` seconds. Tune calls this some ten times a second."""
@@ -77,15 +77,15 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         report: EpochReport = result[REPORT]
-        if (cost := report.cost) is None:  # no epoch was run: the training diverged, or had already ended
+        if (cost := report.cost) is None or not report.trained:  # the training diverged, or had already ended
             return
-        figures = report.epochs[-1]
+        figures = report.trained[-1]
         slot = str(figures.slot)
         # a state may be copied in one step and written in a later one, and Ray refuses to add zero
         for counter, amount in ((self._bytes, cost.checkpoint_bytes), (self._seconds, cost.checkpoint_s)):
             if amount:
                 counter.inc(amount, {"slot": slot})
-        self._training_s += sum(figures.seconds for figures in report.epochs if (figures.at or 0) >= self._began)
+        self._training_s += sum(figures.seconds for figures in report.trained)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochFigures, EpochReport
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.background import BackgroundThreads
 from lungct_tune.tuning.slots import REPORT
 
 FOLDER = "tune"
@@ -42,10 +43,10 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, experiment: Experiment, storage_threads: Executor) -> None:
         self._experiment, self._storage_threads = experiment, storage_threads
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = BackgroundThreads(1)
         self._writers: dict[str, EventsWriter] = {}
         """Used in that thread, and after its end."""
-        self._flushed, self._began = time.monotonic(), time.time()
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> TensorBoardCallback:
         return self
@@ -57,9 +58,8 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         report: EpochReport = result[REPORT]
-        new = [figures for figures in report.epochs if (figures.at or 0) >= self._began]  # others were drawn before
-        if new:
-            self._thread.submit(self._write, str(trial), new)
+        if report.trained:  # others were drawn before
+            self._thread.submit(self._write, str(trial), report.trained)
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         if time.monotonic() >= self._flushed + FLUSH_S:
