@@ -81,6 +81,7 @@ class EarlySlot:
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._plan, self._trials_so_far, self._last, self._prepare = plan, trials_so_far, last, prepare
+        self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
         self._slot: Any = None
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._start_early, daemon=True)
@@ -108,15 +109,19 @@ class EarlySlot:
     def _start(self) -> None:
         from lungct_tune.tuning.slots import ON_HEAD, Slot
 
-        name = f"{self._plan.experiment.name} final"  # what ends with the search is found by the search's name
         actor = ray.remote(Slot).options(num_cpus=0, resources=ON_HEAD, max_concurrency=2)
-        self._slot = actor.remote(self._plan, name)
+        self._slot = actor.remote(self._plan, self._search)
 
     def _release(self) -> None:
+        from lungct_tune.tuning.groups import remove_placement_groups
+
         if self._slot:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._slot.release.remote(), timeout=RELEASE_S)
             ray.kill(self._slot)
+            with suppress(ray.exceptions.RayActorError):
+                ray.get(self._slot.__ray_ready__.remote())  # until it has ended, it may make a placement group
+            remove_placement_groups(f"{self._search} slot")
         self._slot = None
 
     def _start_early(self) -> None:
