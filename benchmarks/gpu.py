@@ -8,7 +8,8 @@ It needs no network: without --data the search draws phantoms, and starts from r
 table when it is done:
 
 - loop: images a second of a bare loop (forward, backward and optimizer step on one batch that is ready on the GPU), of
-  an epoch of `lungct_tune.training`, and the second as a share of the first. They take turns; medians.
+  an epoch of `lungct_tune.training` whose steps are launched kernel by kernel, and of one whose steps are CUDA graphs,
+  as they are in use; the last two also as shares of the first. They take turns; medians.
 - slots: images a second of 1, 2 and 4 processes that train on the same GPU at the same time, as slots with
   `--gpus-per-worker 0.25` do.
 - search: a whole search as a user starts it; its time, the share of the slots' time that was inside epochs, and the
@@ -49,12 +50,12 @@ class Sizes:
     depths: tuple[int, ...] = (10, 20, 22, 49)
     batches: tuple[int, ...] = (32, 128, 256)
     px: int = 224
-    images: int = 2560
+    images: int = 1280
     """Images of an epoch of the loop."""
     repeats: int = 3
     together: tuple[int, ...] = (1, 2, 4)
     """Processes on one GPU."""
-    slots_s: float = 5.0
+    slots_s: float = 2.0
     """Seconds for which each number of processes trains at each depth."""
     trials: int = 64
     epochs: int = 30
@@ -88,16 +89,18 @@ def main() -> None:
 
 def measure_loop(sizes: Sizes, device: torch.device) -> None:
     print(f"\nThe loop: {sizes.px} pixels, images a second, median of {sizes.repeats}")
-    print("| depth | batch | bare loop | pipeline | share |\n|---|---|---|---|---|")
+    print("| depth | batch | bare loop | no graph | share | pipeline | share |\n|---|---|---|---|---|---|---|")
     for depth in sizes.depths:
         for batch in sizes.batches:
             steps = max(2, sizes.images // batch)
             epochs = [
                 bare_loop(depth, sizes.px, batch, steps, device),
+                pipeline(depth, 0.0, sizes.px, batch, steps, sizes.repeats + 1, device, graphed=False),
                 pipeline(depth, 0.0, sizes.px, batch, steps, sizes.repeats + 1, device),
             ]
-            bare, ours = (batch * steps / seconds for seconds in median_seconds(epochs, sizes.repeats))
-            print(f"| {depth} | {batch} | {bare:.0f} | {ours:.0f} | {ours / bare:.2f} |", flush=True)
+            bare, eager, ours = (batch * steps / seconds for seconds in median_seconds(epochs, sizes.repeats))
+            shares = f"{eager:.0f} | {eager / bare:.2f} | {ours:.0f} | {ours / bare:.2f}"
+            print(f"| {depth} | {batch} | {bare:.0f} | {shares} |", flush=True)
             del epochs
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the next sizes find all of the memory

@@ -66,11 +66,23 @@ def seconds(epoch: Callable[[], object]) -> float:
 
 
 def pipeline(
-    cut: int, frozen_share: float, px: int, batch: int, steps: int, epochs: int, device: torch.device
+    cut: int,
+    frozen_share: float,
+    px: int,
+    batch: int,
+    steps: int,
+    epochs: int,
+    device: torch.device,
+    *,
+    graphed: bool = True,
 ) -> Callable[[], object]:
-    """An epoch of the real training, with the published augmentation."""
+    """An epoch of the real training, with the published augmentation.
+
+    Args:
+        graphed: on a GPU, run steps as CUDA graphs.
+    """
     n = batch * steps
-    return Trainer(
+    trainer = Trainer(
         Hyperparameters(truncation_depth=cut, frozen_share=frozen_share),
         images_NHW=torch.randint(256, (n, px, px), dtype=torch.uint8, device=device),
         labels_N=torch.arange(n) % 4,
@@ -82,7 +94,10 @@ def pipeline(
         normalisation="imagenet",
         backbone_state=None,
         device=device,
-    ).train_epoch
+    )
+    if not graphed:
+        trainer._step = trainer._train_step
+    return trainer.train_epoch
 
 
 def bare_loop(cut: int, px: int, batch: int, steps: int, device: torch.device) -> Callable[[], object]:

@@ -28,6 +28,7 @@ from lungct_tune.models.pretrained import load_backbone
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.augmentation import Augmentation
 from lungct_tune.training.batches import on_device
+from lungct_tune.training.graphed_step import GraphedStep
 
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0
@@ -112,8 +113,11 @@ class Trainer:
         if backbone_state is not None:
             load_backbone(model, backbone_state)
         self.model, self.network = _place(model, self.device, self.world)
-        self.optimizer = _optimizer(self.model, configuration)
         precision = preprocessing.precision_for(self.device)
+        # not in a group, whose workers would have to capture NCCL; not with a scaler, which reads from the GPU
+        self._graphed = self.device.type == "cuda" and self.world == 1 and precision != torch.float16
+        self.optimizer = _optimizer(self.model, configuration, capturable=self._graphed)
+        self._step = GraphedStep(self._train_step) if self._graphed else self._train_step
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         """Scales the loss, so that small gradients are not 0 in float16; does nothing in other precisions."""
 
@@ -133,7 +137,7 @@ class Trainer:
         health = []  # stays on the device: reading a loss would wait for all work that is queued there
         for step, images_NHW in enumerate(on_device(self.images_NHW, indices_SN, self.device)):
             self._set_learning_rates((self.epoch * self.steps + step + 0.5) / (self.epochs * self.steps))
-            health.append(self._train_step(images_NHW, labels_SN[step], matrices_SN23[step]))
+            health.append(self._step(images_NHW, labels_SN[step], matrices_SN23[step]))
         health_S2 = torch.stack(health)
         if self.world > 1:
             dist.all_reduce(health_S2)
@@ -188,7 +192,11 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of a training with the same configuration, data and seed."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # the groups follow from the configuration and the device
+        own_groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
+        if self._graphed:
+            self._step = GraphedStep(self._train_step)  # the optimizer's state lies elsewhere now
         if state.get("scaler"):  # it is empty in other precisions: the state may be of another kind of GPU
             self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
@@ -235,7 +243,11 @@ class Trainer:
 
     def _set_learning_rates(self, progress: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(progress)
+            learning_rate = group["peak_lr"] * schedule(progress)
+            if self._graphed:
+                group["lr"].fill_(learning_rate)  # the graph reads it there
+            else:
+                group["lr"] = learning_rate
 
     def _check(self, health_S2: Tensor) -> None:
         finite_S2 = health_S2.isfinite()
@@ -291,15 +303,22 @@ def _place(model: TruncatedResNet50, device: torch.device, world: int) -> tuple[
     return model, DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def _optimizer(model: TruncatedResNet50, configuration: Hyperparameters) -> torch.optim.AdamW:
-    """AdamW with separate learning rates for backbone and head; no weight decay for biases and norms (vectors)."""
+def _optimizer(model: TruncatedResNet50, configuration: Hyperparameters, *, capturable: bool) -> torch.optim.AdamW:
+    """AdamW with separate learning rates for backbone and head; no weight decay for biases and norms (vectors).
+
+    Args:
+        capturable: keep the learning rates on the GPU, where a CUDA graph reads them.
+    """
     groups = []
     for part, peak_lr in ((model.backbone, configuration.backbone_lr), (model.head, configuration.head_lr)):
         learning = [p for p in part.parameters() if p.requires_grad]
         matrices, vectors = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim == 1]
         groups.append({"params": matrices, "peak_lr": peak_lr, "weight_decay": configuration.weight_decay})
         groups.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, fused=True)
+    if capturable:
+        device = next(model.parameters()).device
+        groups = [{**group, "lr": torch.zeros((), device=device)} for group in groups]
+    return torch.optim.AdamW(groups, fused=True, capturable=capturable)
 
 
 def _average_running_statistics(model: nn.Module, world: int) -> None:

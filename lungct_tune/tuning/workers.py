@@ -162,11 +162,14 @@ def _start_trial(config: dict[str, Any], order: TrialOrder, device: torch.device
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says so; torch has a class of its own for it only on GPUs."""
+    """Whether an error says so; torch has a class of its own for it only on GPUs.
+
+    While a CUDA graph is captured, the end of the capture may raise another error in its place.
+    """
     import torch
 
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    return isinstance(error, kinds) or isinstance(error.__context__, kinds) or "can't allocate memory" in str(error)
 
 
 def _free_memory() -> None:

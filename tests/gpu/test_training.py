@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import warnings
@@ -126,8 +127,9 @@ def test_no_step_waits_for_the_gpu(gpu: torch.device, precision: torch.dtype, im
 
     def waits(batch_size: int) -> int:
         images_NHW, _ = toy_data()
-        trained = training(SURE, device=gpu, images_NHW=images_NHW.to(images_are_on), batch_size=batch_size, epochs=2)
-        trained.train_epoch()  # some kernels synchronise the first time
+        trained = training(SURE, device=gpu, images_NHW=images_NHW.to(images_are_on), batch_size=batch_size, epochs=5)
+        for _ in range(4):  # some kernels synchronise the first time, and the capture of a graph does
+            trained.train_epoch()
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -138,6 +140,30 @@ def test_no_step_waits_for_the_gpu(gpu: torch.device, precision: torch.dtype, im
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
     assert waits(batch_size=4) == waits(batch_size=20)
+
+
+def test_a_graph_of_a_step_gives_what_the_step_gives(gpu: torch.device) -> None:
+    """Also with dropout, whose random numbers are new in each replay, and after a state was loaded."""
+    images_NHW, _ = toy_data()
+    made = [training(replace(SURE, dropout=0.4), device=gpu, images_NHW=images_NHW.to(gpu), epochs=6) for _ in range(2)]
+    graphed, eager = made
+    eager._step = eager._train_step
+    losses = [[trained.train_epoch() for _ in range(3)] for trained in made]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    graphed.load_state_dict(copy.deepcopy(eager.state_dict()))
+    losses = [[trained.train_epoch() for _ in range(3)] for trained in made]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_trials_of_one_process_leave_no_memory_behind(gpu: torch.device) -> None:
+    images_NHW, _ = toy_data()
+    reserved = []
+    for _ in range(8):
+        training(SURE, device=gpu, images_NHW=images_NHW.to(gpu), batch_size=8).train_epoch()  # 5 steps: with a graph
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved(gpu))
+    assert reserved[-1] == reserved[1]
 
 
 def test_a_skipped_step_is_not_a_divergence(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +206,10 @@ def test_too_large_a_model_raises_and_leaves_the_memory_to_the_next(gpu: torch.d
         deep = replace(SURE, truncation_depth=49)
         training(deep, device=gpu, train_indices=range(64), batch_size=32, **images).train_epoch()
 
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(400 * 2**20 / torch.cuda.mem_get_info(gpu)[1], gpu)
+    allowed = torch.cuda.memory_reserved(gpu) + 400 * 2**20
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info(gpu)[1], gpu)
     try:
         with pytest.raises(torch.OutOfMemoryError):
             train_large()
