@@ -31,6 +31,7 @@ from rich.table import Table
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import open_study
+from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.training.objective import OBJECTIVE, validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.tuner import run_search
@@ -68,9 +69,10 @@ def plain(plan: SlotPlan, space: SearchSpace, trials: int) -> list[float]:
 
 def slot(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> list[float]:
     """Runs the trials as a search in one slot; returns when each ended."""
-    study = open_study(f"sqlite:///{folder}/slot.db", "slot", space, EPOCHS, new=True)
     own = replace(plan, experiment=Experiment.at(str(folder), "slot"))
-    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
+    with opened_journal(folder / "study.journal") as storage:
+        study = open_study(storage, "slot", space, EPOCHS, new=True)
+        run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
     return sorted(trial.datetime_complete.timestamp() for trial in study.trials if trial.datetime_complete)
 
 

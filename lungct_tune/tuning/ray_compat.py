@@ -63,13 +63,17 @@ EXPERIMENT_CHECKPOINTS = "ray.tune.execution.experiment_state:_ExperimentCheckpo
 EXPERIMENT_ANALYSIS = "ray.tune.analysis.experiment_analysis:ExperimentAnalysis"
 """What Tune returns at its end. It reads the results of all trials from files."""
 
+TUNE_CONTROLLER = "ray.tune.execution.tune_controller:TuneController"
+"""Runs trials in actors."""
+
 OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
 PRIVATE_NAMES = (
     *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES),
-    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, OPTUNA_TRIAL),
+    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),
+    OPTUNA_TRIAL,
 )
 
 HEAD_NODE = "node:__internal_head__"
@@ -137,6 +141,28 @@ def without_files_of_tune() -> Iterator[None]:
     finally:
         checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync, fetch
         del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
+
+
+@contextmanager
+def without_ending_actors_that_start() -> Iterator[None]:
+    """Keeps Tune from ending an actor that is still starting.
+
+    When a trial ends, Tune gives its actor to any trial that waits, also to one whose own actor is starting. That one
+    is ended then, and for the next trial another one is started. So with many slots and short trials, Tune would start
+    processes again and again. Here the idle actor is for the next trial.
+    """
+    controller = private(TUNE_CONTROLLER)
+    reuse = controller._maybe_reuse_cached_actor
+
+    def reuse_unless_starting(self: Any, trial: Any) -> bool:
+        has_own = trial in self._trial_to_actor and trial not in self._resetting_trials
+        return not has_own and bool(reuse(self, trial))
+
+    controller._maybe_reuse_cached_actor = reuse_unless_starting
+    try:
+        yield
+    finally:
+        controller._maybe_reuse_cached_actor = reuse
 
 
 def prepare_controller(name: str) -> None:

@@ -31,7 +31,11 @@ from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
-from lungct_tune.tuning.ray_compat import keep_credentials_from_actors, without_files_of_tune
+from lungct_tune.tuning.ray_compat import (
+    keep_credentials_from_actors,
+    without_ending_actors_that_start,
+    without_files_of_tune,
+)
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
@@ -124,6 +128,7 @@ def run_search(
             held.enter_context(clock)
             held.enter_context(board)
             held.enter_context(without_files_of_tune())
+            held.enter_context(without_ending_actors_that_start())
             held.callback(remove_placement_groups, f"{plan.experiment.name} slot")
             tuner = tune.Tuner(
                 # CPUs and GPUs are reserved by the slot's workers, not by its actor

@@ -117,8 +117,6 @@ def run_worker(config: dict[str, Any]) -> None:
     is_first = get_context().get_world_rank() == 0
     drain = mailbox.get.remote((node, DRAIN, 0))
     trial: TrialRunner | None = None
-    gc.collect()
-    gc.freeze()  # a collection between two trials then looks only at what trials have made
     for sequence in range(1, 2**62):
         order: TrialOrder | RetrainOrder | None = ray.get(mailbox.get.remote((group, ORDER, sequence)))
         if order is None:
@@ -177,5 +175,6 @@ def _free_memory() -> None:
     import torch
 
     gc.collect()
+    gc.freeze()  # what is left stays; the next collection looks only at what the next trial has made
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

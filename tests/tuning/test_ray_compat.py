@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
+import time
+import uuid
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.distributions import IntDistribution
 from ray.train.torch import TorchTrainer
+from ray.tune.search import Searcher
+from ray_state import nothing_held
 
 import lungct_tune
-from lungct_tune.tuning.ray_compat import PRIVATE_NAMES, private, reopen_trial, suggest_value
+from lungct_tune.tuning.ray_compat import (
+    HEAD_NODE,
+    PRIVATE_NAMES,
+    private,
+    reopen_trial,
+    suggest_value,
+    without_ending_actors_that_start,
+    without_files_of_tune,
+)
 
 
 @pytest.mark.parametrize("name", PRIVATE_NAMES)
@@ -44,3 +57,49 @@ def test_no_other_module_uses_private_names() -> None:
     private_name = re.compile(r"\b_(private|internal)\b|\._trial_id|\._suggest\b")
     users = {path.name for path in package.rglob("*.py") if private_name.search(path.read_text())}
     assert users == {"ray_compat.py"}
+
+
+def test_tune_ends_no_actor_that_is_starting(cluster: None, tmp_path: Path) -> None:
+    """Many slow slots and short trials: as many actors as slots, and no more."""
+    from ray import tune
+
+    started = tmp_path / "started"
+    started.mkdir()
+
+    class Slow(tune.Trainable):  # type: ignore[misc]
+        def setup(self, config: dict[str, Any]) -> None:
+            (started / uuid.uuid4().hex).touch()
+            if len(list(started.iterdir())) > 1:  # the first is there at once, the others start for long
+                time.sleep(2)
+
+        def step(self) -> dict[str, Any]:
+            return {"done": True}
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            return True
+
+    with without_files_of_tune(), without_ending_actors_that_start():
+        tune.Tuner(
+            tune.with_resources(Slow, tune.PlacementGroupFactory([{HEAD_NODE: 0.001}])),
+            tune_config=tune.TuneConfig(
+                search_alg=Nothing(), num_samples=40, max_concurrent_trials=4, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name="slow",
+                storage_path=str(tmp_path),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+    assert len(list(started.iterdir())) == 4
+    assert nothing_held()
+
+
+class Nothing(Searcher):  # type: ignore[misc]
+    """Suggests the same nothing for each trial."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        return {}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
