@@ -69,12 +69,11 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         resources = announce(plan, dashboard.result(), console)
         if plan.settings.plan:
             return
-        with start_search(plan, split, audit, resources, weights, console) as run:
-            with run.early_slot() as slot:
-                winner = run.search()
-                retrained = run.retrain(winner, slot)
-                published = run.retrain_published(winner, slot)
-            seeds = run.repeat_with_seeds(winner)
+        with start_search(plan, split, audit, resources, weights, console) as run, run.early_slot() as slot:
+            winner = run.search()
+            retrained = run.retrain(winner, slot)
+            published = run.retrain_published(winner, slot)
+            seeds = run.repeat_with_seeds(winner, slot)
             run.write_bundle(winner, retrained, published, seeds)
 
 
@@ -260,14 +259,19 @@ class SearchRun:
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
         return winner
 
-    def repeat_with_seeds(self, winner: TrialRecord) -> dict[str, Any] | None:
-        """Trains the winner with other seeds, to see how its figures depend on the seed; None without --seeds."""
+    def repeat_with_seeds(self, winner: TrialRecord, slot: EarlySlot) -> dict[str, Any] | None:
+        """Trains the winner with other seeds, to see how its figures depend on the seed; None without --seeds.
+
+        Args:
+            slot: gives its room back first.
+        """
         from lungct_tune.experiment.study import over_seeds
         from lungct_tune.tuning.rerun import rerun_with_seeds
 
         settings = self.plan.settings
         if not settings.seeds or settings.epochs is None:
             return None
+        slot.release()
         self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
         plan, slots = self.slot_plan, self.resources.slots
@@ -304,15 +308,9 @@ class SearchRun:
         assert trial.best is not None  # it completed
         settings, epochs = self.plan.settings, trial.best.epoch
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
-        order = RetrainOrder(
-            number=trial.number,
-            hyperparameters=trial.hyperparameters,
-            seed=settings.seed,
-            epochs=epochs,
-            test=self.test,
-            checkpoint_interval=settings.checkpoint_interval,
-        )
-        return retrain_and_predict(self.plan.experiment, order, slot)
+        hyperparameters, interval = trial.hyperparameters, settings.checkpoint_interval
+        order = RetrainOrder(trial.number, hyperparameters, settings.seed, epochs, self.test, interval)
+        return retrain_and_predict(self.plan.experiment, order, slot, self._prepare_bundle)
 
     def retrain_published(self, winner: TrialRecord, slot: EarlySlot) -> tuple[TrialRecord, RetrainedModel] | None:
         """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
@@ -352,6 +350,12 @@ class SearchRun:
             self.tracker.add_final(winner.number, winner.hyperparameters, winner.best.epoch, final.metrics.test)
         print_outcome(plan, final.metrics, self.console)
 
+    def _prepare_bundle(self) -> None:
+        """Makes what the bundle needs and does not depend on the final model, while that is trained."""
+        with suppress(Exception):  # it is tried again for the bundle, and an error is raised or printed then
+            self._files.prepare()
+            self._parts_of_search  # noqa: B018
+
     def _pages(self, final: Bundle) -> dict[str, bytes]:
         """Makes report.html and the model card."""
         from lungct_tune.experiment.bundle import CARD, REPORT
@@ -363,7 +367,8 @@ class SearchRun:
         name = self.plan.experiment.name
         try:
             results = gather_results(self.plan.experiment, self.study, final)
-            return {REPORT: report_page(name, results, Pictures(self.split.images)), CARD: model_card(name, results)}
+            page = report_page(name, results, Pictures(self.split.images), self._parts_of_search)
+            return {REPORT: page, CARD: model_card(name, results)}
         except Exception as error:  # an error in a page must not lose the model
             message = f"the bundle has no report.html: {error!r}"
             self.console.print(message, style="yellow", soft_wrap=True, markup=False)
@@ -374,6 +379,13 @@ class SearchRun:
         from lungct_tune.evaluation.bundle_files import BundleFiles  # imports torch, which no slot should wait for
 
         return BundleFiles(self.plan, self.split, self.audit, self.study, self.resources.slots)
+
+    @cached_property
+    def _parts_of_search(self) -> dict[str, Any]:
+        from lungct_tune.experiment.results import gather_results
+        from lungct_tune.reporting.report_page import parts_of_search
+
+        return parts_of_search(gather_results(self.plan.experiment, self.study, None))
 
     @property
     def _seeds_folder(self) -> str:

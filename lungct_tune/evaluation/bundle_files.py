@@ -52,6 +52,10 @@ class BundleFiles:
         """
         return self.files(self._bundle(best, weights, self._fit_temperature(best)))
 
+    def prepare(self) -> None:
+        """Computes what takes time and does not depend on the final model."""
+        self._learned, self._shortcut  # noqa: B018
+
     def final(
         self,
         best: TrialRecord,
@@ -99,7 +103,7 @@ class BundleFiles:
         majority = int(np.bincount(images.table["label"].to_numpy()[searched]).argmax())
         references = {
             "majority class": (images.classes[majority], np.full(len(test), majority)),
-            "shortcut": best_shortcut(images, searched, test),
+            "shortcut": self._shortcut,
         }
         if published:
             name, other = str(published[0].hyperparameters), published[1]
@@ -135,6 +139,10 @@ class BundleFiles:
         )
         config = describe_model(settings, self.split.images, best.hyperparameters, best.best.epoch, scaling)
         return Bundle(weights, config, metrics, predictions)
+
+    @cached_property
+    def _shortcut(self) -> tuple[str, np.ndarray]:
+        return best_shortcut(self.split.images, self.split.searched_rows, self.split.test_rows)
 
     @cached_property
     def _learned(self) -> bytes:

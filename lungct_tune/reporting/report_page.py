@@ -29,11 +29,14 @@ PAIRS_SHOWN = 6
 """Pairs of copies in the report; the audit's own page shows more."""
 
 
-def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
+def report_page(
+    name: str, found: SearchResults, pictures: Pictures, of_search: Mapping[str, Any] | None = None
+) -> bytes:
     """Makes report.html, one file without links to others.
 
     Args:
         name: the experiment's name.
+        of_search: from `parts_of_search`, if they have been made already.
     """
     test = found.test
     sections = ["verdict", "data", "search", *(["winner"] if found.winner else [])]
@@ -53,11 +56,10 @@ def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
         "pairs": _pairs(found, pictures),
         "about_the_search": about_the_search(found),
         "failures": failures(found),
-        "search_charts": search_charts(found),
         "trials": trial_rows(found),
         "trial_columns": TRIAL_COLUMNS,
         "winner_number": found.winner.number if found.winner else None,
-        "winner": winner_section(found),
+        **(of_search or parts_of_search(found)),
         "test": test,
         "command": command(found.settings),
         "facts": facts(found),
@@ -74,6 +76,11 @@ def report_page(name: str, found: SearchResults, pictures: Pictures) -> bytes:
         seed = found.settings["seed"]
         shown |= test_section(test, found.bundle.predictions, pictures, network, seed, on)
     return render(REPORT, shown)
+
+
+def parts_of_search(found: SearchResults) -> dict[str, Any]:
+    """The parts of the page that take time to make and do not depend on the final model."""
+    return {"search_charts": search_charts(found), "winner": winner_section(found)}
 
 
 def _pairs(found: SearchResults, pictures: Pictures) -> list[dict[str, Any]]:

@@ -91,16 +91,26 @@ class EarlySlot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop_watching()
-        self._release()
+        self.release()
 
-    def run(self, order: RetrainOrder) -> EpochReport:
-        """Retrains, after the search has ended. The slot starts now if it has not started yet."""
+    def run(self, order: RetrainOrder, meanwhile: Callable[[], None]) -> EpochReport:
+        """Retrains, after the search has ended. The slot starts now if it has not started yet.
+
+        Args:
+            meanwhile: is called in this process while the workers train.
+        """
         self._stop_watching()
         if not self._slot:
             self._start()
-        report: EpochReport = ray.get(self._slot.run.remote(order))
+        retraining = self._slot.run.remote(order)
+        meanwhile()
+        report: EpochReport = ray.get(retraining)
         return report
+
+    def release(self) -> None:
+        """Ends the workers. For another retraining new ones start."""
+        self._stop_watching()
+        self._release()
 
     def _stop_watching(self) -> None:
         self._ended.set()
@@ -144,8 +154,13 @@ class EarlySlot:
         return all(free.get(kind, 0) >= amount for kind, amount in needed.items())
 
 
-def retrain_and_predict(experiment: Experiment, order: RetrainOrder, slot: EarlySlot) -> RetrainedModel:
+def retrain_and_predict(
+    experiment: Experiment, order: RetrainOrder, slot: EarlySlot, meanwhile: Callable[[], None] = lambda: None
+) -> RetrainedModel:
     """Retrains in a slot. An interrupted retraining continues from its last state; one that has ended is only read.
+
+    Args:
+        meanwhile: is called in this process while the workers train.
 
     Raises:
         RetrainingFailed: its workers were lost too often, or it needs more memory than there is.
@@ -154,7 +169,7 @@ def retrain_and_predict(experiment: Experiment, order: RetrainOrder, slot: Early
     result = _read_result(experiment, order)
     if result is None:
         try:
-            reason = slot.run(order).reason
+            reason = slot.run(order, meanwhile).reason
         except ray.exceptions.RayActorError as error:
             reason = str(error)
         if reason:
