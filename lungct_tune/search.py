@@ -262,8 +262,7 @@ class SearchRun:
     def repeat_with_seeds(self, winner: TrialRecord, slot: EarlySlot) -> dict[str, Any] | None:
         """Trains the winner with other seeds, to see how its figures depend on the seed; None without --seeds.
 
-        Args:
-            slot: gives its room back first.
+        The slot of the retraining gives its room back before.
         """
         from lungct_tune.experiment.study import over_seeds
         from lungct_tune.tuning.rerun import rerun_with_seeds
@@ -295,7 +294,7 @@ class SearchRun:
             import lungct_tune.reporting.report_page  # noqa: F401
 
         last = (settings.trials, max(1, settings.trials - self.resources.slots))
-        return EarlySlot(plan, trials_so_far, last, import_pages)
+        return EarlySlot(plan, trials_so_far, last, import_pages, self._warn)
 
     def retrain(self, trial: TrialRecord, slot: EarlySlot) -> RetrainedModel:
         """Retrains a trial's hyperparameters on train and validation, and predicts the test split once.
@@ -370,8 +369,7 @@ class SearchRun:
             page = report_page(name, results, Pictures(self.split.images), self._parts_of_search)
             return {REPORT: page, CARD: model_card(name, results)}
         except Exception as error:  # an error in a page must not lose the model
-            message = f"the bundle has no report.html: {error!r}"
-            self.console.print(message, style="yellow", soft_wrap=True, markup=False)
+            self._warn(f"the bundle has no report.html: {error!r}")
             return {}
 
     @cached_property
@@ -390,6 +388,9 @@ class SearchRun:
     @property
     def _seeds_folder(self) -> str:
         return f"{self.plan.experiment.name}-seeds"
+
+    def _warn(self, sentence: str) -> None:
+        self.console.print(sentence, style="yellow", soft_wrap=True, markup=False)
 
     def _announce(self, step: str) -> None:
         self.console.print(f"\n{step}", style="bold")

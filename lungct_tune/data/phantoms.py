@@ -119,18 +119,28 @@ class _Thorax:
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         axis = np.linspace(-1, 1, size)
-        x_HW, y_HW = np.meshgrid(axis, axis)
-        turn = rng.normal(0, 0.06)
-        x_HW, y_HW = x_HW - rng.normal(0, 0.04), y_HW - rng.normal(0, 0.04)
-        self.x_HW = (x_HW * np.cos(turn) + y_HW * np.sin(turn)) / rng.uniform(0.95, 1.12)
-        self.y_HW = (y_HW * np.cos(turn) - x_HW * np.sin(turn)) / rng.uniform(0.95, 1.2)
+        turn, dx, dy = rng.normal(0, 0.06), rng.normal(0, 0.04), rng.normal(0, 0.04)
+        wide, high = rng.uniform(0.95, 1.12), rng.uniform(0.95, 1.2)
+        x_HW, y_HW = np.meshgrid(axis - dx, axis - dy)
+        self.x_HW = (x_HW * np.cos(turn) + y_HW * np.sin(turn)) / wide
+        self.y_HW = (y_HW * np.cos(turn) - x_HW * np.sin(turn)) / high
         self.hounsfield_HW = np.full((size, size), float(_AIR))
         self.pixel = 2 / size
+        self._shift, self._largest = np.array([dx, dy]), max(wide, high)
+        self._to_image = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * [wide, high]
 
-    def fill(self, distance_HW: np.ndarray, hounsfield: float) -> None:
-        """Paints where `distance_HW` is negative, with a soft edge of one pixel."""
-        cover_HW = np.clip(0.5 - distance_HW / self.pixel, 0, 1)
-        self.hounsfield_HW += cover_HW * (hounsfield - self.hounsfield_HW)
+    def _near(self, point: _Point, reach: float) -> tuple[slice, slice]:
+        """The rows and columns of a window with all pixels that are at most `reach` from the point."""
+        size = len(self.hounsfield_HW)
+        column, row = ((self._to_image @ point + self._shift) + 1) / 2 * (size - 1)
+        half = reach * self._largest / 2 * (size - 1) + 1
+        rows, columns = (slice(max(0, int(at - half)), max(0, int(at + half) + 2)) for at in (row, column))
+        return rows, columns
+
+    def _fill(self, window: tuple[slice, slice], distance_hw: np.ndarray, hounsfield: float) -> None:
+        """Paints where `distance_hw` is negative, with a soft edge of one pixel."""
+        cover_hw = np.clip(0.5 - distance_hw / self.pixel, 0, 1)
+        self.hounsfield_HW[window] += cover_hw * (hounsfield - self.hounsfield_HW[window])
 
     def blob(
         self,
@@ -142,22 +152,26 @@ class _Thorax:
         waves: tuple[tuple[int, float, float], ...] = (),
     ) -> None:
         """Draws an ellipse whose radius varies by `waves`: (number around the ellipse, amplitude, phase)."""
-        dx_HW, dy_HW = self.x_HW - centre[0], self.y_HW - centre[1]
-        across_HW = (dx_HW * np.cos(turn) + dy_HW * np.sin(turn)) / radii[0]
-        along_HW = (dy_HW * np.cos(turn) - dx_HW * np.sin(turn)) / radii[1]
-        distance_HW = np.hypot(across_HW, along_HW) - 1
+        largest = 1 + sum(abs(depth) for _, depth, _ in waves) + self.pixel / min(radii)
+        window = self._near(centre, max(radii) * largest)
+        dx_hw, dy_hw = self.x_HW[window] - centre[0], self.y_HW[window] - centre[1]
+        across_hw = (dx_hw * np.cos(turn) + dy_hw * np.sin(turn)) / radii[0]
+        along_hw = (dy_hw * np.cos(turn) - dx_hw * np.sin(turn)) / radii[1]
+        distance_hw = np.hypot(across_hw, along_hw) - 1
         if waves:
-            angle_HW = np.arctan2(along_HW, across_HW)
-            distance_HW -= sum(depth * np.cos(count * angle_HW + phase) for count, depth, phase in waves)
-        self.fill(distance_HW * min(radii[0], radii[1]), hounsfield)
+            angle_hw = np.arctan2(along_hw, across_hw)
+            distance_hw -= sum(depth * np.cos(count * angle_hw + phase) for count, depth, phase in waves)
+        self._fill(window, distance_hw * min(radii[0], radii[1]), hounsfield)
 
     def line(self, start: _Point, end: _Point, width: float, hounsfield: float) -> None:
         """Draws a line from `start` (x, y), where it is `width` wide, to `end`, where it is half as wide."""
         dx, dy = end[0] - start[0], end[1] - start[1]
-        x_HW, y_HW = self.x_HW - start[0], self.y_HW - start[1]
-        along_HW = np.clip((x_HW * dx + y_HW * dy) / (dx**2 + dy**2), 0, 1)
-        away_HW = np.hypot(x_HW - along_HW * dx, y_HW - along_HW * dy)
-        self.fill(away_HW - width / 2 * (1 - along_HW / 2), hounsfield)
+        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+        window = self._near(middle, np.hypot(dx, dy) / 2 + width + self.pixel)
+        x_hw, y_hw = self.x_HW[window] - start[0], self.y_HW[window] - start[1]
+        along_hw = np.clip((x_hw * dx + y_hw * dy) / (dx**2 + dy**2), 0, 1)
+        away_hw = np.hypot(x_hw - along_hw * dx, y_hw - along_hw * dy)
+        self._fill(window, away_hw - width / 2 * (1 - along_hw / 2), hounsfield)
 
 
 class _Lung:

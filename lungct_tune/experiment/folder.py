@@ -176,9 +176,13 @@ class Experiment:
         return sorted(info.path.split("/")[-2] for info in settings if info.is_file)
 
 
+TRIALS = "trials"
+"""The folder of all trials' folders in an experiment."""
+
+
 def trial_folder(number: int) -> str:
     """The folder of a trial's files in its experiment."""
-    return f"trials/{number:04d}"
+    return f"{TRIALS}/{number:04d}"
 
 
 STATE = ".pt"

@@ -40,8 +40,9 @@ class GraphedStep:
             return self._on_side_stream(inputs)
         if self._graph is None:
             self._inputs = [tensor.clone() for tensor in inputs]
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=_side_stream(inputs[0].device)):
+            self._graph, stream = torch.cuda.CUDAGraph(), _side_stream(inputs[0].device)
+            # other threads may use the GPU meanwhile: they gather batches and write states
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._output = self._step(*self._inputs)
         for static, tensor in zip(self._inputs, inputs, strict=True):
             static.copy_(tensor)

@@ -47,9 +47,10 @@ class Mailbox:
         self._slots[number] = slot
         return number
 
-    async def keep_number(self, slot: Any, number: int) -> None:
-        """Gives a slot the number that it has, after the mailbox has been lost."""
+    async def take_back(self, slot: Any, number: int, avoided: set[str]) -> None:
+        """Takes from a slot what a mailbox that was lost knew: the slot's number, and nodes that are left alone."""
         self._slots[number] = slot
+        self._avoided |= avoided
 
     async def return_number(self, number: int) -> None:
         self._slots.pop(number, None)

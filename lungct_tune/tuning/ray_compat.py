@@ -134,13 +134,17 @@ def without_files_of_tune() -> Iterator[None]:
         if self._last_sync_time is None:
             sync(self, save_fn, wait=True)
 
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    variable = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
+    of_user = os.environ.get(variable)
+    os.environ[variable] = "1"
     checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync_first, lambda self: {}
     try:
         yield
     finally:
         checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes = sync, fetch
-        del os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"]
+        del os.environ[variable]
+        if of_user is not None:
+            os.environ[variable] = of_user
 
 
 @contextmanager

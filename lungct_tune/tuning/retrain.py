@@ -18,8 +18,10 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport
+from lungct_tune.tuning.mailbox import open_mailbox
+from lungct_tune.tuning.ray_compat import draining_nodes
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.trial_state import from_bytes, read_bytes, to_bytes
+from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from lungct_tune.tuning.workers import SlotPlan
 
 WATCH_S = 1.0
-"""How often a search that runs is asked whether the retraining's workers may start."""
+"""How often a search that runs is asked whether the retraining's workers may start, and these for their news."""
 
 RELEASE_S = 15.0
 """How long these workers get to end."""
@@ -71,6 +73,7 @@ class EarlySlot:
         trials_so_far: tells how many trials have begun, and how many of them have ended.
         last: how many trials will have begun, and how many have ended, when the last ones run.
         prepare: is called now and then once a trial has ended, for the driver's imports that are needed at the end.
+        warn: is called with what slot and workers have to say, a sentence each.
     """
 
     def __init__(
@@ -79,10 +82,13 @@ class EarlySlot:
         trials_so_far: Callable[[], tuple[int, int]],
         last: tuple[int, int],
         prepare: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        self._plan, self._trials_so_far, self._last, self._prepare = plan, trials_so_far, last, prepare
+        self._plan, self._trials_so_far, self._last = plan, trials_so_far, last
+        self._prepare, self._warn = prepare, warn
         self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
         self._slot: Any = None
+        self._mailbox: Any = None
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._start_early, daemon=True)
 
@@ -104,8 +110,16 @@ class EarlySlot:
             self._start()
         retraining = self._slot.run.remote(order)
         meanwhile()
+        while not ray.wait([retraining], timeout=WATCH_S)[0]:
+            self._exchange_news()
         report: EpochReport = ray.get(retraining)
+        self._exchange_news()
         return report
+
+    def _exchange_news(self) -> None:
+        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
+            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=WATCH_S):
+                self._warn(sentence)
 
     def release(self) -> None:
         """Ends the workers. For another retraining new ones start."""
@@ -119,6 +133,7 @@ class EarlySlot:
     def _start(self) -> None:
         from lungct_tune.tuning.slots import ON_HEAD, Slot
 
+        self._mailbox = open_mailbox(self._search)
         actor = ray.remote(Slot).options(num_cpus=0, resources=ON_HEAD, max_concurrency=2)
         self._slot = actor.remote(self._plan, self._search)
 
@@ -132,6 +147,7 @@ class EarlySlot:
             with suppress(ray.exceptions.RayActorError):
                 ray.get(self._slot.__ray_ready__.remote())  # until it has ended, it may make a placement group
             remove_placement_groups(f"{self._search} slot")
+            ray.kill(self._mailbox)
         self._slot = None
 
     def _start_early(self) -> None:
@@ -189,21 +205,33 @@ def _read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel 
     return RetrainedModel(weights, np.load(io.BytesIO(predictions))) if weights and predictions else None
 
 
-def retrain(experiment: Experiment, dataset: SharedDataset, order: RetrainOrder, device: torch.device) -> None:
+def retrain(
+    experiment: Experiment,
+    dataset: SharedDataset,
+    order: RetrainOrder,
+    device: torch.device,
+    must_save: Callable[[], bool] = lambda: False,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> None:
     """Trains to the last epoch, predicts the test images, and writes the files. All workers call it together.
 
     Args:
         dataset: the images of train and validation; all are trained on.
+        must_save: whether a state is to be saved as soon as possible, because the first worker may be lost.
+        warn: is called with a sentence if the storage refuses a state.
     """
     import safetensors.torch
 
     trainer = dataset.trainer(order.hyperparameters, dataset.rows, order.seed, device, epochs=order.epochs)
     _resume(experiment, order, trainer)
-    saved_at = time.monotonic()
+    writer, saved_at = StateWriter(experiment, lambda epoch: order.file(STATE)), time.monotonic()
     while trainer.epoch < order.epochs:
         trainer.train_epoch()
-        if trainer.rank == 0 and time.monotonic() - saved_at >= order.checkpoint_interval:
-            experiment.write(order.file(STATE), to_bytes(trainer.state_dict()))
+        due = time.monotonic() - saved_at >= order.checkpoint_interval or must_save()
+        if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < order.epochs:
+            if (error := writer.take_error()) is not None:
+                warn(f"the final retraining goes on, but its state is not saved: {error}")
+            writer.start(trainer.epoch, trainer.state_dict())
             saved_at = time.monotonic()
     # the one place in the program that looks at the test split
     test_NHW = order.test.images_on(device)

@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.errors import SearchStopped
-from lungct_tune.experiment.folder import Experiment, delete_states, trial_folder
+from lungct_tune.experiment.folder import STATE, TRIALS, Experiment, delete_states, trial_folder
 from lungct_tune.experiment.study import (
     BAD_SCORE,
     FINISHED,
@@ -120,6 +120,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             running = [
                 reopen_trial(study, trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             ]
+        storage_threads.submit(self._delete_left_states, {trial.number for trial in ended})
         for trial in running:
             if (outcome := trial.user_attrs.get("outcome")) is None:
                 self._interrupted.append(trial)
@@ -217,6 +218,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
                 self._experiment.delete_folder(trial_folder(not_kept))
             if not_kept != ended:
                 delete_states(self._experiment, ended)
+
+    def _delete_left_states(self, ended: set[int]) -> None:
+        """Deletes states of ended trials that a driver left when it died."""
+        with suppress(StorageError):
+            for path in self._experiment.files(TRIALS):
+                number = path.split("/")[1]
+                if path.endswith(STATE) and number.isdigit() and int(number) in ended:
+                    self._experiment.delete(path)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Does nothing: the state is in the study's storage."""

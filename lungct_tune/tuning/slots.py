@@ -144,9 +144,9 @@ class Slot:
             ray.get(self._mailbox.return_number.remote(self.number))
 
     def _mailbox_is_there(self) -> bool:
-        """Asks the mailbox, which Ray may have started again. Such a one has to be told the slot's number."""
+        """Asks the mailbox, which Ray may have started again. Such a one has to be told what the slot knows."""
         try:
-            ray.get(self._mailbox.keep_number.remote(self._actor, self.number))
+            ray.get(self._mailbox.take_back.remote(self._actor, self.number, self._group.avoid))
         except ray.exceptions.ActorUnavailableError:
             return False
         return True

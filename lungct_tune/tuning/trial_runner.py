@@ -114,7 +114,7 @@ class TrialRunner:
         self._history: list[EpochFigures] = []
         self._best: _Best | None = None
         self._ended = False
-        self._writer = StateWriter(experiment, order.number, self._rank)
+        self._writer = StateWriter(experiment, self._state_file)
         self._resume()
         self._saved_at = time.monotonic()
         self._reported = 0
@@ -238,6 +238,9 @@ class TrialRunner:
             },
         }
 
+    def _state_file(self, epoch: int) -> str:
+        return state_file(self.order.number, epoch, self._rank)
+
     def _resume(self) -> None:
         """Continues from the newest state that all workers can read, if there is one.
 
@@ -248,12 +251,12 @@ class TrialRunner:
         reads = self._rank == 0 or self._each_alone
         files = self._world if self._each_alone else 1
         for epoch in self._of_first(saved_epochs(self._experiment, number, files) if self._rank == 0 else []):
-            kept = read_bytes(self._experiment, state_file(number, epoch, self._rank)) if reads else b""
+            kept = read_bytes(self._experiment, self._state_file(epoch)) if reads else b""
             state = self._own_state(kept)
             if all(self._gather(state is not None)):
                 assert state is not None
                 self._load(state)
-                self._writer = StateWriter(self._experiment, number, self._rank, epoch)
+                self._writer = StateWriter(self._experiment, self._state_file, epoch)
                 return
         self._resume_old()
 

@@ -12,7 +12,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lungct_tune.experiment.folder import Experiment, state_file, trial_folder
@@ -69,9 +69,10 @@ def to_bytes(state: Mapping[str, Any]) -> memoryview:
 
 
 class StateWriter:
-    """Writes a trial's states on one worker, one at a time, in a thread.
+    """Writes the states of one training on one worker, one at a time, in a thread.
 
     Args:
+        file: the file of the state of an epoch. It may be the same for all epochs.
         epoch: of a state that is there already; 0 if there is none.
 
     Attributes:
@@ -79,8 +80,8 @@ class StateWriter:
         waited_s: how long training waited for copies so far.
     """
 
-    def __init__(self, experiment: Experiment, number: int, rank: int, epoch: int = 0) -> None:
-        self._experiment, self._number, self._rank = experiment, number, rank
+    def __init__(self, experiment: Experiment, file: Callable[[int], str], epoch: int = 0) -> None:
+        self._experiment, self._file = experiment, file
         self._written = [epoch] if epoch else []
         self._copy: Any = None
         self._thread: threading.Thread | None = None
@@ -128,11 +129,11 @@ class StateWriter:
             if copied:
                 copied.synchronize()
             content = to_bytes(state)
-            self._experiment.write(state_file(self._number, epoch, self._rank), content)
+            self._experiment.write(self._file(epoch), content)
             self.bytes += len(content)
             self._written.append(epoch)
             while self._written[0] < complete:
-                self._experiment.delete(state_file(self._number, self._written[0], self._rank))
+                self._experiment.delete(self._file(self._written[0]))
                 del self._written[0]
         except Exception as error:  # not only of the storage: memory may be short, too. Nobody else would see it
             self._error = error

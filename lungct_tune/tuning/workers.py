@@ -7,7 +7,8 @@ every mailbox, every Train controller and every worker.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,10 @@ PROBE = ".probe"
 """A file that the head writes to the storage. Every node looks for it and writes a file of its own beside it."""
 
 
+PROBE_PAUSE_S = 3.0
+"""How long a node waits before it tries the storage a second time."""
+
+
 @dataclass(frozen=True)
 class SlotPlan:
     """The configuration of a slot, the same for every slot of a search."""
@@ -54,24 +59,32 @@ class OutOfMemory(RuntimeError):
 
 
 def check_from_here(experiment: Experiment) -> None:
-    """Checks from this node that it sees the head's file on the storage and can write there.
+    """Checks from this node that it sees the head's file on the storage and can write there. Tries twice.
 
     Raises:
         NodeRefused: one of these fails.
     """
-    node = ray.get_runtime_context().get_node_id()
+    try:
+        _use_storage(experiment)
+    except NodeRefused:  # it may be back in a moment, and NFS shows a file of another host some seconds late
+        time.sleep(PROBE_PAUSE_S)
+        _use_storage(experiment)
+
+
+def _use_storage(experiment: Experiment) -> None:
+    node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
     try:
         seen = experiment.read(PROBE) is not None
         experiment.write(f"{PROBE}-{node}", b"")
     except StorageError as error:
-        raise NodeRefused(f"node {ray.util.get_node_ip_address()}: {error}") from error
+        raise NodeRefused(f"node {address}: {error}") from error
     finally:
         with suppress(StorageError):
             experiment.delete(f"{PROBE}-{node}")
     if not seen:
         raise NodeRefused(
-            f"{experiment.uri}: node {ray.util.get_node_ip_address()} and the head do not see each other's files "
-            "there; with several nodes --storage must be a shared file system or an object store (s3://, gs://)"
+            f"{experiment.uri}: node {address} and the head do not see each other's files there; "
+            "with several nodes --storage must be a shared file system or an object store (s3://, gs://)"
         )
 
 
@@ -116,6 +129,13 @@ def run_worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)  # workers with one fold each gather their results there
     is_first = get_context().get_world_rank() == 0
     drain = mailbox.get.remote((node, DRAIN, 0))
+
+    def must_save() -> bool:
+        return bool(ray.wait([drain], timeout=0)[0])
+
+    def warn(sentence: str) -> None:
+        mailbox.warn.remote(sentence)
+
     trial: TrialRunner | None = None
     for sequence in range(1, 2**62):
         order: TrialOrder | RetrainOrder | None = ray.get(mailbox.get.remote((group, ORDER, sequence)))
@@ -128,11 +148,11 @@ def run_worker(config: dict[str, Any]) -> None:
                 trial = None
                 _free_memory()
             if isinstance(order, RetrainOrder):
-                retrain(plan.experiment, plan.dataset, order, device)
+                retrain(plan.experiment, plan.dataset, order, device, must_save, warn)
                 report = EpochReport(Outcome.COMPLETED)
             else:
-                trial = trial or _start_trial(config, order, device)
-                report = trial.run(must_save=lambda: bool(ray.wait([drain], timeout=0)[0]))
+                trial = trial or _start_trial(config, order, device, warn)
+                report = trial.run(must_save)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -144,7 +164,9 @@ def run_worker(config: dict[str, Any]) -> None:
             ray.get(mailbox.put.remote((group, REPORT, sequence), report))
 
 
-def _start_trial(config: dict[str, Any], order: TrialOrder, device: torch.device) -> TrialRunner:
+def _start_trial(
+    config: dict[str, Any], order: TrialOrder, device: torch.device, warn: Callable[[str], None]
+) -> TrialRunner:
     plan: SlotPlan = config["plan"]
     return TrialRunner(
         plan.experiment,
@@ -155,7 +177,7 @@ def _start_trial(config: dict[str, Any], order: TrialOrder, device: torch.device
         rungs=plan.rungs,
         checkpoint_interval=plan.checkpoint_interval,
         slot=config["slot"],
-        warn=lambda sentence: config["mailbox"].warn.remote(sentence),
+        warn=warn,
     )
 
 

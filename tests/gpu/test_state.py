@@ -24,7 +24,7 @@ def test_a_state_is_that_of_its_epoch_though_training_goes_on(device: torch.devi
     images_NHW, _ = toy_data()
     trained = training(SMALL, device=device, images_NHW=images_NHW.to(device))
     experiment = Experiment.at(str(tmp_path), "one")
-    writer = StateWriter(experiment, number=0, rank=0)
+    writer = StateWriter(experiment, lambda epoch: state_file(0, epoch))
     for epoch in (1, 2):  # the second copy goes into the memory of the first
         trained.train_epoch()
         state = trained.state_dict()
@@ -33,7 +33,7 @@ def test_a_state_is_that_of_its_epoch_though_training_goes_on(device: torch.devi
         trained.train_epoch()
         writer.wait()
         assert writer.take_error() is None and writer.newest == epoch
-        kept = from_bytes(read_bytes(experiment, state_file(0, epoch, 0)))
+        kept = from_bytes(read_bytes(experiment, state_file(0, epoch)))
         written = tensors_in(kept["training"])
         assert len(written) == len(expected) and all(map(torch.equal, written, expected))
     assert all(tensor.is_pinned() for tensor in tensors_in(writer._copy)) or device.type == "cpu"

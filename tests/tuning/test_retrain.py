@@ -111,6 +111,7 @@ def test_a_stopped_retraining_continues_to_the_same_weights(
     experiment, one, train_epoch = Experiment.at(str(tmp_path), "one"), order(images, interval=0.0), Trainer.train_epoch
 
     def lost_in_the_third_epoch(trainer: Trainer) -> float:
+        time.sleep(0.3)  # until the earlier epoch's state is written
         if trainer.epoch == 2:
             raise RuntimeError("worker lost")
         return train_epoch(trainer)

@@ -211,6 +211,17 @@ def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -
     assert set(experiment.files("trials/0000")) == {"trials/0000/best.safetensors"}
 
 
+def test_states_that_a_driver_left_when_it_died_are_deleted_by_the_next(tmp_path: Path) -> None:
+    experiment, tune = Experiment.at(str(tmp_path), "test"), Tune(tmp_path)
+    tune.run()
+    tune.run(epochs=2)  # still runs
+    tune.threads.shutdown()
+    for name in ("0000/state-0004.pt", "0000/best.safetensors", "0001/state-0002.pt"):
+        experiment.write(f"trials/{name}", b"")
+    Tune(tmp_path).threads.shutdown()
+    assert set(experiment.files("trials")) == {"trials/0000/best.safetensors", "trials/0001/state-0002.pt"}
+
+
 def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
     experiment = Experiment.at(str(tmp_path), "test")
     tune = Tune(tmp_path)

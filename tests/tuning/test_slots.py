@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +130,10 @@ def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(endless
         actor = slot_actor(endless)
         made = [actor for actor in living_actors() if actor.actor_id not in before and actor.class_name != "Mailbox"]
         assert len(made) == 2
+        time.sleep(0.5)
+        asked = time.time()
+        report = ray.get(actor.step.remote())["report"]
+        assert report.epochs[0].at < asked, "workers train while their report is on its way"
         ray.get(actor.cleanup.remote())
         assert list(Path(endless.experiment.uri).glob("trials/0000/state-*.pt"))
         ray.kill(actor)
@@ -203,6 +209,34 @@ def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: 
     kill_a_worker()
     report = step(slot)
     assert report.outcome is Outcome.COMPLETED and [figures.epoch for figures in report.epochs] == [1, 2]
+
+
+def test_a_storage_is_tried_twice_before_a_node_is_refused(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lungct_tune.experiment.folder import Experiment
+    from lungct_tune.filesystem import NodeRefused
+    from lungct_tune.tuning import workers
+
+    experiment = Experiment(str(tmp_path))
+    monkeypatch.setattr(workers, "PROBE_PAUSE_S", 0.0)
+    with pytest.raises(NodeRefused, match="do not see each other's files"):
+        workers.check_from_here(experiment)
+    monkeypatch.setattr(workers, "PROBE_PAUSE_S", 2.0)
+    late = threading.Timer(0.5, experiment.write, (workers.PROBE, b""))
+    late.start()
+    workers.check_from_here(experiment)
+    late.join()
+
+
+def test_a_mailbox_that_is_started_again_learns_which_nodes_are_left_alone(slot: Any) -> None:
+    import ray
+
+    begin(slot, 23)
+    slot._slot._group.avoid.add("0" * 56)
+    ray.kill(slot._slot._mailbox, no_restart=False)
+    assert step(slot).outcome is Outcome.COMPLETED
+    assert ray.get(slot._slot._mailbox.avoid.remote(set())) == {"0" * 56}
 
 
 def test_the_loss_of_a_node_is_not_the_trials_fault(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
