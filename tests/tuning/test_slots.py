@@ -291,7 +291,7 @@ def test_only_the_searchs_own_groups_of_workers_are_counted_as_waiting(tmp_path:
     with subprocess.Popen(
         [sys.executable, "-c", of_another], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as other:
-        assert other.stdout and other.stdout.readline() == b"waits\n"
+        assert other.stdout and b"waits\n" in other.stdout  # Ray may print there, too
         assert waiting_for_room(plan) == 0
         group = placement_group([{"CPU": 50}] * 2)
         group.wait(1)
