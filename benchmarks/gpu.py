@@ -19,6 +19,7 @@ table when it is done:
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def measure_loop(sizes: Sizes, device: torch.device) -> None:
             shares = f"{eager:.0f} | {eager / bare:.2f} | {ours:.0f} | {ours / bare:.2f}"
             print(f"| {depth} | {batch} | {bare:.0f} | {shares} |", flush=True)
             del epochs
+            gc.collect()  # a trainer is a reference cycle
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # so that the next sizes find all of the memory
 

@@ -44,7 +44,7 @@ class Experiment:
                     the first fold); valid.npy: that epoch's probabilities (float32) for the validation images (of all
                     folds), in the order of split.csv. Only the best 20 trials have the last two
     slots/          Ray Train's runs of the slots (empty folders)
-    final/          Ray Train's run of the final retraining
+    final/          the final retraining: its state, weights and predictions
     *-images.npy    images that are too large for Ray's object store; the workers memory-map them
     best/           the bundle; before it is written, so_far/000012/: a bundle of the best of the first 12 trials
     """

@@ -40,17 +40,19 @@ class GraphedStep:
             return self._on_side_stream(inputs)
         if self._graph is None:
             self._inputs = [tensor.clone() for tensor in inputs]
-            self._graph, stream = torch.cuda.CUDAGraph(), _side_stream(inputs[0].device)
+            graph, stream = torch.cuda.CUDAGraph(), _side_stream(inputs[0].device)
             # other threads may use the GPU meanwhile: they gather batches and write states
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._output = self._step(*self._inputs)
+            self._graph = graph
         for static, tensor in zip(self._inputs, inputs, strict=True):
             static.copy_(tensor)
         self._graph.replay()
         return self._output.clone()
 
     def _on_side_stream(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        usual, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
+        device = inputs[0].device
+        usual, side = torch.cuda.current_stream(device), _side_stream(device)
         side.wait_stream(usual)
         with torch.cuda.stream(side):
             output = self._step(*inputs)

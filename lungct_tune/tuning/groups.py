@@ -60,8 +60,8 @@ class Group:
     def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
         """Sends an order to the workers; returns their report.
 
-        If a trial goes on in any case, its workers get the same order once more at once, so that they train while their
-        report is on its way. Not with long epochs: workers that are released first end what they have begun.
+        If nothing can stop the trial before its next step, the workers get that step's order at once, and train while
+        their report is on its way. Not if an epoch takes a second or more: a release waits for the step that has begun.
 
         Raises:
             WorkersLost: the workers ended instead. It is raised soon after that, whatever the cause.
@@ -84,8 +84,8 @@ class Group:
         self._has_reported = True
         self._epoch_s = max([self._epoch_s, *(figures.seconds for figures in report.epochs)])
         if report.outcome is Outcome.RUNNING:
-            last = report.epochs[-1]
-            if last.epoch not in self._plan.rungs and last.seconds < STEP_S:
+            may_stop = any(figures.epoch in self._plan.rungs for figures in report.epochs)
+            if not may_stop and report.epochs[-1].seconds < STEP_S:
                 self._send(order)
                 self._ahead = order
         return report

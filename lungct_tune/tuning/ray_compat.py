@@ -153,14 +153,16 @@ def without_ending_actors_that_start() -> Iterator[None]:
 
     When a trial ends, Tune gives its actor to any trial that waits, also to one whose own actor is starting. That one
     is ended then, and for the next trial another one is started. So with many slots and short trials, Tune would start
-    processes again and again. Here the idle actor is for the next trial.
+    processes again and again. Here the idle actor is for the next trial, as long as there is one.
     """
     controller = private(TUNE_CONTROLLER)
     reuse = controller._maybe_reuse_cached_actor
 
     def reuse_unless_starting(self: Any, trial: Any) -> bool:
         has_own = trial in self._trial_to_actor and trial not in self._resetting_trials
-        return not has_own and bool(reuse(self, trial))
+        if has_own and not (self._search_alg.is_finished() and self._pending_trials <= self._trial_to_actor.keys()):
+            return False
+        return bool(reuse(self, trial))
 
     controller._maybe_reuse_cached_actor = reuse_unless_starting
     try:

@@ -35,6 +35,12 @@ WATCH_S = 1.0
 RELEASE_S = 15.0
 """How long these workers get to end."""
 
+KILLED_S = 10.0
+"""How long an actor that is killed gets to be gone."""
+
+NEWS_S = 30.0
+"""How long the mailbox gets to answer."""
+
 STATE, WEIGHTS, PREDICTIONS = "last.pt", "model.safetensors", "test_probabilities.npy"
 """The files of a retraining. The predictions are written last, so they say that it has ended."""
 
@@ -98,6 +104,8 @@ class EarlySlot:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+        if self._mailbox:
+            ray.kill(self._mailbox)
 
     def run(self, order: RetrainOrder, meanwhile: Callable[[], None]) -> EpochReport:
         """Retrains, after the search has ended. The slot starts now if it has not started yet.
@@ -110,19 +118,21 @@ class EarlySlot:
             self._start()
         retraining = self._slot.run.remote(order)
         meanwhile()
-        while not ray.wait([retraining], timeout=WATCH_S)[0]:
+        try:
+            while not ray.wait([retraining], timeout=WATCH_S)[0]:
+                self._exchange_news()
+            report: EpochReport = ray.get(retraining)
+        finally:
             self._exchange_news()
-        report: EpochReport = ray.get(retraining)
-        self._exchange_news()
         return report
 
     def _exchange_news(self) -> None:
         with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
-            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=WATCH_S):
+            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
                 self._warn(sentence)
 
     def release(self) -> None:
-        """Ends the workers. For another retraining new ones start."""
+        """Ends the workers. `run` starts new ones if it is called again."""
         self._stop_watching()
         self._release()
 
@@ -144,10 +154,8 @@ class EarlySlot:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._slot.release.remote(), timeout=RELEASE_S)
             ray.kill(self._slot)
-            with suppress(ray.exceptions.RayActorError):
-                ray.get(self._slot.__ray_ready__.remote())  # until it has ended, it may make a placement group
+            _wait_for_end(self._slot)  # until then it may make a placement group
             remove_placement_groups(f"{self._search} slot")
-            ray.kill(self._mailbox)
         self._slot = None
 
     def _start_early(self) -> None:
@@ -168,6 +176,18 @@ class EarlySlot:
         free = ray.available_resources()
         needed = {kind: amount * self._plan.workers for kind, amount in self._plan.resources_per_worker.items()}
         return all(free.get(kind, 0) >= amount for kind, amount in needed.items())
+
+
+def _wait_for_end(killed: Any) -> None:
+    deadline = time.monotonic() + KILLED_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get(killed.__ray_ready__.remote(), timeout=1)
+        except ray.exceptions.RayActorError:
+            return
+        except ray.exceptions.GetTimeoutError:
+            continue
+        time.sleep(0.05)
 
 
 def retrain_and_predict(
@@ -241,6 +261,7 @@ def retrain(
         np.save(predictions, probabilities_NC)
         experiment.write(order.file(WEIGHTS), safetensors.torch.save(trainer.model_state()))
         experiment.write(order.file(PREDICTIONS), predictions.getbuffer())
+    writer.wait()
 
 
 def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:

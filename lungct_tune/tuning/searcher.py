@@ -210,17 +210,22 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
 
     def _clean_up(self, ended: int, not_kept: int | None) -> None:
         """Deletes the states of a trial that has ended, and the files of one whose weights are not kept any more."""
-        storage = storage_of(self._study)
-        if isinstance(storage, StudyStorage):
-            storage.sync()  # a search that is resumed must know that the trial has ended: its state is gone then
+        self._sync()
         with suppress(StorageError):  # a file that stays there is never read again
             if not_kept is not None:
                 self._experiment.delete_folder(trial_folder(not_kept))
             if not_kept != ended:
                 delete_states(self._experiment, ended)
 
+    def _sync(self) -> None:
+        """A search that is resumed must know which trials have ended, before their states are gone."""
+        storage = storage_of(self._study)
+        if isinstance(storage, StudyStorage):
+            storage.sync()
+
     def _delete_left_states(self, ended: set[int]) -> None:
         """Deletes states of ended trials that a driver left when it died."""
+        self._sync()
         with suppress(StorageError):
             for path in self._experiment.files(TRIALS):
                 number = path.split("/")[1]

@@ -11,6 +11,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -114,6 +115,8 @@ class TrialRunner:
         self._history: list[EpochFigures] = []
         self._best: _Best | None = None
         self._ended = False
+        # not a method of this object: a thread that still writes would keep the models of a trial that has ended
+        self._state_file = partial(state_file, order.number, rank=self._rank)
         self._writer = StateWriter(experiment, self._state_file)
         self._resume()
         self._saved_at = time.monotonic()
@@ -237,9 +240,6 @@ class TrialRunner:
                 "weights": best.weights,
             },
         }
-
-    def _state_file(self, epoch: int) -> str:
-        return state_file(self.order.number, epoch, self._rank)
 
     def _resume(self) -> None:
         """Continues from the newest state that all workers can read, if there is one.

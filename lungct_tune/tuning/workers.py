@@ -78,9 +78,8 @@ def _use_storage(experiment: Experiment) -> None:
         experiment.write(f"{PROBE}-{node}", b"")
     except StorageError as error:
         raise NodeRefused(f"node {address}: {error}") from error
-    finally:
-        with suppress(StorageError):
-            experiment.delete(f"{PROBE}-{node}")
+    with suppress(StorageError):
+        experiment.delete(f"{PROBE}-{node}")
     if not seen:
         raise NodeRefused(
             f"{experiment.uri}: node {address} and the head do not see each other's files there; "
@@ -157,7 +156,7 @@ def run_worker(config: dict[str, Any]) -> None:
             if not _is_out_of_memory(error):
                 raise
             reason = f"{device}: {str(error).splitlines()[0]}"
-            if plan.workers > 1:
+            if plan.workers > 1 or isinstance(error.__context__, torch.OutOfMemoryError):  # the GPU may be unusable
                 raise OutOfMemory(reason) from None
             trial, report = None, EpochReport(Outcome.OUT_OF_MEMORY, reason=reason)
         if is_first:

@@ -130,7 +130,7 @@ def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(endless
         actor = slot_actor(endless)
         made = [actor for actor in living_actors() if actor.actor_id not in before and actor.class_name != "Mailbox"]
         assert len(made) == 2
-        time.sleep(0.5)
+        time.sleep(2)
         asked = time.time()
         report = ray.get(actor.step.remote())["report"]
         assert report.epochs[0].at < asked, "workers train while their report is on its way"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from lungct_tune.tuning import trial_runner
 from lungct_tune.tuning.trial_runner import TrialRunner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from lungct_tune.tuning.workers import SlotPlan
 
 EPOCHS = 4
@@ -217,14 +221,42 @@ def test_only_a_trial_that_ranks_among_the_best_keeps_its_files(plan: SlotPlan) 
     assert [file.exists() for file in kept] == [True, False]
 
 
-def test_the_model_of_an_ended_trial_does_not_stay_in_memory(plan: SlotPlan) -> None:
+@pytest.fixture
+def free_memory() -> Iterator[Callable[[], None]]:
+    """What a worker does between two trials."""
     from lungct_tune.tuning.workers import _free_memory
 
+    yield _free_memory
+    gc.unfreeze()  # this process has other things to collect
+
+
+def test_a_state_that_is_still_being_written_keeps_no_model_in_memory(
+    plan: SlotPlan, monkeypatch: pytest.MonkeyPatch, free_memory: Callable[[], None]
+) -> None:
+    may_write, write = threading.Event(), type(plan.experiment).write
+
+    def slow(self: object, path: str, content: bytes) -> None:
+        may_write.wait(60)
+        write(plan.experiment, path, content)
+
+    monkeypatch.setattr(type(plan.experiment), "write", slow)
+    trial = runner(plan, order(0), rungs=(1,), checkpoint_interval=0)
+    trial.run()
+    writer, left = trial._writer, weakref.ref(trial._models[0].trainer)
+    assert not writer.is_idle
+    del trial
+    free_memory()
+    assert left() is None
+    may_write.set()
+    writer.wait()
+
+
+def test_the_model_of_an_ended_trial_does_not_stay_in_memory(plan: SlotPlan, free_memory: Callable[[], None]) -> None:
     trial: TrialRunner | None = runner(plan, order(0))
     assert trial is not None
     model = weakref.ref(trial._models[0].trainer.model.backbone)
     trial = None
-    _free_memory()
+    free_memory()
     assert model() is None
 
 
