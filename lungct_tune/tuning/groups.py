@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
+from lungct_tune.experiment.trial import EpochReport, TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.mailbox import ORDER, REPORT
-from lungct_tune.tuning.trial_runner import STEP_S
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ class Group:
         self._plan, self._mailbox, self.avoid = plan, mailbox, avoid
         self.id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
-        self._ahead: TrialOrder | RetrainOrder | None = None
-        """The order that the workers got in advance."""
         self._error: Exception | None = None
         mailbox.open.remote(self.id)
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
@@ -60,15 +57,11 @@ class Group:
     def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
         """Sends an order to the workers; returns their report.
 
-        If nothing can stop the trial before its next step, the workers get that step's order at once, and train while
-        their report is on its way. Not if an epoch takes a second or more: a release waits for the step that has begun.
-
         Raises:
             WorkersLost: the workers ended instead. It is raised soon after that, whatever the cause.
         """
-        if self._ahead != order:
-            self._send(order)
-        self._ahead = None
+        self._sequence += 1
+        self._mailbox.put.remote((self.id, ORDER, self._sequence), order)
         what = f"trial {order.number}: {order.hyperparameters}"
         waiting = self._mailbox.get.options(name=what).remote((self.id, REPORT, self._sequence))
         asked = time.monotonic()
@@ -83,16 +76,7 @@ class Group:
             raise MailboxLost(f"the slot's mailbox does not answer: {error}") from error
         self._has_reported = True
         self._epoch_s = max([self._epoch_s, *(figures.seconds for figures in report.epochs)])
-        if report.outcome is Outcome.RUNNING:
-            may_stop = any(figures.epoch in self._plan.rungs for figures in report.epochs)
-            if not may_stop and report.epochs[-1].seconds < STEP_S:
-                self._send(order)
-                self._ahead = order
         return report
-
-    def _send(self, order: TrialOrder | RetrainOrder) -> None:
-        self._sequence += 1
-        self._mailbox.put.remote((self.id, ORDER, self._sequence), order)
 
     def _hangs(self, silent_s: float) -> bool:
         """Whether workers that are silent so long hang. Those that have not answered yet may wait for room."""

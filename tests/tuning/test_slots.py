@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -130,10 +129,6 @@ def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(endless
         actor = slot_actor(endless)
         made = [actor for actor in living_actors() if actor.actor_id not in before and actor.class_name != "Mailbox"]
         assert len(made) == 2
-        time.sleep(2)
-        asked = time.time()
-        report = ray.get(actor.step.remote())["report"]
-        assert report.epochs[0].at < asked, "workers train while their report is on its way"
         ray.get(actor.cleanup.remote())
         assert list(Path(endless.experiment.uri).glob("trials/0000/state-*.pt"))
         ray.kill(actor)
