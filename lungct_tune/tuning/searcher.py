@@ -120,7 +120,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             running = [
                 reopen_trial(study, trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             ]
-        storage_threads.submit(self._delete_left_states, {trial.number for trial in ended})
+        if ended:
+            storage_threads.submit(self._delete_left_states, {trial.number for trial in ended})
         for trial in running:
             if (outcome := trial.user_attrs.get("outcome")) is None:
                 self._interrupted.append(trial)
