@@ -2,10 +2,10 @@
 
 python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--only ROW …] [--seeds 2] [--size 64]
 
-Each row of the table is one change, made alone ("+ …") or with those before it ("= …"). Every training is judged by the
-predictions for the fold that it did not see. Balanced accuracy, negative log-likelihood and calibration error are means
-over the seeds; the difference to the reference is paired by image, with a 95 % cluster-bootstrap interval. Trainings are
-kept in the results file, so an interrupted run goes on, and rows can be added.
+Each row of the table is one change, made alone ("+ …"), or several together ("= …"). Every model is evaluated on the
+fold that it was not trained on. Balanced accuracy, negative log-likelihood and calibration error are means over the
+seeds. The difference to the reference is paired by image, with a 95 % cluster-bootstrap interval. Trainings are kept in
+the results file, so an interrupted run goes on, and rows can be added.
 
 The reference is the recipe of commit f89f17a. The loop here is independent of `lungct_tune.training.trainer`, so that
 the reference stays what it was while the program's own recipe changes.
@@ -191,7 +191,9 @@ def train(
     load_backbone(model, state)
     model = model.to(memory_format=torch.channels_last)
     optimizer, generator = optimizer_of(model, recipe), Generator().manual_seed(seed)
-    averaged = AveragedModel(model, avg_fn=lambda mean, value, n: mean + (value - mean) * max(1 - EMA_DECAY, 1 / (n + 2)))
+    averaged = AveragedModel(
+        model, avg_fn=lambda mean, value, n: mean + (value - mean) * max(1 - EMA_DECAY, 1 / (n + 2))
+    )
     counts_C = labels_N[train_N].bincount(minlength=classes).float()
     steps = len(train_N) // recipe.batch
     model.train()
@@ -201,7 +203,10 @@ def train(
             progress = (epoch * steps + step + 0.5) / (recipe.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(progress) * (progress >= recipe.probe or not group["backbone"])
-            images, target_NC = augmented(grey_N1HW[rows], recipe, generator), F.one_hot(labels_N[rows], classes).float()
+            images, target_NC = (
+                augmented(grey_N1HW[rows], recipe, generator),
+                F.one_hot(labels_N[rows], classes).float(),
+            )
             if recipe.mixup:
                 share = float(np.random.default_rng([seed, epoch, step]).beta(recipe.mixup, recipe.mixup))
                 images = share * images + (1 - share) * images.flip(0)
@@ -298,7 +303,9 @@ def figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> tuple[float, 
 def print_table(images: ImageSet, results: Results, seeds: int) -> None:
     labels_N, groups_N = images.table["label"].to_numpy(), images.table["group"].to_numpy()
     bootstrap, weight_N = ClusterBootstrap(groups_N), 1 / np.bincount(labels_N)[labels_N]
-    print("\n| recipe | seeds | balanced accuracy | difference, 95 % | NLL | ECE | time |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| recipe | seeds | balanced accuracy | difference, 95 % | NLL | ECE | time |\n|---|---|---|---|---|---|---|"
+    )
     for name, recipe in ROWS.items():
         pairs = [(results.get(recipe, seed), results.get(REFERENCE, seed)) for seed in range(seeds)]
         pairs = [(row, reference) for row, reference in pairs if row and reference]
@@ -307,7 +314,8 @@ def print_table(images: ImageSet, results: Results, seeds: int) -> None:
         mean = np.mean([figures(labels_N, row[0]) for row, _ in pairs], axis=0)
         better_N = np.mean([hits(labels_N, row[0]) - hits(labels_N, old[0]) for row, old in pairs], axis=0)
         gain = bootstrap.figure(
-            lambda w_BN, b_N=better_N: w_BN @ (weight_N * b_N) / (w_BN @ weight_N), bootstrap.count(bootstrap.everything_N)
+            lambda w_BN, b_N=better_N: w_BN @ (weight_N * b_N) / (w_BN @ weight_N),
+            bootstrap.count(bootstrap.everything_N),
         )
         low, high = gain.interval or (math.nan, math.nan)
         cost = np.mean([row[1] / old[1] for row, old in pairs])
