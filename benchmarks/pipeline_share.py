@@ -3,7 +3,7 @@
     python benchmarks/pipeline_share.py
 
 There are three measurements for each truncation depth: an epoch of `lungct_tune.training` on random uint8 images
-(shuffled, augmented, normalised, with class weights, clipping and learning-rate schedule), a bare loop of forward,
+(shuffled, augmented, normalised, with clipping and learning-rate schedule), a bare loop of forward,
 backward and optimizer step on one ready random batch of the same shape, and the same epoch with the whole backbone
 frozen. The three take turns, so that other load on the machine affects them equally; the result is their medians. The
 aim is a share of at least 0.95. It takes about 5 minutes on 2 CPU cores. On a GPU, add `--steps 50`.

@@ -315,7 +315,7 @@ class SearchRun:
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import BASELINE, best_trial
 
-        if not self.plan.settings.compare_baseline:
+        if not (self.plan.settings.compare_baseline or self.plan.settings.data is None):
             return None
         if winner.number == BASELINE:
             self.console.print("the winner is the published configuration, so it is not compared with that")

@@ -68,10 +68,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small phantom data set: 20 patients, 60 images."""
+    """A small phantom data set: 30 patients, 60 images."""
     from lungct_tune.data import make_phantoms
 
-    return make_phantoms(tmp_path_factory.mktemp("data"), seed=1, patients=20, size=48)
+    return make_phantoms(tmp_path_factory.mktemp("data"), seed=1, patients=30, size=48)
 
 
 @pytest.fixture(scope="session")

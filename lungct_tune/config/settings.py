@@ -84,14 +84,10 @@ class Settings(BaseModel):
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
-    space: Path = Field(
-        SPACES / "default.yaml",
-        description="the search space: what Optuna may vary (search_spaces/default.yaml)",
-        json_schema_extra={"metavar": "FILE"},
-    )
-    trials: Positive | None = _flag("trials to run (40; phantoms 8)")
-    epochs: Positive | None = _flag("the most epochs of a trial (30; phantoms 18)")
-    image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("width and height, in pixels (224; phantoms 64)")
+    space: Path | None = _flag("the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE")
+    trials: Positive | None = _flag("trials to run (40; phantoms 20)")
+    epochs: Positive | None = _flag("the most epochs of a trial (30; phantoms 12)")
+    image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("width and height, in pixels (224; phantoms 48)")
     batch_size: Annotated[int, Field(ge=2)] | None = _flag("images per step, over all workers (32; phantoms 16)")
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 that keeps groups together, or the published folders"
@@ -107,7 +103,9 @@ class Settings(BaseModel):
     normalisation: Literal["imagenet", "unit"] = Field(
         "imagenet", description="the weights' input: ImageNet's mean and deviation, or grey as 0 to 1"
     )
-    compare_baseline: bool = Field(False, description="also retrain and evaluate the published configuration")
+    compare_baseline: bool = Field(
+        False, description="also retrain and evaluate the published configuration (phantoms: always)"
+    )
     workers: Positive = Field(
         1, description="Ray Train workers of a slot, data parallel (1)", json_schema_extra={"metavar": "N"}
     )
@@ -210,9 +208,10 @@ class Settings(BaseModel):
         """These settings, with defaults filled in that depend on the images: small and quick for phantoms."""
         phantoms = self.data is None
         decided = {
-            "trials": 8 if phantoms else 40,
-            "epochs": 18 if phantoms else 30,
-            "image_size": 64 if phantoms else 224,
+            "space": SPACES / f"{'phantoms' if phantoms else 'default'}.yaml",
+            "trials": 20 if phantoms else 40,
+            "epochs": 12 if phantoms else 30,
+            "image_size": 48 if phantoms else 224,
             "batch_size": self.workers * max(2, math.ceil((16 if phantoms else 32) / self.workers)),
             "weights": "none" if phantoms else "imagenet",
         }
@@ -220,7 +219,7 @@ class Settings(BaseModel):
 
     def with_absolute_paths(self) -> Settings:
         """These settings with absolute paths, so that they are valid in any working folder."""
-        paths: dict[str, Any] = {"space": self.space.resolve()}
+        paths: dict[str, Any] = {} if self.space is None else {"space": self.space.resolve()}
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
         if self.weights not in (None, "imagenet", "none"):

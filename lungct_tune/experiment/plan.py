@@ -205,6 +205,7 @@ def _new(asked: Settings) -> Plan:
         raise PlanError(
             f"{experiment.uri} already holds a search; choose another --name, or continue it: --resume {name}"
         )
+    assert settings.space is not None  # decided by for_data()
     text = read_space(settings.space)
     space = parse_space(text, str(settings.space))
     return Plan(settings.model_copy(update={"name": name}), experiment, space, text, fingerprint=None)

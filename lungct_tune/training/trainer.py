@@ -104,8 +104,7 @@ class Trainer:
         self.seed = seed
         self.normalisation = normalisation
         self.augmentation = Augmentation.of(configuration)
-        train_labels_N = self.labels_N[self.train_indices.to(self.labels_N.device)]
-        self.class_weights_C = _class_weights(train_labels_N, classes)
+        self.classes = classes
 
         torch.backends.cudnn.benchmark = True  # all steps have the same shapes
         torch.manual_seed(seed)
@@ -176,7 +175,7 @@ class Trainer:
         rows = torch.as_tensor(indices, dtype=torch.int64, device=images_NHW.device)
         mine = rows[self.rank :: self.world]
         longest = math.ceil(len(rows) / self.world)
-        probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
+        probabilities_NC = torch.zeros(longest, self.classes, device=self.device)
         start, batches = 0, mine.split(self.share) if len(mine) else ()
         for batch_nHW in on_device(images_NHW, batches, self.device):
             batch = slice(start, start + len(batch_nHW))
@@ -260,11 +259,7 @@ class Trainer:
         """Trains one step on this worker's share of a batch; returns loss and gradient norm (2,), on the device."""
         grey_N1HW = self.augmentation.apply(as_grey(images_NHW), matrices_N23)
         logits_NC = forward(self.network, grey_N1HW, self.normalisation)
-        # Divided by the number of images, not by their class weights as "mean" does. Then the mean over the workers is
-        # the loss of the batch.
-        loss = F.cross_entropy(
-            logits_NC, labels_N, self.class_weights_C, label_smoothing=LABEL_SMOOTHING, reduction="sum"
-        ) / len(labels_N)
+        loss = F.cross_entropy(logits_NC, labels_N, label_smoothing=LABEL_SMOOTHING)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
@@ -317,13 +312,6 @@ def _share(batch_size: int, images: int, world: int) -> int:
             "batch normalisation needs at least 2"
         )
     return share
-
-
-def _class_weights(labels_N: Tensor, classes: int) -> Tensor:
-    """Weights (C,) by inverse frequency, 1 on average over the images; 0 for a class without images."""
-    counts_C = labels_N.bincount(minlength=classes)
-    present_C = counts_C > 0
-    return len(labels_N) / (present_C.sum() * counts_C.clamp(min=1)) * present_C
 
 
 def _in_group(model: TruncatedResNet50, device: torch.device, world: int) -> tuple[TruncatedResNet50, nn.Module]:

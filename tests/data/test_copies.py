@@ -26,7 +26,7 @@ KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "flipped top-bottom": ImageOps.flip,
     "turned by 180°": lambda image: ImageOps.flip(ImageOps.mirror(image)),
     "shifted": lambda image: shifted(image, 0.04, -0.03),
-    "narrower window": lambda image: windowed(image, 0.1, 0.85, 1),
+    "narrower window": lambda image: windowed(image, 0.05, 0.9, 1),
     "gamma": lambda image: windowed(image, 0, 1, 0.6),
 }
 

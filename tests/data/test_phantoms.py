@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from test_dataset import FOUR
 
+from lungct_tune.auditing.shortcuts import measure_shortcuts
 from lungct_tune.data import ImageSet, make_phantoms, read_images, split_images
 from lungct_tune.data.phantoms import SLICES
 
@@ -83,3 +85,13 @@ def test_twelve_patients_are_enough_for_every_split_and_fewer_are_refused(tmp_pa
     assert pd.crosstab(smallest.table["label"], split_images(smallest, "official", 0)).to_numpy().min() == SLICES
     with pytest.raises(ValueError, match="patients=8"):
         make_phantoms(tmp_path, 0, patients=8)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_shortcut_names_the_class(tmp_path: Path, seed: int) -> None:
+    """Found: a histogram of the greys was better than the model of the search, because the masses differed in area."""
+    folder = make_phantoms(tmp_path, seed, patients=160, size=48)
+    image_set = read_images(folder, 48, cache=tmp_path / "cache", progress=False)
+    shortcuts = measure_shortcuts(image_set, np.arange(len(image_set.table)))
+    assert len(shortcuts) == 4
+    assert all(found.balanced_accuracy <= 0.40 for found in shortcuts.values())

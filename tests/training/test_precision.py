@@ -64,7 +64,7 @@ def test_a_step_that_the_scaler_skips_is_not_a_divergence() -> None:
 def test_gradients_that_overflow_at_any_scale_are_a_divergence() -> None:
     diverging = training()
     diverging.scaler = torch.amp.GradScaler("cpu", init_scale=1e-3)
-    diverging.class_weights_C *= 1e9
+    diverging.model.head.logits.weight.data *= 1e9
     with pytest.raises(NotFiniteLoss, match="gradient norm inf in epoch 1, step 1"):
         diverging.train_epoch()
     lost = training(replace(SMALL, head_lr=1e38))

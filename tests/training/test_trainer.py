@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from toys import NO_CHANCE, SMALL, assert_same, toy_data, training
+from toys import NO_CHANCE, PX, SMALL, assert_same, toy_data, training
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -114,11 +114,26 @@ def test_images_may_stay_in_a_file(tmp_path: Path) -> None:
     assert training(images_NHW=torch.from_numpy(mapped)).train_epoch() == training().train_epoch()
 
 
-def test_classes_weigh_by_inverse_frequency_and_images_1_on_average() -> None:
-    labels_N = torch.tensor([0, 0, 0, 1, 2, 2])
-    weights_C = training(labels_N=labels_N, images_NHW=toy_data()[0][:6], train_indices=range(6)).class_weights_C
-    assert weights_C[labels_N].mean().item() == pytest.approx(1)
-    assert weights_C.tolist() == pytest.approx([2 / 3, 2, 1, 0])
+def test_probabilities_are_those_of_the_sample_for_90_images_to_1() -> None:
+    """Found: with class weights, label smoothing was weighted too, and the optimum named the wrong class."""
+    generator = torch.Generator().manual_seed(1)
+    labels_N = torch.tensor([0] * 90 + [1])
+    images_NHW = torch.randint(120, 130, (91, PX, PX), generator=generator).to(torch.uint8)  # nothing tells them apart
+    rare = training(
+        replace(SMALL, truncation_depth=1, dropout=0.0, augmentation=0.0, frozen_share=1.0),
+        images_NHW=images_NHW,
+        labels_N=labels_N,
+        train_indices=range(91),
+        classes=2,
+        epochs=6,
+        batch_size=30,
+    )
+    for _ in range(6):
+        rare.train_epoch()
+    probabilities_NC = rare.probabilities(range(91))
+    assert (probabilities_NC.argmax(axis=1) == 0).all()
+    # smoothing moves the optimum from 1 / 91 by a twentieth
+    assert probabilities_NC[:, 1].mean() == pytest.approx(1 / 91 + 0.05, abs=0.05)
 
 
 def test_backbone_and_head_have_their_rates_and_only_matrices_decay() -> None:
