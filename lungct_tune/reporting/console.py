@@ -47,6 +47,12 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
+    for aside in images.left_aside:
+        console.print(_left_aside(aside._asdict()), soft_wrap=True, markup=False)
+
+
+def _left_aside(aside: Mapping[str, Any]) -> str:
+    return f"not used, {aside['reason']}: {aside['files']}, such as {aside['example']}"
 
 
 def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console) -> None:
@@ -229,6 +235,10 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         say(f"  {file['path']} holds {file['format']}")
     for file in inventory["unreadable"]:
         say(f"  {file['path']} cannot be read: {file['reason']}")
+    for path in inventory["without_content"]:
+        say(f"  {path} has no content")
+    for aside in inventory["left_aside"]:
+        say(_left_aside(aside))
 
     say(f"\npairs of copies: {counted(copies['pairs_by_kind'])}", "bold")
     for row in (*copies["across"], *copies["inside"]):
