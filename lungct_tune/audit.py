@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     arguments = vars(parser.parse_args(argv))
-    return exit_status(lambda: _run(arguments, Console(highlight=False)))
+    return exit_status(lambda: _run(arguments, terminal()))
 
 
 def _run(arguments: dict[str, Any], console: Console) -> None:

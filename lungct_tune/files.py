@@ -37,3 +37,11 @@ def read_text(path: Path) -> str:
     """
     with open_file(path, MOST_TEXT) as file:
         return file.read().decode("utf-8-sig")
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8. Python reads the other bytes of a name as surrogates."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False

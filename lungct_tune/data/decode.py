@@ -41,7 +41,7 @@ class FileProperties(NamedTuple):
     width: int
     height: int
     mode: str
-    """How pixels are stored, see `lungct_tune.data.grey.Grey`: "L", "RGB", "RGB;16", "L, turned", ..."""
+    """How pixels are stored, see `lungct_tune.data.grey.Grey`: "L", "RGB", "RGB;16", "L turned", ..."""
     format: str
     """Read from the content, not from the suffix: "PNG", "JPEG", ..."""
     bytes: int

@@ -34,7 +34,7 @@ class Grey(NamedTuple):
     image: Image.Image
     """Mode "L", upright."""
     stored: str
-    """Pillow's mode of the file, and what else the file says of its pixels: "L", "RGB;16", "L, turned", ..."""
+    """Pillow's mode of the file, and what else the file says of its pixels: "L", "RGB;16", "L turned", ..."""
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -83,7 +83,7 @@ def read_grey(image: Image.Image) -> Grey:
         stored.append("turned")
         grey.getexif()[ExifTags.Base.Orientation] = orientation
         grey = ImageOps.exif_transpose(grey)
-    return Grey(grey, ", ".join(stored))
+    return Grey(grey, " ".join(stored))
 
 
 def _refuse_frames(image: Image.Image) -> None:
@@ -135,12 +135,13 @@ def _deep_colours(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | 
     alpha_HW = high_HWC[..., 3] if high_HWC.shape[2] == 4 else None
     if rawmode == "LA;16B":
         return low_HWC[..., 0].astype(np.uint16) * 256 + low_HWC[..., 1], alpha_HW
-    luma_HW = np.empty(high_HWC.shape[:2], np.uint16)
+    height, width = high_HWC.shape[:2]
+    luma_HW = np.empty((height, width), np.uint16)
     transparent = image.info.get("transparency")
     if transparent is not None:
-        alpha_HW = np.empty(luma_HW.shape, np.uint8)
-    rows = max(1, _BLOCK // luma_HW.shape[1])
-    for start in range(0, len(luma_HW), rows):
+        alpha_HW = np.empty((height, width), np.uint8)
+    rows = max(1, _BLOCK // width)
+    for start in range(0, height, rows):
         block = slice(start, start + rows)
         rgb_HWC = high_HWC[block, :, :3].astype(np.uint32) * 256 + low_HWC[block, :, :3]
         luma_HW[block] = (rgb_HWC @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16  # as Pillow's "L"

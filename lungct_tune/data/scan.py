@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from lungct_tune.files import is_text
+
 CLUTTER = "thumbnails and other files of file managers, network storage, archivers and version control"
 DOCUMENTS = "text, tables, programs and other documents"
 OTHER_FORMATS = "files of other formats outside the class folders"
@@ -80,7 +82,7 @@ def scan(root: Path) -> Scan:
             raise OSError(f"it has more than {MOST_FILES:,} files, in folders and linked folders")
         for entry in entries:
             path = f"{folder}/{entry.name}".removeprefix("/")
-            if not _is_utf8(path):
+            if not is_text(path):
                 printable = os.fsencode(path).decode(errors="backslashreplace")
                 found.unreadable.append((printable, "the name is not UTF-8; rename it"))
             elif _is_clutter(entry.name):
@@ -95,14 +97,6 @@ def scan(root: Path) -> Scan:
             else:
                 found.files.append(path)
     return found
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_clutter(name: str) -> bool:

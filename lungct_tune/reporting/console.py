@@ -145,6 +145,7 @@ def print_bundle(folder: Path, console: Console) -> None:
             f"{judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. Pull again when "
             "the search has ended.",
             soft_wrap=True,
+            markup=True,
         )
     _print_worth(metrics, console)
     console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
@@ -163,6 +164,7 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         f"[bold]{title} {in_words(test.accuracy)}[/], {test.n} images in {test.groups} groups; "
         f"balanced accuracy {in_words(test.balanced_accuracy)}",
         soft_wrap=True,
+        markup=True,
     )
     for kind, other in test.references.items():
         figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
