@@ -58,6 +58,8 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     from lungct_tune.config.settings import validate
 
     page, figures, permuted = arguments.pop("html", None), arguments.pop("json", None), arguments.pop("permuted", False)
+    if page and figures and page.resolve() == figures.resolve():
+        raise UserError(f"--html and --json are the same file, {page}; give two")
     settings = validate(arguments).for_data()
     # imported after the settings are validated, so that --help and error messages come at once
     from lungct_tune.auditing.audit import audit_images

@@ -26,13 +26,15 @@ def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDG
     config = {
         "model": {"truncation_depth": 20, "dropout": 0.5},
         "classes": ["cancer", "normal"],
-        "training": {"configuration": PUBLISHED.as_dict()},
+        "training": {"configuration": PUBLISHED.as_dict(), "epochs": 4},
+        "versions": {"torch": "2"},
         "preprocessing": {"image_size": 64},
         "calibration": None,
-        "settings": {"trials": 8, "normalisation": "imagenet"},
+        "settings": {"name": "one", "trials": 8, "normalisation": "imagenet"},
     }
-    best = {"trial": 3, "best_balanced_accuracy": 0.875}
-    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)
+    best = {"trial": 3, "best_balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
+    search = {"trials": 5, "epochs": 20, "wall_s": 9.0, "overhead_ratio": None, "ended": {"completed": 5}}
+    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search=search, test=test)
     return {
         "model.safetensors": model,
         "config.json": as_json(config),
