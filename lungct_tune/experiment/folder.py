@@ -132,7 +132,9 @@ class Experiment:
                 with open_file(Path(self.uri, path), MOST_BYTES) as file:
                     return file.read()
             with self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
-                return bytes(stream.read(MOST_BYTES))
+                if stream.size() > MOST_BYTES:
+                    raise OSError(f"{stream.size():,} bytes; at most {MOST_BYTES:,} are read")
+                return bytes(stream.read())
         return None
 
     def chunks(self, path: str, start: int = 0) -> Iterator[bytes]:

@@ -79,7 +79,7 @@ def confirm_paths(kept: Mapping[str, Any], experiment: Experiment, given: Collec
     """
     if missing := [name for name in paths_to_give(kept, experiment) if name not in given]:
         raise SettingsError(
-            f"addresses, and paths on a remote storage, are not taken from an experiment, since others may write to it; "
+            "addresses, and paths on a remote storage, are not taken from an experiment, since others may write to it; "
             f"give them again. {SETTINGS} in {experiment.uri} names: {' '.join(flags(kept, missing))}"
         )
 

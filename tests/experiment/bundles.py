@@ -21,6 +21,9 @@ JUDGED = evaluate_predictions(
     references={"majority class": ("normal", np.full(8, 2))},
 )
 
+BEST = {"trial": 3, "best_balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
+SEARCH = {"trials": 5, "epochs": 20, "wall_s": 9.0, "overhead_ratio": None, "ended": {"completed": 5}}
+
 
 def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:
     config = {
@@ -32,9 +35,7 @@ def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDG
         "calibration": None,
         "settings": {"name": "one", "trials": 8, "normalisation": "imagenet"},
     }
-    best = {"trial": 3, "best_balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
-    search = {"trials": 5, "epochs": 20, "wall_s": 9.0, "overhead_ratio": None, "ended": {"completed": 5}}
-    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search=search, test=test)
+    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=BEST, search=SEARCH, test=test)
     return {
         "model.safetensors": model,
         "config.json": as_json(config),
