@@ -101,7 +101,7 @@ def printable(text: str) -> str:
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SECRETS = re.compile(
-    r"(?<=://)[^\s/@'\"]*:[^\s'\"]*(?=@)"
+    r"(?<=:/)/?[^\s/@'\"]*:[^\s'\"]*(?=@)"  # a path has one of the slashes
     r"|(?<=[?&])[^\s=&'\"]*(?:pass|pwd|secret|token|key|sig)[^\s=&'\"]*=[^\s&'\"]*",
     re.IGNORECASE,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter
 
 from lungct_tune.experiment.bundle import METRICS, as_json
 from lungct_tune.experiment.form import check_form, read_json
@@ -242,7 +242,10 @@ class _BestTrial(BaseModel):
     dropout: float
     augmentation: float
     epochs: int
-    best_balanced_accuracy: float
+    balanced_accuracy: Annotated[
+        float, Field(validation_alias=AliasChoices("balanced_accuracy", "best_balanced_accuracy"))
+    ]
+    """Under the second name in bundles of version 0.1."""
 
 
 class _Search(BaseModel):

@@ -57,7 +57,7 @@ class _Training(BaseModel):
 class _Settings(BaseModel):
     name: str
     normalisation: Literal["imagenet", "unit"]
-    trials: int | None
+    trials: Annotated[int, Field(ge=1)] | None
     folds: int | None = None
 
 

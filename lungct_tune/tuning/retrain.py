@@ -53,8 +53,7 @@ class RetrainingFailed(UserError):
 class RetrainOrder:
     """What the workers of a slot get to retrain a trial's hyperparameters on train and validation together.
 
-    The schedule has as many epochs as the winner's best epoch. Over them the learning rate falls to zero. The search's
-    longer schedule would end in its middle, at a high learning rate, where the last epoch's accuracy depends on chance.
+    The schedule has as many epochs as that of the trial.
     """
 
     number: int

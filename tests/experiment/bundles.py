@@ -21,7 +21,7 @@ JUDGED = evaluate_predictions(
     references={"majority class": ("normal", np.full(8, 2))},
 )
 
-BEST = {"trial": 3, "best_balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
+BEST = {"trial": 3, "balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
 SEARCH = {"trials": 5, "epochs": 20, "wall_s": 9.0, "overhead_ratio": None, "ended": {"completed": 5}}
 
 

@@ -272,7 +272,7 @@ def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(
             epoch=1, balanced_accuracy=score, accuracy=score, log_loss=1.0, train_loss=1.0, train_s=1.0, valid_s=0.1
         )
         number = tally.finished
-        experiment.write(f"trials/{number:04d}/best.safetensors", f"weights {score}".encode())
+        experiment.write(f"trials/{number:04d}/model.safetensors", f"weights {score}".encode())
         tally.add(TrialRecord(number, PUBLISHED, (figures,), outcome))
         kept.on_trial_complete(0, [], None)
         threads.submit(int).result()
@@ -300,7 +300,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
 ) -> None:
     """A search writes to its study all the time: in every copy, both tables know of the same trials."""
     experiment, ended = finished(tmp_path / "results"), threading.Event()
-    experiment.write("trials/0003/best.safetensors", b"weights")
+    experiment.write("trials/0003/model.safetensors", b"weights")
     temporary = (".lock", "best.part/x", "search-images.npy", "study.db-journal")
     for transient in ("trials/0003/state-0002.pt.12ab.part", *temporary):
         experiment.write(transient, b"")
@@ -323,7 +323,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
             assert main([experiment.uri, str(dest), "--all"]) == 0
             verify(dest / "best")
             assert set(contents(dest)) == {
-                *("settings.yaml", "study.db", "trials/0003/best.safetensors"),
+                *("settings.yaml", "study.db", "trials/0003/model.safetensors"),
                 *(f"best/{name}" for name in [*files_of_a_bundle(), "checksums.txt"]),
             }
             with contextlib.closing(sqlite3.connect(dest / "study.db")) as study:

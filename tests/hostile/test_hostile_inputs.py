@@ -1,4 +1,4 @@
-"""No input ends a command in a traceback or by a signal, takes much memory or time, changes a file or tells a secret."""
+"""No input ends a command in a traceback or by a signal, fills the memory, or changes a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from corpus import SECRET, Case, corpus
+from cases import SECRET, Case
+from corpus import corpus
 
 MOST_S, MOST_BYTES = 20, 2 * 10**9
 ARCHIVE = Path(__file__).parents[1] / "experiment" / "f89f17a.tar.xz"

@@ -44,7 +44,7 @@ def test_the_split_keeps_its_folds_and_trials_their_spread(searched: Path) -> No
     assert set(table["fold"].dropna()) == {0, 1}
     assert table.groupby("group")["fold"].nunique().max() == 1
     trials = pd.read_csv(searched / "best" / "trials.csv")
-    assert trials[f"best_{OBJECTIVE}_sd"].between(0, 0.71).all()
+    assert trials[f"{OBJECTIVE}_sd"].between(0, 0.71).all()
     valid_NC = np.load(searched / "trials" / "0000" / "valid.npy")
     assert len(valid_NC) == (table["split"] != "test").sum()
     assert not list(searched.glob("trials/*/*.pt"))

@@ -18,6 +18,7 @@ from lungct_tune.config.settings import validate
 from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
+from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.retrain import (
@@ -100,9 +101,12 @@ def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageS
     assert set(whole) == {WEIGHTS, PREDICTIONS}, "a retraining that ends before a state is due writes none"
     one, every = order(images), dataset(images, np.arange(len(images.table)))
     trainer = every.trainer(one.hyperparameters, every.rows, 0, CPU)
-    trainer.model.load_state_dict(safetensors.torch.load(whole[WEIGHTS]))
-    predicted_NC = np.load(io.BytesIO(whole[PREDICTIONS]))
-    np.testing.assert_allclose(predicted_NC, trainer.probabilities(one.test.rows), atol=1e-6)
+    model = trainer.average.model.eval()
+    model.load_state_dict(safetensors.torch.load(whole[WEIGHTS]))
+    grey_N1HW = as_grey(trainer.images_NHW[one.test.rows])
+    with torch.inference_mode():
+        expected_NC = forward(model, grey_N1HW, trainer.normalisation).softmax(dim=1).numpy()
+    np.testing.assert_allclose(np.load(io.BytesIO(whole[PREDICTIONS])), expected_NC, atol=1e-6)
 
 
 def test_a_stopped_retraining_continues_to_the_same_weights(

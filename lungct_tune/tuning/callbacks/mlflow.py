@@ -145,7 +145,7 @@ class MLflowTracker:
                 self._client.log_batch(run.id, metrics)
                 run.epochs += 1
             if trial.is_finished:
-                figures = {f"best_{OBJECTIVE}": trial.best.balanced_accuracy} if trial.best else {}
+                figures = {f"last_{OBJECTIVE}": trial.last.balanced_accuracy} if trial.last else {}
                 self._end(run, figures, trial.outcome, trial.ended, trial.completed)
         if self._final:
             parameters, figures = self._final
