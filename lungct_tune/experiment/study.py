@@ -99,10 +99,10 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
     for hyperparameters in space.fixed_trials:
-        values = hyperparameters.as_dict()
+        values = hyperparameters.resolved.as_dict()
         study.enqueue_trial(
             {parameter: values[parameter] for parameter in space.distributions},
-            user_attrs={"configuration": values},
+            user_attrs={"configuration": hyperparameters.as_dict()},
         )
     return study
 

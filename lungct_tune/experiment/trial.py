@@ -178,7 +178,7 @@ class TrialRecord:
         spread = ("balanced_accuracy_sd",) if "balanced_accuracy_sd" in last else ()
         return (
             {"trial": self.number, "state": STATES[self.outcome], "ended": self.ended}
-            | self.hyperparameters.as_dict()
+            | self.hyperparameters.resolved.as_dict()
             | {"frozen_depth": self.hyperparameters.frozen_depth, "epochs": len(self.history)}
             | {name: last.get(name) for name in (*kept, *spread)}
             | {"training_s": self.seconds}

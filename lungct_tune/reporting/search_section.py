@@ -98,7 +98,7 @@ def edge(value: float, distribution: BaseDistribution) -> str:
 
 TRIAL_COLUMNS = (
     *("trial", "ended", "epochs", OBJECTIVE_NAME, "accuracy", "negative log-likelihood"),
-    *(name.replace("_", " ") for name in PUBLISHED.as_dict()),
+    *(name.replace("_", " ") for name in PUBLISHED.resolved.as_dict()),
 )
 
 
@@ -108,7 +108,7 @@ def trial_rows(found: SearchResults) -> list[list[str | int]]:
     for trial in found.trials:
         last = trial.last
         figures = [f"{x:.3f}" for x in (last.balanced_accuracy, last.accuracy, last.log_loss)] if last else ["", "", ""]
-        values = [f"{value:.3g}" for value in trial.hyperparameters.as_dict().values()]
+        values = [f"{value:.3g}" for value in trial.hyperparameters.resolved.as_dict().values()]
         rows.append([trial.number, trial.outcome.value, len(trial.history), *figures, *values])
     return rows
 

@@ -15,7 +15,7 @@ from lungct_tune.training.objective import OBJECTIVE
 
 def compared(configuration: Hyperparameters) -> list[tuple[str, str, str]]:
     """The parameters of the published configuration and of another, as text: name, published value, other value."""
-    ours, theirs = configuration.as_dict(), PUBLISHED.as_dict()
+    ours, theirs = configuration.resolved.as_dict(), PUBLISHED.resolved.as_dict()
     ours["frozen_depth"], theirs["frozen_depth"] = configuration.frozen_depth, PUBLISHED.frozen_depth
     return [(name.replace("_", " "), f"{theirs[name]:.3g}", f"{ours[name]:.3g}") for name in ours]
 

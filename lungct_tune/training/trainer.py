@@ -103,7 +103,7 @@ class Trainer:
         """Finished epochs."""
         self.seed = seed
         self.normalisation = normalisation
-        self.augmentation = Augmentation(configuration.augmentation)
+        self.augmentation = Augmentation.of(configuration)
         train_labels_N = self.labels_N[self.train_indices.to(self.labels_N.device)]
         self.class_weights_C = _class_weights(train_labels_N, classes)
 

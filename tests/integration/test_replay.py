@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import SMALL, SPACE
 from processes import running, wait_for
+from ray_state import nothing_held
 
 from lungct_tune import replay, search
 from lungct_tune.config.settings import Settings
@@ -124,6 +125,7 @@ def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:
     finally:
         ray.util.remove_placement_group(bundle)
     assert run.returncode != 0  # 130, or what Ray ends a process with that leaves while a thread waits for workers
+    assert nothing_held()  # found: a placement group that the workers' controller made after the end stayed for good
     assert not list(searched.rglob("images.npy"))
 
 

@@ -149,7 +149,7 @@ def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
 def test_a_slot_that_starts_early_retrains_to_the_same_weights_and_gives_its_room_back(
     images: ImageSet, whole: dict[str, bytes], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.tuning.retrain.RELEASE_S", 0.0)  # its workers do not end in time
+    monkeypatch.setattr("lungct_tune.tuning.slot_actor.RELEASE_S", 0.0)  # its workers do not end in time
     plan, one, ended = slot_plan(images, tmp_path), order(images), 0
     with EarlySlot(plan, lambda: (2, ended), last=(2, 1)) as slot:
         time.sleep(3)
