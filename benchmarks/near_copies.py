@@ -29,8 +29,9 @@ from rich.table import Table
 
 from lungct_tune.data import groups_by_likeness, make_phantoms, phantoms
 from lungct_tune.data.copies import PRINT, find_copies
-from lungct_tune.data.decode import THUMBNAIL, to_grey
+from lungct_tune.data.decode import THUMBNAIL
 from lungct_tune.data.folders import find_images
+from lungct_tune.data.grey import to_grey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,7 +190,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = asked.data or make_phantoms(Path(folder), 0, patients=asked.images, size=192)
-        paths = sorted({(root / file.path).read_bytes(): root / file.path for file in find_images(root)}.values())
+        paths = sorted({(root / file.path).read_bytes(): root / file.path for file in find_images(root).files}.values())
         if not asked.data:
             paths = [path for path in paths if path.stem.endswith("-0")]  # one slice of each patient
         chosen = np.random.default_rng(0).permutation(len(paths))[: asked.images]

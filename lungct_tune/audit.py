@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     arguments = vars(parser.parse_args(argv))
-    return exit_status(lambda: _run(arguments, Console(highlight=False)))
+    return exit_status(lambda: _run(arguments, terminal()))
 
 
 def _run(arguments: dict[str, Any], console: Console) -> None:
     from lungct_tune.config.settings import validate
 
     page, figures, permuted = arguments.pop("html", None), arguments.pop("json", None), arguments.pop("permuted", False)
+    if page and figures and page.resolve() == figures.resolve():
+        raise UserError(f"--html and --json are the same file, {page}; give two")
     settings = validate(arguments).for_data()
     # imported after the settings are validated, so that --help and error messages come at once
     from lungct_tune.auditing.audit import audit_images

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
 
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
@@ -25,7 +29,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `lungct-tune COMMAND ...`; returns the exit status of the command, 2 if there is no such command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lungct-tune",
         usage="%(prog)s [-h] [--version] COMMAND ...",
         description="Search for the best ResNet50-based classifier of lung CT images, and show how accurate it is.",
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_line(name: str, examples: str, **more: Any) -> argparse.ArgumentParser:
     """Makes the parser of `python -m lungct_tune.NAME`, without arguments yet."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m lungct_tune.{name}",
         description=COMMANDS[name],
         epilog=examples,
@@ -73,11 +77,56 @@ def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
     try:
         return run() or 0
     except UserError as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {printable(_message(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {_message(stop) or stopped}".rstrip(), file=sys.stderr)
+        print(f"\nstopped. {printable(_message(stop)) or stopped}".rstrip(), file=sys.stderr)
         return 130
+
+
+def terminal() -> Console:
+    """What a command prints to: texts are shown as they are, see `printable`, unless `markup` is given."""
+    return _Terminal(highlight=False, markup=False)
+
+
+def printable(text: str) -> str:
+    """A text for the terminal, without secrets in addresses, and with control characters as codes.
+
+    Names of files and classes, and messages of libraries about them, may have characters that move the cursor, colour
+    the screen or turn the direction of writing.
+    """
+    text = _SECRETS.sub("***", text)
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SECRETS = re.compile(
+    r"(?<=:/)/?[^\s/@'\"]*:[^\s'\"]*(?=@)"  # a path has one of the slashes
+    r"|(?<=[?&])[^\s=&'\"]*(?:pass|pwd|secret|token|key|sig)[^\s=&'\"]*=[^\s&'\"]*",
+    re.IGNORECASE,
+)
+
+
+class _Terminal(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses arguments that no option takes: empty ones, and those that are not UTF-8."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for before, word in zip(["", *words], words, strict=False):
+            if not word or re.fullmatch("--[a-z-]+=", word):
+                name = word.rstrip("=") or (before if before.startswith("--") else "an argument")
+                self.error(f"{name} is empty; give a value, or leave it out")
+            if not word.isprintable():  # also what is not UTF-8
+                self.error(f"{word!a} has characters that cannot be printed, or is not UTF-8; rename that file")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def _message(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status, terminal
 
 EXAMPLES = """\
 examples:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     words = sys.argv[1:] if argv is None else argv
     asked, command = parser.parse_args(words), shlex.join(["python", "-m", "lungct_tune.evaluate", *words])
-    return exit_status(lambda: evaluate(asked, command, Console(highlight=False)), "Nothing was written.")
+    return exit_status(lambda: evaluate(asked, command, terminal()), "Nothing was written.")
 
 
 def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status, terminal
 
 if TYPE_CHECKING:
     from lungct_tune.experiment.folder import Experiment
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--storage", metavar="URI", help="where NAME is (./results)")
     parser.add_argument("--cluster", metavar="FILE", type=Path, help="NAME is on the head of this `ray up` cluster")
     asked = parser.parse_args(argv)
-    return exit_status(lambda: _run(asked, Console(highlight=False)), "Run the same command again to continue.")
+    return exit_status(lambda: _run(asked, terminal()), "Run the same command again to continue.")
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:

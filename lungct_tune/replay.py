@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--address", metavar="ADDR", help="address of a Ray cluster (the running one, else a local one)"
     )
     asked = parser.parse_args(argv)
-    return exit_status(lambda: _run(asked, Console(highlight=False)))
+    return exit_status(lambda: _run(asked, terminal()))
 
 
 def _run(asked: argparse.Namespace, console: Console) -> int:

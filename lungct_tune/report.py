@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.errors import UserError
 
 EXAMPLES = """\
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", metavar="URL", help="the study's database, if the search had a --study")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(./report.html)")
     asked = parser.parse_args(argv)
-    return exit_status(lambda: _run(asked, Console(highlight=False)))
+    return exit_status(lambda: _run(asked, terminal()))
 
 
 def _run(asked: argparse.Namespace, console: Console) -> None:

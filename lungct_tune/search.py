@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lungct_tune.cli import exit_status
+from lungct_tune.cli import exit_status, terminal
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.errors import SearchStopped, UserError
 
@@ -45,7 +45,7 @@ class NothingToRetrain(UserError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what a scheduler sends is a Ctrl-C
-    return exit_status(lambda: search(*read_settings(argv), Console(highlight=False)))
+    return exit_status(lambda: search(*read_settings(argv), terminal()))
 
 
 def search(settings: Settings, given: set[str], console: Console) -> None:

@@ -7,9 +7,10 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.table import Table
 
 from lungct_tune import __version__
-from lungct_tune.cli import COMMANDS, exit_status, main
+from lungct_tune.cli import COMMANDS, exit_status, main, terminal
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,3 +130,19 @@ def test_what_was_noted_of_an_error_is_said_too(capsys: pytest.CaptureFixture[st
 
     assert exit_status(run) == 2
     assert capsys.readouterr().err == "error: the node cannot write\nTo continue: search --resume x\n"
+
+
+def test_nothing_that_a_terminal_obeys_and_no_secret_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b[31mred\x07\u202e\udcfc s3://me:hunter2@host/x?token=hunter2 [/b]"
+
+    def fail() -> None:
+        raise UserError(hostile)
+
+    assert exit_status(fail) == 2
+    terminal().print(hostile, hostile)
+    table = Table(hostile, title=hostile)
+    table.add_row(hostile)
+    terminal().print(table)
+    said = "".join(capsys.readouterr())
+    assert not set("\x1b\x07\u202e\udcfc") & set(said) and "hunter2" not in said
+    assert r"\x1b[31mred" in said and "[/b]" in said

@@ -3,7 +3,7 @@
 The audit is a plain dictionary of names, numbers and texts, for audit.json and for the pages made from it:
 
     verdict       level ("leaks", "caution" or "clean"), headline, reasons and advice, as text
-    inventory     images by class and split, formats, modes, sizes, unreadable files
+    inventory     images by class and split, formats, modes, sizes; files unreadable, without content, left aside
     copies        by kind and by class; across parts and inside them; the pairs, worst first
     conflicts     copies under several classes
     groups        their number, at the threshold that is used and at others; how many the split divides
@@ -107,6 +107,8 @@ def _inventory(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[st
             if PurePosixPath(path).suffix.lower() not in _SUFFIXES.get(found, {f".{found.lower()}"})
         ],
         "unreadable": [{"path": path, "reason": reason} for path, reason in images.unreadable],
+        "without_content": list(images.without_content),
+        "left_aside": [aside._asdict() for aside in images.left_aside],
     }
 
 

@@ -43,7 +43,7 @@ def conclude(audit: dict[str, Any]) -> dict[str, Any]:
     elif gaps:
         headline = "No leak was found in this split, but a part of it has no images of a class."
     elif lost:
-        headline = f"No reason was found to doubt {accuracy} on this split, once some files are left out."
+        headline = "No leak was found in this split, but some files cannot be used, or show nothing."
     else:
         headline = f"No reason was found to doubt {accuracy} on this split."
     reasons = leaks + likenesses + shortcuts + gaps + lost
@@ -148,6 +148,9 @@ def _lost(audit: dict[str, Any]) -> Iterator[str]:
         yield f"The same image is filed under {classes}: {where}. They are left out."
     if unreadable := len(audit["inventory"]["unreadable"]):
         yield f"{unreadable} files cannot be read and are left out."
+    if plain := audit["inventory"]["without_content"]:
+        are = "1 image has" if len(plain) == 1 else f"{len(plain)} images have"
+        yield f"{are} no content, one grey value nearly everywhere, such as {plain[0]}. Repair or remove them."
 
 
 def _advice(audit: dict[str, Any], leaking: set[str]) -> Iterator[str]:

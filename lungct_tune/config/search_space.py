@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -16,7 +15,9 @@ from optuna.distributions import (
 )
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.config.yaml_file import parse_yaml
 from lungct_tune.errors import UserError
+from lungct_tune.files import read_text
 
 LIMITS: dict[str, tuple[float, float]] = {
     "truncation_depth": (1, 49),
@@ -32,6 +33,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 10),
 }
 """The least and greatest allowed value of each parameter. A space may only narrow these."""
+
+
+_LONGEST = 200  # characters of a value in a message
 
 
 class SpaceError(UserError):
@@ -94,8 +98,8 @@ def read_space(path: Path) -> str:
         SpaceError: there is no such file, or it cannot be read.
     """
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise SpaceError(f"{path}: cannot be read ({error}); search_spaces/ has spaces to start from") from error
 
 
@@ -114,14 +118,14 @@ def parse_space(text: str, path: str) -> SearchSpace:
         SpaceError: the text is not YAML, or a key or a value is wrong.
     """
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpaceError(f"{path}: not YAML: {error}") from error
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise SpaceError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise SpaceError(f"{path}: expected lines of `parameter: range`, found {content!r}")
+        raise SpaceError(f"{path}: expected lines of `parameter: range`, found {_shown(content)}")
     fixed = content.pop("fixed_trials", None) or []
     if not isinstance(fixed, list):
-        raise SpaceError(f"{path}: fixed_trials: expected a list of trials, found {fixed!r}")
+        raise SpaceError(f"{path}: fixed_trials: expected a list of trials, found {_shown(fixed)}")
     trials = [PUBLISHED] + [_fixed_trial(path, f"fixed_trials[{i}]", trial) for i, trial in enumerate(fixed)]
     distributions: dict[str, BaseDistribution] = {}
     constants: dict[str, int | float] = {}
@@ -160,7 +164,7 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
         value.get("log", False),
     )
     if not isinstance(log, bool):
-        raise SpaceError(f"{path}: {key}: log is {log!r}; it must be true or false")
+        raise SpaceError(f"{path}: {key}: log is {_shown(log)}; it must be true or false")
     if low > high:
         raise SpaceError(f"{path}: {key}: low {low} is above high {high}")
     if log and low <= 0:
@@ -181,21 +185,26 @@ def _number(path: str, key: str, value: Any) -> int | float:
     # YAML 1.1 reads 1e-5 as text, but the user means a number
     try:
         number = float(value) if not isinstance(value, bool) else float("nan")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not low <= number <= high or (integer and number != int(number)):
         kind = "a whole number" if integer else "a number"
-        raise SpaceError(f"{path}: {key}: {value!r} is not allowed; it must be {kind} from {low:g} to {high:g}")
+        raise SpaceError(f"{path}: {key}: {_shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}")
     return int(number) if integer else number
 
 
 def _fixed_trial(path: str, where: str, trial: Any) -> Hyperparameters:
     if not isinstance(trial, dict):
-        raise SpaceError(f"{path}: {where}: expected parameters and values, found {trial!r}")
+        raise SpaceError(f"{path}: {where}: expected parameters and values, found {_shown(trial)}")
     for key in trial:
         _known(path, key, f"{where}: ")
     values = {key: _number(path, key, value) for key, value in trial.items()}
     return Hyperparameters(**(PUBLISHED.as_dict() | values))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _known(path: str, key: Any, where: str = "") -> None:

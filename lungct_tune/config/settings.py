@@ -11,16 +11,29 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lungct_tune.cli import command_line
+from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
 from lungct_tune.errors import UserError
+from lungct_tune.files import is_text, open_file
 
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 """Pattern for options of a database URL that may hold a password; drivers have many, such as sslpassword."""
+
+_LONGEST = 300  # characters of a value in a message
 
 OF_ONE_RUN = frozenset({"resume", "plan", "address", "track", "verbose"})
 """Settings of one run of the program. They are neither kept in an experiment nor taken from one."""
@@ -59,7 +72,7 @@ def _place(value: Any) -> Any:
     return place if "://" in place else Path(place)
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """Hides NAME:PASSWORD@ and ?OPTIONS of URLs in a user's text, so that a message can quote it."""
     return re.sub(r"[^/'\n]*:.*@|(?<=\?).*", "***", text)
 
@@ -75,7 +88,7 @@ class Settings(BaseModel):
     whether the images are real.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: Annotated[str | Path | None, BeforeValidator(_place)] = _flag(
         "images in class folders, alone or in train/ valid/ test/; a folder or URI (phantoms)", "DIR"
@@ -163,6 +176,25 @@ class Settings(BaseModel):
         if self.gpus_per_worker and self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker}: above 1 only whole GPUs can be reserved")
         return self
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:  # `yes` in YAML, which would count as 1
+            raise ValueError("true or false (in YAML also yes, no, on, off) is no value of this setting")
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("it is empty; give a value, or leave the setting out")
+        if isinstance(value, str) and not is_text(value):
+            raise ValueError("it is not UTF-8; rename that file or folder")
+        return value
+
+    @field_validator("storage")
+    @classmethod
+    def _a_place(cls, storage: str) -> str:
+        if "://" in storage and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://.", storage):
+            raise ValueError("expected a folder, or a URI such as s3://BUCKET/FOLDER")
+        return storage
 
     @field_validator("study")
     @classmethod
@@ -254,7 +286,7 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
             metavar = str(extra["metavar"]) if isinstance(extra, dict) else "|".join(choices)
             parser.add_argument(flag, metavar=metavar, help=field.description)
     flags = vars(parser.parse_args(argv))
-    given = _read_yaml(Path(path)) | flags if (path := flags.pop("settings", None)) else flags
+    given = _read_yaml(Path(path)) | flags if (path := flags.pop("settings", None)) is not None else flags
     return validate(given), set(given)
 
 
@@ -289,16 +321,23 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{field}: no such setting; the settings are {', '.join(Settings.model_fields)}"
     reason = problem["msg"].removeprefix("Value error, ")
-    return f"{field} = {_without_secrets(repr(problem['input']))}: {reason}" if field else reason
+    if problem["type"] == "string_type":
+        reason = "expected text; in YAML, put it into quotes"
+    return f"{field} = {_shown(problem['input'])}: {reason}" if field else reason
+
+
+def _shown(value: Any) -> str:
+    """A user's value for a message: without secrets, and not endless."""
+    text = without_secrets(repr(value))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with path.open() as file:  # given a file instead of its text, YAML's errors quote nothing
-            values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"settings file {path} cannot be read: {_without_secrets(str(error))}") from error
+        with open_file(path, MOST_BYTES) as file:
+            values = parse_yaml(file.read())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        found = _without_secrets(repr(values))
-        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {found}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {_shown(values)}")
+    return {key.replace("-", "_"): value for key, value in values.items()}

@@ -27,9 +27,10 @@ from rich.progress import track
 
 from lungct_tune.data import copies
 from lungct_tune.data.copies import PRINT, Copy, find_copies
-from lungct_tune.data.decode import DECODER_VERSION, MEMORY, THUMBNAIL, FileProperties, decode
+from lungct_tune.data.decode import DECODER_VERSION, MEMORY, MOST_BYTES, THUMBNAIL, FileProperties, decode
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
+from lungct_tune.files import open_file
 
 _COPY_BLOCK = 1024  # images copied at a time
 
@@ -52,17 +53,26 @@ class Reading:
     """The file properties of each kept image."""
     unreadable: list[tuple[int, str]]
     """(image, reason) of each image that cannot be decoded."""
+    plain: list[int]
+    """The kept images without content: nearly all pixels have one grey value."""
 
 
 def default_cache() -> Path:
-    """The user's cache folder for this program: $XDG_CACHE_HOME/lungct_tune, or ~/.cache/lungct_tune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lungct_tune"
+    """The user's cache folder for this program: $XDG_CACHE_HOME/lungct_tune, or ~/.cache/lungct_tune.
+
+    Raises:
+        DataError: neither is set, and the system knows no home of this user.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lungct_tune"
+    except RuntimeError as error:
+        raise DataError("this user has no home folder to keep decoded images in; set XDG_CACHE_HOME") from error
 
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, or "" if it cannot be opened; decoding then reports the reason."""
     try:
-        with path.open("rb") as file:
+        with open_file(path, MOST_BYTES) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
@@ -143,14 +153,14 @@ def _decode_into(
     fingerprints_NHW = open_memmap(scratch / "prints.npy", "w+", np.uint8, (n, PRINT, PRINT))
     properties: dict[int, FileProperties] = {}
     pixel_digests: dict[int, str] = {}
+    is_plain: dict[int, bool] = {}
 
     def decode_row(i: int) -> str | None:
         try:
-            images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i] = decode(
-                paths[i], size
-            )
+            decoded = decode(paths[i], size)
         except Exception as error:  # Pillow's plugins raise many kinds of errors on broken files
             return str(error).replace(str(paths[i]), "the file") or type(error).__name__
+        images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i], is_plain[i] = decoded
         return None
 
     unreadable = [(i, reason) for i, reason in enumerate(_in_threads(decode_row, n, progress)) if reason]
@@ -182,6 +192,7 @@ def _decode_into(
         conflicts=[alike.tolist() for alike in conflicts],
         properties=[properties[i] for i in kept],
         unreadable=unreadable,
+        plain=[int(i) for i in kept if is_plain[i]],
     )
 
 

@@ -14,8 +14,10 @@ import pandas as pd
 
 from lungct_tune.data.cache import decode_all, default_cache, file_digest
 from lungct_tune.data.decode import DECODER_VERSION, FileProperties
-from lungct_tune.data.folders import DataError, find_images, known_groups
+from lungct_tune.data.folders import DataError, LeftAside, find_images, known_groups
 from lungct_tune.data.groups import join_groups
+
+_READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 _LISTED = 20  # files that an error message names; it only counts the others
 
@@ -47,7 +49,7 @@ class ImageSet:
     classes: tuple[str, ...]
     """Display names in the order of the labels, which is alphabetical."""
     unreadable: list[tuple[str, str]]
-    """(path, reason) of each file that could not be decoded."""
+    """(path, reason) of each file that could not be decoded, and of each folder that could not be opened."""
     conflicts: list[tuple[str, ...]]
     """Paths of copies that are filed under different classes. They are not in the table."""
     copies: list[CopyOf]
@@ -56,6 +58,10 @@ class ImageSet:
     """(threshold, groups): the number of groups at each similarity threshold, without groups.csv."""
     fingerprint: str
     """sha256 of all that identifies the data: content, classes, groups, paths and size."""
+    without_content: tuple[str, ...] = ()
+    """Paths of images in the table in which nearly all pixels have one grey value."""
+    left_aside: tuple[LeftAside, ...] = ()
+    """The files in the folder that are no images, by reason."""
 
 
 def read_images(
@@ -80,15 +86,16 @@ def read_images(
     Raises:
         DataError: the folder's layout, a class name, groups.csv, a file or the cache is not usable.
     """
-    files = find_images(root, class_map)
-    known = known_groups(root, [file.path for file in files])
+    in_folder = find_images(root, class_map)
+    files = in_folder.files
+    known = known_groups(root, in_folder.groups, [file.path for file in files])
     paths = [root / file.path for file in files]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, paths))
     labels = [file.class_name for file in files]
     images_NHW, found = decode_all(paths, digests, labels, size, cache or default_cache(), progress)
 
-    unreadable = [(files[i].path, reason) for i, reason in found.unreadable]
+    unreadable = in_folder.unreadable + [(files[i].path, reason) for i, reason in found.unreadable]
     if unreadable and not skip_unreadable:
         raise DataError(_unreadable_message(root, unreadable))
     classes = tuple(sorted(set(labels)))
@@ -101,7 +108,9 @@ def read_images(
             "group": join_groups(np.array(found.groups, dtype=np.intp), [known[i] for i in found.kept]),
         }
     )
-    identity = f"{DECODER_VERSION} {size} {classes}\n{table.to_csv(index=False)}"
+    # the files that version 1 of the decoder read in the same way keep their fingerprint, so that a search can go on
+    version = 1 if {file.mode for file in found.properties} <= _READ_AS_EVER else DECODER_VERSION
+    identity = f"{version} {size} {classes}\n{table.to_csv(index=False)}"
     table["is_listed"] = [known[i] is not None for i in found.kept]
     table = pd.concat([table, pd.DataFrame(found.properties, columns=FileProperties._fields)], axis=1)
     if lost := [name for label, name in enumerate(classes) if label not in table["label"].to_numpy()]:
@@ -116,7 +125,12 @@ def read_images(
         for pair in found.copies
     ]
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return ImageSet(root, table, images_NHW, classes, unreadable, conflicts, copies, found.group_counts, fingerprint)
+    without_content = tuple(files[i].path for i in found.plain)
+    return ImageSet(
+        *(root, table, images_NHW, classes, unreadable, conflicts, copies, found.group_counts, fingerprint),
+        without_content=without_content,
+        left_aside=tuple(in_folder.left_aside),
+    )
 
 
 def _unreadable_message(root: Path, unreadable: list[tuple[str, str]]) -> str:

@@ -1,17 +1,20 @@
-"""Decodes an image file to a square 8-bit grey image. Pixels are interpreted only here."""
+"""Decodes an image file to a square 8-bit grey image."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lungct_tune.data.copies import PRINT
+from lungct_tune.data.grey import read_grey
+from lungct_tune.files import open_file
 
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 """Part of every cache key. Raise it when a change gives other pixels for the same file."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
@@ -23,7 +26,11 @@ MOST_PIXELS = 20_000_000
 MEMORY = 400_000_000
 """Bytes that decoding one image may take, at most."""
 
-_BLOCK = 1_000_000  # values that are scaled at a time
+MOST_BYTES = 500_000_000
+"""Of an image's file."""
+
+PLAIN = 0.999
+"""An image is without content if at least this share of its pixels has one grey value."""
 
 THUMBNAIL = 64  # pixels; at this size the series of chest-ctscan were measured; the network's input size is separate
 
@@ -34,7 +41,7 @@ class FileProperties(NamedTuple):
     width: int
     height: int
     mode: str
-    """Pillow's name: "L", "RGB", "RGBA", ..."""
+    """How pixels are stored, see `lungct_tune.data.grey.Grey`: "L", "RGB", "RGB;16", "L turned", ..."""
     format: str
     """Read from the content, not from the suffix: "PNG", "JPEG", ..."""
     bytes: int
@@ -52,6 +59,8 @@ class Decoded(NamedTuple):
     properties: FileProperties
     pixel_digest: str
     """sha256 of the grey image at its original size."""
+    is_plain: bool
+    """Whether nearly all pixels have one grey value, see `PLAIN`."""
 
 
 def decode(path: Path, size: int) -> Decoded:
@@ -61,20 +70,22 @@ def decode(path: Path, size: int) -> Decoded:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file cannot be read; Pillow
             raises all of these, depending on the format and on the fault.
     """
-    length = path.stat().st_size
+    with open_file(path, MOST_BYTES) as file:
+        length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise ValueError("empty file")
     with open_image(path) as image:
         image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
     with open_image(path) as image:
-        grey = to_grey(image)
-        properties = FileProperties(*image.size, image.mode, image.format or "", length)
+        grey, mode = read_grey(image)
+        properties = FileProperties(*grey.size, mode, image.format or "", length)
     image_HW, thumbnail_HW, fingerprint_HW = (
         np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
     )
     pixel_digest = hashlib.sha256(f"{grey.size}".encode())
     pixel_digest.update(grey.tobytes())
-    return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest.hexdigest())
+    is_plain = max(grey.histogram()) >= PLAIN * grey.width * grey.height
+    return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest.hexdigest(), is_plain)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -91,27 +102,3 @@ def open_image(path: Path) -> Image.Image:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} pixels are decoded")
     return image
-
-
-def to_grey(image: Image.Image) -> Image.Image:
-    """8-bit grey ("L") of an image of any mode.
-
-    Deeper modes (16-bit, 32-bit, float) are scaled linearly from the image's minimum..maximum to 0..255. A file does
-    not record which range it uses (12 of 16 bits, Hounsfield units, 0..1), and scaling by the nominal depth would turn
-    a 12-bit CT slice almost black. Colours become ITU-R 601 luma. Transparency is composited over black.
-    """
-    if image.mode.startswith(("I", "F")):
-        values_M = np.asarray(image).ravel()
-        low, high = float(values_M.min()), float(values_M.max())  # not a number if any value is not
-        if not np.isfinite([low, high]).all():
-            raise ValueError("has pixels that are not finite numbers")
-        factor = 255 / max(high - low, np.finfo(float).tiny)
-        grey_M = np.empty(values_M.size, np.uint8)
-        for start in range(0, values_M.size, _BLOCK):  # in blocks, because float64 takes eight times the memory
-            block = slice(start, start + _BLOCK)
-            grey_M[block] = np.round((values_M[block].astype(np.float64) - low) * factor)
-        return Image.fromarray(grey_M.reshape(image.height, image.width))
-    grey = image.convert("L")
-    if image.has_transparency_data:
-        return ImageChops.multiply(grey, image.convert("RGBA").getchannel("A"))
-    return grey

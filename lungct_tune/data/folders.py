@@ -1,19 +1,25 @@
 """Finds the image files, their classes and their known groups, without opening an image.
 
 Copies of the Kaggle data set name and nest their folders differently. This module knows the variants. It refuses a
-folder name that it does not know, since a guessed class would be a guessed diagnosis.
+folder name that it does not know, since a guessed class would be a guessed diagnosis. All that lies in the data folder
+is used, or named with a reason.
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import pandas as pd
 
+from lungct_tune.data.scan import DOCUMENTS, OTHER_FORMATS, OUTSIDE, Scan, scan
 from lungct_tune.errors import UserError
+from lungct_tune.files import read_text
 
 CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 
@@ -27,12 +33,14 @@ _SPLIT_FOLDERS = {
     "testing": "test",
 }
 
-# Files that people and systems leave beside images. Any other file should be an image, and is reported if it is not.
-_NOT_IMAGES = {
-    *(".csv", ".tsv", ".txt", ".md", ".rst", ".pdf", ".htm", ".html", ".json", ".xml", ".yaml", ".yml"),
-    *(".docx", ".xls", ".xlsx", ".py", ".ipynb", ".npy", ".npz", ".zip", ".log", ".db", ".ini", ".lnk"),
-    *("readme", "license", "licence"),
+_NO_PICTURES = {
+    *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"),
+    *(".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pt", ".pth", ".safetensors", ".onnx", ".parquet"),
+    *(".mp4", ".avi", ".mov", ".exe", ".dll", ".jar"),
 }
+"""Files that lie beside class folders without a fault. Inside a class folder they may hold slices, and are reported."""
+
+_LISTED = 20  # folders that an error message names; it only counts the others
 
 
 class DataError(UserError):
@@ -49,134 +57,219 @@ class ImageFile(NamedTuple):
     class_name: str
 
 
-def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> list[ImageFile]:
-    """All image files below `root` or `root/Data`, sorted by path, with the classes of their folders.
+class LeftAside(NamedTuple):
+    """Files that are not used, without being a fault."""
 
-    The class folders are inside train, valid and test (or their usual synonyms), or directly in the data folder. A
-    class folder may contain folders. Its name is one of the four classes, alone or followed by `_` and a stage
-    ("adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib"), or a key of `class_map`. Case and separators do not matter.
+    reason: str
+    files: int
+    example: str
+    """The path of one of them."""
+
+
+class Found(NamedTuple):
+    """All that lies in a data folder."""
+
+    files: list[ImageFile]
+    """Sorted by path."""
+    groups: list[str]
+    """The paths of the files groups.csv that are used."""
+    unreadable: list[tuple[str, str]]
+    """(path, reason) of folders that cannot be opened, and of names that cannot be used."""
+    left_aside: list[LeftAside]
+
+
+def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found:
+    """Finds the images below `root`, with the classes of their folders.
+
+    The class folders are inside train, valid and test (or their usual synonyms), or side by side in one folder, which
+    is `root` or a folder inside it. A class folder may contain folders. Its name is one of the four classes, alone or
+    followed by `_` and a stage ("adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib"), or a key of `class_map`. Case and
+    separators do not matter.
 
     Raises:
         DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
-            unknown, or fewer than two classes.
+            unknown, class folders in several places, or fewer than two classes.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the folder that holds train/, valid/, test/ (--data)")
+    try:
+        found = scan(root)
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror or error}") from error
     spellings = {_letters(name): _canonical(mapped) for name, mapped in (class_map or {}).items()}
+    base = _base(root, found, spellings)
+    inside = [path for path in found.files if _is_below(path, base)]
+    for path in found.files:
+        if not _is_below(path, base):
+            found.put_aside(OTHER_FORMATS if _suffix(path) in _NO_PICTURES else OUTSIDE, path)
+    split_folders = [folder for folder in _children(found, base) if _split_of(folder) and _has_files(inside, folder)]
+    if split_folders:
+        _refuse_images_beside(root, base, split_folders, inside)
     files: list[ImageFile] = []
-    unknown: dict[str, int] = {}
-    for folder, class_folder in _class_folders(image_base(root)):
-        images = [path.relative_to(root).as_posix() for path in _images_below(class_folder)]
-        class_name = _class_of(class_folder.name, spellings)
-        where = class_folder.relative_to(root).as_posix()
-        if class_name is not None and not images:
-            raise DataError(f"the class folder {where}/ in {root} holds no images; fill or remove it")
-        if class_name is not None:
-            files += [ImageFile(path, folder, class_name) for path in images]
-        elif images:
-            unknown[where] = len(images)
+    unknown: Counter[str] = Counter()
+    for folder in split_folders or [base]:
+        for class_folder in _children(found, folder):
+            images = [path for path in inside if _is_below(path, class_folder)]
+            class_name = _class_of(posixpath.basename(class_folder), spellings)
+            if class_name is not None:
+                if not images and not any(_is_below(path, class_folder) for path, _ in found.unreadable):
+                    raise DataError(f"the class folder {class_folder}/ in {root} holds no images; fill or remove it")
+                split = _split_of(folder) if split_folders else ""
+                files += [ImageFile(path, split, class_name) for path in images]
+            else:
+                unknown.update(posixpath.dirname(path) for path in images if _suffix(path) not in _NO_PICTURES)
+                for path in images:
+                    if _suffix(path) in _NO_PICTURES:
+                        found.put_aside(OTHER_FORMATS, path)
+        _take_loose_files(root, folder, inside, found)
     if unknown:
         raise DataError(_unknown_classes(root, unknown))
     classes = {file.class_name for file in files}
-    if len(classes) < 2:
-        found = f"only the class {classes.pop()!r}" if classes else "no images"
+    if len(classes) < 2 and not found.unreadable:
+        only = f"only the class {classes.pop()!r}" if classes else "no images"
         raise DataError(
-            f"found {found} in {root}; expected at least two folders named after their classes, "
-            "in train/, valid/, test/ or directly in the data folder"
+            f"found {only} in {root}; expected at least two folders named after their classes, "
+            f"in train/, valid/, test/ or directly in the data folder{_aside_in_words(found)}"
         )
-    return sorted(files)
+    above = {"", base, *map(str, PurePosixPath(base).parents)} - {"."}
+    groups = [path for path in found.groups if posixpath.dirname(path) in above]
+    for path in set(found.groups) - set(groups):
+        found.put_aside(DOCUMENTS, path)
+    left = [LeftAside(reason, len(paths), min(paths)) for reason, paths in sorted(found.aside.items())]
+    return Found(sorted(files), sorted(groups), sorted(found.unreadable), left)
 
 
-def image_base(root: Path) -> Path:
-    """`root`, or the `Data` folder inside it that Kaggle's archive unpacks to."""
-    nested = [path for path in _visible_folders(root) if path.name.lower() == "data"]
-    return nested[0] if len(nested) == 1 else root
+def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | None]:
+    """The group of each path (a patient, for example) from groups.csv, or None if no file has a line for it.
 
+    groups.csv has the columns path and group. Its paths are relative to its own folder, in any spelling of the same
+    path (`./a.png`, `b/../a.png`), with letters composed or decomposed as Unicode allows.
 
-def known_groups(root: Path, paths: Iterable[str]) -> list[str | None]:
-    """The group of each path (a patient, for example) from groups.csv, or None if the file has no line for it.
-
-    groups.csv has the columns path and group. It is in `root`, in `root/Data`, or in both. Its paths are relative to
-    its own folder.
+    Args:
+        root: the data folder.
+        files: the paths of the files groups.csv in it.
+        paths: of the images.
 
     Raises:
-        DataError: the file is malformed, has one path twice, or names a path that is not among `paths`.
+        DataError: a file is malformed, has one path twice, or names a path that is not among `paths`.
     """
-    paths = list(paths)
+    path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
     group_of: dict[str, str] = {}
-    for folder in dict.fromkeys((root, image_base(root))):
-        file = folder / "groups.csv"
-        if not file.exists():
-            continue
-        try:
-            rows = pd.read_csv(file, dtype=str, keep_default_na=False)
-            rows = rows[["path", "group"]]
-        except (ValueError, KeyError) as error:
-            raise DataError(f"{file} is not a CSV file with the columns path,group: {error}") from error
-        prefix = folder.relative_to(root)
-        listed = [(prefix / path).as_posix() for path in rows["path"]]
-        wrong = sorted(set(listed) - set(paths)) or rows["path"][rows["path"].duplicated()].tolist()
-        if wrong or (rows["group"] == "").any():
-            reason = f"bad paths, such as {wrong[0]!r}" if wrong else "empty groups"
-            raise DataError(f"{file} has {reason}; each line must name one image, relative to {folder}, and its group")
-        group_of |= dict(zip(listed, rows["group"], strict=True))
+    for name in files:
+        file, folder = root / name, posixpath.dirname(name)
+        rows = _read_groups(file)
+        spelled = [posixpath.normpath(posixpath.join(folder, path)) for path in rows["path"]]
+        listed = [path_of.get(path) or path_of.get(_composed(path)) for path in spelled]
+        first_row: dict[str, int] = {}
+        for row, path in enumerate(listed):
+            where = f"{file}, line {row + 2}: the path {rows['path'].iloc[row]!r}"
+            if path is None:
+                raise DataError(f"{where} is no image's; each line must name one image, relative to {file.parent}")
+            if not rows["group"].iloc[row]:
+                raise DataError(f"{where} has an empty group; give the image's group, or remove the line")
+            if (first := first_row.setdefault(path, row)) != row:
+                raise DataError(
+                    f"{where} is named twice, first as {rows['path'].iloc[first]!r}; remove one of the lines"
+                )
+        group_of |= {path: group for path, group in zip(listed, rows["group"], strict=True) if path}
     return [group_of.get(path) for path in paths]
 
 
-def _class_folders(base: Path) -> list[tuple[str, Path]]:
-    """(published split or "", class folder) for each class folder of `base`."""
-    split_folders = [path for path in _visible_folders(base) if path.name.lower() in _SPLIT_FOLDERS]
-    others = [path for path in _visible_folders(base) if path not in split_folders]
-    if not split_folders:
-        _refuse_loose_images(base)
-        return [("", path) for path in others]
-    if astray := [path.name for path in others if _images_below(path)]:
+def _read_groups(file: Path) -> pd.DataFrame:
+    from io import StringIO
+
+    try:
+        rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
+        return rows[["path", "group"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} is not a CSV file with the columns path,group: {error}") from error
+
+
+def _base(root: Path, found: Scan, spellings: Mapping[str, str]) -> str:
+    """The folder that has the class folders or the split folders: the root, or one inside it.
+
+    Archives unpack to one or more folders, such as `Data`, around it.
+    """
+    with_files: set[str] = set()
+    for path in (*found.files, *(path for path, _ in found.unreadable)):
+        with_files.update(map(str, PurePosixPath(path).parents))
+    above = {  # folders that have a class folder or a split folder
+        posixpath.dirname(folder)
+        for folder in found.folders
+        if folder in with_files and (_split_of(folder) or _class_of(posixpath.basename(folder), spellings) is not None)
+    }
+    bases: list[str] = []
+    for folder in sorted(above, key=lambda folder: folder.split("/")):  # a folder before those inside it
+        if not any(_is_below(folder, base) for base in bases):
+            bases.append(folder)
+    if len(bases) > 1:
+        listing = ", ".join(f"{folder}/" for folder in bases[:_LISTED])
         raise DataError(
-            f"{base} has images in {', '.join(astray)} beside the folders "
-            f"{', '.join(path.name for path in split_folders)}; keep either split folders or class folders"
+            f"{root} has class folders in several places: {listing}; give one of them as --data, or keep only one"
         )
-    for path in (base, *split_folders):
-        _refuse_loose_images(path)
-    return [
-        (_SPLIT_FOLDERS[split_folder.name.lower()], path)
-        for split_folder in split_folders
-        for path in _visible_folders(split_folder)
-    ]
+    return bases[0] if bases else ""
 
 
-def _visible_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_clutter(path))
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.rglob("*")
-        if not path.is_dir() and not any(map(_is_clutter, (path, *path.relative_to(folder).parents)))
-    ]
-
-
-def _is_clutter(path: Path) -> bool:
-    name = path.name.lower()
-    return name.startswith(".") or name == "__macosx" or (path.suffix.lower() or name) in _NOT_IMAGES
-
-
-def _refuse_loose_images(folder: Path) -> None:
-    if loose := sorted(path.name for path in folder.iterdir() if not path.is_dir() and not _is_clutter(path)):
+def _refuse_images_beside(root: Path, base: str, split_folders: list[str], inside: list[str]) -> None:
+    beside = [path for path in inside if not any(_is_below(path, folder) for folder in split_folders)]
+    names = {path.removeprefix(f"{base}/").split("/")[0] for path in beside if posixpath.dirname(path) != base}
+    if names:
         raise DataError(
-            f"{len(loose)} files in {folder} are in no class folder, such as {loose[0]!r}; "
+            f"{root / base} has images in {', '.join(sorted(names))} beside the folders "
+            f"{', '.join(map(posixpath.basename, split_folders))}; keep either split folders or class folders"
+        )
+
+
+def _take_loose_files(root: Path, folder: str, inside: list[str], found: Scan) -> None:
+    """Puts aside the files of other formats that are directly in a folder of class folders.
+
+    Raises:
+        DataError: there are others, which may be images.
+    """
+    loose = [path for path in inside if posixpath.dirname(path) == folder]
+    for path in loose:
+        if _suffix(path) in _NO_PICTURES:
+            found.put_aside(OTHER_FORMATS, path)
+    if images := sorted(posixpath.basename(path) for path in loose if _suffix(path) not in _NO_PICTURES):
+        raise DataError(
+            f"{len(images)} files in {root / folder} are in no class folder, such as {images[0]!r}; "
             "move each file into the folder of its class, or out of the data folder"
         )
 
 
+def _children(found: Scan, folder: str) -> list[str]:
+    return sorted(path for path in found.folders if path and posixpath.dirname(path) == folder)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return not folder or path.startswith(f"{folder}/")
+
+
+def _has_files(files: list[str], folder: str) -> bool:
+    return any(_is_below(path, folder) for path in files)
+
+
+def _split_of(folder: str) -> str:
+    return _SPLIT_FOLDERS.get(posixpath.basename(folder).lower(), "")
+
+
+def _suffix(path: str) -> str:
+    return posixpath.splitext(path)[1].lower()
+
+
+def _composed(name: str) -> str:
+    """A name whose letters are composed as on Linux; macOS decomposes them."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _letters(name: str) -> str:
     """A name without separators and without case, for comparing."""
-    return re.sub(r"[\W_]", "", name.casefold())
+    return re.sub(r"[\W_]", "", _composed(name).casefold())
 
 
 def _canonical(class_name: str) -> str:
     """The display name of one of the four classes, in any spelling; other names are only stripped."""
-    return _class_of(class_name, {}) or class_name.strip()
+    return _class_of(class_name, {}) or _composed(class_name.strip())
 
 
 def _class_of(folder_name: str, spellings: Mapping[str, str]) -> str | None:
@@ -190,11 +283,19 @@ def _class_of(folder_name: str, spellings: Mapping[str, str]) -> str | None:
 
 
 def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
-    listing = "\n".join(f"  {folder}/ ({count} images)" for folder, count in unknown.items())
-    example = Path(next(iter(unknown))).name
+    lines = [f"  {folder}/ ({count} images)" for folder, count in list(unknown.items())[:_LISTED]]
+    if len(unknown) > _LISTED:
+        lines.append(f"  … and {len(unknown) - _LISTED} more")
+    listing = "\n".join(lines)
+    example = posixpath.basename(next(iter(unknown)))
     return (
         f"the classes of these folders in {root} are not known:\n{listing}\n"
         f"The known classes are {', '.join(CANONICAL_CLASSES)}. To use other folders, give the class of each: "
         f'--class-map "{example}=CLASS,…" or class_map: {{{example}: CLASS, …}} in the settings file '
         "(for evaluate: --map)"
     )
+
+
+def _aside_in_words(found: Scan) -> str:
+    words = [f"{len(paths)} {reason}" for reason, paths in sorted(found.aside.items())]
+    return f". Left aside: {'; '.join(words)}" if words else ""

@@ -35,11 +35,20 @@ def list_learned(images: ImageSet, rows: np.ndarray) -> bytes:
     return table.drop_duplicates().to_csv(index=False).encode()
 
 
+def read_learned(learned: bytes) -> tuple[pd.Series, np.ndarray]:
+    """The sha256 of each file in the CSV of `list_learned`, and the thumbnails, (N, SIDE, SIDE) uint8.
+
+    Raises:
+        KeyError, ValueError, TypeError: it is another CSV.
+    """
+    table = pd.read_csv(BytesIO(learned), dtype=str)
+    thumbnails = [np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]]
+    return table["sha256"], np.array(thumbnails, np.uint8).reshape(-1, SIDE, SIDE)
+
+
 def seen_before(images: ImageSet, learned: bytes) -> np.ndarray:
     """Whether each image is in the CSV of `list_learned`: (N,) of `SAME_FILE`, `ALIKE` and `NEW`."""
-    table = pd.read_csv(BytesIO(learned), dtype=str)
-    learned_NHW = np.array([np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]])
-    learned_NHW = learned_NHW.reshape(-1, SIDE, SIDE)
+    digests, learned_NHW = read_learned(learned)
     images_ND = unit_vectors(_thumbnails(images.images_NHW))
     correlation_N = np.full(len(images_ND), -1.0)
     for y, x in FLIPS.values():
@@ -47,7 +56,7 @@ def seen_before(images: ImageSet, learned: bytes) -> np.ndarray:
         for start in range(0, len(images_ND), _BLOCK):
             block = slice(start, start + _BLOCK)
             correlation_N[block] = np.maximum(correlation_N[block], (images_ND[block] @ flipped_ND.T).max(axis=1))
-    same_N = images.table["digest"].isin(table["sha256"]).to_numpy()
+    same_N = images.table["digest"].isin(digests).to_numpy()
     return np.select([same_N, correlation_N >= ALIKE_CORRELATION], [SAME_FILE, ALIKE], NEW)
 
 

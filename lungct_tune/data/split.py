@@ -11,6 +11,7 @@ import pandas as pd
 
 from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.folders import DataError
+from lungct_tune.data.tables import write_table
 
 SPLITS = ("train", "valid", "test")
 
@@ -171,7 +172,7 @@ class DataSplit:
         if self.fold is not None:
             table = table.assign(fold=pd.Series(self.fold, index=table.index, dtype="Int64").replace(-1, pd.NA))
             columns.append("fold")
-        return table[columns].to_csv(index=False).encode()
+        return write_table(table[columns])
 
 
 def split_and_fold(images: ImageSet, how: Literal["grouped", "official"], folds: int | None, seed: int) -> DataSplit:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lungct_tune.config.settings import pairs
 from lungct_tune.data import ImageSet
-from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, seen_before
+from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, read_learned, seen_before
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.inference import load_model, uncalibrated
@@ -23,6 +23,7 @@ from lungct_tune.evaluation.metrics import (
     evaluate_predictions,
 )
 from lungct_tune.experiment.bundle import LEARNED
+from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.metrics import EvaluationMetrics, FittedOn, LearnedFrom, LeftOut, TemperatureScaling
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
@@ -66,7 +67,10 @@ def load_bundle(folder: Path) -> LoadedBundle:
     model, config = load_model(folder)
     if not (folder / LEARNED).exists():
         raise EvaluateError(f"{folder} has no {LEARNED}, because an earlier version made it. Run its search again")
-    return LoadedBundle(folder, model, config, (folder / LEARNED).read_bytes())
+    learned = (folder / LEARNED).read_bytes()
+    with written_by_a_search(str(folder / LEARNED)):
+        read_learned(learned)
+    return LoadedBundle(folder, model, config, learned)
 
 
 def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:

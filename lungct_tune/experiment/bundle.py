@@ -17,6 +17,7 @@ import numpy as np
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.files import MOST_TEXT, open_file
 
 FOLDER = "best"
 SO_FAR = "so_far"
@@ -92,13 +93,12 @@ def checksum_errors(folder: Path) -> Iterator[tuple[str, str]]:
     if not (folder / CHECKSUMS).is_file():
         yield CHECKSUMS, "missing, so this is no complete bundle"
         return
-    sums = {}
-    for line in (folder / CHECKSUMS).read_text(errors="replace").splitlines():
-        # a bundle is one flat folder: write_bundle never wrote a name that points outside it (../x, /x)
-        if not (parts := re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)", line)):
-            yield CHECKSUMS, f"{line!r} is not the checksum of a file beside it"
-            return
-        sums[parts[2]] = parts[1]
+    try:
+        with open_file(folder / CHECKSUMS, MOST_TEXT) as listing:
+            sums = _sums(listing.read())
+    except (OSError, ValueError) as error:
+        yield CHECKSUMS, str(error)
+        return
     for name in (MODEL, CONFIG, *sums):
         if name not in sums or not (folder / name).is_file():
             yield name, "missing"
@@ -109,6 +109,44 @@ def checksum_errors(folder: Path) -> Iterator[tuple[str, str]]:
     for path in folder.iterdir():
         if path.name not in (*sums, CHECKSUMS) and not path.name.startswith("."):
             yield path.name, f"not named in {CHECKSUMS}, so it is no part of the bundle"
+
+
+def _sums(listing: bytes) -> dict[str, str]:
+    """The sha256 of each file in checksums.txt.
+
+    Raises:
+        ValueError: a line is no checksum.
+    """
+    sums = {}
+    for line in listing.decode(errors="replace").splitlines():
+        # a bundle is one flat folder: write_bundle never wrote a name that points outside it (../x, /x)
+        if not (parts := re.fullmatch(r"([0-9a-f]{64})  (\w[\w.-]*)", line)):
+            raise ValueError(f"{line[:200]!r} is not the checksum of a file beside it")
+        sums[parts[2]] = parts[1]
+    return sums
+
+
+def check_sums(where: str, listing: bytes, files: Mapping[str, bytes | None]) -> None:
+    """Checks files of a bundle that have been read.
+
+    Args:
+        where: the bundle's folder, for the message.
+        listing: its checksums.txt.
+        files: content by name; None for a file that is not there.
+
+    Raises:
+        BundleError: a file is missing, altered or added; the message names it.
+    """
+    try:
+        sums = _sums(listing)
+    except ValueError as error:
+        raise BundleError(f"{where}/{CHECKSUMS}: {error}") from error
+    for name, content in files.items():
+        if (None if content is None else hashlib.sha256(content).hexdigest()) != sums.get(name):
+            raise BundleError(
+                f"{where}/{name}: {'missing' if content is None else 'not the file that was written'}; its sha256 is "
+                f"not the one in {CHECKSUMS}. Restore the file, or fetch the bundle again"
+            )
 
 
 def verify(folder: Path) -> None:

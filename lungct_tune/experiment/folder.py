@@ -13,10 +13,14 @@ from uuid import uuid4
 import pyarrow
 import pyarrow.fs
 
+from lungct_tune.files import open_file
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 CHUNK = 4 * 2**20
 """Bytes that are read at once. With this size an object store's latency hardly counts."""
+
+MOST_BYTES = 2**30
+"""Of a file that is read whole. A bundle's model has 100 MB."""
 
 TRIAL_WEIGHTS = "model.safetensors"
 """In a trial's folder: its weights."""
@@ -118,13 +122,19 @@ class Experiment:
             stream.write(content)
 
     def read(self, path: str) -> bytes | None:
-        """Returns a file's content, or None if there is no such file."""
-        with (
-            self._refusals(f"read {path}"),
-            suppress(FileNotFoundError),
-            self.filesystem.open_input_file(f"{self.root}/{path}") as stream,
-        ):
-            return bytes(stream.read())
+        """Returns a file's content, or None if there is no such file.
+
+        Raises:
+            StorageError: the storage refuses, or it is no regular file of at most `MOST_BYTES`.
+        """
+        with self._refusals(f"read {path}"), suppress(FileNotFoundError):
+            if self.is_local:
+                with open_file(Path(self.uri, path), MOST_BYTES) as file:
+                    return file.read()
+            with self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
+                if stream.size() > MOST_BYTES:
+                    raise OSError(f"{stream.size():,} bytes; at most {MOST_BYTES:,} are read")
+                return bytes(stream.read())
         return None
 
     def chunks(self, path: str, start: int = 0) -> Iterator[bytes]:

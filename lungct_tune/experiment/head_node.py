@@ -21,6 +21,7 @@ from lungct_tune.experiment.bundle import CHECKSUMS, FOLDER, SO_FAR
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study_mirror import DATABASE
 from lungct_tune.experiment.transfer import TRANSIENT, is_transient, transfer_bar
+from lungct_tune.files import read_text
 from lungct_tune.filesystem import StorageError
 
 ATTEMPTS = 3
@@ -42,7 +43,7 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
         StorageError: the head cannot be reached, or has no such experiment.
     """
     try:
-        config = yaml.safe_load(cluster.read_text())
+        config = yaml.safe_load(read_text(cluster))
         places = places_on_head(storage)
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")

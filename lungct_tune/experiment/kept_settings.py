@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import yaml
-
-from lungct_tune.config.settings import OF_ONE_RUN, SettingsError, flags
+from lungct_tune.config.settings import OF_ONE_RUN, SettingsError, flags, validate
+from lungct_tune.config.yaml_file import parse_yaml
 from lungct_tune.experiment.folder import Experiment
+
+SETTINGS = "settings.yaml"
 
 
 def read_kept(experiment: Experiment) -> dict[str, Any] | None:
@@ -21,17 +22,30 @@ def read_kept(experiment: Experiment) -> dict[str, Any] | None:
         SettingsError: the file is not one that this program wrote.
         StorageError: the storage refuses.
     """
-    kept = experiment.read("settings.yaml")
+    kept = experiment.read(SETTINGS)
     if kept is None:
         return None
+    file = f"{experiment.uri}/{SETTINGS}"
     try:
-        values = yaml.safe_load(kept)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
+        values = parse_yaml(kept)
+    except ValueError as error:
+        raise SettingsError(f"{file} is not one that a search wrote: {error}; restore it") from error
     # without a fingerprint any images would do
-    if not isinstance(values, dict) or not isinstance(values.get("fingerprint"), str):
-        raise SettingsError(f"{experiment.uri}/settings.yaml is not one that a search wrote; restore it")
-    return {name: value for name, value in values.items() if name not in OF_ONE_RUN}
+    needed = ("name", "trials", "epochs", "image_size", "batch_size", "fingerprint")
+    if not isinstance(values, dict) or (missing := [name for name in needed if values.get(name) is None]):
+        what = f"{missing[0]} is missing" if isinstance(values, dict) else "it has no settings"
+        raise SettingsError(f"{file} is not one that a search wrote: {what}; restore it")
+    used = {name: value for name, value in values.items() if name not in OF_ONE_RUN}
+    if wrong := [name for name in ("fingerprint", "data") if not isinstance(used.get(name, ""), str | None)]:
+        raise SettingsError(f"{file} is not one that a search wrote: {wrong[0]} is no text; restore it")
+    try:  # the images may be elsewhere now, and a study's URL is never used
+        checked = validate(
+            {name: value for name, value in used.items() if name not in ("fingerprint", "data", "study")}
+        )
+    except SettingsError as error:
+        raise SettingsError(f"{file} is not one that a search wrote: {error}") from error
+    defaults = checked.model_dump(mode="json", exclude={*OF_ONE_RUN, "data", "study"})
+    return {"data": None, "study": None} | defaults | used
 
 
 def confirm_study(kept: Mapping[str, Any], experiment: Experiment, given: Collection[str]) -> None:
@@ -55,18 +69,24 @@ def confirm_study(kept: Mapping[str, Any], experiment: Experiment, given: Collec
 
 
 def confirm_paths(kept: Mapping[str, Any], experiment: Experiment, given: Collection[str]) -> None:
-    """Checks that the user named the data and weights of a search on remote storage, which others may write to.
+    """Checks that the user named the data and weights of a search, if others may have written its settings.
+
+    Others may write to a remote storage. A folder may have been pulled from one, so that a URI in its settings is not
+    called either: a request would tell who reads it, and may carry credentials.
 
     Raises:
         SettingsError: the user did not.
     """
-    if experiment.is_local:
-        return
-    if missing := [name for name in paths_in(kept) if name not in given]:
+    if missing := [name for name in paths_to_give(kept, experiment) if name not in given]:
         raise SettingsError(
-            f"paths are not taken from a remote storage, since others may write to it; give them again. settings.yaml "
-            f"in {experiment.uri} names: {' '.join(flags(kept, missing))}"
+            "addresses, and paths on a remote storage, are not taken from an experiment, since others may write to it; "
+            f"give them again. {SETTINGS} in {experiment.uri} names: {' '.join(flags(kept, missing))}"
         )
+
+
+def paths_to_give(settings: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """Which of data and weights the user has to give again, see `confirm_paths`."""
+    return [name for name in paths_in(settings) if not experiment.is_local or "://" in str(settings[name])]
 
 
 def paths_in(settings: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, TypeAdapter
 
-from lungct_tune.experiment.bundle import METRICS, BundleError, as_json
+from lungct_tune.experiment.bundle import METRICS, as_json
+from lungct_tune.experiment.form import check_form, read_json
 
 
 @dataclass(frozen=True)
@@ -222,12 +223,40 @@ def read_metrics(content: bytes) -> BundleMetrics:
     Raises:
         BundleError: it has another form than this version writes.
     """
-    try:
-        return TypeAdapter(BundleMetrics).validate_json(content)
-    except ValidationError as error:
-        first, *_ = error.errors()
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise BundleError(
-            f"{METRICS} cannot be read: {where}: {first['msg']}. Another version of lungct_tune may have written it; "
-            "use that version"
-        ) from error
+    metrics: BundleMetrics = check_form(read_json(content, METRICS), BundleMetrics, METRICS)
+    check_form(metrics.best_trial, _BestTrial, f"{METRICS}, best_trial")
+    if metrics.baseline_trial is not None:
+        check_form(metrics.baseline_trial, _BestTrial, f"{METRICS}, baseline_trial")
+    check_form(metrics.search, _Search, f"{METRICS}, search")
+    if metrics.seeds is not None:
+        check_form(metrics.seeds, _Seeds, f"{METRICS}, seeds")
+    return metrics
+
+
+class _BestTrial(BaseModel):
+    """What is used of a row of trials.csv."""
+
+    trial: int
+    truncation_depth: int
+    frozen_depth: int
+    dropout: float
+    augmentation: float
+    epochs: int
+    balanced_accuracy: Annotated[
+        float, Field(validation_alias=AliasChoices("balanced_accuracy", "best_balanced_accuracy"))
+    ]
+    """Under the second name in bundles of version 0.1."""
+
+
+class _Search(BaseModel):
+    trials: int
+    epochs: int
+    wall_s: float
+    overhead_ratio: float | None
+    ended: dict[str, int]
+
+
+class _Seeds(BaseModel):
+    balanced_accuracy: list[float]
+    mean: float
+    sd: float

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, field_validator
 
-from lungct_tune.experiment.bundle import CONFIG, BundleError
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.bundle import CONFIG
+from lungct_tune.experiment.form import check_form, read_json
+from lungct_tune.experiment.metrics import FittedOn
+
+
+def _known(values: Mapping[str, Any], form: type[Any]) -> Mapping[str, Any]:
+    """These values, if they are fields of a dataclass and have all that it needs."""
+    names = {field.name for field in fields(form)}
+    needed = {field.name for field in fields(form) if field.default is MISSING and field.default_factory is MISSING}
+    if wrong := sorted(set(values) - names) or sorted(needed - set(values)):
+        raise ValueError(f"{wrong[0]!r} is unknown or missing")
+    return values
 
 
 class _Model(BaseModel):
@@ -21,10 +34,31 @@ class _Preprocessing(BaseModel):
 
 class _Calibration(BaseModel):
     temperature: Annotated[FiniteFloat, Field(ge=0.01, le=100)]
+    fitted_on: dict[str, Any]
+
+    @field_validator("fitted_on")
+    @classmethod
+    def _of_images(cls, value: dict[str, Any]) -> dict[str, Any]:
+        FittedOn(**_known(value, FittedOn))
+        return value
+
+
+class _Training(BaseModel):
+    configuration: dict[str, int | float]
+    epochs: int
+
+    @field_validator("configuration")
+    @classmethod
+    def _of_a_trial(cls, value: dict[str, int | float]) -> dict[str, int | float]:
+        Hyperparameters(**_known(value, Hyperparameters))
+        return value
 
 
 class _Settings(BaseModel):
+    name: str
     normalisation: Literal["imagenet", "unit"]
+    trials: Annotated[int, Field(ge=1)] | None
+    folds: int | None = None
 
 
 class _Config(BaseModel):
@@ -32,13 +66,16 @@ class _Config(BaseModel):
     classes: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=2, max_length=1000)]
     preprocessing: _Preprocessing
     calibration: _Calibration | None
+    training: _Training
+    versions: dict[str, str]
     settings: _Settings
 
-    @model_validator(mode="after")
-    def _different(self) -> Self:
-        if len(set(self.classes)) < len(self.classes):
+    @field_validator("classes")
+    @classmethod
+    def _different(cls, classes: list[str]) -> list[str]:
+        if len(set(classes)) < len(classes):
             raise ValueError("two classes have the same name")
-        return self
+        return classes
 
 
 def read_config(content: bytes) -> dict[str, Any]:
@@ -47,15 +84,6 @@ def read_config(content: bytes) -> dict[str, Any]:
     Raises:
         BundleError: a value is missing or out of bounds; the message names it.
     """
-    try:
-        config = json.loads(content)
-        _Config.model_validate(config, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(
-            f"{CONFIG}: {where or 'classes'}: {first['msg']}; this program wrote no such bundle"
-        ) from None
-    except ValueError as error:
-        raise BundleError(f"{CONFIG} is not JSON: {error}") from None
+    config = read_json(content, CONFIG)
+    check_form(config, _Config, CONFIG, strict=True)
     return dict(config)

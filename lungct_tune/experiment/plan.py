@@ -24,7 +24,7 @@ from lungct_tune.data.split import DataSplit, split_and_fold
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_in, read_kept
+from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
 
 if TYPE_CHECKING:
@@ -80,9 +80,8 @@ class Plan:
             words += ["--storage", self.settings.storage]
         if self.settings.study:
             words += ["--study", self.settings.study]
-        if not self.experiment.is_local:  # see `confirm_paths`
-            settings = self.settings.model_dump()
-            words += flags(settings, paths_in(settings))
+        settings = self.settings.model_dump()
+        words += flags(settings, paths_to_give(settings, self.experiment))
         if self.settings.address:
             words += ["--address", self.settings.address]
         if self.settings.track:
@@ -123,7 +122,7 @@ class Plan:
             StudyError, JournalError: the study cannot be opened.
             StorageError: on entering, the storage cannot be read.
         """
-        from lungct_tune.experiment.study import open_study
+        from lungct_tune.experiment.study import open_study, sqlite_storage
         from lungct_tune.experiment.study_journal import opened_journal
 
         assert self.settings.epochs is not None  # decided by the plan
@@ -136,7 +135,7 @@ class Plan:
         with ExitStack() as held:
             if not self.experiment.is_local:
                 held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))
-            storage = held.enter_context(opened_journal(file)) if is_journal else f"sqlite:///{file}"
+            storage = held.enter_context(opened_journal(file)) if is_journal else sqlite_storage(file)
             yield open_study(storage, *how, new=new)
 
     def load_and_split(self) -> DataSplit:
@@ -248,6 +247,6 @@ def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) 
     confirm_study(kept, experiment, given)
     confirm_paths(kept, experiment, given)
     fingerprint = kept.pop("fingerprint")
-    text = (experiment.read("space.yaml") or b"").decode()
+    text = (experiment.read("space.yaml") or b"").decode(errors="replace")
     space = parse_space(text, f"{experiment.uri}/space.yaml")
     return Plan(validate(kept | {"study": None} | elsewhere), experiment, space, text, fingerprint)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 import pandas as pd
+
+from lungct_tune.data.tables import read_table, write_table
+from lungct_tune.experiment.bundle import PREDICTIONS
+from lungct_tune.experiment.form import written_by_a_search
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Predictions:
         for column, of_class_N in zip(_columns(self.classes), self.probabilities_NC.T, strict=True):
             table[column] = of_class_N
         table["group"] = self.groups_N
-        return table.to_csv(index=False).encode()
+        return write_table(table)
 
 
 def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
@@ -45,21 +48,27 @@ def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
 
     Args:
         classes: in the order of the model's outputs.
+
+    Raises:
+        BundleError: it has other columns or classes, or values that are no probabilities.
     """
-    table = read_table(csv)
+    with written_by_a_search(PREDICTIONS):
+        return _predictions(read_table(csv), classes)
+
+
+def _predictions(table: pd.DataFrame, classes: Sequence[str]) -> Predictions:
+    if unknown := set(table["class"]) - set(classes):
+        raise ValueError(f"the class {min(unknown)!r} is not one of the model's")
+    probabilities_NC = table[_columns(classes)].to_numpy(dtype=float)
+    if not len(table) or not ((probabilities_NC >= 0) & (probabilities_NC <= 1)).all():
+        raise ValueError("there are no predictions, or some are no probabilities")
     return Predictions(
         classes=tuple(classes),
         paths_N=table["path"].to_numpy(),
         labels_N=table["class"].map(list(classes).index).to_numpy(),
-        probabilities_NC=table[_columns(classes)].to_numpy(dtype=float),
+        probabilities_NC=probabilities_NC,
         groups_N=table["group"].to_numpy(),
     )
-
-
-def read_table(csv: bytes) -> pd.DataFrame:
-    """Reads a table of images. Names stay strings: a class may be called 1, None or NA."""
-    names = dict.fromkeys(("path", "label", "class", "predicted"), str)
-    return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
 
 
 def _columns(classes: Sequence[str]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,21 +10,32 @@ from typing import Any
 
 import optuna
 import pandas as pd
-import yaml
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import SQLAlchemyError
+from pydantic import BaseModel, FiniteFloat
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
+from lungct_tune.data.tables import read_table
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, as_json, find_bundle
+from lungct_tune.experiment.audit_file import read_audit
+from lungct_tune.experiment.bundle import (
+    AUDIT,
+    CHECKSUMS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    as_json,
+    check_sums,
+    find_bundle,
+)
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.form import check_form, written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
 from lungct_tune.experiment.model_config import read_config
-from lungct_tune.experiment.predictions import Predictions, read_predictions, read_table
-from lungct_tune.experiment.study import count_outcomes, load_study, read_trials
+from lungct_tune.experiment.predictions import Predictions, read_predictions
+from lungct_tune.experiment.study import check_trials, count_outcomes, load_study, read_trials
 from lungct_tune.experiment.study_mirror import JOURNAL, copy_study
 from lungct_tune.experiment.trial import BASELINE, Outcome, TrialRecord, best_trial
 from lungct_tune.training.objective import judged
@@ -200,15 +209,17 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
     """Reads the bundle of an experiment, or the best so far; None before a trial has completed.
 
     Raises:
-        BundleError: its config.json has values out of bounds.
+        BundleError: it is damaged, or its files have other forms than this program writes.
         StorageError: the storage refuses.
     """
     if (folder := find_bundle(experiment)) is None:
         return None
     names = (MODEL, CONFIG, METRICS, PREDICTIONS)
-    weights, config, metrics, predictions = (experiment.read(f"{folder}/{name}") for name in names)
-    if weights is None or config is None or metrics is None:
+    weights, config, metrics, predictions = contents = [experiment.read(f"{folder}/{name}") for name in names]
+    sums = experiment.read(f"{folder}/{CHECKSUMS}")
+    if weights is None or config is None or metrics is None or sums is None:
         return None  # the search has just replaced it by a better one
+    check_sums(f"{experiment.uri}/{folder}", sums, dict(zip(names, contents, strict=True)))
     content = read_config(config)
     return Bundle(
         weights=weights,
@@ -220,18 +231,33 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
 
 def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle | None) -> SearchResults:
     """Gathers the results of an experiment, whose study is open and whose bundle is already read."""
-    settings, space, split, audit = (
-        experiment.read(name) or b"" for name in ("settings.yaml", "space.yaml", "split.csv", AUDIT)
-    )
+    kept = read_kept(experiment)
+    assert kept is not None  # the caller has read it
+    space, split, audit = (experiment.read(name) for name in ("space.yaml", "split.csv", AUDIT))
+    check_trials(study)
     return SearchResults(
-        settings=yaml.safe_load(settings),
-        space=parse_space(space.decode(), f"{experiment.uri}/space.yaml"),
-        study=study.user_attrs,
+        settings=kept,
+        space=parse_space((space or b"").decode(errors="replace"), f"{experiment.uri}/space.yaml"),
+        study=check_form(study.user_attrs, _StudyAttributes, "the study").model_dump(),
         trials=read_trials(study),
-        split=read_table(split),
-        audit=json.loads(audit) if audit else None,
+        split=_read_split(split or b""),
+        audit=read_audit(audit) if audit else None,
         bundle=bundle,
     )
+
+
+class _StudyAttributes(BaseModel, extra="allow"):
+    wall_s: FiniteFloat = 0.0
+    slot_s: FiniteFloat = 0.0
+    cluster: str = ""
+
+
+def _read_split(csv: bytes) -> pd.DataFrame:
+    with written_by_a_search("split.csv"):
+        table = read_table(csv)
+        if not set(table["split"]) <= set(SPLITS):
+            raise ValueError(f"a split is called {min(set(table['split']) - set(SPLITS))!r}")
+        return table[["path", "label", "group", "split", *table.columns.intersection(["fold"])]]
 
 
 def _open_study(experiment: Experiment, name: str, url: str | None, scratch: Path) -> optuna.Study:
@@ -244,6 +270,11 @@ def _open_study(experiment: Experiment, name: str, url: str | None, scratch: Pat
                 f"{experiment.uri} has no {JOURNAL}: the search has not started, or kept its study elsewhere"
             )
         return load_study(copy, name)
-    except (KeyError, ValueError, SQLAlchemyError, sqlite3.Error, ImportError, StorageInternalError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Optuna and SQLAlchemy raise any kind about a damaged study
         where = "its database" if url else experiment.uri
-        raise NothingHeld(f"the study {name!r} cannot be read from {where}: {error}") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise NothingHeld(
+            f"the study {name!r} cannot be read from {where}: {type(error).__name__}: {reason}"
+        ) from error

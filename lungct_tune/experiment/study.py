@@ -7,6 +7,7 @@ and "ended" (the outcome and its reason, as text).
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -17,15 +18,19 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import FiniteFloat
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
+from lungct_tune.experiment.bundle import BundleError
+from lungct_tune.experiment.form import check_form, written_by_a_search
 from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochFigures, EpochReport, Outcome, TrialRecord
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
@@ -37,6 +42,9 @@ HISTORY = "history"
 
 BAD_SCORE = 0.0
 """The objective of a trial whose training diverged: the lowest possible balanced accuracy."""
+
+LOCKED_S = 60.0
+"""How long a change of a SQLite study waits for another program that has locked the file."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -77,7 +85,9 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
         if isinstance(storage, str):
             where += f" in {make_url(storage).render_as_string(hide_password=True)}"
         if not new:
-            return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+            study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+            check_trials(study)
+            return study
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
     except optuna.exceptions.DuplicatedStudyError as error:
         raise StudyError(f"there is a study {where} already; choose another --name") from error
@@ -105,8 +115,16 @@ def load_study(file: Path, name: str) -> optuna.Study:
         ValueError, SQLAlchemyError, StorageInternalError: it is damaged.
     """
     if file.suffix == ".db":
-        return optuna.load_study(storage=f"sqlite:///{file}", study_name=name)
+        return optuna.load_study(storage=sqlite_storage(file), study_name=name)
     return optuna.load_study(storage=JournalStorage(JournalFileBackend(str(file))), study_name=name)
+
+
+def sqlite_storage(file: Path) -> BaseStorage:
+    """Opens a SQLite database, in a folder of any name: in a URL, % and ? and { would mean something else."""
+    return RDBStorage(
+        "sqlite://",
+        {"creator": lambda: sqlite3.connect(file, timeout=LOCKED_S, check_same_thread=False), "poolclass": NullPool},
+    )
 
 
 def read_trials(
@@ -122,6 +140,26 @@ def read_trials(
     trials = study.get_trials(deepcopy=False, states=states)
     started = (trial for trial in trials if trial.number not in without and "configuration" in trial.user_attrs)
     return [trial_record(trial) for trial in started]
+
+
+def check_trials(study: optuna.Study) -> None:
+    """Checks the attributes of all trials, which others may have written.
+
+    Raises:
+        BundleError: one has another form than a search writes; the message names trial and attribute.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        where, attributes = f"the study, trial {trial.number}", trial.user_attrs
+        for name in (name for name in attributes if name.partition(":")[0] == HISTORY):
+            if not check_form(attributes[name], list[EpochFigures], f"{where}, {name}"):
+                raise BundleError(f"{where}, {name}: it has no epochs; restore the study")
+        if "configuration" in attributes:
+            with written_by_a_search(f"{where}, configuration"):
+                values = check_form(attributes["configuration"], dict[str, FiniteFloat], f"{where}, configuration")
+                Hyperparameters(**values)
+        check_form(attributes.get("outcome", Outcome.RUNNING), Outcome, f"{where}, outcome")
+        check_form(attributes.get("ended", ""), str, f"{where}, ended")
+        check_form(attributes.get("made_with", {}), dict[str, Any], f"{where}, made_with")
 
 
 def finished_trials(study: optuna.Study) -> list[TrialRecord]:

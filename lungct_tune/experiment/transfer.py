@@ -31,10 +31,10 @@ from lungct_tune.filesystem import StorageError
 AT_ONCE = 8
 """Files that are fetched at the same time."""
 
-LOCK, BEGUN = ".lock", ".begun"
+LOCK, BEGUN = ".lungct_tune-pull.lock", ".lungct_tune-begun"
 """In `DEST.part`: the lock file of the running pull, and the folder of files that have arrived only in part."""
 
-TRANSIENT = ("*.part", ".lock", ".probe*", "study.db-*", "study.journal.lock*", "*-images.npy")
+TRANSIENT = ("*.part", ".lock", LOCK, ".probe*", "study.db-*", "study.journal.lock*", "*-images.npy")
 """Names of temporary files and folders. A search does not need them to continue."""
 
 STATES = f"*{STATE}"
@@ -147,9 +147,9 @@ def _alone(part: Path) -> Iterator[None]:
         FetchError: another pull is using it, or no pull has made it.
     """
     mark = part / LOCK
-    part.mkdir(parents=True, exist_ok=True)
-    if not mark.exists() and any(part.iterdir()):
+    if os.path.lexists(part) and (part.is_symlink() or not mark.is_file()):
         raise FetchError(f"{part} exists, and no pull has made it. Move it away, or give another DEST")
+    part.mkdir(parents=True, exist_ok=True)
     with mark.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

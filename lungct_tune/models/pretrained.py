@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lungct_tune.config.settings import without_secrets
 from lungct_tune.errors import UserError
+from lungct_tune.files import open_file
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, TruncatedResNet50, truncate
 
-_PREFIXES = re.compile(r"^((module|backbone|model)\.)+")
-_NAMED_MISFITS = 5
+MOST_BYTES = 1_500_000_000
+"""Of a file of weights, unpacked. A ResNet50 has 100 MB; a checkpoint may have several networks and an optimiser."""
+
+_MOST_TENSORS = 100_000
+_LEVELS = 6  # of dictionaries inside dictionaries
+_STEM = (7, 7)  # only the first convolution of a ResNet50 has kernels of this size
+_NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+"""Names of the children of nn.Sequential(*resnet50().children()), as in RadImageNet's files."""
+
+_NAMED = 5  # keys that a message shows
 
 
 class WeightsError(UserError):
@@ -23,25 +35,74 @@ class WeightsError(UserError):
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """Reads the pretrained tensors to the CPU, by torchvision's key names, without the classifier `fc`.
+    """Reads the pretrained tensors to the CPU, float32, by torchvision's key names, without the classifier `fc`.
+
+    The backbone is found by its first convolution, whatever stands before `conv1.weight` in its key ("module.",
+    "backbone.", "state_dict" around the tensors, ...). If there are several, as in checkpoints of contrastive
+    learning, the first one is read. The names may also be the numbers of a `nn.Sequential` of ResNet50's children.
 
     Args:
         source: "imagenet" for torchvision's ResNet50 (IMAGENET1K_V2, from torch's hub cache or downloaded into
-            it), else the path of a `.safetensors` or a torch file. A torch file has the tensors, or a dict with the
-            tensors under "state_dict" or "model". The prefixes "module.", "backbone." and "model." are dropped.
+            it), else the path of a `.safetensors` or a torch file.
 
     Raises:
-        WeightsError: there is no such file, no network, or no tensor that can be read without running code in the file.
+        WeightsError: there is no such file, no network, no backbone that can be read without running code in the
+            file, or a tensor has other values than finite numbers.
     """
     try:
-        content = _download() if source == "imagenet" else _read(Path(source))
-    except Exception as error:  # decoders and sockets raise many kinds of errors
-        raise WeightsError(_complaint(f"weights {source!r}: {type(error).__name__}: {error}")) from error
-    tensors = {_PREFIXES.sub("", key): value for key, value in content.items() if isinstance(value, Tensor)}
-    state = {key: value for key, value in tensors.items() if not key.startswith("fc.")}
+        tensors = dict(islice(_tensors(_download() if source == "imagenet" else _read(Path(source))), _MOST_TENSORS))
+    except Exception as error:  # decoders and sockets raise many kinds of errors, and torch explains at length
+        first = str(error).partition("\n")[0]
+        raise WeightsError(
+            _complaint(f"weights {without_secrets(source)!r}: {type(error).__name__}: {first}")
+        ) from error
+    wanted = truncate(ACTIVATIONS).state_dict()
+    state = {name: tensor for name, tensor in _backbone(tensors).items() if name in wanted}
     if not state:
-        raise WeightsError(_complaint(f"weights {source!r}: has no tensors of a backbone"))
+        found, names = (", ".join(list(keys)[:_NAMED]) or "none" for keys in (tensors, wanted))
+        raise WeightsError(
+            _complaint(f"weights {source!r}: has no tensors of a backbone. Its keys: {found}. Expected: {names}")
+        )
+    for name, tensor in state.items():
+        if tensor.shape == wanted[name].shape and not name.endswith("num_batches_tracked"):
+            if (fault := _fault(tensor)) is not None:
+                raise WeightsError(_complaint(f"weights {source!r}: {name} {fault}"))
+            state[name] = tensor.float()
     return state
+
+
+def _tensors(content: Any, path: str = "", level: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dictionaries inside dictionaries, by their keys joined with dots."""
+    if isinstance(content, Tensor):
+        yield path, content
+    elif isinstance(content, Mapping) and level < _LEVELS:
+        for key, value in content.items():
+            yield from _tensors(value, f"{path}.{key}" if path else str(key), level + 1)
+
+
+def _backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the first ResNet50 among these, by torchvision's names; without one, nothing."""
+    for stem, tensor in tensors.items():
+        prefix, _, name = stem.removesuffix(".weight").rpartition(".")
+        if stem.endswith(".weight") and name in ("conv1", "0") and tensor.ndim == 4 and tensor.shape[2:] == _STEM:
+            start = f"{prefix}." if prefix else ""
+            inside = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            if name == "conv1":
+                return inside
+            parts = {key: key.partition(".") for key in inside}
+            return {f"{_NUMBERED.get(first, first)}.{rest}": inside[key] for key, (first, _, rest) in parts.items()}
+    return {}
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be weights; None if it can."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return "is sparse, quantized or without data; save it as a dense tensor"
+    if not tensor.is_floating_point():
+        return f"has the type {tensor.dtype}; save it as floating-point numbers"
+    if not tensor.float().isfinite().all():
+        return "has values that are not finite numbers"
+    return None
 
 
 def read_covering(source: str, depth: int) -> dict[str, Tensor]:
@@ -77,8 +138,8 @@ def load_backbone(model: TruncatedResNet50, state: Mapping[str, Tensor]) -> None
     kept = model.backbone.state_dict()
     misfits = _misfits(kept, state)
     if misfits:
-        named = ", ".join(f"{key} ({why})" for key, why in list(misfits.items())[:_NAMED_MISFITS])
-        more = f" and {len(misfits) - _NAMED_MISFITS} more" if len(misfits) > _NAMED_MISFITS else ""
+        named = ", ".join(f"{key} ({why})" for key, why in list(misfits.items())[:_NAMED])
+        more = f" and {len(misfits) - _NAMED} more" if len(misfits) > _NAMED else ""
         covered = covered_depth(state)
         raise WeightsError(
             _complaint(
@@ -108,21 +169,30 @@ def _download() -> dict[str, Any]:
     return dict(_imagenet().get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("state_dict", "model"):
-        content = content.get(wrapper, content)
-    return dict(content)
+def _read(path: Path) -> Any:
+    with open_file(path, MOST_BYTES) as file:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if is_zipfile(file):
+            with ZipFile(file) as archive:
+                if (unpacked := sum(entry.file_size for entry in archive.infolist())) > MOST_BYTES:
+                    raise OSError(f"{unpacked:,} bytes unpacked; at most {MOST_BYTES:,} are read")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise ValueError("it is no file of tensors that can be read without running code in it") from error
 
 
 def _complaint(what: str) -> str:
     """The message for an error: `what` is wrong, and three ways to fix it."""
     url = _imagenet().url
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    try:
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    except RuntimeError:  # this user has no home
+        cached = Path("$TORCH_HOME", "hub", "checkpoints", Path(url).name)
     return (
         f"{what}\nThree ways to fix this: (1) save {url} as {cached} ; "
-        "(2) give --weights FILE, a .pth or .safetensors with torchvision's key names, for at least the layers of the "
+        "(2) give --weights FILE, a .pth or .safetensors of a ResNet50, for at least the layers of the "
         "truncated network; (3) start from random weights with --weights none."
     )

@@ -47,6 +47,12 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
+    for aside in images.left_aside:
+        console.print(_left_aside(aside._asdict()), soft_wrap=True, markup=False)
+
+
+def _left_aside(aside: Mapping[str, Any]) -> str:
+    return f"not used, {aside['reason']}: {aside['files']}, such as {aside['example']}"
 
 
 def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console) -> None:
@@ -130,15 +136,17 @@ def print_bundle(folder: Path, console: Console) -> None:
     """Prints the content of a bundle, its accuracy, and how to use it."""
     config, metrics = read_config((folder / CONFIG).read_bytes()), read_metrics((folder / METRICS).read_bytes())
     best = metrics.best_trial
+    score = best.get(OBJECTIVE, best.get(f"best_{OBJECTIVE}"))  # the second in bundles of version 0.1
     configuration = Hyperparameters(**config["training"]["configuration"])
     console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
     if metrics.test is None:
         console.print(
             f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
-            f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} "
+            f"{config['settings']['trials']}, chosen by its balanced accuracy of {score:.3f} "
             f"{judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. Pull again when "
             "the search has ended.",
             soft_wrap=True,
+            markup=True,
         )
     _print_worth(metrics, console)
     console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
@@ -157,6 +165,7 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         f"[bold]{title} {in_words(test.accuracy)}[/], {test.n} images in {test.groups} groups; "
         f"balanced accuracy {in_words(test.balanced_accuracy)}",
         soft_wrap=True,
+        markup=True,
     )
     for kind, other in test.references.items():
         figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
@@ -229,6 +238,10 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         say(f"  {file['path']} holds {file['format']}")
     for file in inventory["unreadable"]:
         say(f"  {file['path']} cannot be read: {file['reason']}")
+    for path in inventory["without_content"]:
+        say(f"  {path} has no content")
+    for aside in inventory["left_aside"]:
+        say(_left_aside(aside))
 
     say(f"\npairs of copies: {counted(copies['pairs_by_kind'])}", "bold")
     for row in (*copies["across"], *copies["inside"]):

@@ -16,7 +16,8 @@ from PIL import Image
 
 from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
-from lungct_tune.data.decode import open_image, to_grey
+from lungct_tune.data.decode import open_image
+from lungct_tune.data.grey import to_grey
 from lungct_tune.reporting.format import figure, interval, percent
 from lungct_tune.reporting.output_file import GENERATOR
 

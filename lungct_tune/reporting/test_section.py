@@ -138,10 +138,10 @@ def find_pictures(found: SearchResults, data: str | Path | None, is_local: bool)
         is_local: whether the search is in a folder. Paths are not taken from a remote storage, see `confirm_paths`.
     """
     settings = found.settings
-    if settings["data"] and not data and not is_local:
+    if settings["data"] and not data and (not is_local or "://" in settings["data"]):
         return Pictures(
-            missing="the path of the images is not taken from a remote storage, since others may write to it; give "
-            f"their folder with --data DIR (settings.yaml names {settings['data']})"
+            missing="addresses, and paths on a remote storage, are not taken from an experiment, since others may "
+            f"write to it; give the folder of the images with --data DIR (settings.yaml names {settings['data']})"
         )
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:

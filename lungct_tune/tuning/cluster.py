@@ -27,7 +27,7 @@ from lungct_tune.tuning.allocation import (
     number_of,
     workers_of,
 )
-from lungct_tune.tuning.ray_compat import autoscaling_config
+from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster
 from lungct_tune.tuning.workers import PROBE, check_from_here
 
 WORKER_START_TIMEOUT_S = 7 * 24 * 3600
@@ -90,6 +90,12 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             "RAY_AUTH_TOKEN); RAY_AUTH_MODE must be the same here as there."
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
+        if not at and not has_local_cluster():
+            raise ClusterError(
+                f"Ray cannot start on this machine: {str(error).partition(chr(10))[0]}\nIts files are in "
+                f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray. Set RAY_TMPDIR to a folder with a short path, below 50 "
+                "characters, that you can write to and that has space; or give the --address of a cluster"
+            ) from error
         where = f"at {at}" if at else "at hand (the last one started here)"
         raise ClusterError(
             f"the Ray cluster {where} cannot be joined: {error}\n"

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
+LATEST_CLUSTER = "ray._private.services:find_bootstrap_address"
+"""The address of the cluster that was started last on this machine, which `ray.init` joins; None if there is none."""
+
 TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
 """Sets up torch.distributed in Ray Train's workers; subclassed to set the network interface of every worker."""
 
@@ -71,7 +74,7 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 
 PRIVATE_NAMES = (
     *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
-    *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES),
+    *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES, LATEST_CLUSTER),
     *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),
     OPTUNA_TRIAL,
 )
@@ -196,6 +199,11 @@ class _NoActor:
 
     def remote(self, **arguments: Any) -> _NoActor:
         return self
+
+
+def has_local_cluster() -> bool:
+    """Whether a Ray cluster was started on this machine that `ray.init` would join."""
+    return private(LATEST_CLUSTER)(None) is not None
 
 
 def draining_nodes() -> set[str]:

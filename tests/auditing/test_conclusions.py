@@ -33,7 +33,11 @@ def figures_of(leaks: tuple[str, ...] = (), alike: tuple[str, ...] = (), **more:
         "conflicts": [],
         "shortcuts": {"given_away": []},
         "groups": {"by_class": {"cancer": 9, "normal": 9}, "images_in_groups_csv": 60},
-        "inventory": {"unreadable": [], "by_class": {"cancer": {"train": 9, "valid": 9, "test": 9}}},
+        "inventory": {
+            "unreadable": [],
+            "without_content": [],
+            "by_class": {"cancer": {"train": 9, "valid": 9, "test": 9}},
+        },
     }
     return audit | more
 
@@ -72,7 +76,7 @@ def test_a_shortcut_to_one_of_two_classes_is_said_once() -> None:
 
 def test_a_class_without_images_in_a_part_is_named() -> None:
     counts = {"cancer": {"train": 9, "valid": 0, "test": 0}}
-    verdict = conclude(figures_of(inventory={"unreadable": [], "by_class": counts}))
+    verdict = conclude(figures_of(inventory={"unreadable": [], "without_content": [], "by_class": counts}))
     assert verdict["level"] == "caution" and "no images of a class" in verdict["headline"]
     for part, reason in zip(("valid", "test"), verdict["reasons"], strict=True):
         assert reason.startswith(f"No image of cancer is in {part}: ")

@@ -132,3 +132,40 @@ def test_other_options_in_the_studys_url_are_kept() -> None:
 def test_images_may_be_a_uri_and_a_folder_may_be_written_as_one(tmp_path: Path) -> None:
     assert validate({"data": "s3://bucket/ct"}).with_absolute_paths().data == "s3://bucket/ct"
     assert validate({"data": f"file://{tmp_path}"}).data == validate({"data": str(tmp_path)}).data == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("trials: yes", "trials = True: true or false"),
+        ("seed: true", "seed = True"),
+        ("cpus_per_worker: .inf", "cpus_per_worker = inf"),
+        ("checkpoint_interval: .nan", "checkpoint_interval = nan"),
+        ("study: ''", "study = '': it is empty"),
+        ("storage: '://'", "storage = '://': expected a folder"),
+        ("trials: 3\ntrials: 4", "the key 'trials' is there twice"),
+        ("name: 2024", "in YAML, put it into quotes"),
+        ('data: "a\\0b"', "not UTF-8"),
+        ("- a", "expected lines of"),
+    ],
+)
+def test_a_file_that_says_something_else_than_it_seems_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(SettingsError) as refusal:
+        read_settings(["--settings", str(tmp_path / "x.yaml")])
+    assert says in str(refusal.value)
+
+
+def test_folders_may_be_named_as_yaml_names_numbers(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("class_map: {0: normal, 1: adenocarcinoma, yes: squamous cell carcinoma}")
+    settings, _ = read_settings(["--settings", str(tmp_path / "x.yaml")])
+    assert settings.class_map == {"0": "normal", "1": "adenocarcinoma", "yes": "squamous cell carcinoma"}
+
+
+@pytest.mark.parametrize("words", [["--study", ""], ["--study="], ["--settings", ""], ["--data", "M\udcfcller"]])
+def test_empty_arguments_and_bytes_that_are_no_text_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(words)
+    assert "is empty; give a value" in (said := capsys.readouterr().err) or r"M\udcfcller" in said

@@ -21,18 +21,21 @@ JUDGED = evaluate_predictions(
     references={"majority class": ("normal", np.full(8, 2))},
 )
 
+BEST = {"trial": 3, "balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
+SEARCH = {"trials": 5, "epochs": 20, "wall_s": 9.0, "overhead_ratio": None, "ended": {"completed": 5}}
+
 
 def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:
     config = {
         "model": {"truncation_depth": 20, "dropout": 0.5},
         "classes": ["cancer", "normal"],
-        "training": {"configuration": PUBLISHED.as_dict()},
+        "training": {"configuration": PUBLISHED.as_dict(), "epochs": 4},
+        "versions": {"torch": "2"},
         "preprocessing": {"image_size": 64},
         "calibration": None,
-        "settings": {"trials": 8, "normalisation": "imagenet"},
+        "settings": {"name": "one", "trials": 8, "normalisation": "imagenet"},
     }
-    best = {"trial": 3, "balanced_accuracy": 0.875}
-    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)
+    metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=BEST, search=SEARCH, test=test)
     return {
         "model.safetensors": model,
         "config.json": as_json(config),

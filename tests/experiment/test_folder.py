@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from typing import TYPE_CHECKING
 
+import optuna
 import pytest
 
 from lungct_tune.experiment.bundle import BundleError, as_json, has_bundle, verify, write_bundle
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study import load_study, sqlite_storage
 from lungct_tune.filesystem import StorageError
 
 if TYPE_CHECKING:
@@ -112,3 +115,24 @@ def test_a_bundle_without_a_model_or_how_to_build_it_is_refused(tmp_path: Path, 
     write_bundle(Experiment.at(str(tmp_path), "one"), {name: FILES[name] for name in FILES if name == kept})
     with pytest.raises(BundleError, match="missing"):
         verify(tmp_path / "one" / "best")
+
+
+@pytest.mark.parametrize("name", ["lung%2Fmain", "100%", "what?", "a#b", "{x}", "ü ö", "a b&c=d"])
+def test_a_study_may_be_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    optuna.create_study(storage=sqlite_storage(folder / "study.db"), study_name="one").set_user_attr("wall_s", 3.0)
+    assert (folder / "study.db").stat().st_size > 0
+    assert load_study(folder / "study.db", "one").user_attrs == {"wall_s": 3.0}
+    experiment = Experiment.at(str(tmp_path), name)
+    experiment.write("x", b"content")
+    assert (folder / "x").read_bytes() == experiment.read("x") == b"content"
+
+
+def test_no_pipe_and_no_giant_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "giant").open("wb") as file:
+        file.truncate(10**12)
+    for name in ("pipe", "giant"):
+        with pytest.raises(StorageError, match=f"cannot read {name}"):
+            Experiment.at(str(tmp_path.parent), tmp_path.name).read(name)

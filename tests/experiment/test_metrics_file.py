@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import BEST, SEARCH
 
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import metrics as held
@@ -52,7 +53,7 @@ def test_what_is_computed_is_what_is_read() -> None:
         references={"majority class": ("normal", np.full(8, 2))},
         overlap_N=np.arange(8) < 3,
     )
-    metrics = BundleMetrics("data", None, {"trial": 3}, {"trials": 5}, test, {"mean": 0.5})
+    metrics = BundleMetrics("data", None, BEST, SEARCH, test, {"balanced_accuracy": [0.5], "mean": 0.5, "sd": 0.1})
     content = metrics_json(metrics)
     assert json.loads(content)["test"]["leak_free"]["n"] == 5
     assert read_metrics(content) == metrics

@@ -11,13 +11,15 @@ from bundles import files_of_a_bundle
 from lungct_tune.experiment.bundle import CONFIG, BundleError
 from lungct_tune.experiment.model_config import read_config
 
+FITTED = {"images": 9, "groups": 3, "what": "validation"}
+
 
 def config(**changes: Any) -> dict[str, Any]:
     return dict(json.loads(files_of_a_bundle()[CONFIG])) | changes
 
 
 def test_values_within_bounds_are_read_as_they_are() -> None:
-    written = config(calibration={"temperature": 1.5}, more="kept")
+    written = config(calibration={"temperature": 1.5, "fitted_on": FITTED}, more="kept")
     assert read_config(json.dumps(written).encode()) == written
 
 
@@ -32,8 +34,11 @@ def test_values_within_bounds_are_read_as_they_are() -> None:
         ({"classes": ["normal", "normal"]}, "classes: .*same name"),
         ({"classes": ["a" * 201, "normal"]}, "classes.0"),
         ({"calibration": {"temperature": 0}}, "calibration.temperature"),
-        ({"calibration": {"temperature": float("nan")}}, "calibration.temperature"),
-        ({"settings": {"normalisation": "other"}}, "settings.normalisation"),
+        ({"calibration": {"temperature": 1.5, "fitted_on": {}}}, "calibration.fitted_on"),
+        ({"settings": {"name": "a", "trials": 8, "normalisation": "other"}}, "settings.normalisation"),
+        ({"training": {"configuration": {"depth": 3}, "epochs": 4}}, "training.configuration.*'depth' is unknown"),
+        ({"training": {"configuration": [], "epochs": 4}}, "training.configuration"),
+        ({"versions": None}, "versions"),
     ],
 )
 def test_a_value_out_of_bounds_is_named(changes: dict[str, Any], named: str) -> None:
@@ -42,5 +47,6 @@ def test_a_value_out_of_bounds_is_named(changes: dict[str, Any], named: str) -> 
 
 
 def test_what_is_not_json_is_no_config() -> None:
-    with pytest.raises(BundleError, match="is not JSON"):
-        read_config(b"{")
+    for content in (b"{", b"[" * 100_000, b"\xff\xfe", json.dumps(config(calibration=float("nan"))).encode()):
+        with pytest.raises(BundleError, match="is not JSON"):
+            read_config(content)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import checksum_errors, find_bundle, verify, write_bundle, write_so_far
-from lungct_tune.experiment.transfer import BEGUN, beginning
+from lungct_tune.experiment.transfer import BEGUN, LOCK, beginning
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.pull import main
 
@@ -104,7 +104,7 @@ def test_one_pull_at_a_time_fills_a_folder(tmp_path: Path, capsys: pytest.Captur
 
     finished(tmp_path)
     (tmp_path / "model.part").mkdir()
-    with (tmp_path / "model.part" / ".lock").open("w") as lock:
+    with (tmp_path / "model.part" / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2
     assert "another pull is writing" in capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_links_that_lie_in_wait_are_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     part = tmp_path / "model.part"
     part.mkdir()
-    (part / ".lock").touch()
+    (part / LOCK).touch()
     (part / "trials.csv").symlink_to(tmp_path / "precious")
     (part / "folder").symlink_to(tmp_path)
     assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
@@ -198,7 +198,7 @@ def test_whatever_was_left_and_whatever_is_damaged_dest_is_absent_or_right(
     names = [*right, "stranger", "folder/stranger"]
     for name, left in data.draw(st.dictionaries(st.sampled_from(names), st.binary(max_size=50))).items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
-        (part / ".lock").touch()
+        (part / LOCK).touch()
         (part / name).write_bytes(left)
         if name in right:  # what looks like it, or like its beginning, and may be so
             info = experiment.info(f"best/{name}")

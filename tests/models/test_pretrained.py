@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +46,79 @@ def test_reads_a_torch_file_with_the_usual_prefixes_and_wrappers(
     read = read_weights(str(path))
     assert read.keys() == {"conv1.weight", "bn1.bias"}
     assert torch.equal(read["conv1.weight"], few["conv1.weight"])
+
+
+def with_prefix(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    return lambda state: {prefix + key: value for key, value in state.items()}
+
+
+def numbered(key: str) -> str:
+    children = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7", "fc": "9"}
+    first, _, rest = key.partition(".")
+    return f"{children[first]}.{rest}"
+
+
+LAYOUTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "encoder": with_prefix("encoder."),
+    "compiled": with_prefix("_orig_mod."),
+    "compiled and distributed": with_prefix("module._orig_mod."),
+    "Lightning": lambda state: {"epoch": 3, "state_dict": with_prefix("model.net.")(state), "optimizer_states": [1]},
+    "MoCo": lambda state: {
+        "state_dict": with_prefix("module.encoder_q.")(state)
+        | {f"module.encoder_k.{key}": torch.zeros_like(value) for key, value in state.items()}
+    },
+    "RadImageNet": lambda state: {f"backbone.{numbered(key)}": value for key, value in state.items()},
+    "nested": lambda state: {"checkpoint": {"model_state_dict": state}, "optimizer": {"state": {0: torch.ones(3)}}},
+    "half precision": lambda state: {key: value.half() for key, value in state.items()},
+    "parameters": lambda state: {
+        key: torch.nn.Parameter(value, value.is_floating_point()) for key, value in state.items()
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layouts_in_circulation_are_read(tmp_path: Path, state: dict[str, Tensor], layout: str) -> None:
+    torch.save(LAYOUTS[layout](state), tmp_path / "x.pth")
+    read = read_weights(str(tmp_path / "x.pth"))
+    assert covered_depth(read) == 49
+    assert read["layer4.2.conv3.weight"].dtype == torch.float32
+    torch.testing.assert_close(read["conv1.weight"], state["conv1.weight"], atol=1e-3, rtol=0)
+
+
+def test_other_networks_are_refused_with_keys_found_beside_keys_wanted(tmp_path: Path) -> None:
+    torch.save({f"blocks.{i}.weight": torch.zeros(3) for i in range(9)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"keys: blocks\.0\.weight, .*blocks\.4\.weight\. Expected: conv1\."):
+        read_weights(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value * float("nan"), "bn1.weight has values that are not finite"),
+        (lambda value: value / 0, "bn1.weight has values that are not finite"),
+        (lambda value: value.double() * 1e300, "bn1.weight has values that are not finite"),
+        (lambda value: value.to(torch.int8), r"bn1.weight has the type torch\.int8"),
+        (lambda value: value > 0, r"bn1.weight has the type torch\.bool"),
+        (lambda value: value.to(torch.complex64), r"bn1.weight has the type torch\.complex64"),
+        (lambda value: value.to_sparse(), "bn1.weight is sparse"),
+        (lambda value: value.to("meta"), "bn1.weight is sparse, quantized or without data"),
+    ],
+)
+def test_what_cannot_be_weights_is_refused(
+    tmp_path: Path, state: dict[str, Tensor], change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    torch.save(state | {"bn1.weight": change(state["bn1.weight"])}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message):
+        read_weights(str(tmp_path / "x.pth"))
+
+
+def test_no_pipe_no_device_and_no_giant_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with (tmp_path / "giant.pth").open("wb") as file:
+        file.truncate(10**12)
+    for path in (tmp_path / "pipe.pth", tmp_path / "giant.pth", Path("/dev/zero")):
+        with pytest.raises(WeightsError, match=r"not a regular file|at most 1,500,000,000 are read"):
+            read_weights(str(path))
 
 
 def test_reads_safetensors(tmp_path: Path, state: dict[str, Tensor]) -> None:
