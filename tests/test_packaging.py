@@ -66,7 +66,7 @@ from lungct_tune.config.search_space import parse_space, read_space
 from lungct_tune.config.settings import Settings
 from lungct_tune.reporting.html import render
 
-path = Settings().space
+path = Settings().for_data().space
 parse_space(read_space(path), str(path))
 print(path)
 print(render("page.css", {}).decode())

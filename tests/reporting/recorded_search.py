@@ -20,7 +20,7 @@ from lungct_tune.experiment.metrics import BundleMetrics
 from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
-from lungct_tune.experiment.study import finished_trials, open_study
+from lungct_tune.experiment.study import effort, finished_trials, open_study
 from lungct_tune.experiment.study_journal import StudyStorage
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -123,7 +123,7 @@ class Search:
         made = Bundle(
             weights=safetensors.torch.save(model.state_dict()),
             config=describe_model(self.plan.settings, self.images, best.hyperparameters, EPOCHS, None),
-            metrics=BundleMetrics("phantoms", None, {"trial": best.number}, {}, test=figures),
+            metrics=BundleMetrics("phantoms", None, best.row(), effort(self.study, finished_trials(self.study), 1), test=figures),
             predictions=Predictions(self.images.classes, paths_N, labels_N, probabilities_NC, groups_N),
         )
         bundle.write_bundle(self.plan.experiment, made.files)
