@@ -120,10 +120,11 @@ class Search:
             overlap_N=group_overlap(self.images, self.split),
         )
         paths_N = self.images.table["path"].to_numpy()[test]
+        cost = effort(self.study, finished_trials(self.study), slots=1)
         made = Bundle(
             weights=safetensors.torch.save(model.state_dict()),
             config=describe_model(self.plan.settings, self.images, best.hyperparameters, EPOCHS, None),
-            metrics=BundleMetrics("phantoms", None, best.row(), effort(self.study, finished_trials(self.study), 1), test=figures),
+            metrics=BundleMetrics("phantoms", None, best.row(), cost, test=figures),
             predictions=Predictions(self.images.classes, paths_N, labels_N, probabilities_NC, groups_N),
         )
         bundle.write_bundle(self.plan.experiment, made.files)
