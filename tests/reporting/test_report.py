@@ -53,7 +53,7 @@ class Page(HTMLParser):
             assert given["aria-label"] and given["role"] == "img"
         assert tag not in ("script", "iframe", "link")
         self.fetched += [given[key] for key in ("src", "href") if key in given]
-        if tag not in ("meta", "br", "hr"):
+        if tag not in ("meta", "br", "hr", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Search:
-    """5 trials: four that completed, one that failed; 12 of 60 images are test."""
+    """5 trials: four that completed, one that failed; 16 of 60 images are test."""
     search = Search(tmp_path_factory.mktemp("finished"), phantoms, trials=5)
     for _ in range(3):
         search.run()
@@ -107,7 +107,7 @@ def test_a_page_says_the_figures_that_were_judged(found: SearchResults, content:
     test = found.test
     assert test is not None
     accuracy = f"{100 * test.accuracy.value:.1f} %"
-    assert f"is right on {accuracy} of 12 test images" in text
+    assert f"is right on {accuracy} of 16 test images" in text
     assert "4 completed, 1 failed" in text and "trial 3: failed: a <slot> died" in text
     assert "fixed before the search began" in text
     assert found.settings["fingerprint"] in text
@@ -150,7 +150,7 @@ def test_other_images_than_the_searchs_are_not_shown(found: SearchResults, phant
     assert "are not those of the search" in find_pictures(found, copy, is_local=True).missing
     assert find_pictures(found, f"file://{phantoms}", is_local=True).images is not None
     missing = find_pictures(found, None, is_local=False).missing  # others may have written the path there
-    assert "give their folder with --data DIR" in missing
+    assert "give the folder of the images with --data DIR" in missing
 
 
 def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: SearchResults) -> None:
@@ -314,14 +314,14 @@ def test_the_verdict_names_the_gravest_objection(found: SearchResults) -> None:
             "The model is not shown to be better than always predicting normal without",
         ),
     ):
-        clean = WithoutOverlap(12 - n, accuracy, references)
+        clean = WithoutOverlap(16 - n, accuracy, references)
         seen = replace(with_test(found, accuracy=good, references=both, without_overlap=clean), split=leaking)
         assert verdict(seen)[2].startswith(said)
-        assert f"For {n} of the 12 test images an image of the same group (a copy, or of the same" in verdict(seen)[2]
-        assert f"on the {12 - n} others the accuracy is {100 * accuracy.value:.1f}" in verdict(seen)[2]
+        assert f"For {n} of the 16 test images an image of the same group (a copy, or of the same" in verdict(seen)[2]
+        assert f"on the {16 - n} others the accuracy is {100 * accuracy.value:.1f}" in verdict(seen)[2]
     nothing = WithoutOverlap(0, Figure(None, None), both)
     all_seen = replace(with_test(found, without_overlap=nothing), split=found.split.assign(group=0))
-    assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 12 of the 12 ")
+    assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 16 of the 16 ")
 
 
 def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -> None:
