@@ -80,5 +80,5 @@ print(render("page.css", {}).decode())
 def test_the_installed_command_plans_a_search_from_another_folder(installed: Path, tmp_path: Path) -> None:
     assert run(installed / "lungct-tune", "--version", within=tmp_path) == f"lungct-tune {lungct_tune.__version__}\n"
     said = run(installed / "lungct-tune", "search", "--plan", within=tmp_path)
-    assert "480 images in " in said and "weight_decay: 0.0001 to 0.1, logarithmic" in said
+    assert "480 images in " in said and "backbone_lr: 0.0003 to 0.005, logarithmic" in said
     assert not any(tmp_path.iterdir())
