@@ -29,7 +29,7 @@ from rich.console import Console
 from services import get, server
 from studies import epochs_of, trials_in
 
-from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.experiment.study import rungs
 from lungct_tune.experiment.trial import EpochFigures
 from lungct_tune.training.objective import OBJECTIVE
@@ -279,7 +279,8 @@ def test_mlflow_has_a_run_for_each_trial_and_one_for_the_final_model(watched: Wa
     assert len(mlflow_runs(url)) == len(watched.trials) + 1
     for trial in watched.trials:
         run = runs[f"trial_{trial.number:04d}"]
-        assert run.data.params == {name: str(value) for name, value in trial.user_attrs["configuration"].items()}
+        configuration = Hyperparameters(**trial.user_attrs["configuration"]).resolved
+        assert run.data.params == {name: str(value) for name, value in configuration.as_dict().items()}
         assert mlflow_history(url, run, OBJECTIVE) == sorted(trial.intermediate_values.items())  # also the interrupted
         assert run.data.tags["ended"] == trial.user_attrs["ended"] and run.info.status == "FINISHED"
     metrics = json.loads((watched.folder / "best" / "metrics.json").read_text())
