@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import pandas as pd
@@ -66,7 +66,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> list[
     files: list[ImageFile] = []
     unknown: dict[str, int] = {}
     for folder, class_folder in _class_folders(image_base(root)):
-        images = [path.relative_to(root).as_posix() for path in _images_below(class_folder)]
+        images = [path.relative_to(root).as_posix() for path in images_below(class_folder)]
         class_name = _class_of(class_folder.name, spellings)
         where = class_folder.relative_to(root).as_posix()
         if class_name is not None and not images:
@@ -130,7 +130,7 @@ def _class_folders(base: Path) -> list[tuple[str, Path]]:
     if not split_folders:
         _refuse_loose_images(base)
         return [("", path) for path in others]
-    if astray := [path.name for path in others if _images_below(path)]:
+    if astray := [path.name for path in others if images_below(path)]:
         raise DataError(
             f"{base} has images in {', '.join(astray)} beside the folders "
             f"{', '.join(path.name for path in split_folders)}; keep either split folders or class folders"
@@ -145,24 +145,26 @@ def _class_folders(base: Path) -> list[tuple[str, Path]]:
 
 
 def _visible_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_clutter(path))
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_clutter(path))
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """The files in a folder and its subfolders that should be images; hidden files, tables and texts are not."""
     return [
         path
         for path in folder.rglob("*")
-        if not path.is_dir() and not any(map(_is_clutter, (path, *path.relative_to(folder).parents)))
+        if not path.is_dir() and not any(map(is_clutter, (path, *path.relative_to(folder).parents)))
     ]
 
 
-def _is_clutter(path: Path) -> bool:
+def is_clutter(path: PurePath) -> bool:
+    """Whether a file or folder is one that people and systems leave beside images."""
     name = path.name.lower()
     return name.startswith(".") or name == "__macosx" or (path.suffix.lower() or name) in _NOT_IMAGES
 
 
 def _refuse_loose_images(folder: Path) -> None:
-    if loose := sorted(path.name for path in folder.iterdir() if not path.is_dir() and not _is_clutter(path)):
+    if loose := sorted(path.name for path in folder.iterdir() if not path.is_dir() and not is_clutter(path)):
         raise DataError(
             f"{len(loose)} files in {folder} are in no class folder, such as {loose[0]!r}; "
             "move each file into the folder of its class, or out of the data folder"

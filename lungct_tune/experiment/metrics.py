@@ -13,6 +13,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from lungct_tune.experiment.bundle import METRICS, BundleError, as_json
 
+HALF = 0.5
+"""The operating point of bundles that have chosen none."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -52,11 +55,13 @@ class CancerMetrics:
     npv: Figure
     auroc: Figure
     sensitivity_at_95_specificity: Figure
+    threshold: float = HALF
+    """An image counts as cancer if the probability of all cancers together is above it."""
 
 
 @dataclass(frozen=True)
 class FittedOn:
-    """The images that a temperature was fitted on."""
+    """The images that a temperature was fitted on, or that an operating point was chosen on."""
 
     images: int
     groups: int
@@ -70,6 +75,14 @@ class TemperatureScaling:
 
     temperature: float
     fitted_on: FittedOn
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """The probability of cancer above which an image counts as cancer, as config.json holds it too."""
+
+    threshold: float
+    chosen_on: FittedOn
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ class _Calibration(BaseModel):
     temperature: Annotated[FiniteFloat, Field(ge=0.01, le=100)]
 
 
+class _OperatingPoint(BaseModel):
+    threshold: Annotated[FiniteFloat, Field(ge=0, le=1)]
+
+
 class _Settings(BaseModel):
     normalisation: Literal["imagenet", "unit"]
 
@@ -32,6 +36,7 @@ class _Config(BaseModel):
     classes: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=2, max_length=1000)]
     preprocessing: _Preprocessing
     calibration: _Calibration | None
+    operating_point: _OperatingPoint | None = None
     settings: _Settings
 
     @model_validator(mode="after")

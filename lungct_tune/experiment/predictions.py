@@ -34,7 +34,7 @@ class Predictions:
         table = pd.DataFrame(
             {"path": self.paths_N, "class": names[self.labels_N], "predicted": names[self.predicted_N]}
         )
-        for column, of_class_N in zip(_columns(self.classes), self.probabilities_NC.T, strict=True):
+        for column, of_class_N in zip(probability_columns(self.classes), self.probabilities_NC.T, strict=True):
             table[column] = of_class_N
         table["group"] = self.groups_N
         return table.to_csv(index=False).encode()
@@ -51,7 +51,7 @@ def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
         classes=tuple(classes),
         paths_N=table["path"].to_numpy(),
         labels_N=table["class"].map(list(classes).index).to_numpy(),
-        probabilities_NC=table[_columns(classes)].to_numpy(dtype=float),
+        probabilities_NC=table[probability_columns(classes)].to_numpy(dtype=float),
         groups_N=table["group"].to_numpy(),
     )
 
@@ -62,5 +62,6 @@ def read_table(csv: bytes) -> pd.DataFrame:
     return pd.read_csv(BytesIO(csv), dtype=names, keep_default_na=False)
 
 
-def _columns(classes: Sequence[str]) -> list[str]:
+def probability_columns(classes: Sequence[str]) -> list[str]:
+    """The names of the columns that hold the probability of each class."""
     return [f"p_{name.replace(' ', '_')}" for name in classes]

@@ -20,7 +20,16 @@ from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.bundle import AUDIT, CONFIG, METRICS, MODEL, PREDICTIONS, as_json, find_bundle
+from lungct_tune.experiment.bundle import (
+    AUDIT,
+    CONFIG,
+    FEATURES,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    as_json,
+    find_bundle,
+)
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
@@ -47,12 +56,18 @@ class Bundle:
     metrics: BundleMetrics
     predictions: Predictions | None
     """On the test images; None before the search has ended."""
+    features: bytes | None = None
+    """training_features.safetensors; None before the search has ended, and where it is not read."""
 
     @property
     def files(self) -> dict[str, bytes]:
         """The content of the bundle's files, by name."""
         files = {MODEL: self.weights, CONFIG: as_json(self.config), METRICS: metrics_json(self.metrics)}
-        return files if self.predictions is None else files | {PREDICTIONS: self.predictions.as_csv()}
+        if self.predictions is not None:
+            files[PREDICTIONS] = self.predictions.as_csv()
+        if self.features is not None:
+            files[FEATURES] = self.features
+        return files
 
 
 @dataclass(frozen=True)
