@@ -26,10 +26,15 @@ FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class TrainingFeatures:
-    """The distribution of a model's pooled features on its training images: a Gaussian.
+    """The distribution of a model's pooled features on its training images: a Gaussian of their square roots.
 
     The distance of an image is its Mahalanobis distance to it (Lee et al., NeurIPS 2018; one Gaussian for all classes
-    as in Kamoi and Kobayashi, arXiv 2003.00402), divided by the threshold.
+    as in Kamoi and Kobayashi, arXiv 2003.00402), divided by the threshold. Pooled features are means of what a ReLU
+    lets through, so they are not negative and have a long tail; their roots are closer to a Gaussian.
+
+    Measured on the published images (64 pixels, depth 10): 32 of 33 photographs and drawings from the packages of
+    scikit-image, scikit-learn and matplotlib are unlike the training images, and 1.8 % of the held-out slices. Without
+    the roots they are 29 and 1.8 %.
     """
 
     mean_D: np.ndarray
@@ -48,7 +53,7 @@ class TrainingFeatures:
         has. The network itself has seen all of these images.
 
         Args:
-            features_ND: of training images.
+            features_ND: of training images; none is negative.
             groups_N: the group of each image; at least two.
         """
         held_out_N = np.empty(len(features_ND))
@@ -93,15 +98,16 @@ class TrainingFeatures:
 
 
 def _fit(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and whitening matrix."""
-    covariance_DD, _ = ledoit_wolf(features_ND.astype(float))
+    """Mean and whitening matrix of the features' roots."""
+    roots_ND = np.sqrt(features_ND.astype(float))
+    covariance_DD, _ = ledoit_wolf(roots_ND)
     covariance_DD[np.diag_indices_from(covariance_DD)] += 1e-9 + 1e-6 * np.trace(covariance_DD) / len(covariance_DD)
     lower_DD = cholesky(covariance_DD, lower=True)
-    return features_ND.mean(axis=0), solve_triangular(lower_DD, np.eye(len(lower_DD)), lower=True)
+    return roots_ND.mean(axis=0), solve_triangular(lower_DD, np.eye(len(lower_DD)), lower=True)
 
 
 def _distances(features_ND: np.ndarray, mean_D: np.ndarray, whitening_DD: np.ndarray) -> np.ndarray:
-    return np.asarray(np.linalg.norm((features_ND - mean_D) @ whitening_DD.T, axis=1))
+    return np.asarray(np.linalg.norm((np.sqrt(features_ND) - mean_D) @ whitening_DD.T, axis=1))
 
 
 def _quantile_over_groups(distances_N: np.ndarray, groups_N: np.ndarray) -> float:
