@@ -77,6 +77,7 @@ def predict(asked: argparse.Namespace, console: Console) -> int:
     classifier = Classifier.load(asked.bundle)
     rows = pd.concat(_with_progress(_classify(classifier, images, asked), len(images)))
     rows = rows.set_index("path").loc[[image.source for image in images]].reset_index()  # in the order of the inputs
+    rows = rows.astype({"unlike_training": "boolean"})  # what Ray Data makes of it depends on the missing values
     groups = [image.group for image in images]
     patients = by_patient(rows, groups, classifier.classes, classifier.threshold) if asked.by == "patient" else None
     table = rows if patients is None else patients
@@ -118,10 +119,8 @@ def _classify(
         return
 
     from lungct_tune.tuning.batch_inference import map_on_cluster
-    from lungct_tune.tuning.cluster import joined
 
-    with joined(asked.address, False, "predict"):
-        yield from map_on_cluster(classifier.classify_files, sources)
+    yield from map_on_cluster(asked.address, classifier.classify_files, sources)
 
 
 def _with_progress(parts: Iterator[pd.DataFrame], total: int) -> list[pd.DataFrame]:

@@ -65,7 +65,9 @@ class Classified:
             is_cancer_N = cancer_or_normal(self.probabilities_NC, self.classes)[:, 0] > self.threshold
             table["cancer_or_normal"] = np.where(is_cancer_N, CANCER, NORMAL)
         table["learned_from"] = "unknown" if self.seen_N is None else self.seen_N
-        table["unlike_training"] = None if self.distance_N is None else self.distance_N > 1
+        table["unlike_training"] = pd.array(
+            [None] * len(table) if self.distance_N is None else self.distance_N > 1, dtype="boolean"
+        )
         table["distance"] = np.nan if self.distance_N is None else self.distance_N
         return table
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import ray
 import ray.data
+
+from lungct_tune.tuning.cluster import joined
 
 BATCH = 64
 """Inputs that a worker gets at a time."""
@@ -25,33 +28,38 @@ class _Worker:
         return self._function(batch["input"].tolist())
 
 
-def map_on_cluster(function: Rows, inputs: Sequence[str]) -> Iterator[pd.DataFrame]:
+def map_on_cluster(address: str | None, function: Rows, inputs: Sequence[str]) -> Iterator[pd.DataFrame]:
     """Yields the rows of all inputs, some at a time, in the order in which the workers have them.
 
     A worker is an actor with one GPU, or on a cluster without GPUs with one CPU. They start when there is room.
 
     Args:
+        address: of a Ray cluster; None is the one at hand.
         function: is pickled, once for all workers.
+
+    Raises:
+        ClusterError: the cluster cannot be joined.
     """
-    resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") else "CPU"
-    workers = max(1, min(int(resources.get(kind, 1)), -(-len(inputs) // BATCH)))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    table = pd.DataFrame({"input": list(inputs)})
-    mapped = (
-        ray.data.from_pandas(table)
-        .repartition(-(-len(inputs) // BATCH))
-        .map_batches(
-            _Worker,
-            fn_constructor_args=(ray.put(function),),
-            batch_size=BATCH,
-            batch_format="pandas",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-            num_cpus=1 if kind == "CPU" else 0,
-            num_gpus=1 if kind == "GPU" else 0,
+    # Ray Data's own actors make Ray log at every start that their arguments are in the object store
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with joined(address, False, "predict"):
+        resources, batches = ray.cluster_resources(), -(-len(inputs) // BATCH)
+        on_gpus = resources.get("GPU", 0) >= 1
+        workers = max(1, min(int(resources.get("GPU" if on_gpus else "CPU", 1)), batches))
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        mapped = (
+            ray.data.from_pandas(pd.DataFrame({"input": list(inputs)}))
+            .repartition(batches)
+            .map_batches(
+                _Worker,
+                fn_constructor_args=(ray.put(function),),
+                batch_size=BATCH,
+                batch_format="pandas",
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+                num_cpus=0 if on_gpus else 1,
+                num_gpus=1 if on_gpus else 0,
+            )
         )
-    )
-    for rows in mapped.iter_batches(batch_size=None, batch_format="pandas"):
-        assert isinstance(rows, pd.DataFrame)
-        yield rows
+        for rows in mapped.iter_batches(batch_size=None, batch_format="pandas"):
+            assert isinstance(rows, pd.DataFrame)
+            yield rows

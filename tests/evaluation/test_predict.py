@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -264,3 +265,23 @@ def test_images_are_read_once_for_evaluate_and_predict_alike(bundle: Path, phant
     of_files = classifier.classify_files([str(phantoms / path) for path in images.table["path"]])
     np.testing.assert_array_equal(of_files[P].to_numpy(), of_set.probabilities_NC)
     assert of_set.seen_N is not None and list(of_files["learned_from"]) == list(of_set.seen_N)
+
+
+def test_a_cluster_gives_the_rows_that_this_machine_gives(finished: Path, patients: Path, tmp_path: Path) -> None:
+    """On a bundle that a search has made, with a file that cannot be read."""
+    bundle = finished / "best"
+    folder = tmp_path / "in"
+    shutil.copytree(patients, folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    here, there = tmp_path / "here.parquet", tmp_path / "there.parquet"
+    assert run(bundle, folder, "--out", here, "--heatmaps", tmp_path / "maps")[0] == 1
+    assert run(bundle, folder, "--out", there, "--address", os.environ["RAY_ADDRESS"])[0] == 1
+    local, remote = pd.read_parquet(here), pd.read_parquet(there)
+    numbers = [*P, "distance"]
+    np.testing.assert_allclose(remote[numbers].astype(float), local[numbers].astype(float), atol=1e-5)
+    pd.testing.assert_frame_equal(remote.drop(columns=numbers), local.drop(columns=numbers), check_dtype=False)
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["operating_point"]["chosen_on"]["images"] == 24
+    metrics = json.loads((bundle / "metrics.json").read_text())
+    assert metrics["test"]["cancer_vs_normal"]["threshold"] == config["operating_point"]["threshold"]
+    assert local["unlike_training"].dropna().mean() <= 0.1
