@@ -16,6 +16,8 @@ COMMANDS = {
     "audit": "Look for copies, conflicts, shortcuts and leaks in images and their split.",
     "evaluate": "Evaluate a bundle's model on other images, without training.",
     "predict": "Classify images with a bundle's model, with heat maps and warnings.",
+    "export": "Write a bundle's model as one file for ONNX Runtime or PyTorch.",
+    "compare": "Compare bundles on the same test images.",
     "report": "Make the report of a search again, or of a search that has not ended.",
     "replay": "Train one trial of a search again, and compare its figures with the recorded ones.",
     "pull": "Fetch the best model of a search, verify it, and show how accurate it is.",

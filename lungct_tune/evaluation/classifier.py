@@ -85,10 +85,15 @@ class Classifier:
     """None where a bundle of an earlier version does not list its training images."""
     features: TrainingFeatures | None
     """None where a bundle of an earlier version, or of a search that has not ended, does not have them."""
+    device: str | None = None
+    """Where it computes. None: on the GPU if there is one. A GPU computes in lower precision than a CPU."""
 
     @classmethod
-    def load(cls, folder: Path | str) -> Self:
+    def load(cls, folder: Path | str, device: str | None = None) -> Self:
         """Verifies and reads a bundle.
+
+        Args:
+            device: where it computes, as torch names it; None is the GPU if there is one.
 
         Raises:
             BundleError: it is incomplete or altered.
@@ -102,6 +107,7 @@ class Classifier:
             config,
             LearnedImages(learned.read_bytes()) if learned.exists() else None,
             TrainingFeatures.read(features.read_bytes(), model.backbone.channels) if features.exists() else None,
+            device,
         )
 
     @property
@@ -136,7 +142,7 @@ class Classifier:
         """
         self._check(images_NHW)
         uncalibrated, features = [np.empty((0, len(self.classes)))], [np.empty((0, self.model.backbone.channels))]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(device)
         with torch.inference_mode(), recorded_features(self.model) as recorded:
             for start in range(0, len(images_NHW), BATCH):

@@ -238,9 +238,33 @@ def read_metrics(content: bytes) -> BundleMetrics:
     try:
         return TypeAdapter(BundleMetrics).validate_json(content)
     except ValidationError as error:
-        first, *_ = error.errors()
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise BundleError(
-            f"{METRICS} cannot be read: {where}: {first['msg']}. Another version of lungct_tune may have written it; "
-            "use that version"
-        ) from error
+        raise _unreadable(error) from error
+
+
+def read_test_metrics(content: bytes) -> TestMetrics | None:
+    """Reads the test figures from the metrics.json of a bundle, or of a folder that `evaluate` has written.
+
+    Returns:
+        None where the search of the bundle has not ended.
+
+    Raises:
+        BundleError: it has another form than this version writes.
+    """
+    try:
+        return TypeAdapter(_OnlyTest).validate_json(content).test
+    except ValidationError as error:
+        raise _unreadable(error) from error
+
+
+@dataclass(frozen=True)
+class _OnlyTest:
+    test: TestMetrics | None
+
+
+def _unreadable(error: ValidationError) -> BundleError:
+    first, *_ = error.errors()
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return BundleError(
+        f"{METRICS} cannot be read: {where}: {first['msg']}. Another version of lungct_tune may have written it; "
+        "use that version"
+    )
