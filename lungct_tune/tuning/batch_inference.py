@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -42,6 +43,7 @@ def map_on_cluster(address: str | None, function: Rows, inputs: Sequence[str]) -
     """
     # Ray Data's own actors make Ray log at every start that their arguments are in the object store
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it has a level of its own, and prints its plans
     with joined(address, False, "predict"):
         resources, batches = ray.cluster_resources(), -(-len(inputs) // BATCH)
         on_gpus = resources.get("GPU", 0) >= 1
