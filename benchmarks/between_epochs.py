@@ -107,7 +107,7 @@ def before(plan: SlotPlan, depth: int, epochs: int) -> tuple[float, float, int]:
         if all(figures.rank > earlier.rank for earlier in history):
             valid = io.BytesIO()
             np.save(valid, probabilities_NC)
-            files |= {"best.safetensors": safetensors.torch.save(trainer.model_state()), "valid.npy": valid.getvalue()}
+            files |= {"model.safetensors": safetensors.torch.save(trainer.model_state()), "valid.npy": valid.getvalue()}
         history.append(figures)
         stream = io.BytesIO(bytes(32))
         stream.seek(32)

@@ -29,7 +29,7 @@ def searched(storage: Path, name: str, arguments: list[str]) -> tuple[float, flo
     if search(["--storage", str(storage), "--name", name, *arguments]):
         raise SystemExit(f"the search {name} failed")
     metrics = json.loads((storage / name / "best" / "metrics.json").read_text())
-    validation = metrics["best_trial"][f"best_{OBJECTIVE}"]
+    validation = metrics["best_trial"][OBJECTIVE]
     return validation, metrics["test"]["balanced_accuracy"]["value"], time.monotonic() - began
 
 

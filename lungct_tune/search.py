@@ -304,8 +304,7 @@ class SearchRun:
         """
         from lungct_tune.tuning.retrain import RetrainOrder, retrain_and_predict
 
-        assert trial.best is not None  # it completed
-        settings, epochs = self.plan.settings, trial.best.epoch
+        settings, epochs = self.plan.settings, len(trial.history)
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
         hyperparameters, interval = trial.hyperparameters, settings.checkpoint_interval
         order = RetrainOrder(trial.number, hyperparameters, settings.seed, epochs, self.test, interval)
@@ -345,8 +344,8 @@ class SearchRun:
         with suppress(StorageError):  # a folder that stays there is never read again
             experiment.delete_folder(bundle.SO_FAR)
             experiment.delete_folder(self._seeds_folder)
-        if self.tracker and winner.best and final.metrics.test:
-            self.tracker.add_final(winner.number, winner.hyperparameters, winner.best.epoch, final.metrics.test)
+        if self.tracker and final.metrics.test:
+            self.tracker.add_final(winner.number, winner.hyperparameters, len(winner.history), final.metrics.test)
         print_outcome(plan, final.metrics, self.console)
 
     def _prepare_bundle(self) -> None:

@@ -65,10 +65,10 @@ def write_trained_bundle(storage: Path, data: Path, name: str = "one", seed: int
     made_up = FittedOn(images=6, groups=2, what="made up")
     scaling, point = TemperatureScaling(TEMPERATURE, made_up), OperatingPoint(THRESHOLD, made_up)
     figures = evaluate_predictions(labels_N, probabilities_NC, images.classes, groups_N, threshold=THRESHOLD)
-    features_ND = pooled_features(trainer.model, trainer.images_NHW, learned, "unit")
+    features_ND = pooled_features(trainer.average.model, trainer.images_NHW, learned, "unit")
     labels_M = table["label"].to_numpy()[learned]
-    scale = evidence_scale(trainer.model, images.images_NHW[learned], labels_M, "unit")
-    best = {"trial": 3, "best_balanced_accuracy": 0.5}
+    scale = evidence_scale(trainer.average.model, images.images_NHW[learned], labels_M, "unit")
+    best = {"trial": 3, "balanced_accuracy": 0.5}
     files = {
         MODEL: safetensors.torch.save(trainer.model_state()),
         CONFIG: as_json(describe_model(settings, images, configuration, trainer.epochs, scaling, point)),

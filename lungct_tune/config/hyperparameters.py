@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -21,7 +21,15 @@ class Hyperparameters:
     dropout: float = 0.5
     """Probability of dropping a unit between the dense layers of the head, 0 to below 1."""
     augmentation: float = 0.4
-    """Strength of flips, rotation and zoom, 0 (none) to 1; 0.4 gives the published ranges."""
+    """s, the strength of rotation, zoom and flips, 0 (none) to 1; 0.4 gives the published ranges."""
+    rotation: float | None = None
+    """Rotation is uniform in ± so many degrees, 0 to 180; None: as the strength gives, 180 s."""
+    zoom: float | None = None
+    """Magnification is uniform in 1 ± this, 0 to 0.5; None: as the strength gives, s / 2."""
+    shift: float | None = None
+    """Shift is uniform in ± this share of the image, each way, 0 to 0.5; None: none."""
+    flip: float | None = None
+    """Probability of a horizontal flip, 0 to 1; None: as the strength gives, 1.25 s, at most one half."""
     backbone_lr: float = 3e-4
     """Peak learning rate of the pretrained layers."""
     head_lr: float = 1e-3
@@ -38,15 +46,24 @@ class Hyperparameters:
         """
         return round(self.frozen_share * self.truncation_depth)
 
+    @property
+    def resolved(self) -> Hyperparameters:
+        """These, with numbers instead of None."""
+        s = self.augmentation
+        by_strength: dict[str, Any] = {"rotation": 180 * s, "zoom": s / 2, "shift": 0.0, "flip": min(0.5, 1.25 * s)}
+        return replace(self, **{name: value for name, value in by_strength.items() if getattr(self, name) is None})
+
     def __str__(self) -> str:
+        r = self.resolved
         return (
-            f"depth {self.truncation_depth}, {self.frozen_depth} frozen, "
-            f"dropout {self.dropout:.2f}, augmentation {self.augmentation:.2f}, "
+            f"depth {self.truncation_depth}, {self.frozen_depth} frozen, dropout {self.dropout:.2f}, "
+            f"rotation {r.rotation:.0f}°, zoom {r.zoom:.2f}, shift {r.shift:.2f}, flip {r.flip:.2f}, "
             f"rates {self.backbone_lr:.1e}/{self.head_lr:.1e}, decay {self.weight_decay:.1e}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the fields that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 PUBLISHED = Hyperparameters()

@@ -23,6 +23,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "frozen_share": (0, 1),
     "dropout": (0, 0.95),
     "augmentation": (0, 1),
+    "rotation": (0, 180),
+    "zoom": (0, 0.5),
+    "shift": (0, 0.5),
+    "flip": (0, 1),
     "backbone_lr": (1e-8, 1),
     "head_lr": (1e-8, 1),
     "weight_decay": (0, 10),
@@ -137,7 +141,7 @@ def parse_space(text: str, path: str) -> SearchSpace:
 def _choice(path: str, key: str, value: list[Any], trials: list[Hyperparameters]) -> BaseDistribution:
     choices = [_number(path, key, choice) for choice in value]
     # Optuna accepts a fixed trial with a value outside a range, but not outside a list of choices
-    if missing := {getattr(trial, key) for trial in trials} - set(choices):
+    if missing := {getattr(trial.resolved, key) for trial in trials} - set(choices):
         raise SpaceError(
             f"{path}: {key}: the choices {choices} do not include {sorted(missing)}, which the published configuration "
             "or a fixed trial has; add it, or give a range {low: ..., high: ...}"
@@ -161,7 +165,7 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
         raise SpaceError(f"{path}: {key}: low {low} is above high {high}")
     if log and low <= 0:
         raise SpaceError(f"{path}: {key}: a logarithmic range must begin above 0, not at {low}")
-    if log and any(getattr(trial, key) <= 0 for trial in trials):
+    if log and any(getattr(trial.resolved, key) <= 0 for trial in trials):
         raise SpaceError(
             f"{path}: {key}: a logarithmic range cannot include 0, which the published configuration or a fixed "
             "trial has; leave out `log`, or change the fixed trial"

@@ -55,7 +55,7 @@ class BundleFiles:
         """The files of a trial's bundle, which has no test figures.
 
         Args:
-            weights: of the trial's best epoch, safetensors.
+            weights: of the trial, safetensors.
         """
         return self.files(self._bundle(best, weights, *self._calibrate(best)))
 
@@ -155,17 +155,16 @@ class BundleFiles:
         predictions: Predictions | None = None,
         seeds: dict[str, Any] | None = None,
     ) -> Bundle:
-        assert best.best is not None  # it completed
         settings, trials = self.plan.settings, finished_trials(self.study)
         metrics = BundleMetrics(
             data=PHANTOMS if settings.data is None else str(settings.data),
-            baseline_trial=next((trial.row() for trial in trials if trial.number == BASELINE and trial.best), None),
+            baseline_trial=next((trial.row() for trial in trials if trial.number == BASELINE and trial.last), None),
             best_trial=best.row(),
             search=effort(self.study, trials, self.slots),
             test=test,
             seeds=seeds,
         )
-        config = describe_model(settings, self.split.images, best.hyperparameters, best.best.epoch, scaling, point)
+        config = describe_model(settings, self.split.images, best.hyperparameters, len(best.history), scaling, point)
         return Bundle(weights, config, metrics, predictions)
 
     @cached_property

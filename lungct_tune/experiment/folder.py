@@ -18,11 +18,11 @@ from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 CHUNK = 4 * 2**20
 """Bytes that are read at once. With this size an object store's latency hardly counts."""
 
-BEST_WEIGHTS = "best.safetensors"
-"""In a trial's folder: the weights of its best epoch."""
+TRIAL_WEIGHTS = "model.safetensors"
+"""In a trial's folder: its weights."""
 
 VALID = "valid.npy"
-"""In a trial's folder: the predictions of its best epoch on validation."""
+"""In a trial's folder: its predictions for validation."""
 
 WRITTEN_IN_PLACE = ("s3", "gcs", "abfs")
 """Object stores, by pyarrow's names. They need no folders, and an object appears only when it is complete."""
@@ -40,9 +40,9 @@ class Experiment:
     tune/           TensorBoard's events of each trial. With remote storage those of a trial that runs are in
                     `local_folder`
     trials/0007/    state-0012.pt: the state from which trial 7 continues after epoch 12 (state-0012-1.pt, ...: of its
-                    other workers, if each trains folds of its own); best.safetensors: its best epoch's weights (of
-                    the first fold); valid.npy: that epoch's probabilities (float32) for the validation images (of all
-                    folds), in the order of split.csv. Only the best 20 trials have the last two
+                    other workers, if each trains folds of its own); model.safetensors: its weights (of the first
+                    fold); valid.npy: its probabilities (float32) for the validation images (of all folds), in the
+                    order of split.csv. Only the best 20 trials have the last two
     slots/          Ray Train's runs of the slots (empty folders)
     final/          the final retraining: its state, weights and predictions
     *-images.npy    images that are too large for Ray's object store; the workers memory-map them

@@ -122,13 +122,13 @@ class SearchResults:
     @cached_property
     def baseline(self) -> TrialRecord | None:
         """The trial of the published configuration; None before its first epoch has ended."""
-        return next((trial for trial in self.trials if trial.number == BASELINE and trial.best), None)
+        return next((trial for trial in self.trials if trial.number == BASELINE and trial.last), None)
 
     @property
     def baseline_score(self) -> float:
-        """The best balanced accuracy of the published configuration's trial, which must exist."""
-        assert self.baseline is not None and self.baseline.best is not None
-        return self.baseline.best.balanced_accuracy
+        """The balanced accuracy of the published configuration's trial, which must exist."""
+        assert self.baseline is not None and self.baseline.last is not None
+        return self.baseline.last.balanced_accuracy
 
     @cached_property
     def ended(self) -> dict[str, int]:

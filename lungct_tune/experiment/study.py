@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochFigures, EpochReport, Outcome, TrialRecord, best_epoch
+from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochFigures, EpochReport, Outcome, TrialRecord
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
@@ -89,10 +89,10 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
     for hyperparameters in space.fixed_trials:
-        values = hyperparameters.as_dict()
+        values = hyperparameters.resolved.as_dict()
         study.enqueue_trial(
             {parameter: values[parameter] for parameter in space.distributions},
-            user_attrs={"configuration": values},
+            user_attrs={"configuration": hyperparameters.as_dict()},
         )
     return study
 
@@ -177,15 +177,17 @@ def _outcome(trial: FrozenTrial) -> Outcome:
 
 
 def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
-    """The balanced accuracy of one configuration trained with several seeds, each training at its best epoch.
+    """The balanced accuracy of one configuration trained with several seeds.
 
     A training without a usable model counts with the lowest score, since a user of that configuration may get one.
 
     Args:
         reports: one for each training, with all its epochs.
     """
-    best = [None if report.outcome in UNSUCCESSFUL else best_epoch(report.epochs) for report in reports]
-    scores = [BAD_SCORE if figures is None else figures.balanced_accuracy for figures in best]
+    scores = [
+        BAD_SCORE if report.outcome in UNSUCCESSFUL or not report.epochs else report.epochs[-1].balanced_accuracy
+        for report in reports
+    ]
     return {"balanced_accuracy": scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 
 
@@ -232,8 +234,8 @@ def parameter_importance(
     for trial in trials:
         values = {name: getattr(trial.hyperparameters, name) for name in distributions}
         inside = all(is_within(value, distributions[name]) for name, value in values.items())  # a fixed one may not be
-        if trial.outcome is Outcome.COMPLETED and trial.best and inside:
-            score = trial.best.balanced_accuracy
+        if trial.outcome is Outcome.COMPLETED and trial.last and inside:
+            score = trial.last.balanced_accuracy
             study.add_trial(optuna.create_trial(params=values, distributions=dict(distributions), value=score))
     if len(study.trials) < FEWEST or len({trial.value for trial in study.trials}) < 2:
         return {}

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
-from functools import cached_property
 from typing import Any, Self
 
 from lungct_tune.config.hyperparameters import Hyperparameters
@@ -46,7 +45,7 @@ class TrialOrder:
     seed: int
     hyperparameters: Hyperparameters
     weights_from: tuple[float, float] | None = None
-    """The lowest `EpochFigures.rank` with which the weights of its best epoch are kept; None if they always are."""
+    """The lowest `EpochFigures.rank` with which its weights are kept; None if they always are."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -96,11 +95,6 @@ class EpochFigures:
     def as_dict(self) -> dict[str, Any]:
         """The form of it in the study and in the states on storage, without the fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def best_epoch(epochs: Iterable[EpochFigures]) -> EpochFigures | None:
-    """The epoch that ranks highest, the first of equals; None if there are no epochs."""
-    return max(epochs, key=lambda figures: figures.rank, default=None)
 
 
 @dataclass(frozen=True)
@@ -164,10 +158,13 @@ class TrialRecord:
     def is_finished(self) -> bool:
         return self.outcome is not Outcome.RUNNING
 
-    @cached_property
-    def best(self) -> EpochFigures | None:
-        """Its best epoch; None if no epoch has ended."""
-        return best_epoch(self.history)
+    @property
+    def last(self) -> EpochFigures | None:
+        """The figures after its last epoch, by which it is judged; None if no epoch has ended.
+
+        An earlier epoch may have had better ones by chance, most likely on a small validation split.
+        """
+        return self.history[-1] if self.history else None
 
     @property
     def seconds(self) -> float:
@@ -175,15 +172,15 @@ class TrialRecord:
         return sum(figures.seconds for figures in self.history)
 
     def row(self) -> dict[str, Any]:
-        """Its row of trials.csv: how it ended, hyperparameters, the best epoch's figures, seconds."""
-        best = {} if self.best is None else self.best.as_dict()
-        kept = ("epoch", "balanced_accuracy", "accuracy", "log_loss")
-        spread = ("balanced_accuracy_sd",) if "balanced_accuracy_sd" in best else ()
+        """Its row of trials.csv: how it ended, hyperparameters, the last epoch's figures, seconds."""
+        last = {} if self.last is None else self.last.as_dict()
+        kept = ("balanced_accuracy", "accuracy", "log_loss")
+        spread = ("balanced_accuracy_sd",) if "balanced_accuracy_sd" in last else ()
         return (
             {"trial": self.number, "state": STATES[self.outcome], "ended": self.ended}
-            | self.hyperparameters.as_dict()
+            | self.hyperparameters.resolved.as_dict()
             | {"frozen_depth": self.hyperparameters.frozen_depth, "epochs": len(self.history)}
-            | {f"best_{name}": best.get(name) for name in (*kept, *spread)}
+            | {name: last.get(name) for name in (*kept, *spread)}
             | {"training_s": self.seconds}
         )
 
@@ -201,10 +198,10 @@ score, so that TPE avoids such configurations. TPE ignores trials that failed.""
 
 
 def best_trial(trials: Iterable[TrialRecord]) -> TrialRecord | None:
-    """The completed trial with the best epoch, the first of equals; None if no trial has completed.
+    """The completed trial that ranks highest, the first of equals; None if no trial has completed.
 
-    A trial that was stopped early does not count, even if one of its epochs was better. It ended at a high learning
-    rate, in the middle of its schedule, where differences between neighbouring epochs are chance.
+    A trial that was stopped early does not count, even if its last epoch was better. It ended at a high learning rate,
+    in the middle of its schedule.
     """
-    completed = [(trial.best.rank, trial) for trial in trials if trial.outcome is Outcome.COMPLETED and trial.best]
+    completed = [(trial.last.rank, trial) for trial in trials if trial.outcome is Outcome.COMPLETED and trial.last]
     return max(completed, key=lambda pair: pair[0], default=(None, None))[1]

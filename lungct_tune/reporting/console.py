@@ -101,9 +101,9 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
         "dropout": ("dropout", ".2f"),
         "augment": ("augmentation", ".2f"),
         "epochs": ("epochs", "d"),
-        "balanced accuracy": (f"best_{OBJECTIVE}", ".3f"),
+        "balanced accuracy": (OBJECTIVE, ".3f"),
     }
-    table = Table("", *columns, title=f"best epoch {judged(plan.settings.folds)}", title_justify="left")
+    table = Table("", *columns, title=f"figures {judged(plan.settings.folds)}", title_justify="left")
     for title, trial in (("published", metrics.baseline_trial), ("best found", metrics.best_trial)):
         if trial is not None:
             table.add_row(title, *(format(trial[key], style) for key, style in columns.values()))
@@ -135,7 +135,7 @@ def print_bundle(folder: Path, console: Console) -> None:
     if metrics.test is None:
         console.print(
             f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
-            f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[f'best_{OBJECTIVE}']:.3f} "
+            f"{config['settings']['trials']}, chosen by its balanced accuracy of {best[OBJECTIVE]:.3f} "
             f"{judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. Pull again when "
             "the search has ended.",
             soft_wrap=True,

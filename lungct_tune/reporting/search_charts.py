@@ -43,7 +43,7 @@ _MARKS = {
 
 @styled
 def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Markup:
-    """Each trial's best epoch, and the best completed trial so far.
+    """Each trial's last epoch, and the best completed trial so far.
 
     Args:
         judged: how trials are evaluated, as text ("on validation").
@@ -67,7 +67,7 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     in_percent(axes.yaxis)
     axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handletextpad=0.1, columnspacing=1)
-    return chart.svg(f"Best {OBJECTIVE_NAME} of each of {len(seen)} trials {judged}, in the order of their start")
+    return chart.svg(f"The {OBJECTIVE_NAME} of each of {len(seen)} trials {judged}, by their start")
 
 
 @styled
@@ -258,12 +258,12 @@ def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
 
 
 def _with_scores(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float]]:
-    """The trials with at least one finished epoch, each with its best balanced accuracy."""
-    return [(trial, trial.best.balanced_accuracy) for trial in trials if trial.best]
+    """The trials with at least one finished epoch, each with its last balanced accuracy."""
+    return [(trial, trial.last.balanced_accuracy) for trial in trials if trial.last]
 
 
 def _tip(trial: TrialRecord) -> str:
-    figure = f"{trial.best.balanced_accuracy:.3f} at epoch {trial.best.epoch}; " if trial.best else ""
+    figure = f"{trial.last.balanced_accuracy:.3f} at epoch {trial.last.epoch}; " if trial.last else ""
     return f"trial {trial.number}: {figure}{trial.ended}; {trial.hyperparameters}"
 
 

@@ -12,17 +12,13 @@ from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import bounds, in_range
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import parameter_importance
-from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, EpochFigures, Outcome, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, TrialRecord
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 
 EDGE = 0.02
 """A value counts as at the edge of the space if its distance from an end is at most this share of the range."""
-
-
-LATE = 0.1
-"""A trial counts as still improving if its best epoch is in this last share of its epochs."""
 
 
 def about_the_search(found: SearchResults) -> list[str]:
@@ -33,7 +29,7 @@ def about_the_search(found: SearchResults) -> list[str]:
     seen = f", but of {found.seen} test images {SAME_GROUP}" if found.seen else ""
     sentences = [
         "The rule that chose the winner was fixed before the search began. The winner is the trial with the highest "
-        f"{OBJECTIVE_NAME} {found.judged} at its best epoch, among the trials that ran to their end without diverging. "
+        f"{OBJECTIVE_NAME} {found.judged} after its last epoch, among those that ran to their end without diverging. "
         "Of equals it is the one with the lower negative log-likelihood. No trial was shown a test image"
         f"{seen}.",
         f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}.",
@@ -42,20 +38,20 @@ def about_the_search(found: SearchResults) -> list[str]:
         "differences between trials mean nothing."
         + (f" There was no image of {' and '.join(without)}." if without else ""),
     ]
-    if found.winner is None or (best := found.winner.best) is None:
+    if found.winner is None or (last := found.winner.last) is None:
         return sentences
-    if spread := best.balanced_accuracy_sd:
+    if spread := last.balanced_accuracy_sd:
         sentences.append(
             f"Over the folds, the winner's {OBJECTIVE_NAME} has a standard deviation of {percent(spread)}."
         )
-    sentences += [_edges(found, found.winner), _improving(found, best)]
+    sentences.append(_edges(found, found.winner))
     if found.winner.number == BASELINE:
         sentences.append(
             "The winner is the published configuration: "
             + ("no other was tried." if found.done == 1 else "no other trial was better.")
         )
     elif found.baseline is not None:
-        gain = best.balanced_accuracy - found.baseline_score
+        gain = last.balanced_accuracy - found.baseline_score
         sentences.append(
             f"{found.judged.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the "
             f"published configuration. This gain is too high, because the winner is the best of {found.done} trials."
@@ -100,25 +96,9 @@ def edge(value: float, distribution: BaseDistribution) -> str:
     return "" if low == high or EDGE < place < 1 - EDGE else "the lower end" if place <= EDGE else "the upper end"
 
 
-def _improving(found: SearchResults, best: EpochFigures) -> str:
-    """Says whether the winner, and how many others, had their best epoch at the end."""
-    epochs = found.settings["epochs"]
-
-    def is_late(figures: EpochFigures) -> bool:
-        return bool(figures.epoch > epochs * (1 - LATE))
-
-    completed = [trial.best for trial in found.trials if trial.outcome is Outcome.COMPLETED and trial.best]
-    late = sum(map(is_late, completed))
-    if is_late(best):
-        about = f"The winner was still improving when it ended (best at epoch {best.epoch} of {epochs})"
-    else:
-        about = f"The winner was best at epoch {best.epoch} of {epochs}, and was not improving any more when it ended"
-    return f"{about}. Trials that ran to their end: {found.completed}; best in their last tenth: {late}."
-
-
 TRIAL_COLUMNS = (
     *("trial", "ended", "epochs", OBJECTIVE_NAME, "accuracy", "negative log-likelihood"),
-    *(name.replace("_", " ") for name in PUBLISHED.as_dict()),
+    *(name.replace("_", " ") for name in PUBLISHED.resolved.as_dict()),
 )
 
 
@@ -126,9 +106,9 @@ def trial_rows(found: SearchResults) -> list[list[str | int]]:
     """A row for every trial that has started, with the columns `TRIAL_COLUMNS`."""
     rows: list[list[str | int]] = []
     for trial in found.trials:
-        best = trial.best
-        figures = [f"{x:.3f}" for x in (best.balanced_accuracy, best.accuracy, best.log_loss)] if best else ["", "", ""]
-        values = [f"{value:.3g}" for value in trial.hyperparameters.as_dict().values()]
+        last = trial.last
+        figures = [f"{x:.3f}" for x in (last.balanced_accuracy, last.accuracy, last.log_loss)] if last else ["", "", ""]
+        values = [f"{value:.3g}" for value in trial.hyperparameters.resolved.as_dict().values()]
         rows.append([trial.number, trial.outcome.value, len(trial.history), *figures, *values])
     return rows
 
@@ -141,7 +121,7 @@ def failures(found: SearchResults) -> list[tuple[int, str]]:
 def search_charts(found: SearchResults) -> dict[str, Any] | None:
     """The charts of a search; None before the first epoch has ended."""
     trials, varied = found.trials, found.space.distributions
-    if not any(trial.best for trial in trials):
+    if not any(trial.last for trial in trials):
         return None
     winner = found.winner.number if found.winner else None
     importance = parameter_importance(trials, varied)

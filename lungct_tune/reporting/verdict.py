@@ -28,7 +28,7 @@ def _asked(found: SearchResults) -> str:
 
 
 def _found_out(found: SearchResults) -> str:
-    if found.winner is None or found.winner.best is None:
+    if found.winner is None or found.winner.last is None:
         if found.has_failed:
             return f"None: of {found.done} trials ({endings(found)}) none ran to its end."
         return f"None yet: {found.done} of {found.settings['trials']} trials have ended ({endings(found)})."
@@ -36,7 +36,7 @@ def _found_out(found: SearchResults) -> str:
     if found.test is None:
         return (
             f"After {found.done} of {found.settings['trials']} trials, the best of those that ran to their end is "
-            f"{what}, with a {OBJECTIVE_NAME} of {percent(found.winner.best.balanced_accuracy)} on the "
+            f"{what}, with a {OBJECTIVE_NAME} of {percent(found.winner.last.balanced_accuracy)} on the "
             f"{sum(found.searched_on.values())} images that trials are evaluated on."
         )
     majority = found.test.references["majority class"]

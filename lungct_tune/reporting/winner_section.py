@@ -15,14 +15,14 @@ from lungct_tune.training.objective import OBJECTIVE
 
 def compared(configuration: Hyperparameters) -> list[tuple[str, str, str]]:
     """The parameters of the published configuration and of another, as text: name, published value, other value."""
-    ours, theirs = configuration.as_dict(), PUBLISHED.as_dict()
+    ours, theirs = configuration.resolved.as_dict(), PUBLISHED.resolved.as_dict()
     ours["frozen_depth"], theirs["frozen_depth"] = configuration.frozen_depth, PUBLISHED.frozen_depth
     return [(name.replace("_", " "), f"{theirs[name]:.3g}", f"{ours[name]:.3g}") for name in ours]
 
 
 def winner_section(found: SearchResults) -> dict[str, Any] | None:
     """The values for the winner's section of report.html; None before a trial has completed."""
-    if found.winner is None or (best := found.winner.best) is None:
+    if found.winner is None or (last := found.winner.last) is None:
         return None
     ours = found.winner.hyperparameters
     size, classes = found.settings["image_size"], len(found.classes)
@@ -30,7 +30,7 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
         model_profile(depth, classes, size)
         for depth in (ours.truncation_depth, ACTIVATIONS, PUBLISHED.truncation_depth)
     )
-    baseline = found.baseline.best if found.baseline else None
+    baseline = found.baseline.last if found.baseline else None
     is_published = found.baseline is None or found.baseline.number == found.winner.number
     published_history = () if is_published or found.baseline is None else found.baseline.history
     bars, labels = _activations(ours.truncation_depth, ours.frozen_depth)
@@ -40,7 +40,7 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
             (
                 f"{name.replace('_', ' ')} {found.judged}",
                 percent(getattr(baseline, name)) if baseline else "",
-                percent(getattr(best, name)),
+                percent(getattr(last, name)),
             )
             for name in (OBJECTIVE, "accuracy")
         ],
@@ -54,7 +54,6 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
             ("published, 20 activations", *published.totals),
             ("all 49 activations", *whole.totals),
         ],
-        "best_epoch": best.epoch,
         "validation": charts.validation(found.winner.history, published_history, found.judged),
         "losses": charts.losses(found.winner.history, found.judged),
     }

@@ -1,5 +1,7 @@
 """One training of one configuration: its epochs, its predictions and its state, in plain PyTorch.
 
+What predicts, and what is kept, is the average of the weights over about the last epoch (`WeightAverage`).
+
 Runs alone (in a notebook) or on all workers of a torch.distributed process group, each with its share of every batch.
 All random numbers follow from the seed and the number of the epoch, so a checkpoint needs no random state. On CPUs a
 training that was interrupted and continued gives the same result as an uninterrupted one. On GPUs it has the same
@@ -9,6 +11,7 @@ figures differ in their last digits.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,10 +32,13 @@ from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.augmentation import Augmentation
 from lungct_tune.training.batches import on_device
 from lungct_tune.training.graphed_step import GraphedStep
+from lungct_tune.training.weight_average import WeightAverage
 
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0
 """Largest norm of the gradient over all parameters; longer gradients are clipped to it."""
+IMAGES_FOR_NORMS = (256, 4096)
+"""From so many training images the batch-norm statistics are estimated: after an epoch, and after the last one."""
 WARM_UP_SHARE = 0.05
 """Share of all steps in which the learning rates rise to their peak. After it they fall along a cosine."""
 
@@ -97,7 +103,7 @@ class Trainer:
         """Finished epochs."""
         self.seed = seed
         self.normalisation = normalisation
-        self.augmentation = Augmentation(configuration.augmentation)
+        self.augmentation = Augmentation.of(configuration)
         train_labels_N = self.labels_N[self.train_indices.to(self.labels_N.device)]
         self.class_weights_C = _class_weights(train_labels_N, classes)
 
@@ -112,7 +118,12 @@ class Trainer:
         )
         if backbone_state is not None:
             load_backbone(model, backbone_state)
-        self.model, self.network = _place(model, self.device, self.world)
+        model = model.to(self.device).to(memory_format=torch.channels_last)
+        averaged = copy.deepcopy(model)
+        self.model, self.network = _in_group(model, self.device, self.world)
+        self.average = WeightAverage(averaged, self.model, self.steps)
+        self._norms_of = -1
+        """The epoch for whose averaged weights the batch-norm statistics were estimated."""
         precision = preprocessing.precision_for(self.device)
         # not in a group, whose workers would have to capture NCCL; not with a scaler, which reads from the GPU
         self._graphed = self.device.type == "cuda" and self.world == 1 and precision != torch.float16
@@ -136,12 +147,13 @@ class Trainer:
         self.network.train()
         health = []  # stays on the device: reading a loss would wait for all work that is queued there
         for step, images_NHW in enumerate(on_device(self.images_NHW, indices_SN, self.device)):
-            self._set_learning_rates((self.epoch * self.steps + step + 0.5) / (self.epochs * self.steps))
+            earlier = self.epoch * self.steps + step
+            self._set_learning_rates((earlier + 0.5) / (self.epochs * self.steps))
+            self.average.begin_step(earlier)
             health.append(self._step(images_NHW, labels_SN[step], matrices_SN23[step]))
         health_S2 = torch.stack(health)
         if self.world > 1:
             dist.all_reduce(health_S2)
-            _average_running_statistics(self.model, self.world)
         health_S2 = health_S2.cpu() / self.world
         self._check(health_S2)
         self.epoch += 1
@@ -153,22 +165,22 @@ class Trainer:
     ) -> np.ndarray:
         """Class probabilities of these images, float32 (len(indices), classes), in their order, on every worker.
 
-        Exactly one worker computes each image.
+        Exactly one worker computes each image. The probabilities are those of the averaged weights.
 
         Args:
             indices: of the images.
             images_NHW: other images than those of the training.
         """
+        self._estimate_norms()
         images_NHW = self.images_NHW if images_NHW is None else images_NHW
         rows = torch.as_tensor(indices, dtype=torch.int64, device=images_NHW.device)
         mine = rows[self.rank :: self.world]
         longest = math.ceil(len(rows) / self.world)
         probabilities_NC = torch.zeros(longest, len(self.class_weights_C), device=self.device)
-        self.model.eval()
         start, batches = 0, mine.split(self.share) if len(mine) else ()
         for batch_nHW in on_device(images_NHW, batches, self.device):
             batch = slice(start, start + len(batch_nHW))
-            probabilities_NC[batch] = forward(self.model, as_grey(batch_nHW), self.normalisation).softmax(dim=1)
+            probabilities_NC[batch] = forward(self.average.model, as_grey(batch_nHW), self.normalisation).softmax(dim=1)
             start = batch.stop
         everyones = [probabilities_NC]
         if self.world > 1:
@@ -179,11 +191,13 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The state that a training needs to continue, the same on every worker and for any number of workers.
 
-        It has the model, the optimizer, the scaler and the number of finished epochs. Learning rates and random numbers
-        follow from these. As in torch, the tensors are not copies: save them before the next epoch.
+        It has the model, the averaged weights, the optimizer, the scaler and the number of finished epochs. Learning
+        rates and random numbers follow from these. As in torch, the tensors are not copies: save them before the next
+        epoch.
         """
         return {
             "model": self.model.state_dict(),
+            "averaged": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -192,6 +206,8 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of a training with the same configuration, data and seed."""
         self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state.get("averaged", state["model"]))  # version 0.1 has no average
+        self._norms_of = -1
         # the groups follow from the configuration and the device
         own_groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
@@ -202,11 +218,28 @@ class Trainer:
         self.epoch = state["epoch"]
 
     def model_state(self) -> dict[str, Tensor]:
-        """A copy of the `TruncatedResNet50`'s state, contiguous on the CPU, as safetensors needs it."""
+        """A copy of the averaged weights as a `TruncatedResNet50`'s state, contiguous on the CPU."""
+        self._estimate_norms()
         return {
             key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, value in self.model.state_dict().items()
+            for key, value in self.average.model.state_dict().items()
         }
+
+    def _estimate_norms(self) -> None:
+        """Estimates the batch-norm statistics for the averaged weights, unless they are those of this epoch.
+
+        Every worker does it with the same images, so the result is the same for any number of workers.
+        """
+        if self._norms_of == self.epoch:
+            return
+        most = IMAGES_FOR_NORMS[self.epoch == self.epochs]
+        generator = torch.Generator().manual_seed(_mix(self.seed, 0, 0, 0))
+        order, batch = torch.randperm(len(self.train_indices), generator=generator), self.share * self.world
+        batches = max(1, min(most, len(order)) // batch)
+        rows_BN = self.train_indices[order[: batches * batch]].view(batches, batch)
+        images = on_device(self.images_NHW, rows_BN.to(self.images_NHW.device), self.device)
+        self.average.estimate_norms(images, self.normalisation)
+        self._norms_of = self.epoch
 
     def _plan_epoch(self) -> tuple[Tensor, Tensor]:
         """This worker's images (S, n) and augmentation matrices (S, n, 2, 3) for every step of the epoch.
@@ -239,6 +272,7 @@ class Trainer:
         norm = clip_grad_norm_(learning, GRADIENT_NORM)
         self.scaler.step(self.optimizer)  # not if gradients have overflowed
         self.scaler.update()
+        self.average.update()
         return torch.stack([loss.detach(), norm])
 
     def _set_learning_rates(self, progress: float) -> None:
@@ -292,9 +326,8 @@ def _class_weights(labels_N: Tensor, classes: int) -> Tensor:
     return len(labels_N) / (present_C.sum() * counts_C.clamp(min=1)) * present_C
 
 
-def _place(model: TruncatedResNet50, device: torch.device, world: int) -> tuple[TruncatedResNet50, nn.Module]:
-    """The model on its device, and the module to train: the model itself or its data-parallel wrapper."""
-    model = model.to(device).to(memory_format=torch.channels_last)
+def _in_group(model: TruncatedResNet50, device: torch.device, world: int) -> tuple[TruncatedResNet50, nn.Module]:
+    """The model that learns, and the module to call: the model itself or its data-parallel wrapper."""
     if world == 1:
         return model, model
     if device.type == "cuda":  # SyncBatchNorm needs a GPU; on CPUs each worker normalises by its own share
@@ -319,19 +352,6 @@ def _optimizer(model: TruncatedResNet50, configuration: Hyperparameters, *, capt
         device = next(model.parameters()).device
         groups = [{**group, "lr": torch.zeros((), device=device)} for group in groups]
     return torch.optim.AdamW(groups, fused=True, capturable=capturable)
-
-
-def _average_running_statistics(model: nn.Module, world: int) -> None:
-    """Averages the running statistics of trained norms over the workers, so that all have the same model."""
-    norms = [module for module in model.modules() if module.training]
-    statistics = [b for norm in norms for b in norm.buffers(recurse=False) if b.is_floating_point()]
-    if not statistics:
-        return
-    joined = torch.cat(statistics)
-    dist.all_reduce(joined)
-    means = torch.split(joined / world, [len(statistic) for statistic in statistics])
-    for statistic, mean in zip(statistics, means, strict=True):
-        statistic.copy_(mean)
 
 
 def _mix(*numbers: int) -> int:

@@ -37,8 +37,7 @@ class FoldModel:
         self.trainer = dataset.trainer(order.hyperparameters, fold.train_rows, order.seed, device, each_alone)
         self.images = self.trainer.steps * self.trainer.share * self.trainer.world
         """Training images of an epoch."""
-        self.probabilities_NC = np.empty(0)
-        """On the fold's validation images after the last epoch, in the order of its rows."""
+        self._probabilities_NC: np.ndarray | None = None
 
     def train_and_validate(self) -> EpochFigures:
         """Trains an epoch; returns its figures.
@@ -51,10 +50,10 @@ class FoldModel:
         began = time.perf_counter()
         loss = self.trainer.train_epoch()
         trained = time.perf_counter()
-        self.probabilities_NC = self.trainer.probabilities(self._valid_positions)
-        if not np.isfinite(self.probabilities_NC).all():
+        self._probabilities_NC = self.trainer.probabilities(self._valid_positions)
+        if not np.isfinite(self._probabilities_NC).all():
             raise NotFiniteLoss(f"predictions are not finite after epoch {self.trainer.epoch}")
-        figures = validation_figures(self._labels_N, self.probabilities_NC)
+        figures = validation_figures(self._labels_N, self._probabilities_NC)
         return EpochFigures(
             epoch=self.trainer.epoch,
             balanced_accuracy=figures["balanced_accuracy"],
@@ -65,6 +64,12 @@ class FoldModel:
             valid_s=time.perf_counter() - trained,
             at=time.time(),
         )
+
+    def predictions(self) -> np.ndarray:
+        """Probabilities (N, C) for the fold's validation images after the last epoch, in the order of its rows."""
+        if self._probabilities_NC is None:  # the last epoch was trained before an interruption
+            self._probabilities_NC = self.trainer.probabilities(self._valid_positions)
+        return self._probabilities_NC
 
 
 def mean_figures(by_worker: Sequence[dict[int, EpochFigures]], slot: int | None) -> EpochFigures:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder, TrialRecord
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
+from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import share_weights
-from lungct_tune.tuning.slots import Slot
+from lungct_tune.tuning.slot_actor import SlotActor
 from lungct_tune.tuning.tuner import make_slot_plan, provenance
 from lungct_tune.tuning.workers import SlotPlan
 
@@ -38,17 +41,18 @@ def rerun_trials(
     at_once = min(slots, len(orders))
     stopped = threading.Event()
 
-    def run(slot: Slot, mine: Sequence[TrialOrder]) -> list[EpochReport]:
-        return [follow_trial(slot, order, epochs, stopped) for order in mine]
+    def run(slot: SlotActor, mine: Sequence[TrialOrder]) -> list[EpochReport]:
+        return [follow_trial(lambda order: ray.get(slot.run(order)), order, epochs, stopped) for order in mine]
 
     with opened_mailbox(plan.experiment.name), ThreadPoolExecutor(at_once) as pool:
-        running = [Slot(plan) for _ in range(at_once)]
+        running = [SlotActor(plan) for _ in range(at_once)]
         try:
             by_slot = list(pool.map(run, running, [orders[slot::at_once] for slot in range(at_once)]))
         finally:  # after an interruption the pool still waits for its threads, and these wait for workers
             stopped.set()
             for slot in running:
-                slot.release()
+                slot.end()
+            remove_placement_groups(f"{plan.experiment.name} slot")
     return [by_slot[i % at_once][i // at_once] for i in range(len(orders))]
 
 
@@ -80,15 +84,17 @@ def replay_trial(
     return report, provenance(slot)
 
 
-def follow_trial(slot: Slot, order: TrialOrder, epochs: int, stopped: threading.Event) -> EpochReport:
-    """Runs a trial's epochs in a slot until it ends, or has so many; its last report, with all its epochs.
+def follow_trial(
+    step: Callable[[TrialOrder], EpochReport], order: TrialOrder, epochs: int, stopped: threading.Event
+) -> EpochReport:
+    """Runs a trial's steps until it ends, or has so many epochs; its last report, with all its epochs.
 
     Raises:
         KeyboardInterrupt: `stopped` was set.
     """
     done: list[EpochFigures] = []
     while not stopped.is_set():
-        report = slot.run(order)
+        report = step(order)
         # workers that took over report all epochs, also those that had been reported
         done += [figures for figures in report.epochs if figures.epoch > len(done)]
         if report.is_last or len(done) >= epochs:

@@ -32,12 +32,6 @@ if TYPE_CHECKING:
 WATCH_S = 1.0
 """How often a search that runs is asked whether the retraining's workers may start, and these for their news."""
 
-RELEASE_S = 15.0
-"""How long these workers get to end."""
-
-KILLED_S = 10.0
-"""How long an actor that is killed gets to be gone."""
-
 NEWS_S = 30.0
 """How long the mailbox gets to answer."""
 
@@ -57,8 +51,7 @@ class RetrainingFailed(UserError):
 class RetrainOrder:
     """What the workers of a slot get to retrain a trial's hyperparameters on train and validation together.
 
-    The schedule has as many epochs as the winner's best epoch. Over them the learning rate falls to zero. The search's
-    longer schedule would end in its middle, at a high learning rate, where the last epoch's accuracy depends on chance.
+    The schedule has as many epochs as that of the trial.
     """
 
     number: int
@@ -120,7 +113,7 @@ class EarlySlot:
         self._stop_watching()
         if not self._slot:
             self._start()
-        retraining = self._slot.run.remote(order)
+        retraining = self._slot.run(order)
         meanwhile()
         try:
             while not ray.wait([retraining], timeout=WATCH_S)[0]:
@@ -145,20 +138,16 @@ class EarlySlot:
         self._watch.join()
 
     def _start(self) -> None:
-        from lungct_tune.tuning.slots import ON_HEAD, Slot
+        from lungct_tune.tuning.slot_actor import SlotActor
 
         self._mailbox = open_mailbox(self._search)
-        actor = ray.remote(Slot).options(num_cpus=0, resources=ON_HEAD, max_concurrency=2)
-        self._slot = actor.remote(self._plan, self._search)
+        self._slot = SlotActor(self._plan, self._search)
 
     def _release(self) -> None:
         from lungct_tune.tuning.groups import remove_placement_groups
 
         if self._slot:
-            with suppress(ray.exceptions.RayError):
-                ray.get(self._slot.release.remote(), timeout=RELEASE_S)
-            ray.kill(self._slot)
-            _wait_for_end(self._slot)  # until then it may make a placement group
+            self._slot.end()
             remove_placement_groups(f"{self._search} slot")
         self._slot = None
 
@@ -180,18 +169,6 @@ class EarlySlot:
         free = ray.available_resources()
         needed = {kind: amount * self._plan.workers for kind, amount in self._plan.resources_per_worker.items()}
         return all(free.get(kind, 0) >= amount for kind, amount in needed.items())
-
-
-def _wait_for_end(killed: Any) -> None:
-    deadline = time.monotonic() + KILLED_S
-    while time.monotonic() < deadline:
-        try:
-            ray.get(killed.__ray_ready__.remote(), timeout=1)
-        except ray.exceptions.RayActorError:
-            return
-        except ray.exceptions.GetTimeoutError:
-            continue
-        time.sleep(0.05)
 
 
 def retrain_and_predict(
@@ -277,7 +254,7 @@ def sample_features(trainer: Trainer, dataset: SharedDataset, seed: int) -> byte
 
     drawn = np.random.default_rng(seed).permutation(len(dataset.rows))[:SAMPLE]
     kept, positions = io.BytesIO(), np.sort(drawn)
-    features_ND = pooled_features(trainer.model, trainer.images_NHW, positions, trainer.normalisation)
+    features_ND = pooled_features(trainer.average.model, trainer.images_NHW, positions, trainer.normalisation)
     np.savez(kept, rows=dataset.rows[positions], features=features_ND)
     return kept.getvalue()
 

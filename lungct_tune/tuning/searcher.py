@@ -36,7 +36,7 @@ from lungct_tune.experiment.study import (
     trial_record,
 )
 from lungct_tune.experiment.study_journal import StudyStorage
-from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, best_epoch
+from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.ray_compat import reopen_trial, report_value, storage_of, suggest_value
@@ -196,13 +196,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._failed.clear()
 
     def _tell(self, live: _Live, outcome: Outcome) -> None:
-        best = best_epoch(live.history)
         if outcome is Outcome.FAILED:
             ended = self._study.tell(live.trial, state=TrialState.FAIL)
         elif outcome is Outcome.STOPPED:
             ended = self._study.tell(live.trial, state=TrialState.PRUNED)
-        elif outcome is Outcome.COMPLETED and best is not None:
-            ended = self._study.tell(live.trial, best.balanced_accuracy)
+        elif outcome is Outcome.COMPLETED and live.history:
+            ended = self._study.tell(live.trial, live.history[-1].balanced_accuracy)
         else:
             ended = self._study.tell(live.trial, BAD_SCORE)
         self._sampler.add(ended)

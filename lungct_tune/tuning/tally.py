@@ -45,9 +45,9 @@ class SearchTally:
         """
         self.outcomes[trial.outcome] += 1
         self.last = trial
-        if trial.outcome is not Outcome.COMPLETED or trial.best is None:
+        if trial.outcome is not Outcome.COMPLETED or trial.last is None:
             return trial.number
-        place = (trial.best.rank, -trial.number)
+        place = (trial.last.rank, -trial.number)
         if not self._kept or place > self._kept[-1]:
             self.best = trial
         bisect.insort(self._kept, place)

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lungct_tune.experiment.folder import BEST_WEIGHTS, VALID, Experiment, old_state_file, state_file, trial_folder
+from lungct_tune.experiment.folder import TRIAL_WEIGHTS, VALID, Experiment, old_state_file, state_file, trial_folder
 from lungct_tune.experiment.trial import (
     EpochCost,
     EpochFigures,
     EpochReport,
     Outcome,
     TrialOrder,
-    best_epoch,
 )
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
@@ -34,7 +33,6 @@ from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, 
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -43,16 +41,6 @@ STEP_S = 1.0
 
 PAUSE_S = 5.0
 """How long a trial that has ended waits before it tries again to write its files to a storage that refused them."""
-
-
-@dataclass
-class _Best:
-    """The best epoch so far: its weights, on the training device, and its predictions for this worker's folds."""
-
-    rank: tuple[float, float]
-    probabilities: dict[int, np.ndarray]
-    weights: dict[str, Tensor] | None
-    """Of the first fold's model; None on workers that do not have it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class _WorkerEpoch:
 class TrialRunner:
     """A worker's part of one trial. All workers of a slot create and call theirs at the same time.
 
-    A trial's figures are the means over its folds. Its best epoch is the one with the best means.
+    A trial's figures are the means over its folds.
 
     Args:
         experiment: where the trial's state is written, and read from at the start.
@@ -113,7 +101,6 @@ class TrialRunner:
         self._images = sum(self._gather(images)) if self._each_alone else images
         self._in_order = np.argsort(np.concatenate([fold.valid_rows for fold in folds]))
         self._history: list[EpochFigures] = []
-        self._best: _Best | None = None
         self._ended = False
         # not a method of this object: a thread that still writes would keep the models of a trial that has ended
         self._state_file = partial(state_file, order.number, rank=self._rank)
@@ -145,7 +132,7 @@ class TrialRunner:
             step_is_over = any(worker.step_is_over for worker in by_worker) or reached in (*self._rungs, self._epochs)
         if len(self._history) == self._epochs:
             outcome = Outcome.COMPLETED
-            self._keep_best()
+            self._keep_model()
         self._ended, self._reported = outcome is not Outcome.RUNNING, len(self._history)
         cost = EpochCost(
             epochs=len(self._history) - known,
@@ -202,20 +189,6 @@ class TrialRunner:
         if not self._each_alone:  # all workers have the same model, and the first one's times count
             by_worker = by_worker[:1]
         self._history.append(mean_figures([worker.folds for worker in by_worker], self._slot))
-        if best_epoch(self._history) is self._history[-1]:
-            self._note_best(self._history[-1])
-
-    def _note_best(self, figures: EpochFigures) -> None:
-        weights = None
-        if self._rank == 0:
-            source = self._models[0].trainer.model.state_dict()
-            weights = self._best.weights if self._best else None
-            if weights is None:
-                weights = {key: value.clone() for key, value in source.items()}
-            else:
-                for key, value in source.items():
-                    weights[key].copy_(value)
-        self._best = _Best(figures.rank, {k: model.probabilities_NC for k, model in self._models.items()}, weights)
 
     def _keep_state(self, by_worker: Sequence[_WorkerEpoch]) -> None:
         """Starts to save a state if one is due and all earlier ones are written."""
@@ -228,17 +201,10 @@ class TrialRunner:
                 self._writer.start(epoch, self._state(), complete=min(worker.saved for worker in writers))
 
     def _state(self) -> dict[str, Any]:
-        best = self._best
         return {
             "order": self.order.identity,
             "folds": {k: model.trainer.state_dict() for k, model in self._models.items()},
             "history": [figures.as_dict() for figures in self._history],
-            "best": best
-            and {
-                "rank": list(best.rank),
-                "probabilities": {k: _tensor(array) for k, array in best.probabilities.items()},
-                "weights": best.weights,
-            },
         }
 
     def _resume(self) -> None:
@@ -270,16 +236,9 @@ class TrialRunner:
         for number, model in self._models.items():
             model.trainer.load_state_dict(state["folds"][number])
         self._history = [EpochFigures(**figures) for figures in state["history"]]
-        if (best := state["best"]) is not None:
-            arrays = {k: tensor.numpy() for k, tensor in best["probabilities"].items()}
-            weights = best["weights"] if self._rank == 0 else None
-            if weights is not None:
-                device = self._models[0].trainer.device
-                weights = {key: value.to(device) for key, value in weights.items()}
-            self._best = _Best(tuple(best["rank"]), arrays, weights)
 
     def _resume_old(self) -> None:
-        """Continues from the states of version 0.1: a file for each fold, and the best epoch's files beside them."""
+        """Continues from the states of version 0.1: a file for each fold."""
         states = {}
         for number in self._models:
             kept = b""
@@ -300,35 +259,29 @@ class TrialRunner:
             of_epoch = [{k: history[epoch] for k, history in worker.items()} for worker in by_worker]
             self._history.append(mean_figures(of_epoch, None))
 
-    def _keep_best(self) -> None:
-        """Writes weights and predictions of the best epoch, if the trial is one of the best. Waits for the storage.
-
-        If the best epoch was trained by version 0.1, its files are there already.
-        """
-        best = best_epoch(self._history)
-        assert best is not None
-        ranked = self.order.weights_from is None or best.rank >= self.order.weights_from
-        by_worker = self._gather(self._best.probabilities if self._best else {}) if ranked else []
-        if self._rank == 0 and self._best is not None and self._best.rank == best.rank and by_worker:
-            by_fold = dict(chain(*(worker.items() for worker in by_worker)))
-            probabilities_NC = np.concatenate([by_fold[k] for k in sorted(by_fold)])[self._in_order]
-            began = time.perf_counter()
-            for path, content in self._files_of_best(best, probabilities_NC).items():
-                self._write(path, content)
-            self._writer.waited_s += time.perf_counter() - began
+    def _keep_model(self) -> None:
+        """Writes weights and predictions, if the trial is one of the best. Waits for the storage."""
+        last = self._history[-1]
+        if self.order.weights_from is None or last.rank >= self.order.weights_from:
+            mine = {k: model.predictions() for k, model in self._models.items()}
+            by_fold = dict(chain(*(worker.items() for worker in self._gather(mine))))
+            if self._rank == 0:
+                probabilities_NC = np.concatenate([by_fold[k] for k in sorted(by_fold)])[self._in_order]
+                began = time.perf_counter()
+                for path, content in self._files(last, probabilities_NC).items():
+                    self._write(path, content)
+                self._writer.waited_s += time.perf_counter() - began
         self._gather(None)  # no worker answers before the files are written
 
-    def _files_of_best(self, best: EpochFigures, probabilities_NC: np.ndarray) -> dict[str, bytes | memoryview]:
+    def _files(self, last: EpochFigures, probabilities_NC: np.ndarray) -> dict[str, bytes | memoryview]:
         import safetensors.torch
 
-        assert self._best is not None and self._best.weights is not None
-        metadata = {"epoch": str(best.epoch), OBJECTIVE: str(best.balanced_accuracy)}
-        weights = {key: value.cpu().contiguous() for key, value in self._best.weights.items()}
+        metadata = {"epoch": str(last.epoch), OBJECTIVE: str(last.balanced_accuracy)}
         valid = io.BytesIO()
         np.save(valid, probabilities_NC)
         folder = trial_folder(self.order.number)
         return {
-            f"{folder}/{BEST_WEIGHTS}": safetensors.torch.save(weights, metadata),
+            f"{folder}/{TRIAL_WEIGHTS}": safetensors.torch.save(self._models[0].trainer.model_state(), metadata),
             f"{folder}/{VALID}": valid.getbuffer(),
         }
 
@@ -362,9 +315,3 @@ class TrialRunner:
         sent = [value]
         dist.broadcast_object_list(sent, src=0)
         return sent[0]
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    import torch
-
-    return torch.from_numpy(array)

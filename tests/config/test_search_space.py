@@ -23,9 +23,10 @@ def test_the_spaces_that_ship_begin_with_the_published_configuration(file: Path)
     assert file.read_text().startswith("# Question:")
 
 
-def test_default_varies_everything_and_fixes_the_whole_network_too() -> None:
+def test_default_varies_what_matters_and_fixes_the_whole_network_too() -> None:
     space = parse_space(read_space(SPACES / "default.yaml"), "default")
-    assert set(space.distributions) == {field.name for field in fields(Hyperparameters)}
+    fixed = {"augmentation", "shift", "flip", "weight_decay"}
+    assert set(space.distributions) == {field.name for field in fields(Hyperparameters)} - fixed
     assert [trial.truncation_depth for trial in space.fixed_trials] == [20, 49]
     assert space.deepest == 49
 

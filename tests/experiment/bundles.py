@@ -31,7 +31,7 @@ def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDG
         "calibration": None,
         "settings": {"trials": 8, "normalisation": "imagenet"},
     }
-    best = {"trial": 3, "best_balanced_accuracy": 0.875}
+    best = {"trial": 3, "balanced_accuracy": 0.875}
     metrics = BundleMetrics(PHANTOMS, baseline_trial=None, best_trial=best, search={"trials": 5}, test=test)
     return {
         "model.safetensors": model,

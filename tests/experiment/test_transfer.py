@@ -41,7 +41,7 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     assert f"test accuracy 0.750 ({low:.3f} to {high:.3f}), 8 images in 8 groups" in said
     assert "majority class (normal): 0.250, balanced 0.250" in said
     assert PHANTOMS in said
-    assert f"predict({str(dest)!r}, images_NHW)" in said
+    assert f"python -m lungct_tune.predict {dest} IMAGE" in said
     check = next(line for line in said.splitlines() if line.startswith("check it: ")).removeprefix("check it: ")
     assert subprocess.run(check, shell=True, capture_output=True).returncode == 0
     (dest / "metrics.json").write_text("{}")
@@ -272,7 +272,7 @@ def test_a_storage_that_fails_for_a_moment_costs_no_search_and_no_bundle_so_far(
             epoch=1, balanced_accuracy=score, accuracy=score, log_loss=1.0, train_loss=1.0, train_s=1.0, valid_s=0.1
         )
         number = tally.finished
-        experiment.write(f"trials/{number:04d}/best.safetensors", f"weights {score}".encode())
+        experiment.write(f"trials/{number:04d}/model.safetensors", f"weights {score}".encode())
         tally.add(TrialRecord(number, PUBLISHED, (figures,), outcome))
         kept.on_trial_complete(0, [], None)
         threads.submit(int).result()
@@ -300,7 +300,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
 ) -> None:
     """A search writes to its study all the time: in every copy, both tables know of the same trials."""
     experiment, ended = finished(tmp_path / "results"), threading.Event()
-    experiment.write("trials/0003/best.safetensors", b"weights")
+    experiment.write("trials/0003/model.safetensors", b"weights")
     temporary = (".lock", "best.part/x", "search-images.npy", "study.db-journal")
     for transient in ("trials/0003/state-0002.pt.12ab.part", *temporary):
         experiment.write(transient, b"")
@@ -323,7 +323,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
             assert main([experiment.uri, str(dest), "--all"]) == 0
             verify(dest / "best")
             assert set(contents(dest)) == {
-                *("settings.yaml", "study.db", "trials/0003/best.safetensors"),
+                *("settings.yaml", "study.db", "trials/0003/model.safetensors"),
                 *(f"best/{name}" for name in [*files_of_a_bundle(), "checksums.txt"]),
             }
             with contextlib.closing(sqlite3.connect(dest / "study.db")) as study:
@@ -334,7 +334,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
     finally:
         ended.set()
         search.join()
-    assert f"predict('{dest}/best', images_NHW)" in capsys.readouterr().out
+    assert f"lungct_tune.predict {dest}/best IMAGE" in capsys.readouterr().out
     assert main([experiment.uri, str(dest), "--all"]) == 2
     assert "already exists" in capsys.readouterr().err
 

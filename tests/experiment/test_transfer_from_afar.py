@@ -119,7 +119,7 @@ def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rest
     Trial 4 has a state of version 0.1, which is replaced. Trial 5 has one as now: it is deleted after the next ones.
     """
     experiment, ended = finished(bucket), threading.Event()
-    experiment.write("trials/0003/best.safetensors", b"weights")
+    experiment.write("trials/0003/model.safetensors", b"weights")
 
     def search() -> None:
         with contextlib.closing(sqlite3.connect(":memory:")) as study:
@@ -145,7 +145,7 @@ def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rest
             assert main([f"{bucket}/one", str(dest), "--all"]) == 0
             assert running.is_alive()
             verify(dest / "best")
-            assert (dest / "trials" / "0003" / "best.safetensors").read_bytes() == b"weights"
+            assert (dest / "trials" / "0003" / "model.safetensors").read_bytes() == b"weights"
             assert {state.stat().st_size for state in dest.glob("trials/*/*.pt")} == {500_000}
             with contextlib.closing(sqlite3.connect(dest / "study.db")) as copy:
                 assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -13,7 +13,6 @@ from lungct_tune.experiment.trial import (
     Outcome,
     TrialOrder,
     TrialRecord,
-    best_epoch,
     best_trial,
 )
 
@@ -25,8 +24,6 @@ EPOCH = EpochFigures(
 def test_a_higher_balanced_accuracy_ranks_higher_and_ties_go_to_the_lower_negative_log_likelihood() -> None:
     assert EPOCH.rank > replace(EPOCH, log_loss=2.0).rank
     assert replace(EPOCH, balanced_accuracy=0.6, log_loss=9.0).rank > replace(EPOCH, log_loss=0.1).rank
-    first, second = EPOCH, replace(EPOCH, epoch=2)
-    assert best_epoch([first, second]) is first and best_epoch([]) is None
 
 
 def test_an_order_and_the_figures_of_an_epoch_are_kept_as_plain_values_and_read_back() -> None:

@@ -66,7 +66,7 @@ def test_predictions_of_one_model_are_the_same_but_for_rounding(device: torch.de
     trained.train_epoch()
     probabilities_NC = trained.probabilities(range(48))
     on_cpu = at(torch.device("cpu"))
-    on_cpu.model.load_state_dict(trained.model_state())
+    on_cpu.average.model.load_state_dict(trained.model_state())
     with pytest.MonkeyPatch.context() as exact:
         exact.setattr(preprocessing, "precision_for", lambda device: torch.float32)
         expected_NC = on_cpu.probabilities(range(48))
@@ -105,7 +105,7 @@ def test_images_that_do_not_fit_are_copied_from_pinned_memory(gpu: torch.device)
     from_cpu, from_gpu = training(SURE, device=gpu), at(gpu)
     assert from_cpu.images_NHW.device.type == "cpu" and from_gpu.images_NHW.device.type == "cuda"
     assert from_cpu.train_epoch() == pytest.approx(from_gpu.train_epoch(), rel=1e-2)
-    from_gpu.model.load_state_dict(from_cpu.model_state())
+    from_gpu.average.model.load_state_dict(from_cpu.model_state())
     np.testing.assert_allclose(from_cpu.probabilities(range(48)), from_gpu.probabilities(range(48)), atol=1e-2)
 
 

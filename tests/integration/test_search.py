@@ -55,7 +55,7 @@ def test_the_published_configuration_is_first_and_never_stopped(finished: Path) 
     assert second.params["truncation_depth"] == 4
 
 
-def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(finished: Path, images: Any) -> None:
+def test_the_kept_weights_give_the_figures_that_are_reported(finished: Path, images: Any) -> None:
     import pandas as pd
     import torch
     from safetensors.torch import load_file
@@ -74,15 +74,15 @@ def test_the_kept_weights_give_the_figures_that_are_reported_of_the_best_epoch(f
     assert {int(folder.name) for folder in finished.glob("trials/*")} == {trial.number for trial in completed}
     for trial in completed:
         model = TruncatedResNet50(trial.hyperparameters.truncation_depth, classes=4)
-        model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "best.safetensors"))
+        model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "model.safetensors"))
         with torch.no_grad():
             probabilities_NC = forward(model.eval(), grey_N1HW, "imagenet").softmax(dim=1).numpy()
         figures = validation_figures(images.table["label"].to_numpy()[valid], probabilities_NC)
         kept_NC = np.load(finished / "trials" / f"{trial.number:04d}" / "valid.npy")
         np.testing.assert_allclose(kept_NC, probabilities_NC, atol=2e-3)
-        assert trial.best is not None
-        assert figures["log_loss"] == pytest.approx(trial.best.log_loss, rel=1e-3)
-        assert figures[OBJECTIVE] == pytest.approx(trial.best.balanced_accuracy, abs=1e-6)
+        assert trial.last is not None
+        assert figures["log_loss"] == pytest.approx(trial.last.log_loss, rel=1e-3)
+        assert figures[OBJECTIVE] == pytest.approx(trial.last.balanced_accuracy, abs=1e-6)
     assert not list(finished.glob("trials/*/*.pt"))
 
 
@@ -111,7 +111,7 @@ def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
         assert published["difference"]["value"] == pytest.approx(gain) and 0 <= published["mcnemar_p"] <= 1
     assert (bundle / "learned_from.csv").read_text().count("\n") <= 1 + 192
     assert metrics["baseline_trial"]["trial"] == 0
-    assert metrics["best_trial"][f"best_{OBJECTIVE}"] >= metrics["baseline_trial"][f"best_{OBJECTIVE}"]
+    assert metrics["best_trial"][OBJECTIVE] >= metrics["baseline_trial"][OBJECTIVE]
     assert effort["trials"] == 6 and effort["slots"] == 2
     assert 1 < effort["overhead_ratio"] <= 2 * effort["wall_s"] / effort["training_s"]
     with (bundle / "trials.csv").open() as file:

@@ -37,15 +37,15 @@ class Slot:
 @pytest.mark.parametrize(("lost_after", "step"), [(0, 1), (3, 1), (5, 1), (2, 2), (4, 4)])
 def test_epochs_that_are_reported_twice_count_once(lost_after: int, step: int) -> None:
     slot: Any = Slot(epochs=6, lost_after=lost_after, step=step)
-    report = follow_trial(slot, ORDER, epochs=6, stopped=threading.Event())
+    report = follow_trial(slot.run, ORDER, epochs=6, stopped=threading.Event())
     assert report.outcome is Outcome.COMPLETED
     assert [figures.epoch for figures in report.epochs] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_trial_is_followed_as_many_epochs_as_asked_and_no_further_when_stopped() -> None:
     slot: Any = Slot(epochs=6, lost_after=0, step=3)
-    assert len(follow_trial(slot, ORDER, epochs=2, stopped=threading.Event()).epochs) == 2
+    assert len(follow_trial(slot.run, ORDER, epochs=2, stopped=threading.Event()).epochs) == 2
     stopped = threading.Event()
     stopped.set()
     with pytest.raises(KeyboardInterrupt):
-        follow_trial(slot, ORDER, epochs=6, stopped=stopped)
+        follow_trial(slot.run, ORDER, epochs=6, stopped=stopped)

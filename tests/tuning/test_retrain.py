@@ -19,6 +19,7 @@ from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 from lungct_tune.models.features import pooled_features
+from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.retrain import (
@@ -102,12 +103,15 @@ def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageS
     assert set(whole) == {WEIGHTS, PREDICTIONS, FEATURES}, "a retraining that ends before a state is due writes none"
     one, every = order(images), dataset(images, np.arange(len(images.table)))
     trainer = every.trainer(one.hyperparameters, every.rows, 0, CPU)
-    trainer.model.load_state_dict(safetensors.torch.load(whole[WEIGHTS]))
-    predicted_NC = np.load(io.BytesIO(whole[PREDICTIONS]))
-    np.testing.assert_allclose(predicted_NC, trainer.probabilities(one.test.rows), atol=1e-6)
+    model = trainer.average.model.eval()
+    model.load_state_dict(safetensors.torch.load(whole[WEIGHTS]))
+    grey_N1HW = as_grey(trainer.images_NHW[one.test.rows])
+    with torch.inference_mode():
+        expected_NC = forward(model, grey_N1HW, trainer.normalisation).softmax(dim=1).numpy()
+    np.testing.assert_allclose(np.load(io.BytesIO(whole[PREDICTIONS])), expected_NC, atol=1e-6)
     with np.load(io.BytesIO(whole[FEATURES])) as kept:
         assert set(kept["rows"]) == set(searched(images).rows), "no test image"
-        features_ND = pooled_features(trainer.model, torch.tensor(images.images_NHW), kept["rows"], "unit")
+        features_ND = pooled_features(model, torch.tensor(images.images_NHW), kept["rows"], "unit")
         np.testing.assert_allclose(kept["features"], features_ND, atol=1e-5)
 
 
@@ -151,7 +155,7 @@ def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
 def test_a_slot_that_starts_early_retrains_to_the_same_weights_and_gives_its_room_back(
     images: ImageSet, whole: dict[str, bytes], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.tuning.retrain.RELEASE_S", 0.0)  # its workers do not end in time
+    monkeypatch.setattr("lungct_tune.tuning.slot_actor.RELEASE_S", 0.0)  # its workers do not end in time
     plan, one, ended = slot_plan(images, tmp_path), order(images), 0
     with EarlySlot(plan, lambda: (2, ended), last=(2, 1)) as slot:
         time.sleep(3)

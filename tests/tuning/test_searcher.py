@@ -173,7 +173,7 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
         Outcome.FAILED,
     ]
     assert [len(trial.history) for trial in trials] == [EPOCHS, 1, 0, 0]
-    assert trials[2].best is None
+    assert trials[2].last is None
     rows = [trial.row() for trial in trials]
     assert [row["state"] for row in rows] == [trial.state.name for trial in tune.study.trials]
     assert [row["ended"] for row in rows] == [trial.user_attrs["ended"] for trial in tune.study.trials]
@@ -203,12 +203,12 @@ def test_a_trial_that_has_not_ended_stays_one_that_can_be_resumed(tmp_path: Path
 
 def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -> None:
     experiment = Experiment.at(str(tmp_path), "test")
-    for name in ("last.pt", "state-0002.pt", "state-0002-1.pt", "best.safetensors"):
+    for name in ("last.pt", "state-0002.pt", "state-0002-1.pt", "model.safetensors"):
         experiment.write(f"trials/0000/{name}", b"")
     tune = Tune(tmp_path)
     tune.run()
     tune.threads.shutdown()
-    assert set(experiment.files("trials/0000")) == {"trials/0000/best.safetensors"}
+    assert set(experiment.files("trials/0000")) == {"trials/0000/model.safetensors"}
 
 
 def test_states_that_a_driver_left_when_it_died_are_deleted_by_the_next(tmp_path: Path) -> None:
@@ -216,10 +216,10 @@ def test_states_that_a_driver_left_when_it_died_are_deleted_by_the_next(tmp_path
     tune.run()
     tune.run(epochs=2)  # still runs
     tune.threads.shutdown()
-    for name in ("0000/state-0004.pt", "0000/best.safetensors", "0001/state-0002.pt"):
+    for name in ("0000/state-0004.pt", "0000/model.safetensors", "0001/state-0002.pt"):
         experiment.write(f"trials/{name}", b"")
     Tune(tmp_path).threads.shutdown()
-    assert set(experiment.files("trials")) == {"trials/0000/best.safetensors", "trials/0001/state-0002.pt"}
+    assert set(experiment.files("trials")) == {"trials/0000/model.safetensors", "trials/0001/state-0002.pt"}
 
 
 def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
         order = TrialOrder.from_dict(tune.search.suggest(f"ray-{score}"))
         report = replace(epoch_report(order.hyperparameters.as_dict(), 1), outcome=Outcome.COMPLETED)
         figures = replace(report.epochs[0], balanced_accuracy=float(score))
-        experiment.write(f"trials/{order.number:04d}/best.safetensors", b"")
+        experiment.write(f"trials/{order.number:04d}/model.safetensors", b"")
         orders.append(order)
         scores[order.number] = float(score)
         tune.search.on_trial_complete(f"ray-{score}", {REPORT: replace(report, epochs=(figures,))})

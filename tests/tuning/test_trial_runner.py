@@ -1,4 +1,4 @@
-"""A trial on its workers: steps, states, the best epoch's files. Without Ray."""
+"""A trial on its workers: steps, states, its files. Without Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trials import SHALLOW, comparable, epochs_of, order, run_all, runner, slot_plan
 
 from lungct_tune.experiment.folder import delete_states
-from lungct_tune.experiment.trial import Outcome, best_epoch
+from lungct_tune.experiment.trial import Outcome
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import trial_runner
 from lungct_tune.tuning.trial_runner import TrialRunner
@@ -112,35 +112,32 @@ def test_a_trial_goes_on_from_its_newest_state_as_if_it_had_never_stopped(plan: 
     assert [figures.epoch for figures in first.epochs] == [1, 2, 3]  # the study may not know the first two
     assert [*map(comparable, epochs_of([first, *run_all(again)]))] == [*map(comparable, whole)]
     folders = [Path(plan.experiment.uri, "trials", number) for number in ("0000", "0001")]
-    weights = [load_file(folder / "best.safetensors") for folder in folders]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert np.array_equal(*[np.load(folder / "valid.npy") for folder in folders])
 
 
-def test_the_best_epochs_files_survive_an_interruption(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are in the state: without it they would be lost with the workers."""
-    trial = run_to(runner(plan, order(0)), 3)
-    kept = best_epoch(trial._history)
-    assert kept is not None
-    resumed = runner(plan, order(0))
-    # as if the last epoch were worse than all before
-    monkeypatch.setattr(trial_runner, "best_epoch", lambda epochs: best_epoch([e for e in epochs if e.epoch <= 3]))
-    assert resumed.run().outcome is Outcome.COMPLETED
-    with safe_open(Path(plan.experiment.uri, "trials", "0000", "best.safetensors"), "pt") as file:
-        assert int(file.metadata()["epoch"]) == kept.epoch
-        assert float(file.metadata()["balanced_accuracy"]) == kept.balanced_accuracy
+def test_a_trial_is_judged_and_kept_as_it_is_after_its_last_epoch(plan: SlotPlan) -> None:
+    """Found in the default search: one lucky epoch, 9 of 18, decided the winner and how long it was retrained."""
+    trial = runner(plan, order(0))
+    last = epochs_of(run_all(trial))[-1]
+    with safe_open(Path(plan.experiment.uri, "trials", "0000", "model.safetensors"), "pt") as file:
+        assert int(file.metadata()["epoch"]) == last.epoch == EPOCHS
+        assert float(file.metadata()["balanced_accuracy"]) == last.balanced_accuracy
+    kept_NC = np.load(Path(plan.experiment.uri, "trials", "0000", "valid.npy"))
+    assert np.array_equal(kept_NC, trial._models[0].trainer.probabilities(trial._models[0]._valid_positions))
 
 
 def test_a_trial_whose_completion_nobody_heard_of_completes_again(plan: SlotPlan) -> None:
-    """The driver died after the files of its best epoch were written."""
+    """The driver died after its files were written."""
     first = run_all(runner(plan, order(0)))
     folder = Path(plan.experiment.uri, "trials", "0000")
-    weights, valid_NC = load_file(folder / "best.safetensors"), np.load(folder / "valid.npy")
+    weights, valid_NC = load_file(folder / "model.safetensors"), np.load(folder / "valid.npy")
     assert states(plan, 0)[-1] == f"state-{EPOCHS - 1:04d}.pt"
     again = run_all(runner(plan, order(0)))
     assert [*map(comparable, epochs_of(again))] == [*map(comparable, epochs_of(first))]
     assert np.array_equal(np.load(folder / "valid.npy"), valid_NC)
-    assert all(torch.equal(tensor, weights[key]) for key, tensor in load_file(folder / "best.safetensors").items())
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in load_file(folder / "model.safetensors").items())
 
 
 def test_a_state_is_written_when_it_is_due_and_older_ones_go(plan: SlotPlan) -> None:
@@ -197,7 +194,7 @@ def test_training_goes_on_while_the_storage_refuses_states(plan: SlotPlan, monke
 
     def refuse(self: object, path: str, content: bytes) -> None:
         nonlocal refused
-        if refused < 4:  # states, and then the first tries to write the best epoch's files
+        if refused < 4:  # states, and then the first tries to write the trial's files
             refused += 1
             raise StorageError("s3://bucket: cannot write: no server answers")
         write(plan.experiment, path, content)
@@ -217,7 +214,7 @@ def test_training_goes_on_while_the_storage_refuses_states(plan: SlotPlan, monke
 def test_only_a_trial_that_ranks_among_the_best_keeps_its_files(plan: SlotPlan) -> None:
     run_all(runner(plan, replace(order(0), weights_from=(0.0, -100.0))))
     run_all(runner(plan, replace(order(1), weights_from=(2.0, 0.0))))
-    kept = [Path(plan.experiment.uri, "trials", number, "best.safetensors") for number in ("0000", "0001")]
+    kept = [Path(plan.experiment.uri, "trials", number, "model.safetensors") for number in ("0000", "0001")]
     assert [file.exists() for file in kept] == [True, False]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 
 from lungct_tune.experiment.bundle import write_so_far
-from lungct_tune.experiment.folder import BEST_WEIGHTS, Experiment, trial_folder
+from lungct_tune.experiment.folder import TRIAL_WEIGHTS, Experiment, trial_folder
 from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.tally import SearchTally
@@ -46,7 +46,7 @@ class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
             if best is None or best.number == self._kept:
                 return
             with suppress(StorageError, OSError):  # no reason to end the search: tried again after the next trial
-                weights = self._experiment.read(f"{trial_folder(best.number)}/{BEST_WEIGHTS}")
+                weights = self._experiment.read(f"{trial_folder(best.number)}/{TRIAL_WEIGHTS}")
                 if weights is not None:
                     write_so_far(self._experiment, self._files(best, weights), finished)
                     self._kept = best.number

@@ -108,7 +108,7 @@ class MLflowTracker:
         if interval := test.accuracy.ci95:
             figures |= {"accuracy_ci95_low": interval[0], "accuracy_ci95_high": interval[1]}
         self._final = (
-            {"trial": trial, "epochs": epochs} | hyperparameters.as_dict(),
+            {"trial": trial, "epochs": epochs} | hyperparameters.resolved.as_dict(),
             {f"test_{name}": value for name, value in figures.items()},
         )
 
@@ -138,14 +138,14 @@ class MLflowTracker:
             self._runs = self._read_runs()
         ended = {int(name.removeprefix("trial_")) for name, run in self._runs.items() if run.ended and name != "final"}
         for trial in read_trials(study, without=ended):
-            run = self._run(f"trial_{trial.number:04d}", trial.started, trial.hyperparameters.as_dict())
+            run = self._run(f"trial_{trial.number:04d}", trial.started, trial.hyperparameters.resolved.as_dict())
             for epoch in trial.history[run.epochs :]:
                 now, values = _milliseconds(None), epoch.as_dict()
                 metrics = [Metric(name, values[name], now, run.epochs + 1) for name in values.keys() - WHEN_AND_WHERE]
                 self._client.log_batch(run.id, metrics)
                 run.epochs += 1
             if trial.is_finished:
-                figures = {f"best_{OBJECTIVE}": trial.best.balanced_accuracy} if trial.best else {}
+                figures = {f"last_{OBJECTIVE}": trial.last.balanced_accuracy} if trial.last else {}
                 self._end(run, figures, trial.outcome, trial.ended, trial.completed)
         if self._final:
             parameters, figures = self._final

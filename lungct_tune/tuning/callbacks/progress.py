@@ -60,7 +60,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         this = self._tally.last
         if self._console.is_terminal or this is None or this.number != trial.config["number"]:
             return
-        figure = f" at {this.best.balanced_accuracy:.3f}" if this.best else ""
+        figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
         self._console.print(
             f"trial {this.number} {this.ended}{figure}; {self._summary()}; best {self._best()}",
             soft_wrap=True,
@@ -69,9 +69,9 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def _best(self) -> str:
         best = self._tally.best
-        if best is None or best.best is None:
+        if best is None or best.last is None:
             return "none yet"
-        return f"{best.best.balanced_accuracy:.3f} (trial {best.number}: {best.hyperparameters})"
+        return f"{best.last.balanced_accuracy:.3f} (trial {best.number}: {best.hyperparameters})"
 
     def _summary(self) -> str:
         elapsed = time.monotonic() - self._began

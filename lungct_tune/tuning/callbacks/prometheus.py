@@ -68,8 +68,8 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
         states["waiting"] = max(0, self._asked - self._tally.finished - in_slots)
         for state, count in states.items():
             self._trials.set(count, {"state": state})
-        if self._tally.best is not None and self._tally.best.best is not None:
-            self._best.set(self._tally.best.best.balanced_accuracy)
+        if self._tally.best is not None and self._tally.best.last is not None:
+            self._best.set(self._tally.best.last.balanced_accuracy)
         if self._clock.slot_s and self._training_s:
             self._share.set(self._training_s / self._clock.slot_s)
         for (gauge, slot), value in self._of_slots.items():

@@ -1,0 +1,360 @@
+"""What each part of the training recipe is worth on real images, in grouped cross-validation.
+
+python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--only ROW …] [--seeds 2] [--size 64]
+
+Each row of the table is one change, made to the reference, or to the reference with mild augmentation. Every model is
+evaluated on the fold that it was not trained on. Balanced accuracy, negative log-likelihood and calibration error are
+means over the seeds. The difference to the reference is paired by image, with a 95 % cluster-bootstrap interval.
+Trainings are kept in the results file, so an interrupted run goes on, and rows can be added.
+
+The reference is the recipe of commit f89f17a. The loop here is independent of `lungct_tune.training.trainer`, so that
+the reference stays what it was while the program's own recipe changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from lungct_tune.data.dataset import ImageSet, read_images
+from lungct_tune.data.decode import open_image, to_grey
+from lungct_tune.data.split import fold_images
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap
+from lungct_tune.models.preprocessing import as_grey, forward
+from lungct_tune.models.pretrained import load_backbone, read_weights
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
+from lungct_tune.training.trainer import schedule
+
+FOLDS, BINS, EMA_DECAY = 4, 15, 0.98
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained and judged. The defaults are those of commit f89f17a, cut at activation 22."""
+
+    depth: int = 22
+    epochs: int = 12
+    size: int = 64
+    batch: int = 32
+    geometry: str = "squash"  # pad: keep the aspect; body: crop to the body, keep the aspect
+    rotation: float = 72.0  # degrees, uniform in ±
+    zoom: float = 0.2  # uniform in 1 ±
+    flip: float = 0.5  # probability of a horizontal flip
+    shift: float = 0.0  # share of the width, uniform in ±
+    intensity: float = 0.0  # log gamma and log contrast in ± this, brightness in ± a third of it
+    noise: float = 0.0  # standard deviation, grey values from 0 to 1
+    smoothing: float = 0.1
+    weighted: str = "torch"  # the classes' weights: torch (smoothing too), images (the image's loss), none, logits
+    mixup: float = 0.0  # alpha of the beta distribution
+    probe: float = 0.0  # share of the epochs in which only the head learns
+    decay_by_stage: float = 1.0  # factor of the learning rate from one stage to the one before
+    backbone_lr: float = 3e-4
+    head_lr: float = 1e-3
+    weight_decay: float = 1e-2
+    dropout: float = 0.5
+    frozen: int = 0  # activations
+    judged: str = "running"  # norms: running, estimated; ema: averaged weights, with estimated norms; flips: ema, flips
+
+    @property
+    def training(self) -> dict[str, object]:
+        """What the training depends on: one training is judged in several ways."""
+        return {key: value for key, value in asdict(self).items() if key != "judged"}
+
+
+JUDGED = ("running", "estimated", "ema", "ema flips")
+REFERENCE = Recipe()
+MILD = replace(REFERENCE, rotation=15.0, zoom=0.1, shift=0.05)
+ROWS: dict[str, Recipe] = {
+    "f89f17a": REFERENCE,
+    "+ re-estimated norms": replace(REFERENCE, judged="estimated"),
+    "+ averaged weights": replace(REFERENCE, judged="ema"),
+    "+ flips at test time": replace(REFERENCE, judged="ema flips"),
+    "+ no class weights": replace(REFERENCE, weighted="none"),
+    "+ no label smoothing": replace(REFERENCE, smoothing=0.0),
+    "+ rotation 15°": replace(REFERENCE, rotation=15.0),
+    "mild: rotation 15°, zoom 10 %, shift 5 %": MILD,
+    "mild + re-estimated norms": replace(MILD, judged="estimated"),
+    "mild + averaged weights": replace(MILD, judged="ema"),
+    "mild + flips at test time": replace(MILD, judged="ema flips"),
+    "mild + no class weights": replace(MILD, weighted="none", judged="ema"),
+    "mild + weights on the image's loss": replace(MILD, weighted="images", judged="ema"),
+    "mild + logit adjustment": replace(MILD, weighted="logits", judged="ema"),
+    "mild + no label smoothing": replace(MILD, smoothing=0.0, judged="ema"),
+    "mild + no flips": replace(MILD, flip=0.0, judged="ema"),
+    "mild + rotation 30°": replace(MILD, rotation=30.0, judged="ema"),
+    "mild + intensity 0.3": replace(MILD, intensity=0.3, judged="ema"),
+    "mild + intensity 0.1": replace(MILD, intensity=0.1, judged="ema"),
+    "mild + noise 0.03": replace(MILD, noise=0.03, judged="ema"),
+    "mild + padded": replace(MILD, geometry="pad", judged="ema"),
+    "mild + body crop, padded": replace(MILD, geometry="body", judged="ema"),
+    "mild + MixUp 0.2": replace(MILD, mixup=0.2, judged="ema"),
+    "mild + head first for a sixth": replace(MILD, probe=1 / 6, judged="ema"),
+    "mild + rates by stage 0.5": replace(MILD, decay_by_stage=0.5, judged="ema"),
+    "mild + backbone rate 1e-3": replace(MILD, backbone_lr=1e-3, judged="ema"),
+    "mild + batch 16": replace(MILD, batch=16, judged="ema"),
+    "mild + batch 64": replace(MILD, batch=64, judged="ema"),
+    "mild + dropout 0.2": replace(MILD, dropout=0.2, judged="ema"),
+    "mild + 24 epochs": replace(MILD, epochs=24, judged="ema"),
+    "mild + 96 pixels": replace(MILD, size=96, judged="ema"),
+    "mild, depth 20": replace(MILD, depth=20, judged="ema"),
+    "linear probe": replace(REFERENCE, frozen=22),
+}
+
+
+def square(path: Path, size: int, geometry: str) -> np.ndarray:
+    """A grey image of a file, uint8 (size, size)."""
+    grey = to_grey(open_image(path))
+    if geometry == "squash":
+        return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
+    if geometry == "body":
+        bright_HW = np.asarray(grey) > 40
+        rows, columns = np.flatnonzero(bright_HW.mean(axis=1) > 0.05), np.flatnonzero(bright_HW.mean(axis=0) > 0.05)
+        if len(rows) and len(columns):
+            grey = grey.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+    scale = size / max(grey.size)
+    small = grey.resize([max(1, round(side * scale)) for side in grey.size], Image.Resampling.BILINEAR)
+    padded = Image.new("L", (size, size))
+    padded.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return np.asarray(padded)
+
+
+def augmented(grey_N1HW: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
+    """A batch of grey images (N, 1, H, W), 0 to 1, each turned, zoomed, flipped and shifted by values of its own."""
+    turn, zoom, flip, right, down = torch.rand(5, len(grey_N1HW), generator=generator)
+    angle = (2 * turn - 1) * math.radians(recipe.rotation)
+    scale = 1 / (1 + (2 * zoom - 1) * recipe.zoom)
+    mirror = torch.where(flip < recipe.flip, -1.0, 1.0)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    right, down = (2 * right - 1) * 2 * recipe.shift, (2 * down - 1) * 2 * recipe.shift
+    matrices_N23 = torch.stack(
+        [torch.stack([mirror * cos, -mirror * sin, right], dim=1), torch.stack([sin, cos, down], dim=1)], dim=1
+    )
+    grid = F.affine_grid(matrices_N23, list(grey_N1HW.shape), align_corners=False)
+    grey_N1HW = F.grid_sample(grey_N1HW, grid, padding_mode="zeros", align_corners=False)
+    if recipe.intensity:
+        gamma, gain, offset = ((2 * torch.rand(3, len(grey_N1HW), 1, 1, 1, generator=generator)) - 1) * recipe.intensity
+        grey_N1HW = (grey_N1HW.clamp(min=1e-6) ** gamma.exp() * gain.exp() + offset / 3).clamp(0, 1)
+    if recipe.noise:
+        grey_N1HW = grey_N1HW + recipe.noise * torch.randn(grey_N1HW.shape, generator=generator)
+    return grey_N1HW
+
+
+def loss_of(logits_NC: Tensor, target_NC: Tensor, counts_C: Tensor, recipe: Recipe) -> Tensor:
+    """The mean loss of a batch, for targets (N, C) that are shares of the classes."""
+    share_C = counts_C / counts_C.sum()
+    if recipe.weighted == "logits":  # Menon et al., ICLR 2021
+        logits_NC = logits_NC + share_C.log()
+    smooth_NC = target_NC * (1 - recipe.smoothing) + recipe.smoothing / target_NC.shape[1]
+    surprise_NC = -logits_NC.log_softmax(dim=1)
+    weights_C = 1 / (share_C * len(share_C))
+    if recipe.weighted == "torch":
+        return (surprise_NC * smooth_NC * weights_C).sum(dim=1).mean()
+    losses_N = (surprise_NC * smooth_NC).sum(dim=1)
+    return (losses_N * (target_NC @ weights_C)).mean() if recipe.weighted == "images" else losses_N.mean()
+
+
+def stages(model: TruncatedResNet50) -> Iterator[tuple[int, nn.Parameter]]:
+    """The backbone's parameters, with how many stages lie behind each."""
+    names = [name.split(".")[0] for name, _ in model.backbone.named_parameters()]
+    order = list(dict.fromkeys(name if name.startswith("layer") else "stem" for name in names))
+    for name, (_, parameter) in zip(names, model.backbone.named_parameters(), strict=True):
+        yield len(order) - 1 - order.index(name if name.startswith("layer") else "stem"), parameter
+
+
+def optimizer_of(model: TruncatedResNet50, recipe: Recipe) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p], "peak": recipe.backbone_lr * recipe.decay_by_stage**behind, "backbone": True}
+        for behind, p in stages(model)
+    ] + [{"params": [p], "peak": recipe.head_lr, "backbone": False} for p in model.head.parameters()]
+    groups = [group for group in groups if group["params"][0].requires_grad]
+    for group in groups:
+        group["weight_decay"] = recipe.weight_decay if group["params"][0].ndim > 1 else 0.0
+    return torch.optim.AdamW(groups)
+
+
+def train(
+    recipe: Recipe, grey_N1HW: Tensor, labels_N: Tensor, train_N: np.ndarray, state: dict[str, Tensor], seed: int
+) -> tuple[TruncatedResNet50, nn.Module]:
+    """Trains a model; returns it and the average of its weights."""
+    torch.manual_seed(seed)
+    classes = int(labels_N.max()) + 1
+    model = TruncatedResNet50(recipe.depth, recipe.frozen, recipe.dropout, classes, initialise=False)
+    load_backbone(model, state)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer, generator = optimizer_of(model, recipe), Generator().manual_seed(seed)
+    averaged = AveragedModel(
+        model, avg_fn=lambda mean, value, n: mean + (value - mean) * max(1 - EMA_DECAY, 1 / (n + 2))
+    )
+    counts_C = labels_N[train_N].bincount(minlength=classes).float()
+    steps = len(train_N) // recipe.batch
+    model.train()
+    for epoch in range(recipe.epochs):
+        order = torch.from_numpy(train_N)[torch.randperm(len(train_N), generator=generator)]
+        for step, rows in enumerate(order[: steps * recipe.batch].split(recipe.batch)):
+            progress = (epoch * steps + step + 0.5) / (recipe.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(progress) * (progress >= recipe.probe or not group["backbone"])
+            images, target_NC = (
+                augmented(grey_N1HW[rows], recipe, generator),
+                F.one_hot(labels_N[rows], classes).float(),
+            )
+            if recipe.mixup:
+                share = float(np.random.default_rng([seed, epoch, step]).beta(recipe.mixup, recipe.mixup))
+                images = share * images + (1 - share) * images.flip(0)
+                target_NC = share * target_NC + (1 - share) * target_NC.flip(0)
+            loss = loss_of(forward(model, images, "unit"), target_NC, counts_C, recipe)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([group["params"][0] for group in optimizer.param_groups], 1.0)
+            optimizer.step()
+            averaged.update_parameters(model)
+    return model, averaged.module
+
+
+@torch.inference_mode()
+def estimate_norms(model: nn.Module, grey_N1HW: Tensor) -> nn.Module:
+    """A copy whose batch norms have the statistics of these images, each image with the same weight."""
+    model = copy.deepcopy(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    model.train()
+    learning = [norm for norm in norms if norm.training]
+    for norm in learning:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    for images in grey_N1HW[: len(grey_N1HW) // 32 * 32].split(32):  # batches of equal size
+        forward(model, images, "unit")
+    return model
+
+
+@torch.inference_mode()
+def predicted(model: nn.Module, grey_N1HW: Tensor) -> np.ndarray:
+    model.eval()
+    return torch.cat([forward(model, images, "unit").softmax(dim=1) for images in grey_N1HW.split(128)]).numpy()
+
+
+def out_of_fold(
+    recipe: Recipe, images: ImageSet, state: dict[str, Tensor], seed: int
+) -> tuple[dict[str, np.ndarray], float]:
+    """Probabilities (N, C) for each way to judge, from the models that have not seen the image; and the seconds."""
+    paths = [images.root / path for path in images.table["path"]]
+    pixels_NHW = np.stack([square(path, recipe.size, recipe.geometry) for path in paths])
+    grey_N1HW, labels_N = as_grey(torch.from_numpy(pixels_NHW)), torch.tensor(images.table["label"].to_numpy())
+    fold_N = fold_images(images, np.arange(len(labels_N)), FOLDS, seed)
+    found = {judged: np.zeros((len(labels_N), len(images.classes))) for judged in JUDGED}
+    began = time.process_time()
+    for fold in range(FOLDS):
+        train_N, held_N = np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)
+        model, averaged = train(recipe, grey_N1HW, labels_N, train_N, state, seed)
+        held, averaged = grey_N1HW[held_N], estimate_norms(averaged, grey_N1HW[train_N])
+        found["running"][held_N] = predicted(model, held)
+        found["estimated"][held_N] = predicted(estimate_norms(model, grey_N1HW[train_N]), held)
+        found["ema"][held_N] = predicted(averaged, held)
+        found["ema flips"][held_N] = (found["ema"][held_N] + predicted(averaged, held.flip(3))) / 2
+    return found, time.process_time() - began
+
+
+class Results:
+    """The trainings of a file: one line of JSON each, with its predictions."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[str, dict[str, object]] = {}
+        for line in file.read_text().splitlines() if file.exists() else ():
+            self._known |= {json.loads(line)["key"]: json.loads(line)}
+
+    @staticmethod
+    def key(recipe: Recipe, seed: int) -> str:
+        return json.dumps([recipe.training, seed], sort_keys=True)
+
+    def get(self, recipe: Recipe, seed: int) -> tuple[np.ndarray, float] | None:
+        """Probabilities (N, C) and seconds of a training, if it is there."""
+        if (line := self._known.get(self.key(recipe, seed))) is None:
+            return None
+        shape = line["shape"]
+        return np.frombuffer(base64.b64decode(line[recipe.judged]), np.float16).reshape(shape).astype(float), line["s"]
+
+    def add(self, recipe: Recipe, seed: int, found: dict[str, np.ndarray], seconds: float) -> None:
+        coded = {k: base64.b64encode(v.astype(np.float16).tobytes()).decode() for k, v in found.items()}
+        line = {"key": self.key(recipe, seed), "shape": found["ema"].shape, "s": seconds, **coded}
+        self._known[line["key"]] = line
+        with self._file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+
+def figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> tuple[float, float, float]:
+    """Balanced accuracy, negative log-likelihood and calibration error (equal bins)."""
+    right_N, top_N = probabilities_NC.argmax(axis=1) == labels_N, probabilities_NC.max(axis=1)
+    recall = np.mean([right_N[labels_N == label].mean() for label in np.unique(labels_N)])
+    surprise = -np.log(np.maximum(probabilities_NC[np.arange(len(labels_N)), labels_N], 1e-4)).mean()
+    bin_N = np.minimum((top_N * BINS).astype(int), BINS - 1)
+    error = sum(abs((right_N - top_N)[bin_N == k].sum()) for k in range(BINS)) / len(labels_N)
+    return float(recall), float(surprise), float(error)
+
+
+def print_table(images: ImageSet, results: Results, seeds: int) -> None:
+    labels_N, groups_N = images.table["label"].to_numpy(), images.table["group"].to_numpy()
+    bootstrap, weight_N = ClusterBootstrap(groups_N), 1 / np.bincount(labels_N)[labels_N]
+    print(
+        "\n| recipe | seeds | balanced accuracy | difference, 95 % | NLL | ECE | time |\n|---|---|---|---|---|---|---|"
+    )
+    for name, recipe in ROWS.items():
+        pairs = [(results.get(recipe, seed), results.get(REFERENCE, seed)) for seed in range(seeds)]
+        pairs = [(row, reference) for row, reference in pairs if row and reference]
+        if not pairs:
+            continue
+        mean = np.mean([figures(labels_N, row[0]) for row, _ in pairs], axis=0)
+        better_N = np.mean([hits(labels_N, row[0]) - hits(labels_N, old[0]) for row, old in pairs], axis=0)
+        gain = bootstrap.figure(
+            lambda w_BN, b_N=better_N: w_BN @ (weight_N * b_N) / (w_BN @ weight_N),
+            bootstrap.count(bootstrap.everything_N),
+        )
+        low, high = gain.ci95 or (math.nan, math.nan)
+        cost = np.mean([row[1] / old[1] for row, old in pairs])
+        print(
+            f"| {name} | {len(pairs)} | {mean[0]:.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f}) "
+            f"| {mean[1]:.3f} | {mean[2]:.3f} | {cost:.2f} |"
+        )
+
+
+def hits(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> np.ndarray:
+    return (probabilities_NC.argmax(axis=1) == labels_N).astype(float)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", required=True, help="they must cover the rows' depths")
+    parser.add_argument("--results", type=Path, required=True, help="a file of JSON lines; it is continued")
+    parser.add_argument("--only", nargs="*", default=list(ROWS), help="names of rows; none prints the table")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    images, state = read_images(asked.data, REFERENCE.size), read_weights(asked.weights)
+    results = Results(asked.results)
+    for seed in range(asked.seeds):
+        for name in asked.only:
+            if results.get(ROWS[name], seed) is None:
+                found, seconds = out_of_fold(ROWS[name], images, state, seed)
+                results.add(ROWS[name], seed, found, seconds)
+                recall, surprise, error = figures(images.table["label"].to_numpy(), found[ROWS[name].judged])
+                print(f"{name}, seed {seed}: {recall:.3f} {surprise:.3f} {error:.3f}, {seconds:.0f} s", flush=True)
+    print_table(images, results, asked.seeds)
+
+
+if __name__ == "__main__":
+    main()
