@@ -87,7 +87,8 @@ class Progress:
         ended: how many trials have ended.
         running: for each trial that runs, its number, its hyperparameters and its last epoch.
         reached: how many trials have reached each rung.
-        slowness: the measured seconds of the epochs so far, divided by those that the forecast has for them.
+        slowness: the measured seconds of the epochs so far, divided by those that `epoch_s` has for them; None as long
+            as there are none.
         started: whether the slots' workers have started.
         retraining: for each retraining that has not ended, its hyperparameters and its last epoch; None as long as the
             search has not ended.
@@ -97,7 +98,7 @@ class Progress:
     ended: int = 0
     running: Sequence[tuple[int, Hyperparameters, int]] = ()
     reached: Mapping[int, int] = field(default_factory=dict)
-    slowness: float = 1.0
+    slowness: float | None = None
     started: bool = False
     retraining: Sequence[tuple[Hyperparameters, int]] | None = None
     seeds: int | None = None
@@ -113,6 +114,8 @@ class Forecast:
     work: Workload
     space: SearchSpace
     pace: Pace
+    slowdown: float = 1.0
+    """How many times longer it takes because of other work on the machine."""
 
     def total(self) -> tuple[float, float]:
         """Seconds from the start of the slots to the bundle: at least and at most."""
@@ -170,7 +173,7 @@ class Forecast:
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
         wrong: float = min(MOST_IMAGES, random.share_wrong * work.test_images)
         page_s = BUNDLE_S + wrong * (IMAGE_S + 3 * self.pace.predict(winner.truncation_depth))
-        return (search_s + after_s) * progress.slowness + page_s
+        return (search_s + after_s + page_s) * (progress.slowness or self.slowdown)
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:
         """Seconds that a slot takes for an epoch of a trial."""
@@ -250,6 +253,15 @@ class _Draws:
             if name in self._space.distributions:
                 values[name] = _at(self._space.distributions[name], float(uniform))
         return self._space.hyperparameters(values)
+
+
+def as_range(low: float, high: float) -> str:
+    """A range of seconds as text: "40 to 55 s", "3.1 to 4.5 min", "2 to 3 h"."""
+    unit, name = next(
+        (size, name) for size, name in ((3600, "h"), (60, "min"), (1, "s")) if high >= 2 * size or size == 1
+    )
+    least, most = (f"{end / unit:.{int(unit > 1 and high < 10 * unit)}f}" for end in (low, high))
+    return f"{least} to {most} {name}" if least != most else f"about {most} {name}"
 
 
 def _at(distribution: BaseDistribution, share: float) -> Any:

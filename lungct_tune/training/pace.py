@@ -39,6 +39,8 @@ IMAGE_FLOPS = 8.2e9
 """Operations of the whole ResNet50 for one image of 224 pixels. They grow with the area, and nearly evenly with the
 depth."""
 
+SPIN_TIMEOUT_S = 20.0
+
 STEP_S = 1.0
 """Aim for the length of a measured step on a CPU. Where a whole one would be longer, it has fewer images."""
 
@@ -123,6 +125,31 @@ class PaceOrder:
         """The entry in the user's cache."""
         key = json.dumps([asdict(self), version("torch"), 1])
         return default_cache() / f"pace-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+SPIN = """
+import os, sys, time
+os.nice(int(os.environ.get("RAY_worker_niceness", 15)))
+began = time.perf_counter()
+while time.process_time() < 0.3:
+    pass
+print((time.perf_counter() - began) / 0.3)
+"""
+"""A program that keeps a CPU busy at the priority of Ray's workers, and prints how much longer that took."""
+
+
+def measured_slowdown(processes: int) -> float:
+    """How many times longer so many processes take because other work shares their CPUs: 1 on a quiet machine."""
+    command = [sys.executable, "-S", "-E", "-c", SPIN]
+    spinning = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(processes)]
+    try:
+        return max(1.0, fmean(float(process.communicate(timeout=SPIN_TIMEOUT_S)[0]) for process in spinning))
+    except (subprocess.TimeoutExpired, ValueError):
+        return SPIN_TIMEOUT_S
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
 
 
 def depths_to_measure(lowest: int, deepest: int) -> tuple[int, ...]:
