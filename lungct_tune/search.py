@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.allocation import ResourcePlan
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.outlook import Outlook
     from lungct_tune.tuning.retrain import EarlySlot
     from lungct_tune.tuning.shared_data import SharedDataset
     from lungct_tune.tuning.workers import SlotPlan
@@ -66,10 +68,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     with _with_resume_command(plan), join_cluster(plan) as dashboard:
         split, audit = load_and_audit(plan, console)
         weights = plan.read_weights()
-        resources = announce(plan, dashboard.result(), console)
+        resources, outlook = announce(plan, split, dashboard.result(), console)
         if plan.settings.plan:
             return
-        with start_search(plan, split, audit, resources, weights, console) as run, run.early_slot() as slot:
+        with start_search(plan, split, audit, resources, outlook, weights, console) as run, run.early_slot() as slot:
             winner = run.search()
             retrained = run.retrain(winner, slot)
             published = run.retrain_published(winner, slot)
@@ -144,22 +146,26 @@ def join_cluster(plan: Plan) -> Iterator[Future[str]]:
             wait([joining])
 
 
-def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
-    """Prints the plan of the search and its share of the cluster; returns the slots.
+def announce(plan: Plan, split: DataSplit, dashboard: str, console: Console) -> tuple[ResourcePlan, Outlook]:
+    """Prints the plan of the search, its share of the cluster and what it will take; returns the slots and that.
 
     Raises:
         ClusterError: the cluster is too small.
+        PricesError: clusters/prices.yaml cannot be used.
     """
-    from lungct_tune.reporting.console import print_plan, print_space
+    from lungct_tune.reporting.console import print_lines, print_plan, print_space
     from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
+    from lungct_tune.tuning.outlook import look_ahead
 
     resources = plan_resources(plan.settings)
     retraining = plan_retraining_resources(plan.settings)
     head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
     print_plan(plan, f"{resources}; the final retraining on {retraining}; {head}", dashboard, console)
+    outlook = look_ahead(plan, split, resources)
+    print_lines(outlook.lines, console)
     if plan.settings.plan:
         print_space(plan.space, console)
-    return resources
+    return resources, outlook
 
 
 @contextmanager
@@ -168,6 +174,7 @@ def start_search(
     split: DataSplit,
     audit: dict[str, Any],
     resources: ResourcePlan,
+    outlook: Outlook,
     weights: dict[str, torch.Tensor] | None,
     console: Console,
 ) -> Iterator[SearchRun]:
@@ -181,6 +188,7 @@ def start_search(
         PlanError: another process runs this search.
     """
     from lungct_tune.experiment import bundle
+    from lungct_tune.experiment.study import PLANNED
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.cluster import check_storage, has_shared_file_system, machines
     from lungct_tune.tuning.shared_data import share_dataset, share_weights
@@ -194,6 +202,7 @@ def start_search(
         held.enter_context(plan.exclusive_lock())
         study = held.enter_context(plan.opened_study(new=is_new))
         study.set_user_attr("cluster", f"{resources}, on {machines()}")
+        study.set_user_attr(PLANNED, {"seconds": outlook.seconds, "began": time.time()} if outlook.seconds else None)
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:
@@ -335,8 +344,9 @@ class SearchRun:
     ) -> None:
         """Evaluates the final model, writes the bundle with its pages, and prints the outcome."""
         from lungct_tune.experiment import bundle
+        from lungct_tune.experiment.study import planned_and_taken
         from lungct_tune.filesystem import StorageError
-        from lungct_tune.reporting.console import print_outcome
+        from lungct_tune.reporting.console import print_outcome, print_plan_beside_truth
 
         plan, experiment = self.plan, self.plan.experiment
         final = self._files.final(winner, retrained, published, seeds)
@@ -347,6 +357,7 @@ class SearchRun:
         if self.tracker and final.metrics.test:
             self.tracker.add_final(winner.number, winner.hyperparameters, len(winner.history), final.metrics.test)
         print_outcome(plan, final.metrics, self.console)
+        print_plan_beside_truth(planned_and_taken(self.study), self.console)
 
     def _prepare_bundle(self) -> None:
         """Makes what the bundle needs and does not depend on the final model, while that is trained."""

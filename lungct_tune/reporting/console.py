@@ -18,6 +18,7 @@ from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
+from lungct_tune.experiment.forecast import as_range
 from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, TestMetrics, read_metrics
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
@@ -83,8 +84,20 @@ def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> No
     }
     if settings.track:
         lines["tracking"] = settings.track
+    print_lines(lines, console)
+
+
+def print_lines(lines: Mapping[str, str], console: Console) -> None:
+    """Prints lines of a plan by their names."""
     for name, value in lines.items():
         console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
+
+
+def print_plan_beside_truth(planned: Mapping[str, Any], console: Console) -> None:
+    """Prints the time that was forecast and the time that it took, from `planned_and_taken`; nothing without them."""
+    if planned:
+        taken = as_range(planned["took_s"], planned["took_s"])
+        console.print(f"time: {taken.removeprefix('about ')}, planned {as_range(*planned['planned_s'])}")
 
 
 def print_space(space: SearchSpace, console: Console) -> None:

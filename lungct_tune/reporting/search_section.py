@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import bounds, in_range
+from lungct_tune.experiment.forecast import as_range
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import parameter_importance
 from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, TrialRecord
@@ -32,7 +33,7 @@ def about_the_search(found: SearchResults) -> list[str]:
         f"{OBJECTIVE_NAME} {found.judged} after its last epoch, among those that ran to their end without diverging. "
         "Of equals it is the one with the lower negative log-likelihood. No trial was shown a test image"
         f"{seen}.",
-        f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}.",
+        f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}." + _time(found),
         f"Trials were evaluated {found.judged}, on {sum(images.values())} images. The smallest class, {smallest}, has "
         f"{n} of them: one image of it changes the {OBJECTIVE_NAME} by {100 / (len(images) * n):.1f} points. Smaller "
         "differences between trials mean nothing."
@@ -63,6 +64,15 @@ def about_the_search(found: SearchResults) -> list[str]:
             + ("." if found.baseline is None else f": {_seeds_against_the_published(found, seeds)}.")
         )
     return sentences
+
+
+def _time(found: SearchResults) -> str:
+    """The time that was planned beside the time that it took."""
+    if found.bundle is None or not (planned := found.bundle.metrics.search.get("planned_s")):
+        return ""
+    took = found.bundle.metrics.search["took_s"]
+    until = "the evaluation of the final model" if found.test else "the best model so far"
+    return f" Planned time: {as_range(*planned)}. It took {as_range(took, took)} to {until}."
 
 
 def _seeds_against_the_published(found: SearchResults, seeds: Mapping[str, Any]) -> str:
