@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -202,7 +201,7 @@ def start_search(
         held.enter_context(plan.exclusive_lock())
         study = held.enter_context(plan.opened_study(new=is_new))
         study.set_user_attr("cluster", f"{resources}, on {machines()}")
-        study.set_user_attr(PLANNED, {"seconds": outlook.seconds, "began": time.time()} if outlook.seconds else None)
+        study.set_user_attr(PLANNED, outlook.kept)
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:

@@ -41,10 +41,10 @@ TRIAL_S = 0.15
 REPORTS_SHARE = 0.04
 """Share of the time of epochs that a slot spends on its reports to Ray Tune and the study."""
 
-PROCESSES_OF_SLOT = 1
-"""Processes that import torch and train when a slot starts, beside its workers: its actor."""
+START_S, ACTOR_SHARE = 3.0, 0.6
+"""Seconds of Ray when slots start, and the share of a worker's start that a slot's actor takes before."""
 
-BUNDLE_S, IMAGE_S = 5.0, 0.15
+BUNDLE_S, IMAGE_S = 6.5, 0.15
 """Seconds for the bundle and its report, and for each wrong test image in it."""
 
 MOST_IMAGES = 300
@@ -144,7 +144,8 @@ class Forecast:
     def start_s(self) -> float:
         """Seconds until the slots of a machine have started: their processes share its CPUs."""
         work = self.work
-        return self.pace.start_s * max(2.0, work.slots_of_machine * (PROCESSES_OF_SLOT + work.workers) / work.cpus)
+        one, all_there = 1 + ACTOR_SHARE, work.slots_of_machine * (work.workers + ACTOR_SHARE) / work.cpus
+        return START_S + self.pace.start_s * max(one, all_there)
 
     def _training_s(self, hyperparameters: Hyperparameters, images: int, workers: int) -> float:
         depth, share = hyperparameters.truncation_depth, min(self.work.batch_size, images) // workers
@@ -154,7 +155,10 @@ class Forecast:
 
     def _play(self, progress: Progress, round_: int) -> float:
         """Seconds to the bundle in one draw. More trials only add to the same draws."""
-        work, random = self.work, _Draws(self, round_)
+        work = self.work
+        if round_ not in self._draws:
+            self._draws[round_] = _Draws(self, round_)
+        random = self._draws[round_]
         retraining, seeds = progress.retraining, work.seeds if progress.seeds is None else progress.seeds
         winner = random.winner
         search_s = after_s = 0.0
@@ -163,7 +167,8 @@ class Forecast:
             retraining = [(winner, 0)]
             if work.compares and random.luck > 1 / max(1, completed):
                 retraining.append((PUBLISHED, 0))
-            after_s += self.pace.start_s * 2 * (work.slots_of_machine >= work.cpus)
+            if work.slots_of_machine * work.workers >= work.cpus:  # no room to start them before
+                after_s += START_S + self.pace.start_s * (1 + ACTOR_SHARE)
         else:
             winner = retraining[0][0] if retraining else winner
         for hyperparameters, done in retraining:
@@ -173,7 +178,8 @@ class Forecast:
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
         wrong: float = min(MOST_IMAGES, random.share_wrong * work.test_images)
         page_s = BUNDLE_S + wrong * (IMAGE_S + 3 * self.pace.predict(winner.truncation_depth))
-        return (search_s + after_s + page_s) * (progress.slowness or self.slowdown)
+        seconds: float = (search_s + after_s + page_s) * (progress.slowness or self.slowdown)
+        return seconds
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:
         """Seconds that a slot takes for an epoch of a trial."""
@@ -191,10 +197,9 @@ class Forecast:
         heapq.heapify(busy)
         end = max(busy) if progress.running else begin
         for number in range(progress.ended + len(progress.running), work.trials):
-            hyperparameters = random.hyperparameters(number)
             last = self._last_epoch(number, 0, random, reached)
             completed += last == work.epochs and number != BASELINE
-            seconds = TRIAL_S + self.pace.build_s + last * self._slot_s(hyperparameters)
+            seconds = TRIAL_S + self.pace.build_s + last * random.slot_s(number)
             end = max(end, heapq.heapreplace(busy, busy[0] + seconds) + seconds)
         return end, completed
 
@@ -206,12 +211,12 @@ class Forecast:
             reached[rung] = reached.get(rung, 0) + 1
             goes_on = max(1, reached[rung] // REDUCTION) / reached[rung]
             goes_on += (1 - goes_on) * random.ties
-            if number != BASELINE and random.of_trial(number)[2 + k] > goes_on:
+            if number != BASELINE and random.chance(number, k) > goes_on:
                 return rung
         return self.work.epochs
 
     @cached_property
-    def _draws(self) -> dict[int, np.ndarray]:
+    def _draws(self) -> dict[int, _Draws]:
         return {}
 
 
@@ -226,33 +231,36 @@ class _Draws:
     """The random numbers of one round, the same each time: those of a trial do not depend on the number of trials."""
 
     def __init__(self, forecast: Forecast, round_: int) -> None:
-        self._space, work = forecast.space, forecast.work
-        if round_ not in forecast._draws:
-            random = np.random.default_rng((12, round_))
-            forecast._draws[round_] = random.random((work.trials + 2, 2 + len(work.rungs)))
-        table = forecast._draws[round_]
-        (ties, share), (self.luck, chosen) = table[:2, :2].tolist()
+        self._forecast, work = forecast, forecast.work
+        random = np.random.default_rng((12, round_))
+        table = random.random((work.trials + 2, 2 + len(work.rungs))).tolist()
+        (ties, share), (self.luck, chosen) = (row[:2] for row in table[:2])
         self.ties, self.share_wrong = MOST_TIES * ties, WRONG[0] + share * (WRONG[1] - WRONG[0])
-        self._table = table[2:]
-        fixed = self._space.fixed_trials
+        self._table: list[list[float]] = table[2:]
+        fixed = forecast.space.fixed_trials
         first = int(chosen * (len(fixed) + 8))  # fixed trials have more of a chance than one of many
         self.winner = fixed[first] if first < len(fixed) else self._drawn(table[0])
+        self._slot_s: dict[int, float] = {}
 
-    def of_trial(self, number: int) -> np.ndarray:
-        row: np.ndarray = self._table[number % len(self._table)]
-        return row
+    def chance(self, number: int, rung: int) -> float:
+        """A number of 0 to 1 that decides whether a trial goes on at a rung."""
+        return self._table[number % len(self._table)][2 + rung]
 
-    def hyperparameters(self, number: int) -> Hyperparameters:
-        """Those of a trial: fixed, or drawn from the space."""
-        fixed = self._space.fixed_trials
-        return fixed[number] if number < len(fixed) else self._drawn(self.of_trial(number))
+    def slot_s(self, number: int) -> float:
+        """Seconds that a slot takes for an epoch of a trial, which is fixed or drawn from the space."""
+        if number not in self._slot_s:
+            fixed = self._forecast.space.fixed_trials
+            this = fixed[number] if number < len(fixed) else self._drawn(self._table[number % len(self._table)])
+            self._slot_s[number] = self._forecast._slot_s(this)
+        return self._slot_s[number]
 
-    def _drawn(self, row: np.ndarray) -> Hyperparameters:
+    def _drawn(self, row: list[float]) -> Hyperparameters:
+        space = self._forecast.space
         values: dict[str, Any] = {}
-        for name, uniform in zip(("truncation_depth", "frozen_share"), row, strict=False):
-            if name in self._space.distributions:
-                values[name] = _at(self._space.distributions[name], float(uniform))
-        return self._space.hyperparameters(values)
+        for name, share in zip(("truncation_depth", "frozen_share"), row, strict=False):
+            if name in space.distributions:
+                values[name] = _at(space.distributions[name], share)
+        return space.hyperparameters(values)
 
 
 def as_range(low: float, high: float) -> str:

@@ -255,6 +255,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
 
 class _Planned(BaseModel):
     seconds: tuple[FiniteFloat, FiniteFloat]
+    slowdown: FiniteFloat
     began: FiniteFloat
 
 

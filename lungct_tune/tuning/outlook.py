@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,13 @@ class Outlook:
     """None where the pace could not be measured."""
     seconds: tuple[float, float] | None
     """From now to the bundle: at least and at most."""
+
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """What the study keeps of it."""
+        if self.forecast is None:
+            return None
+        return {"seconds": self.seconds, "slowdown": self.forecast.slowdown, "began": time.time()}
 
 
 def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook:
