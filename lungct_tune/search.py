@@ -201,7 +201,7 @@ def start_search(
         held.enter_context(plan.exclusive_lock())
         study = held.enter_context(plan.opened_study(new=is_new))
         study.set_user_attr("cluster", f"{resources}, on {machines()}")
-        study.set_user_attr(PLANNED, outlook.kept)
+        study.set_user_attr(PLANNED, outlook.kept if is_new else None)
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:

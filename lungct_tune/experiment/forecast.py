@@ -2,7 +2,8 @@
 
 A forecast plays the search many times. Each time it draws hyperparameters from the space, lets ASHA stop trials at the
 rungs, gives the trials to slots in their order, and adds what follows: retraining, comparison, seeds and the report.
-The seconds of an epoch come from `training.pace`. The range has 80 % of these times, and the error of the pace.
+The seconds of an epoch come from `training.pace`. Each time the pace is also a little wrong. The range has five sixths
+of these times.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ TIMES_PLAYED = 100
 
 MOST_TRIALS_PLAYED = 20_000
 
-PERCENTILES = (10, 90)
-PACE_ERROR = 0.1
-"""The range is wider by this share at each end, for what the measured pace does not show."""
+PERCENTILES = (8, 92)
+"""The ends of the range."""
+
+PACE_ERROR, MOST_ERROR = 0.1, 0.4
+"""Standard deviation of the logarithm of all that the measured pace does not show. It grows with the slowdown."""
 
 NORM_IMAGES = 256
 """Images of an estimate of batch-norm statistics, after each epoch (`IMAGES_FOR_NORMS` in training/trainer.py)."""
@@ -126,7 +129,7 @@ class Forecast:
         times = max(1, min(TIMES_PLAYED, MOST_TRIALS_PLAYED // self.work.trials))
         played = [self._play(progress, round_) for round_ in range(times)]
         low, high = np.percentile(played, PERCENTILES)
-        return float(low) * (1 - PACE_ERROR), float(high) * (1 + PACE_ERROR)
+        return float(low), float(high)
 
     def epoch_s(self, hyperparameters: Hyperparameters) -> float:
         """Seconds of an epoch of a trial: training and validation of all its models."""
@@ -178,7 +181,10 @@ class Forecast:
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
         wrong: float = min(MOST_IMAGES, random.share_wrong * work.test_images)
         page_s = BUNDLE_S + wrong * (IMAGE_S + 3 * self.pace.predict(winner.truncation_depth))
-        seconds: float = (search_s + after_s + page_s) * (progress.slowness or self.slowdown)
+        slowness, error = self.slowdown, min(MOST_ERROR, PACE_ERROR * self.slowdown)
+        if progress.slowness is not None:
+            slowness, error = progress.slowness, PACE_ERROR
+        seconds: float = (search_s + after_s + page_s) * slowness * math.exp(error * random.error)
         return seconds
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:
@@ -233,6 +239,7 @@ class _Draws:
     def __init__(self, forecast: Forecast, round_: int) -> None:
         self._forecast, work = forecast, forecast.work
         random = np.random.default_rng((12, round_))
+        self.error = np.random.default_rng((13, round_)).standard_normal()
         table = random.random((work.trials + 2, 2 + len(work.rungs))).tolist()
         (ties, share), (self.luck, chosen) = (row[:2] for row in table[:2])
         self.ties, self.share_wrong = MOST_TIES * ties, WRONG[0] + share * (WRONG[1] - WRONG[0])

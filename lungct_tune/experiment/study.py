@@ -48,7 +48,7 @@ LOCKED_S = 60.0
 """How long a change of a SQLite study waits for another program that has locked the file."""
 
 PLANNED = "planned"
-"""The user attribute with the forecast of a search: its range in seconds, the slowdown by other work, and when it was made."""
+"""The user attribute with the forecast of a search: its range in seconds, the slowdown by other work, and its time."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 

@@ -73,6 +73,8 @@ def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook
     seconds = forecast.total()
     where = f"measured on this machine: {pace.device}" if here else f"measured on a worker: {pace.device}"
     text = f"{as_range(*seconds)} ({where})"
+    if plan.settings.resume:
+        text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; it is {slowdown:.1f} times as long as on a quiet machine, because of other work here"
     return Outlook({"time": text} | _price_line(forecast, seconds, plan.space, prices, resources), forecast, seconds)
