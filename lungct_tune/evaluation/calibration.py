@@ -47,20 +47,25 @@ def fit_temperature(
 ) -> TemperatureScaling:
     """Fits the most probable temperature for these predictions and `PRIOR`. The images of a group count as one image.
 
+    Each image has the weight 1 / size of its group, because the predictions of a group are mostly right or wrong
+    together.
+
     Args:
         probabilities_NC: of images that the model was not trained on.
         groups_N: the group of each image.
         what: whose predictions they are, as text.
     """
-    rows, groups = np.arange(len(labels_N)), len(np.unique(groups_N))
+    rows = np.arange(len(labels_N))
+    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
+    weights_N = 1 / sizes_G[group_of_N]
 
     def negative_log_posterior(log_temperature: float) -> float:
         likelihood_N = calibrated(probabilities_NC, np.exp(log_temperature))[rows, labels_N]
-        negative_log_likelihood = -np.log(np.maximum(likelihood_N, np.finfo(float).tiny)).mean()
-        return float(groups * negative_log_likelihood + (log_temperature / PRIOR) ** 2 / 2)
+        negative_log_likelihood = -weights_N @ np.log(np.maximum(likelihood_N, np.finfo(float).tiny))
+        return float(negative_log_likelihood + (log_temperature / PRIOR) ** 2 / 2)
 
     fitted: Any = minimize_scalar(negative_log_posterior, bounds=np.log(TEMPERATURES), method="bounded")
-    return TemperatureScaling(float(np.exp(fitted.x)), FittedOn(len(labels_N), groups, what))
+    return TemperatureScaling(float(np.exp(fitted.x)), FittedOn(len(labels_N), len(sizes_G), what))
 
 
 def calibration_errors(
