@@ -14,6 +14,9 @@ from pydantic import AliasChoices, BaseModel, Field, TypeAdapter
 from lungct_tune.experiment.bundle import METRICS, as_json
 from lungct_tune.experiment.form import check_form, read_json
 
+MAJORITY, SHORTCUT, PUBLISHED = "majority class", "shortcut", "published"
+"""The kinds of predictions that a model is compared with."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -112,9 +115,11 @@ class ReferenceAccuracy:
     name: str
     """Which one: a class, a rule in `lungct_tune.auditing.shortcuts.RULES`, or hyperparameters."""
     accuracy: Figure
+    balanced_difference: Figure | None = None
+    """The model's balanced accuracy minus this one, paired by image; None in bundles of version 0.1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reference(ReferenceAccuracy):
     """Another way to predict the classes of the same images, compared with the model."""
 
@@ -131,6 +136,8 @@ class WithoutOverlap:
     n: int
     accuracy: Figure
     references: dict[str, ReferenceAccuracy]
+    balanced_accuracy: Figure = Figure(None, None)
+    """Not defined in bundles of version 0.1."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,8 @@ class TestMetrics:
     confusion_matrix: list[list[int]]
     """Images: rows are the classes, columns the predicted classes."""
     references: dict[str, Reference]
-    """By kind: "majority class", "shortcut", "published"."""
+    """By kind: `MAJORITY`, `PUBLISHED`, and `SHORTCUT` with the rule's name ("shortcut: histogram"). Bundles of version
+    0.1 have one "shortcut", that of the strongest rule on train and validation."""
     without_overlap: Annotated[WithoutOverlap | None, Field(alias="leak_free")]
     """None where no image shares a group with the model's training images."""
 
