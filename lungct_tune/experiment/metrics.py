@@ -264,7 +264,13 @@ class _Search(BaseModel):
     ended: dict[str, int]
 
 
-class _Seeds(BaseModel):
+class _Scores(BaseModel):
     balanced_accuracy: list[float]
     mean: float
     sd: float
+
+
+class _Seeds(_Scores):
+    published: _Scores | None = None
+    """The published configuration with the same seeds; None in bundles of version 0.1, and if it is the winner."""
+    difference: Figure | None = None

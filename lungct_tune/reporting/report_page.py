@@ -24,6 +24,7 @@ from lungct_tune.reporting.search_section import (
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
 from lungct_tune.reporting.winner_section import winner_section
+from lungct_tune.training.objective import OBJECTIVE_NAME
 
 PAIRS_SHOWN = 6
 """Pairs of copies in the report; the audit's own page shows more."""
@@ -51,7 +52,7 @@ def report_page(
         "shows_images": pictures.images is not None,
         "verdict": verdict.verdict(found),
         "same_group": SAME_GROUP,
-        "worth_chart": worth(rows) if rows else "",
+        "worth_chart": worth(rows, OBJECTIVE_NAME) if rows else "",
         "groups": found.split["group"].nunique(),
         "pairs": _pairs(found, pictures),
         "about_the_search": about_the_search(found),

@@ -13,11 +13,12 @@ from lungct_tune.reporting.svg import CLASSES, GRID, INK, SOFT, WINNER, Chart, i
 
 
 @styled
-def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
-    """Draws accuracies from 0 to 1, one line each.
+def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], of: str = "accuracy") -> Markup:
+    """Draws shares from 0 to 1, one line each.
 
     Args:
-        rows: name, accuracy, interval, whether it is the model's.
+        rows: name, share, interval, whether it is the model's.
+        of: the name of the shares.
     """
     chart = Chart(4.4, 0.4 + 0.5 * len(rows))
     axes = chart.axes
@@ -31,7 +32,7 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Ma
     axes.spines["left"].set_visible(False)
     in_percent(axes.xaxis)
     values = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
-    return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {values}")
+    return chart.svg(f"{of.capitalize()} on the same test images, with 95 % intervals: {values}")
 
 
 @styled

@@ -12,13 +12,24 @@ from PIL import Image
 
 from lungct_tune.data import DataError, ImageSet, fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
-from lungct_tune.experiment.metrics import CalibrationErrors, CalibrationMetrics, Reference, TestMetrics
+from lungct_tune.experiment.metrics import (
+    MAJORITY,
+    PUBLISHED,
+    SHORTCUT,
+    CalibrationErrors,
+    CalibrationMetrics,
+    Figure,
+    Reference,
+    TestMetrics,
+)
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.reporting import test_charts
+from lungct_tune.reporting.format import points
 from lungct_tune.reporting.html import data_uri
+from lungct_tune.training.objective import OBJECTIVE_NAME
 
 MOST_SHOWN = 300
 """The most misclassified images that are shown; each takes 25 KB."""
@@ -67,12 +78,7 @@ def test_section(
         "test": test,
         "classes": classes,
         "judged_on": on,
-        "tiles": [
-            ("accuracy", test.accuracy),
-            ("balanced accuracy", test.balanced_accuracy),
-            ("macro F1", test.macro_f1),
-            *([("accuracy without group overlap", test.without_overlap.accuracy)] if test.without_overlap else []),
-        ],
+        "tiles": _tiles(test),
         "confusion": _confusion(test.confusion_matrix, classes),
         "test_charts": {
             "roc": test_charts.roc(labels_N, probabilities_NC, classes),
@@ -86,20 +92,47 @@ def test_section(
     }
 
 
+def _tiles(test: TestMetrics) -> list[tuple[str, Figure]]:
+    """The main figures, each with its title; those without group overlap come first."""
+    clean, overall = test.without_overlap, ""
+    tiles: list[tuple[str, Figure]] = []
+    if clean is not None:
+        if clean.balanced_accuracy.value is not None:
+            tiles.append((f"balanced accuracy, {clean.n} images without group overlap", clean.balanced_accuracy))
+        tiles.append((f"accuracy, {clean.n} images without group overlap", clean.accuracy))
+        overall = f", all {test.n} images"
+    return [
+        *tiles,
+        (f"balanced accuracy{overall}", test.balanced_accuracy),
+        (f"accuracy{overall}", test.accuracy),
+        (f"macro F1{overall}", test.macro_f1),
+    ]
+
+
 def compared_accuracies(test: TestMetrics) -> list[tuple[str, float, tuple[float, float] | None, bool]]:
-    """Accuracies on the same images, that of the model first: name, value, interval, whether it is the model's."""
-    rows = [("this model", test.accuracy, True)]
-    if clean := test.without_overlap:
-        rows.append((f"this model, {clean.n} images without group overlap", clean.accuracy, True))
-    rows += [(name, reference.accuracy, False) for name, reference in references(test)]
+    """Balanced accuracies on the same images, that of the model first.
+
+    Without group overlap, if the model has seen images of some groups.
+
+    Returns:
+        Name, value, interval, whether it is the model's.
+    """
+    rows = [("this model", test.balanced_accuracy, True)]
+    if (clean := test.without_overlap) and clean.balanced_accuracy.value is not None:
+        rows.append((f"this model, {clean.n} images without group overlap", clean.balanced_accuracy, True))
+    rows += [(name, reference.balanced_accuracy, False) for name, reference in references(test)]
     return [(name, f.value, f.ci95, is_model) for name, f, is_model in rows if f.value is not None]
 
 
 def references(test: TestMetrics) -> list[tuple[str, Reference]]:
     """Other predictions for the same images, each with its title in the report."""
-    titles = {"published": "published configuration", "shortcut": "shortcut: {}", "majority class": "always {}"}
-    by_kind = test.references
-    return [(title.format(by_kind[kind].name), by_kind[kind]) for kind, title in titles.items() if kind in by_kind]
+    titles = {PUBLISHED: "published configuration", SHORTCUT: "shortcut: {}", MAJORITY: "always {}"}
+    return [
+        (title.format(reference.name), reference)
+        for of_kind, title in titles.items()
+        for kind, reference in test.references.items()
+        if kind.partition(":")[0] == of_kind
+    ]
 
 
 def about_calibration(calibration: CalibrationMetrics) -> str:
@@ -118,16 +151,15 @@ def about_calibration(calibration: CalibrationMetrics) -> str:
 
 
 def difference(test: TestMetrics) -> str:
-    """The paired difference to the published configuration, as text; "" if that was not retrained."""
-    published = test.references.get("published")
+    """The paired differences to the published configuration, as text; "" if that was not retrained."""
+    published = test.references.get(PUBLISHED)
     if published is None or published.difference.value is None:
         return ""
-    f = published.difference
-    between = f" (95 % interval {100 * f.ci95[0]:+.1f} to {100 * f.ci95[1]:+.1f})" if f.ci95 else ""
+    balanced = f"{points(published.balanced_difference, OBJECTIVE_NAME)}; " if published.balanced_difference else ""
     return (
-        "The published configuration was retrained in the same way. Accuracy of this model minus accuracy of the "
-        f"published configuration, paired by image: {100 * published.difference.value:+.1f} points{between}. McNemar's "
-        f"test, which assumes independent images: p = {published.mcnemar_p:.2g}."
+        "The published configuration was retrained in the same way. This model minus the published configuration, "
+        f"paired by image: {balanced}{points(published.difference, 'accuracy')}. McNemar's test, which assumes "
+        f"independent images: p = {published.mcnemar_p:.2g}."
     )
 
 
