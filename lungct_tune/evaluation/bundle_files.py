@@ -99,6 +99,7 @@ class BundleFiles:
             references=self._references(published),
             overlap_N=group_overlap(images, self.split.split),
             threshold=point.threshold if point else HALF,
+            at_95_specificity=point.at_95_specificity if point else None,
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
         bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds)

@@ -18,6 +18,7 @@ from lungct_tune.experiment.metrics import (
     CancerMetrics,
     ClassMetrics,
     Figure,
+    RatesAt,
     Reference,
     ReferenceAccuracy,
     Reliability,
@@ -45,6 +46,7 @@ def evaluate_predictions(
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
     overlap_N: np.ndarray | None = None,
     threshold: float = HALF,
+    at_95_specificity: float | None = None,
 ) -> TestMetrics:
     """Computes all figures of a model on images that it was not trained on.
 
@@ -59,6 +61,7 @@ def evaluate_predictions(
         overlap_N: bool, whether the image or one of its group was a training image; None if that is unknown.
         threshold: the probability of cancer above which an image counts as cancer in the figures for cancer against
             normal. All other figures take the most probable class.
+        at_95_specificity: another such threshold, at which both rates are computed too, see `OperatingPoint`.
     """
     bootstrap, predicted_N = ClusterBootstrap(groups_N), probabilities_NC.argmax(axis=1)
     right_N, others = labels_N == predicted_N, references or {}
@@ -73,7 +76,9 @@ def evaluate_predictions(
             name: _one_class(labels_N == c, predicted_N == c, probabilities_NC[:, c], bootstrap)
             for c, name in enumerate(classes)
         },
-        cancer_vs_normal=_cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap, threshold),
+        cancer_vs_normal=_cancer_against_normal(
+            labels_N, probabilities_NC, classes, bootstrap, threshold, at_95_specificity
+        ),
         calibration=_calibration(labels_N, probabilities_NC, uncalibrated_NC, scaling, bootstrap),
         confusion_matrix=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
         references={
@@ -179,6 +184,7 @@ def _cancer_against_normal(
     classes: tuple[str, ...],
     bootstrap: ClusterBootstrap,
     threshold: float,
+    at_95_specificity: float | None,
 ) -> CancerMetrics | None:
     """Figures for cancer against normal. Cancer is predicted if the cancers' probability is above the threshold.
 
@@ -200,6 +206,13 @@ def _cancer_against_normal(
             sensitivity_at(SPECIFICITY, is_N, score_N), fewest, is_rate=True
         ),
         threshold=threshold,
+        at_95_specificity=None
+        if at_95_specificity is None
+        else RatesAt(
+            at_95_specificity,
+            bootstrap.rate(score_N > at_95_specificity, is_N),
+            bootstrap.rate(score_N <= at_95_specificity, ~is_N),
+        ),
     )
 
 

@@ -46,6 +46,15 @@ class ClassMetrics:
 
 
 @dataclass(frozen=True)
+class RatesAt:
+    """Both rates for cancer at a threshold."""
+
+    threshold: float
+    sensitivity: Figure
+    specificity: Figure
+
+
+@dataclass(frozen=True)
 class CancerMetrics:
     """All cancers together against normal."""
 
@@ -59,8 +68,11 @@ class CancerMetrics:
     npv: Figure
     auroc: Figure
     sensitivity_at_95_specificity: Figure
+    """At the best threshold for these very images, so it is too high."""
     threshold: float = HALF
     """An image counts as cancer if the probability of all cancers together is above it."""
+    at_95_specificity: RatesAt | None = None
+    """At the threshold that `OperatingPoint` has for it, from other images; None in bundles of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class OperatingPoint:
 
     threshold: float
     chosen_on: FittedOn
+    at_95_specificity: float | None = None
+    """The lowest threshold with a specificity of at least 95 % on the same images."""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,19 @@ def test_cancer_is_what_the_cancers_together_say() -> None:
     assert figures.cancer_vs_normal.table == [[1, 0], [1, 1]]  # but not likelier than not
 
 
+def test_the_threshold_of_high_specificity_comes_from_elsewhere_and_both_rates_are_told() -> None:
+    """On these images themselves, 95 % specificity could be had with every cancer found."""
+    cancer_N = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    labels_N = np.array([0, 0, 0, 0, 2, 2, 2, 2])
+    probabilities_NC = np.stack([cancer_N, 0 * cancer_N, 1 - cancer_N, 0 * cancer_N], axis=1)
+    figures = evaluate_predictions(labels_N, probabilities_NC, CLASSES, np.arange(8), at_95_specificity=0.45)
+    high = figures.cancer_vs_normal.at_95_specificity
+    assert (high.threshold, high.sensitivity.value, high.specificity.value) == (0.45, 1.0, 0.75)
+    assert figures.cancer_vs_normal.sensitivity_at_95_specificity.value == 1
+    without = evaluate_predictions(labels_N, probabilities_NC, CLASSES, np.arange(8))
+    assert without.cancer_vs_normal.at_95_specificity is None
+
+
 def test_cancer_against_normal_is_asked_of_the_probabilities_that_a_user_gets() -> None:
     """A temperature keeps the likeliest of all classes, and may change what several classes say together."""
     plain = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]])
