@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import softmax
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import expit, logit, softmax
+from sklearn.linear_model import LogisticRegression
 
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.experiment.metrics import CalibrationErrors, FittedOn, ReliabilityBins, TemperatureScaling
@@ -91,6 +92,28 @@ def calibration_errors(
         low, high = ece.ci95
         ece = replace(ece, ci95=(max(0.0, min(low, 2 * ece.value - high)), high))
     return CalibrationErrors(brier=bootstrap.mean(((probabilities_NC - truth_NC) ** 2).sum(axis=1)), ece=ece)
+
+
+def calibration_line(is_N: np.ndarray, score_N: np.ndarray) -> tuple[float, float] | None:
+    """Slope and intercept of the calibration of probabilities for two classes (Van Calster et al., BMC Medicine 2019).
+
+    The slope is that of a logistic regression of the truth on the logit of the probability: 1 is right, less means
+    probabilities that are too extreme. The intercept is that with a slope of 1 (calibration in the large): 0 is right,
+    above 0 the probabilities are too low on average.
+
+    Args:
+        is_N: bool, whether the image is positive.
+        score_N: its probability of being positive.
+
+    Returns:
+        None where the probabilities separate the classes, or one of them has no image: the slope has no limit then.
+    """
+    if is_N.all() or not is_N.any() or score_N[is_N].min() >= score_N[~is_N].max():
+        return None
+    logits_N = logit(np.clip(score_N.astype(float), 1e-9, 1 - 1e-9))
+    line = LogisticRegression(C=np.inf, max_iter=1000).fit(logits_N[:, None], is_N)
+    intercept = brentq(lambda shift: expit(logits_N + shift).sum() - is_N.sum(), -50, 50)
+    return float(line.coef_[0, 0]), float(intercept)
 
 
 def reliability_bins(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> ReliabilityBins:

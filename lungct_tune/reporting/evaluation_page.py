@@ -38,8 +38,7 @@ def evaluation_page(
     """
     test = metrics.test
     shown = {
-        "name": f"{PurePath(metrics.data).name}, evaluated with the model of {searched}",
-        "kind": "evaluation",
+        "title": f"Evaluation of the model of {searched} on {PurePath(metrics.data).name}",
         "verdict": external_verdict(metrics, searched),
         "warnings": [*([TRAINED_ON_PHANTOMS] if phantoms else []), *left_out(metrics)],
         "sections": [*((section, section) for section in ("verdict", "test", "mistakes")), ("again", "do it again")],

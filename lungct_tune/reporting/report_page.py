@@ -44,8 +44,7 @@ def report_page(
     sections += ["test", "mistakes"] if test else []
     rows = compared_accuracies(test) if test else []
     shown: dict[str, Any] = {
-        "name": name,
-        "kind": "report",
+        "title": f"Report of the search {name}",
         "found": found,
         "warnings": [*filter(None, (PHANTOMS if found.phantoms else "", verdict.standing(found)))],
         "sections": [*((section, section) for section in sections), ("again", "do it again")],

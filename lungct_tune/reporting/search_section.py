@@ -18,6 +18,11 @@ from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent, points
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
 
+IMPORTANCE_FROM, PARAMETERS_FROM = 20, 15
+"""The fewest completed trials for the parameters' importance, and for parallel coordinates and slices.
+
+Fewer trials show chance: with 8 trials and 4 parameters, some parameter always seems to matter."""
+
 EDGE = 0.02
 """A value counts as at the edge of the space if its distance from an end is at most this share of the range."""
 
@@ -91,6 +96,13 @@ def _edges(found: SearchResults, winner: TrialRecord) -> str:
     return f"The winner is at an edge of the search space: {'; '.join(at)}. Values beyond it have not been tried."
 
 
+def _few(completed: int) -> str:
+    """Which charts of the parameters are missing, as text; "" if none is."""
+    charts_from = {"parallel coordinates and slices": PARAMETERS_FROM, "the parameters' importance": IMPORTANCE_FROM}
+    missing = [f"{what} from {least} on" for what, least in charts_from.items() if completed < least]
+    return f"{completed} trials ran to their end. There are {' and '.join(missing)}." if missing else ""
+
+
 def edge(value: float, distribution: BaseDistribution) -> str:
     """Where a value is in a range: "the lower end", "the upper end", "outside", or "" if it is well inside."""
     low, high, logarithmic = bounds(distribution)
@@ -113,7 +125,8 @@ def trial_rows(found: SearchResults) -> list[list[str | int]]:
     rows: list[list[str | int]] = []
     for trial in found.trials:
         last = trial.last
-        figures = [f"{x:.3f}" for x in (last.balanced_accuracy, last.accuracy, last.log_loss)] if last else ["", "", ""]
+        shares = (last.balanced_accuracy, last.accuracy) if last else ()
+        figures = [*map(percent, shares), f"{last.log_loss:.3f}"] if last else ["", "", ""]
         values = [f"{value:.3g}" for value in trial.hyperparameters.resolved.as_dict().values()]
         rows.append([trial.number, trial.outcome.value, len(trial.history), *figures, *values])
     return rows
@@ -130,15 +143,18 @@ def search_charts(found: SearchResults) -> dict[str, Any] | None:
     if not any(trial.last for trial in trials):
         return None
     winner = found.winner.number if found.winner else None
-    importance = parameter_importance(trials, varied)
+    importance = parameter_importance(trials, varied) if found.completed >= IMPORTANCE_FROM else {}
+    are_many = found.completed >= PARAMETERS_FROM
     return {
         "history": charts.history(trials, winner, found.judged),
         "curves": charts.curves(trials, winner, found.judged),
         "importances": charts.importances(importance) if importance else "",
-        "parallel": charts.parallel(trials, varied, winner),
+        "parallel": charts.parallel(trials, varied, winner) if are_many else "",
         "slices": [
             charts.slice_of(trials, name, distribution, winner, epochs=found.settings["epochs"])
             for name, distribution in varied.items()
+            if are_many
         ],
+        "few": _few(found.completed),
         "timeline": charts.timeline(trials, winner),
     }

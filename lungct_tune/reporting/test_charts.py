@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -43,8 +44,10 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[st
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
     for c, name in _defined(labels_N, classes):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(false_alarms, sensitivity, color=CLASSES[c % len(CLASSES)], label=plain(name))
+        axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
     axes.legend(loc="lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
 
@@ -56,10 +59,17 @@ def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes
     axes = chart.axes
     for c, name in _defined(labels_N, classes):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=plain(name))
+        axes.plot(sensitivity, value, label=plain(name), **_line(c))
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
     axes.legend(loc="best")
     return chart.svg("Precision-recall curves of each class against the rest")
+
+
+def _line(c: int) -> dict[str, Any]:
+    """Colour and dashes of a class: some readers cannot tell the colours apart."""
+    return {"color": CLASSES[c % len(CLASSES)], "linestyle": ("-", "--", "-.", ":")[c % 4]}
 
 
 def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
@@ -77,9 +87,9 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
     chart = Chart(4.4, 3.6)
     axes = chart.axes
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
-    for (name, bins), colour in zip(curves.items(), (SOFT, WINNER), strict=False):
+    for (name, bins), colour, dashes in zip(curves.items(), (SOFT, WINNER), ("--", "-"), strict=False):
         confidence, accuracy, n = np.array(bins).T
-        axes.plot(confidence, accuracy, color=colour, linewidth=1.2, label=name)
+        axes.plot(confidence, accuracy, dashes, color=colour, linewidth=1.2, label=name)
         axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
     axes.set(xlabel="confidence", ylabel="accuracy", title="reliability diagram", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)
