@@ -108,7 +108,10 @@ def calibration_line(is_N: np.ndarray, score_N: np.ndarray) -> tuple[float, floa
     Returns:
         None where the probabilities separate the classes, or one of them has no image: the slope has no limit then.
     """
-    if is_N.all() or not is_N.any() or score_N[is_N].min() >= score_N[~is_N].max():
+    if is_N.all() or not is_N.any():
+        return None
+    positive, negative = score_N[is_N], score_N[~is_N]
+    if positive.min() >= negative.max() or positive.max() <= negative.min():
         return None
     logits_N = logit(np.clip(score_N.astype(float), 1e-9, 1 - 1e-9))
     line = LogisticRegression(C=np.inf, max_iter=1000).fit(logits_N[:, None], is_N)

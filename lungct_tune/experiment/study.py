@@ -234,7 +234,7 @@ def over_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] =
     scores, others = _scores(winner), _scores(published)
     differences = np.subtract(scores, others) if others else np.zeros(0)
     n, reach = len(differences), 0.0
-    if n > 1:
+    if n > 1 and not np.allclose(differences, differences[0]):
         reach = float(t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
     mean = float(differences.mean()) if n else 0.0
     return {

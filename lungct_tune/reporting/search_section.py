@@ -158,3 +158,26 @@ def search_charts(found: SearchResults) -> dict[str, Any] | None:
         "few": _few(found.completed),
         "timeline": charts.timeline(trials, winner),
     }
+
+
+def facts(found: SearchResults) -> list[tuple[str, str]]:
+    """The facts that the figures depend on: data, seed, machines, time."""
+    epochs = sum(len(trial.history) for trial in found.trials)
+    training_s = sum(trial.seconds for trial in found.trials)
+    size = found.settings["image_size"]
+    return [
+        ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
+        ("fingerprint of the data", found.settings["fingerprint"]),
+        ("images", f"{size} x {size} pixels, 8-bit grey"),
+        ("pretrained weights", str(found.settings["weights"])),
+        ("seed", str(found.settings["seed"])),
+        ("hardware", found.study.get("cluster", "not noted")),
+        ("trials", f"{found.done}, of {epochs} epochs in all"),
+        ("time of the search", f"{_duration(found.study.get('wall_s', 0))}; in epochs {_duration(training_s)}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

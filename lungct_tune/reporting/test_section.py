@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from PIL import Image
-
 from lungct_tune.data import DataError, ImageSet, fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment.metrics import (
@@ -24,23 +20,12 @@ from lungct_tune.experiment.metrics import (
 )
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.reporting import test_charts
-from lungct_tune.reporting.format import points
-from lungct_tune.reporting.html import data_uri
+from lungct_tune.reporting.cancer_section import cancer_section
+from lungct_tune.reporting.format import percent, points
+from lungct_tune.reporting.mistakes_section import mistakes_section
 from lungct_tune.training.objective import OBJECTIVE_NAME
-
-MOST_SHOWN = 300
-"""The most misclassified images that are shown; each takes 25 KB."""
-
-RIGHT_SHOWN = 2
-"""Correctly classified images of each class that are shown."""
-
-PIXELS = 224
-"""Width of a shown image; smaller ones are shown as they are."""
-
-MAP_RED = (226, 46, 26)
 
 
 @dataclass(frozen=True)
@@ -88,7 +73,8 @@ def test_section(
         "calibration": about_calibration(test.calibration),
         "references": references(test),
         "difference": difference(test),
-        "mistakes": _mistakes(predictions, pictures, network, seed),
+        "cancer": cancer_section(test, predictions),
+        "mistakes": mistakes_section(predictions, pictures, network, seed),
     }
 
 
@@ -139,7 +125,7 @@ def about_calibration(calibration: CalibrationMetrics) -> str:
     """The calibration errors and the temperature, as text."""
 
     def text(errors: CalibrationErrors) -> str:
-        return f"expected calibration error {errors.ece.value:.3f}, Brier score {errors.brier.value:.3f}"
+        return f"expected calibration error {percent(errors.ece.value)}, Brier score (0 to 2) {errors.brier.value:.3f}"
 
     if calibration.after is None or calibration.fitted_on is None:
         return f"Without temperature scaling: {text(calibration.before)}."
@@ -199,69 +185,3 @@ def _confusion(table: list[list[int]], classes: tuple[str, ...]) -> list[tuple[s
         )
         for true, (name, row) in enumerate(zip(classes, table, strict=True))
     ]
-
-
-def _mistakes(predictions: Predictions, pictures: Pictures, network: Network, seed: int) -> dict[str, Any]:
-    classes, labels_N, predicted_N = predictions.classes, predictions.labels_N, predictions.predicted_N
-    confidence_N = predictions.probabilities_NC.max(axis=1)
-    wrong = np.flatnonzero(predicted_N != labels_N)
-    wrong = wrong[np.argsort(-confidence_N[wrong], kind="stable")]
-    random = np.random.default_rng(seed)
-    right_by_class = [np.flatnonzero((labels_N == c) & (predicted_N == c)) for c in range(len(classes))]
-    right = [row for rows in right_by_class for row in random.permutation(rows)[:RIGHT_SHOWN]]
-    shown = np.array([*wrong[:MOST_SHOWN], *right], dtype=int)
-    cases = [
-        {
-            "id": number,
-            "path": predictions.paths_N[row],
-            "truth": classes[labels_N[row]],
-            "predicted": classes[predicted_N[row]],
-            "probabilities": list(zip(classes, predictions.probabilities_NC[row], strict=True)),
-        }
-        for number, row in enumerate(shown)
-    ]
-    again = _add_pictures(cases, shown, predictions, pictures.images, network) if pictures.images and cases else ""
-    few = f" Only the first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
-    return {
-        "summary": f"{len(wrong)} of {len(labels_N)} images are misclassified. The most confident come first." + few,
-        "no_pictures": f"Without pictures: {pictures.missing}" if pictures.missing else "",
-        "no_maps": "" if classes == network.classes else "No maps: the network's own classes are finer than these.",
-        "again": again,
-        "wrong": cases[: len(shown) - len(right)],
-        "right": cases[len(shown) - len(right) :],
-    }
-
-
-def _add_pictures(
-    cases: list[dict[str, Any]], rows: np.ndarray, predictions: Predictions, images: ImageSet, network: Network
-) -> str:
-    """Adds picture and maps to each case; says for how many the model predicts the same class again."""
-    positions = pd.Index(images.table["path"]).get_indexer(predictions.paths_N[rows])
-    images_NHW = images.images_NHW[positions]
-    for case, image_HW in zip(cases, images_NHW, strict=True):
-        case["picture"], case["maps"] = _picture(image_HW), []
-    if predictions.classes != network.classes:
-        return ""
-    predicted_N, labels_N = predictions.predicted_N[rows], predictions.labels_N[rows]
-    classes_N2 = np.stack([predicted_N, labels_N], axis=1)
-    maps_N2hw, again_NC = grad_cam(network.model, images_NHW, classes_N2, network.normalisation)
-    for case, maps_2hw in zip(cases, maps_N2hw, strict=True):
-        case["maps"] = [_map(map_hw) for map_hw in maps_2hw[: 1 + (case["predicted"] != case["truth"])]]
-    same = int((again_NC.argmax(axis=1) == predicted_N).sum())
-    return f"Run again for these pictures, the model predicts the same class for {same} of {len(rows)}."
-
-
-def _picture(grey_HW: np.ndarray) -> str:
-    image = Image.fromarray(grey_HW)
-    image.thumbnail((PIXELS, PIXELS))
-    return data_uri(image, quality=70)
-
-
-def _map(map_hw: np.ndarray) -> str:
-    """Encodes a map: red where it is high, transparent where it is low; "" for a map of zeros."""
-    if not map_hw.any():
-        return ""
-    alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
-    image = Image.new("RGBA", alpha.size, MAP_RED)
-    image.putalpha(alpha)
-    return data_uri(image, quality=50)

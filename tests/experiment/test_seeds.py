@@ -27,6 +27,11 @@ def test_a_training_without_a_model_counts_with_the_lowest_score() -> None:
     assert found["balanced_accuracy"] == [0.8, 0.0] and found["published"]["balanced_accuracy"] == [0.5, 0.0]
 
 
+def test_equal_differences_have_no_interval() -> None:
+    found = over_seeds([training(0.333), training(0.396)], [training(0.25), training(0.313)])
+    assert found["difference"] == {"value": pytest.approx(0.083), "ci95": None}
+
+
 def test_without_the_published_configuration_there_is_no_difference() -> None:
     found = over_seeds([training(0.8), training(0.7)])
     assert found["published"] is None and found["difference"] is None

@@ -24,10 +24,11 @@ from lungct_tune.experiment.metrics import Figure, ReferenceAccuracy, WithoutOve
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
+from lungct_tune.reporting.mistakes_section import MOST_SHOWN
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
 from lungct_tune.reporting.search_section import about_the_search, edge, over_seeds
-from lungct_tune.reporting.test_section import MOST_SHOWN, Pictures, find_pictures
+from lungct_tune.reporting.test_section import Pictures, find_pictures
 from lungct_tune.reporting.verdict import verdict
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Page(HTMLParser):
     def __init__(self, content: bytes) -> None:
         super().__init__()
         self.text, self.fetched, self.open, self.images = "", [], [], 0
+        self.scripts = self.uncaptioned = 0
         self.sections: list[str] = []
         self.feed(content.decode())
         self.text = " ".join(self.text.split())
@@ -51,7 +53,9 @@ class Page(HTMLParser):
             self.sections.append(given["id"] or "")
         if tag == "svg":
             assert given["aria-label"] and given["role"] == "img"
-        assert tag not in ("script", "iframe", "link")
+        assert tag not in ("iframe", "link")
+        self.scripts += tag == "script"
+        self.uncaptioned += (tag == "table") - (tag == "caption")
         self.fetched += [given[key] for key in ("src", "href") if key in given]
         if tag not in ("meta", "br", "hr", "img"):
             self.open.append(tag)
@@ -64,7 +68,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "title"):
+        if self.open and self.open[-1] not in ("style", "title", "script"):
             self.text += data + " "
 
 
@@ -95,7 +99,12 @@ def test_a_page_stands_alone_and_is_well_formed(content: bytes) -> None:
     assert page.open == []
     assert all(address.startswith(("#", "data:image/")) for address in page.fetched)
     assert b"url(http" not in content and b"@import" not in content
-    assert page.sections == ["verdict", "data", "search", "winner", "test", "mistakes", "again"]
+    assert page.sections == ["verdict", "data", "search", "winner", "test", "mistakes", "checklist", "card", "again"]
+    assert page.scripts == 1, "that which sorts the trials"
+    ours, _, card = content.partition(b'<section id="card">')
+    assert page.uncaptioned == card.count(b"<table"), "tables of the model card are Markdown's, which has no captions"
+    assert not re.search(rb"<th(?! scope)[ >]", ours)
+    assert b"<title>Report of the search one</title>" in content
     for number, svg in enumerate(content.decode().split("<svg")[1:]):
         drawn = "<svg" + svg.split("</svg>")[0] + "</svg>"
         ElementTree.fromstring(drawn.replace("xlink:href", "href")), number
@@ -168,7 +177,12 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
         (3, [lambda s: s.run(), lambda s: s.run(1)], "has not ended: 1 of 3", ["winner"]),
         (2, [lambda s: s.run(0, "no <room>")] * 2, "The search failed", []),
         (1, [lambda s: s.run()], "has not been retrained and evaluated", ["winner"]),
-        (1, [lambda s: s.run(), Search.finish], "no other was tried", ["winner", "test", "mistakes"]),
+        (
+            1,
+            [lambda s: s.run(), Search.finish],
+            "no other was tried",
+            ["winner", "test", "mistakes", "checklist", "card"],
+        ),
     ],
     ids=["no trial completed yet", "interrupted", "failed", "not judged", "one trial"],
 )
@@ -209,7 +223,8 @@ def test_names_of_files_cannot_become_part_of_the_page(found: SearchResults) -> 
     said = found.bundle.predictions
     evil = replace(said, paths_N=np.array([path + "<script>alert(1)</script>.png" for path in said.paths_N]))
     page = report_page("<img src=x>", replace(found, bundle=replace(found.bundle, predictions=evil)), Pictures())
-    assert b"<script" not in page and b"<img" not in page and b"&lt;script&gt;" in page
+    assert page.count(b"<script") == 1 and b"<script>alert" not in page
+    assert b"<img" not in page and b"&lt;script&gt;" in page
     assert b"<script" not in model_card("<script>", found)
 
 
