@@ -31,10 +31,10 @@ def cancer_section(test: TestMetrics, predictions: Predictions) -> dict[str, Any
 
 
 def _rule(cancer: CancerMetrics) -> str:
-    how = "one half" if cancer.threshold == HALF else "chosen on images that the model was not trained on, not on these"
+    how = "is one half" if cancer.threshold == HALF else "was chosen on other images that the model was not trained on"
     return (
         f"An image counts as cancer if the probability of all cancers together is above {percent(cancer.threshold)}. "
-        f"This threshold, the operating point, is {how}."
+        f"This threshold, the operating point, {how}."
     )
 
 

@@ -206,7 +206,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
     slots = sorted({epoch.slot for _, epoch in ran if epoch.slot is not None})
     last = max(epoch.at or 0 for _, epoch in ran) - began
     unit, name = (3600, "hours") if last > 7200 else (60, "minutes") if last > 120 else (1, "seconds")
-    chart = Chart(WIDE, 0.7 + 0.3 * len(slots))
+    chart = Chart(WIDE, 1.0 + 0.3 * len(slots))
     axes = chart.axes
     for trial, epochs in itertools.groupby(ran, key=lambda pair: pair[0]):
         for slot, of_slot in itertools.groupby((epoch for _, epoch in epochs), key=lambda epoch: epoch.slot or 0):
@@ -228,6 +228,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
     axes.set(yticks=range(len(slots)), ylim=(len(slots) - 0.5, -0.5), xlim=(0, last / unit), xlabel=name)
     axes.set_yticklabels([f"slot {slot}" for slot in slots], color=INK)
     axes.grid(axis="y", visible=False)
+    _name_colours(axes, winner)
     return chart.svg(f"Time line of {len(slots)} slots: when each was in an epoch of which trial")
 
 

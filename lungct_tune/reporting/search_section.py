@@ -98,9 +98,9 @@ def _edges(found: SearchResults, winner: TrialRecord) -> str:
 
 def _few(completed: int) -> str:
     """Which charts of the parameters are missing, as text; "" if none is."""
-    charts_from = {"parallel coordinates and slices": PARAMETERS_FROM, "the parameters' importance": IMPORTANCE_FROM}
-    missing = [f"{what} from {least} on" for what, least in charts_from.items() if completed < least]
-    return f"{completed} trials ran to their end. There are {' and '.join(missing)}." if missing else ""
+    drawn_from = {"parallel coordinates and slices": PARAMETERS_FROM, "the parameters' importance": IMPORTANCE_FROM}
+    missing = [f"{what} from {least} on" for what, least in drawn_from.items() if completed < least]
+    return f"{completed} trials ran to their end. A page has {' and '.join(missing)}." if missing else ""
 
 
 def edge(value: float, distribution: BaseDistribution) -> str:
