@@ -310,7 +310,7 @@ class SearchRun:
         """Evaluates the final model, writes the bundle with its pages, and prints the outcome."""
         from lungct_tune.experiment import bundle
         from lungct_tune.filesystem import StorageError
-        from lungct_tune.reporting.console import print_outcome
+        from lungct_tune.reporting.console import print_disk_use, print_outcome
 
         plan, experiment = self.plan, self.plan.experiment
         self._left.report()
@@ -323,6 +323,7 @@ class SearchRun:
         if self.tracker and final.metrics.test:
             self.tracker.add_final(winner.number, winner.hyperparameters, len(winner.history), final.metrics.test)
         print_outcome(plan, final.metrics, self.display.console)
+        print_disk_use(experiment, self.display.console)
 
     def _prepare_bundle(self) -> None:
         """Makes what the bundle needs and does not depend on the final model, while that is trained."""

@@ -26,8 +26,8 @@ SPREAD = 2.0
 class TimeLeft:
     """Estimates the time to the end of a search from the epochs that are left.
 
-    Trials that have ended say how many epochs the next ones take, since ASHA stops most of them early. A new estimate
-    only narrows the earlier one, unless the two contradict each other.
+    Trials that have ended say how many epochs the next ones take, since ASHA stops most of them early. The latest end
+    is never put off, unless even the earliest end would be after it.
 
     Args:
         trials: of the whole search.
@@ -63,7 +63,8 @@ class TimeLeft:
         self._began: float | None = None
         """When the first epoch of this run began."""
         self._retrained: tuple[int, int, float] | None = None
-        self._end: tuple[float, float] | None = None
+        self._latest: float | None = None
+        """When the search will have ended, at the latest, by the clock."""
         for trial in earlier:
             if trial.history:
                 self._epoch_s[trial.number] = trial.seconds / len(trial.history)
@@ -131,13 +132,11 @@ class TimeLeft:
         if estimate is None:
             return None
         now = self._now()
-        low, high = (now + seconds for seconds in estimate)
-        if self._end is not None:
-            narrowed = max(low, self._end[0]), min(high, self._end[1])
-            if narrowed[0] <= narrowed[1]:
-                low, high = narrowed
-        self._end = low, high
-        return max(0.0, low - now), max(0.0, high - now)
+        low, high = estimate
+        if self._latest is not None and now + low <= self._latest:
+            high = min(high, self._latest - now)
+        self._latest = now + high
+        return low, high
 
     @property
     def share(self) -> float:
@@ -213,4 +212,6 @@ def as_range(low: float, high: float) -> str:
         (size, name) for size, name in ((3600, "h"), (60, "min"), (1, "s")) if high >= 1.5 * size or size == 1
     )
     least, most = floor(low / unit), ceil(high / unit)
+    if least == 0:
+        return f"at most {most} {name}"
     return f"about {most} {name}" if least == most else f"{least} to {most} {name}"

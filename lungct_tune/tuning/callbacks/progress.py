@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.display import Display
-from lungct_tune.experiment.trial import BASELINE, EpochReport, TrialOrder, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
@@ -35,13 +35,17 @@ NARROW = 100
 
 @dataclass
 class _Running:
-    """A trial that runs, as far as it has reported."""
+    """A trial that runs, as far as it has reported, or one that an interruption left running."""
 
     hyperparameters: Hyperparameters
     epoch: int = 0
     score: float | None = None
-    starts: bool = field(default=True)
-    """Whether it has not reported in this run of the program."""
+    state: str = "starting"
+
+
+def _interrupted(record: TrialRecord) -> _Running:
+    last = record.last
+    return _Running(record.hyperparameters, len(record.history), last and last.balanced_accuracy, "continues")
 
 
 class ProgressCallback(tune.Callback):  # type: ignore[misc]
@@ -71,7 +75,9 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         for record in records:
             if record.is_finished:
                 self._add(record)
-        self._interrupted = {record.number: record for record in records if not record.is_finished}
+            else:
+                self._running[record.number] = _interrupted(record)
+                left.add(record.number, len(record.history), ())
         self._held = ExitStack()
 
     def __enter__(self) -> ProgressCallback:
@@ -87,13 +93,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         order = TrialOrder.from_dict(trial.config)
-        before = self._interrupted.pop(order.number, None)
-        if before is not None and before.last is not None:
-            epoch, score = before.last.epoch, before.last.balanced_accuracy
-            self._running[order.number] = _Running(order.hyperparameters, epoch, score)
-            self._left.add(order.number, epoch, ())
-        else:
-            self._running.setdefault(order.number, _Running(order.hyperparameters))
+        self._running.setdefault(order.number, _Running(order.hyperparameters))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._starting.close()
@@ -101,7 +101,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         number = trial.config["number"]
         if report.epochs and number in self._running:
             last, running = report.epochs[-1], self._running[number]
-            running.epoch, running.score, running.starts = last.epoch, last.balanced_accuracy, False
+            running.epoch, running.score, running.state = last.epoch, last.balanced_accuracy, "running"
             self._left.add(number, last.epoch, [figures.seconds for figures in report.trained])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -117,6 +117,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         keeps = f"; {first.replace(' its', ' keeps its')}" if first else "; no trial has an epoch to keep"
         text = ", ".join([f"stopping{keeps}", *others])
         self._display.console.print(f"{text}. Ctrl-C again ends it without waiting", style="yellow", soft_wrap=True)
+        self._held.enter_context(self._display.step("saving the states of the trials that run"))
 
     def _end(self, trial: Any) -> None:
         this, number = self._tally.last, trial.config["number"]
@@ -164,12 +165,15 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             names = ["published"] * (number == BASELINE) + ["best"] * (best is not None and number == best.number)
             if isinstance(trial, TrialRecord):
                 epoch, score = len(trial.history), trial.last and trial.last.balanced_accuracy
-                end: RenderableType = Text(", ".join([*names, trial.ended]))
+                how = trial.outcome.value if trial.outcome is Outcome.STOPPED else trial.ended
+                end: RenderableType = Text(", ".join([*names, how]))
+                    ", ".join([*names, trial.outcome.value if trial.outcome is Outcome.STOPPED else trial.ended])
+                )
             else:
                 epoch, score = trial.epoch, trial.score
                 end = Table.grid(padding=(0, 1))
                 width = BAR_WIDTH_WHERE_NARROW if self._display.console.width < NARROW else BAR_WIDTH
-                state = ", ".join([*names, "starting" if trial.starts else "running"])
+                state = ", ".join([*names, trial.state])
                 end.add_row(ProgressBar(total=self._epochs, completed=epoch, width=width), Text(state))
             values = trial.hyperparameters
             table.add_row(
