@@ -52,21 +52,22 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     verify(asked.bundle)  # before torch is imported, which takes seconds
 
     from lungct_tune.data import fetch_images, read_images
-    from lungct_tune.evaluation.external import evaluate_images, load_bundle, read_map
+    from lungct_tune.evaluation.classifier import Classifier
+    from lungct_tune.evaluation.external import evaluate_images, read_map
     from lungct_tune.experiment.bundle import METRICS, PREDICTIONS, REPORT
     from lungct_tune.experiment.metrics import metrics_json
     from lungct_tune.reporting.console import print_judged
     from lungct_tune.reporting.evaluation_page import evaluation_page
     from lungct_tune.reporting.test_section import Network
 
-    bundle = load_bundle(asked.bundle)
-    settings, size = bundle.config["settings"], bundle.config["preprocessing"]["image_size"]
+    bundle = Classifier.load(asked.bundle)
+    settings = bundle.config["settings"]
     class_map = read_map(asked.map, bundle.classes)
     out = asked.out or Path(f"{Path(asked.data).absolute().name}-judged")
     _check_new(out)
 
     folder = fetch_images(asked.data)
-    images = read_images(folder, size, class_map=class_map, skip_unreadable=asked.skip_unreadable)
+    images = read_images(folder, bundle.image_size, class_map=class_map, skip_unreadable=asked.skip_unreadable)
     metrics, predictions = evaluate_images(bundle, images, class_map, asked.data)
     network = Network(bundle.model, bundle.classes, settings["normalisation"])
     page = evaluation_page(settings["name"], metrics, predictions, images, network, command)

@@ -75,6 +75,14 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A bundle of a network that has learned a little from the phantoms' train and valid, made without Ray."""
+    from trained import write_trained_bundle
+
+    return write_trained_bundle(tmp_path_factory.mktemp("results"), phantoms)
+
+
+@pytest.fixture(scope="session")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a small search space."""
     file = tmp_path_factory.mktemp("space") / "small.yaml"

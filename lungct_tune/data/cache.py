@@ -198,8 +198,7 @@ def _decode_into(
 
 def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:
     """The results of `decode_row` for 0 to n - 1. Threads are enough, since Pillow decodes without the GIL."""
-    threads = max(1, min(os.cpu_count() or 1, _free_memory() // MEMORY))
-    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+    with ThreadPoolExecutor(decoding_threads()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # files that cannot be used are reported anyway
         reasons = track(
             pool.map(decode_row, range(n)),
@@ -210,6 +209,11 @@ def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool)
             disable=not (progress and sys.stderr.isatty()),
         )
         return list(reasons)
+
+
+def decoding_threads() -> int:
+    """How many images can be decoded at the same time on this machine."""
+    return max(1, min(os.cpu_count() or 1, _free_memory() // MEMORY))
 
 
 def _free_memory() -> int:

@@ -30,7 +30,7 @@ def unit_vectors(images_NHW: np.ndarray) -> np.ndarray:
 
     An image with a single grey value becomes a vector of zeros, which correlates with nothing.
     """
-    vectors_ND = images_NHW.reshape(len(images_NHW), -1).astype(np.float32)
+    vectors_ND = images_NHW.reshape(len(images_NHW), int(np.prod(images_NHW.shape[1:]))).astype(np.float32)
     vectors_ND -= vectors_ND.mean(axis=1, keepdims=True)
     lengths_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     return np.asarray(vectors_ND / np.where(lengths_N1 > 0, lengths_N1, 1))

@@ -99,6 +99,13 @@ def scan(root: Path) -> Scan:
     return found
 
 
+def why_aside(path: str) -> str | None:
+    """The reason for which a file would be left aside by its path alone, as in a listing of a storage; or None."""
+    if any(map(_is_clutter, path.split("/"))):
+        return CLUTTER
+    return DOCUMENTS if _is_document(path) else None
+
+
 def _is_clutter(name: str) -> bool:
     name = name.lower()
     return name in _CLUTTER_NAMES or name.startswith((".", "~$")) or name.endswith(_CLUTTER_ENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
@@ -35,32 +36,46 @@ def list_learned(images: ImageSet, rows: np.ndarray) -> bytes:
     return table.drop_duplicates().to_csv(index=False).encode()
 
 
-def read_learned(learned: bytes) -> tuple[pd.Series, np.ndarray]:
-    """The sha256 of each file in the CSV of `list_learned`, and the thumbnails, (N, SIDE, SIDE) uint8.
+def _read_learned(learned: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The sha256 of each file in the CSV of `list_learned`, and the thumbnails, (N, SIDE, SIDE) uint8."""
+    table = pd.read_csv(BytesIO(learned), dtype=str)
+    thumbnails = [np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]]
+    return table["sha256"].to_numpy(dtype=str), np.array(thumbnails, np.uint8).reshape(-1, SIDE, SIDE)
+
+
+class LearnedImages:
+    """The training images of a model, as `list_learned` lists them.
+
+    Args:
+        csv: the list.
 
     Raises:
         KeyError, ValueError, TypeError: it is another CSV.
     """
-    table = pd.read_csv(BytesIO(learned), dtype=str)
-    thumbnails = [np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]]
-    return table["sha256"], np.array(thumbnails, np.uint8).reshape(-1, SIDE, SIDE)
 
+    def __init__(self, csv: bytes) -> None:
+        self._digests, learned_NHW = _read_learned(csv)
+        self._flipped = [unit_vectors(learned_NHW[:, ::y, ::x]) for y, x in FLIPS.values()]
 
-def seen_before(images: ImageSet, learned: bytes) -> np.ndarray:
-    """Whether each image is in the CSV of `list_learned`: (N,) of `SAME_FILE`, `ALIKE` and `NEW`."""
-    digests, learned_NHW = read_learned(learned)
-    images_ND = unit_vectors(_thumbnails(images.images_NHW))
-    correlation_N = np.full(len(images_ND), -1.0)
-    for y, x in FLIPS.values():
-        flipped_ND = unit_vectors(learned_NHW[:, ::y, ::x])
-        for start in range(0, len(images_ND), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            correlation_N[block] = np.maximum(correlation_N[block], (images_ND[block] @ flipped_ND.T).max(axis=1))
-    same_N = images.table["digest"].isin(digests).to_numpy()
-    return np.select([same_N, correlation_N >= ALIKE_CORRELATION], [SAME_FILE, ALIKE], NEW)
+    def seen(self, images_NHW: np.ndarray, digests_N: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Whether each image is one of them, (N,) of `SAME_FILE`, `ALIKE` and `NEW`.
+
+        Args:
+            images_NHW: uint8 grey, of any size.
+            digests_N: the sha256 of each image's file; "" where there is none.
+        """
+        images_ND = unit_vectors(_thumbnails(images_NHW))
+        correlation_N = np.full(len(images_ND), -1.0)
+        for flipped_ND in self._flipped:
+            for start in range(0, len(images_ND), _BLOCK):
+                block = slice(start, start + _BLOCK)
+                likeness_N = (images_ND[block] @ flipped_ND.T).max(axis=1, initial=-1)
+                correlation_N[block] = np.maximum(correlation_N[block], likeness_N)
+        same_N = np.isin(np.asarray(digests_N, dtype=str), self._digests)
+        return np.select([same_N, correlation_N >= ALIKE_CORRELATION], [SAME_FILE, ALIKE], NEW)
 
 
 def _thumbnails(images_NHW: np.ndarray) -> np.ndarray:
     """(N, SIDE * SIDE) uint8."""
     small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images_NHW]
-    return np.array([np.asarray(image).ravel() for image in small])
+    return np.array([np.asarray(image).ravel() for image in small], dtype=np.uint8).reshape(-1, SIDE * SIDE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,17 +21,24 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
 from lungct_tune.data.split import DataSplit
 from lungct_tune.evaluation.calibration import calibrated, fit_temperature
+from lungct_tune.evaluation.inference import build_model
 from lungct_tune.evaluation.metrics import evaluate_predictions
+from lungct_tune.evaluation.operating_point import choose_operating_point
+from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import AUDIT, LEARNED, RetrainedModel, as_json, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
-from lungct_tune.experiment.metrics import BundleMetrics, TemperatureScaling, TestMetrics
+from lungct_tune.experiment.metrics import HALF, BundleMetrics, OperatingPoint, TemperatureScaling, TestMetrics
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
 from lungct_tune.experiment.study import effort, finished_trials
 from lungct_tune.experiment.trial import BASELINE, TrialRecord
+from lungct_tune.models.gradcam import evidence_scale
 from lungct_tune.models.preprocessing import NORMALISATIONS
 from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
+
+MAPS = 32
+"""Training images whose Grad-CAM maps give the common scale of all maps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +57,7 @@ class BundleFiles:
         Args:
             weights: of the trial, safetensors.
         """
-        return self.files(self._bundle(best, weights, self._fit_temperature(best)))
+        return self.files(self._bundle(best, weights, *self._calibrate(best)))
 
     def prepare(self) -> None:
         """Computes what takes time and does not depend on the final model."""
@@ -73,7 +80,7 @@ class BundleFiles:
         images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
         labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
-        scaling, uncalibrated_NC = self._fit_temperature(best), retrained.probabilities_NC
+        (scaling, point), uncalibrated_NC = self._calibrate(best), retrained.probabilities_NC
         probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature) if scaling else uncalibrated_NC
         figures = evaluate_predictions(
             labels_N,
@@ -84,9 +91,11 @@ class BundleFiles:
             scaling=scaling,
             references=self._references(published),
             overlap_N=group_overlap(images, self.split.split),
+            threshold=point.threshold if point else HALF,
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
-        return self._bundle(best, retrained.weights, scaling, figures, predictions, seeds)
+        bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds)
+        return replace(bundle, features=self._training_features(bundle, retrained.features))
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
         """All files of a bundle by name, without its pages."""
@@ -110,19 +119,38 @@ class BundleFiles:
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
         return references
 
-    def _fit_temperature(self, best: TrialRecord) -> TemperatureScaling | None:
-        """Fits the temperature for a trial's configuration, on images that the trial was not trained on."""
-        if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
+    def _training_features(self, bundle: Bundle, kept: bytes | None) -> bytes | None:
+        """training_features.safetensors; None if a retraining of an earlier version kept no features."""
+        if kept is None:
             return None
+        table, images_NHW = self.split.images.table, self.split.images.images_NHW
+        with np.load(io.BytesIO(kept)) as sample:
+            rows, features_ND = sample["rows"], sample["features"]
+        some = np.sort(np.random.default_rng(0).permutation(rows)[:MAPS])
+        model = build_model(bundle.config, bundle.weights)
+        scale = evidence_scale(
+            model, images_NHW[some], table["label"].to_numpy()[some], self.plan.settings.normalisation
+        )
+        return TrainingFeatures.fit(features_ND, table["group"].to_numpy()[rows], scale).as_bytes()
+
+    def _calibrate(self, best: TrialRecord) -> tuple[TemperatureScaling | None, OperatingPoint | None]:
+        """Temperature and operating point for a trial's configuration, on images that it was not trained on."""
+        if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
+            return None, None
         table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.folds else 'validation'} predictions"
-        return fit_temperature(table["label"].to_numpy(), np.load(io.BytesIO(kept)), table["group"].to_numpy(), what)
+        labels_N, groups_N, uncalibrated_NC = table["label"].to_numpy(), table["group"].to_numpy(), _array(kept)
+        scaling = fit_temperature(labels_N, uncalibrated_NC, groups_N, what)
+        probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature)
+        classes = self.split.images.classes
+        return scaling, choose_operating_point(labels_N, probabilities_NC, classes, groups_N, what)
 
     def _bundle(
         self,
         best: TrialRecord,
         weights: bytes,
         scaling: TemperatureScaling | None,
+        point: OperatingPoint | None,
         test: TestMetrics | None = None,
         predictions: Predictions | None = None,
         seeds: dict[str, Any] | None = None,
@@ -136,7 +164,7 @@ class BundleFiles:
             test=test,
             seeds=seeds,
         )
-        config = describe_model(settings, self.split.images, best.hyperparameters, len(best.history), scaling)
+        config = describe_model(settings, self.split.images, best.hyperparameters, len(best.history), scaling, point)
         return Bundle(weights, config, metrics, predictions)
 
     @cached_property
@@ -148,17 +176,23 @@ class BundleFiles:
         return list_learned(self.split.images, self.split.searched_rows)
 
 
+def _array(npy: bytes) -> np.ndarray:
+    return np.asarray(np.load(io.BytesIO(npy)))
+
+
 def describe_model(
     settings: Settings,
     images: ImageSet,
     hyperparameters: Hyperparameters,
     epochs: int,
     scaling: TemperatureScaling | None,
+    point: OperatingPoint | None = None,
 ) -> dict[str, Any]:
     """The content of config.json: the model, its preprocessing, and how the model was made.
 
     Args:
         scaling: None if the network's probabilities are not scaled.
+        point: the operating point; None if the classes are not normal and cancers.
     """
     mean, deviation = NORMALISATIONS[settings.normalisation]
     return {
@@ -176,6 +210,7 @@ def describe_model(
             "deviation": list(deviation),
         },
         "calibration": asdict(scaling) if scaling else None,
+        "operating_point": asdict(point) if point else None,
         "training": {"configuration": hyperparameters.as_dict(), "epochs": epochs, "seed": settings.seed},
         "settings": yaml.safe_load(settings.as_yaml()),
         "data_fingerprint": images.fingerprint,

@@ -13,6 +13,7 @@ from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap
 from lungct_tune.evaluation.calibration import calibration_errors, reliability_bins
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
 from lungct_tune.experiment.metrics import (
+    HALF,
     CalibrationMetrics,
     CancerMetrics,
     ClassMetrics,
@@ -43,6 +44,7 @@ def evaluate_predictions(
     scaling: TemperatureScaling | None = None,
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
     overlap_N: np.ndarray | None = None,
+    threshold: float = HALF,
 ) -> TestMetrics:
     """Computes all figures of a model on images that it was not trained on.
 
@@ -55,6 +57,8 @@ def evaluate_predictions(
         scaling: the temperature; None without scaling.
         references: by kind, other ways to predict the class of these images: a name, and the predictions (N,).
         overlap_N: bool, whether the image or one of its group was a training image; None if that is unknown.
+        threshold: the probability of cancer above which an image counts as cancer in the figures for cancer against
+            normal. All other figures take the most probable class.
     """
     bootstrap, predicted_N = ClusterBootstrap(groups_N), probabilities_NC.argmax(axis=1)
     right_N, others = labels_N == predicted_N, references or {}
@@ -69,7 +73,7 @@ def evaluate_predictions(
             name: _one_class(labels_N == c, predicted_N == c, probabilities_NC[:, c], bootstrap)
             for c, name in enumerate(classes)
         },
-        cancer_vs_normal=_cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap),
+        cancer_vs_normal=_cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap, threshold),
         calibration=_calibration(labels_N, probabilities_NC, uncalibrated_NC, scaling, bootstrap),
         confusion_matrix=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
         references={
@@ -152,9 +156,13 @@ def _one_class(
 
 
 def _cancer_against_normal(
-    labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], bootstrap: ClusterBootstrap
+    labels_N: np.ndarray,
+    probabilities_NC: np.ndarray,
+    classes: tuple[str, ...],
+    bootstrap: ClusterBootstrap,
+    threshold: float,
 ) -> CancerMetrics | None:
-    """Figures for cancer against normal. Cancer is predicted if the cancers together are more probable than normal.
+    """Figures for cancer against normal. Cancer is predicted if the cancers' probability is above the threshold.
 
     The probabilities are calibrated, as a bundle gives them. Temperature scaling may change this prediction, though it
     never changes the most probable of all classes (see `calibrated`).
@@ -162,7 +170,7 @@ def _cancer_against_normal(
     if not are_cancer_and_normal(classes):
         return None
     score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]
-    is_N, positive_N = labels_N != classes.index(NORMAL), score_N > 0.5
+    is_N, positive_N = labels_N != classes.index(NORMAL), score_N > threshold
     fewest = min(bootstrap.count(is_N), bootstrap.count(~is_N))
     return CancerMetrics(
         n_cancer=int(is_N.sum()),
@@ -173,6 +181,7 @@ def _cancer_against_normal(
         sensitivity_at_95_specificity=bootstrap.figure(
             sensitivity_at(SPECIFICITY, is_N, score_N), fewest, is_rate=True
         ),
+        threshold=threshold,
     )
 
 

@@ -26,6 +26,9 @@ PREDICTIONS, AUDIT, CHECKSUMS = "predictions.csv", "audit.json", "checksums.txt"
 LEARNED = "learned_from.csv"
 """The list of the images that the model was trained on, see `lungct_tune.data.seen_images`."""
 
+FEATURES = "training_features.safetensors"
+"""What the model finds in its training images, see `lungct_tune.evaluation.training_features`."""
+
 
 class BundleError(UserError):
     """A bundle is incomplete or altered. The message names the file and the fault."""
@@ -185,3 +188,6 @@ class RetrainedModel:
     """safetensors."""
     probabilities_NC: np.ndarray
     """float32, in the order of the test rows."""
+    features: bytes | None = None
+    """Of a sample of its training images, see `lungct_tune.tuning.retrain.sample_features`; None from an earlier
+    version."""

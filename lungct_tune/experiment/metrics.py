@@ -14,6 +14,9 @@ from pydantic import AliasChoices, BaseModel, Field, TypeAdapter
 from lungct_tune.experiment.bundle import METRICS, as_json
 from lungct_tune.experiment.form import check_form, read_json
 
+HALF = 0.5
+"""The operating point of bundles that have chosen none."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -53,11 +56,13 @@ class CancerMetrics:
     npv: Figure
     auroc: Figure
     sensitivity_at_95_specificity: Figure
+    threshold: float = HALF
+    """An image counts as cancer if the probability of all cancers together is above it."""
 
 
 @dataclass(frozen=True)
 class FittedOn:
-    """The images that a temperature was fitted on."""
+    """The images that a temperature was fitted on, or that an operating point was chosen on."""
 
     images: int
     groups: int
@@ -71,6 +76,14 @@ class TemperatureScaling:
 
     temperature: float
     fitted_on: FittedOn
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """The probability of cancer above which an image counts as cancer, as config.json holds it too."""
+
+    threshold: float
+    chosen_on: FittedOn
 
 
 @dataclass(frozen=True)
@@ -260,3 +273,21 @@ class _Seeds(BaseModel):
     balanced_accuracy: list[float]
     mean: float
     sd: float
+
+
+def read_test_metrics(content: bytes) -> TestMetrics | None:
+    """Reads the test figures from the metrics.json of a bundle, or of a folder that `evaluate` has written.
+
+    Returns:
+        None where the search of the bundle has not ended.
+
+    Raises:
+        BundleError: it has another form than this version writes.
+    """
+    only: _OnlyTest = check_form(read_json(content, METRICS), _OnlyTest, METRICS)
+    return only.test
+
+
+@dataclass(frozen=True)
+class _OnlyTest:
+    test: TestMetrics | None

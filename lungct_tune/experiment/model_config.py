@@ -54,6 +54,10 @@ class _Training(BaseModel):
         return value
 
 
+class _OperatingPoint(BaseModel):
+    threshold: Annotated[FiniteFloat, Field(ge=0, le=1)]
+
+
 class _Settings(BaseModel):
     name: str
     normalisation: Literal["imagenet", "unit"]
@@ -68,6 +72,7 @@ class _Config(BaseModel):
     calibration: _Calibration | None
     training: _Training
     versions: dict[str, str]
+    operating_point: _OperatingPoint | None = None
     settings: _Settings
 
     @field_validator("classes")

@@ -37,7 +37,7 @@ class Predictions:
         table = pd.DataFrame(
             {"path": self.paths_N, "class": names[self.labels_N], "predicted": names[self.predicted_N]}
         )
-        for column, of_class_N in zip(_columns(self.classes), self.probabilities_NC.T, strict=True):
+        for column, of_class_N in zip(probability_columns(self.classes), self.probabilities_NC.T, strict=True):
             table[column] = of_class_N
         table["group"] = self.groups_N
         return write_table(table)
@@ -59,7 +59,7 @@ def read_predictions(csv: bytes, classes: Sequence[str]) -> Predictions:
 def _predictions(table: pd.DataFrame, classes: Sequence[str]) -> Predictions:
     if unknown := set(table["class"]) - set(classes):
         raise ValueError(f"the class {min(unknown)!r} is not one of the model's")
-    probabilities_NC = table[_columns(classes)].to_numpy(dtype=float)
+    probabilities_NC = table[probability_columns(classes)].to_numpy(dtype=float)
     if not len(table) or not ((probabilities_NC >= 0) & (probabilities_NC <= 1)).all():
         raise ValueError("there are no predictions, or some are no probabilities")
     return Predictions(
@@ -71,5 +71,6 @@ def _predictions(table: pd.DataFrame, classes: Sequence[str]) -> Predictions:
     )
 
 
-def _columns(classes: Sequence[str]) -> list[str]:
+def probability_columns(classes: Sequence[str]) -> list[str]:
+    """The names of the columns that hold the probability of each class."""
     return [f"p_{name.replace(' ', '_')}" for name in classes]

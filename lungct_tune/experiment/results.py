@@ -22,6 +22,7 @@ from lungct_tune.experiment.bundle import (
     AUDIT,
     CHECKSUMS,
     CONFIG,
+    FEATURES,
     METRICS,
     MODEL,
     PREDICTIONS,
@@ -56,12 +57,18 @@ class Bundle:
     metrics: BundleMetrics
     predictions: Predictions | None
     """On the test images; None before the search has ended."""
+    features: bytes | None = None
+    """training_features.safetensors; None before the search has ended, and where it is not read."""
 
     @property
     def files(self) -> dict[str, bytes]:
         """The content of the bundle's files, by name."""
         files = {MODEL: self.weights, CONFIG: as_json(self.config), METRICS: metrics_json(self.metrics)}
-        return files if self.predictions is None else files | {PREDICTIONS: self.predictions.as_csv()}
+        if self.predictions is not None:
+            files[PREDICTIONS] = self.predictions.as_csv()
+        if self.features is not None:
+            files[FEATURES] = self.features
+        return files
 
 
 @dataclass(frozen=True)

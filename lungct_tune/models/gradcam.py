@@ -14,35 +14,64 @@ _BATCH = 16
 
 
 def grad_cam(
-    model: TruncatedResNet50, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
+    model: TruncatedResNet50,
+    images_NHW: np.ndarray,
+    classes_NK: np.ndarray,
+    normalisation: str,
+    scale: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grad-CAM maps (Selvaraju et al., ICCV 2017) of the features that the head pools.
 
     Args:
+        model: on any device, where the maps are computed.
         images_NHW: uint8 grey.
         classes_NK: the classes to explain in each image, as indices.
         normalisation: a name in `preprocessing.NORMALISATIONS`.
+        scale: the evidence that becomes 1, for maps that can be compared, see `evidence_scale`; more than that becomes
+            1 too. By default each map is scaled to its own maximum.
 
     Returns:
         Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 if there is no evidence for the
         class), and the probabilities (N, C) of the same forward pass.
     """
+    maps_NKhw, probabilities_NC = _evidence(model, images_NHW, classes_NK, normalisation)
+    if scale is None:
+        return maps_NKhw / np.maximum(maps_NKhw.max(axis=(2, 3), keepdims=True), 1e-12), probabilities_NC
+    return np.minimum(maps_NKhw / scale, 1), probabilities_NC
+
+
+def evidence_scale(model: TruncatedResNet50, images_NHW: np.ndarray, labels_N: np.ndarray, normalisation: str) -> float:
+    """A scale for the maps of all images: the most evidence for its true class that one of these images has.
+
+    Args:
+        model, images_NHW, normalisation: as for `grad_cam`.
+        labels_N: the true classes, as indices.
+    """
+    maps_N1hw, _ = _evidence(model, images_NHW, labels_N[:, None], normalisation)
+    return max(float(maps_N1hw.max()), 1e-12)
+
+
+def _evidence(
+    model: TruncatedResNet50, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps (N, K, h, w) that are not scaled, and the probabilities (N, C)."""
     model.eval()
     pool = model.get_submodule("head.pool")
     method = LayerGradCam(model.head, pool)
+    device = next(model.parameters()).device
     maps, probabilities = [], []
     for start in range(0, len(images_NHW), _BATCH):
         batch = slice(start, start + _BATCH)
         pooled: list[Tensor] = []
         hook = pool.register_forward_pre_hook(lambda _, inputs, pooled=pooled: pooled.append(inputs[0]))
         with torch.no_grad():
-            grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])))
-            probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).numpy())
+            grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])).to(device))
+            probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).cpu().numpy())
         hook.remove()
+        features_NCHW = pooled[0].float()
         of_classes = [
-            method.attribute(pooled[0], target_N, attribute_to_layer_input=True, relu_attributions=True)
-            for target_N in torch.as_tensor(classes_NK[batch], dtype=torch.int64).T
+            method.attribute(features_NCHW, target_N, attribute_to_layer_input=True, relu_attributions=True)
+            for target_N in torch.as_tensor(classes_NK[batch], dtype=torch.int64, device=device).T
         ]
-        maps_NKhw = torch.cat(of_classes, dim=1).detach().numpy()
-        maps.append(maps_NKhw / np.maximum(maps_NKhw.max(axis=(2, 3), keepdims=True), 1e-12))
+        maps.append(torch.cat(of_classes, dim=1).detach().cpu().numpy())
     return np.concatenate(maps), np.concatenate(probabilities)

@@ -164,13 +164,8 @@ def print_bundle(folder: Path, console: Console) -> None:
         )
     _print_worth(metrics, console)
     console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
-    size = config["preprocessing"]["image_size"]
-    console.print("use it:   from lungct_tune.evaluation.inference import predict", markup=False)
-    console.print(
-        f"          predict({str(folder)!r}, images_NHW)  # uint8 grey, {size} x {size} pixels",
-        soft_wrap=True,
-        markup=False,
-    )
+    words = shlex.join(["python", "-m", "lungct_tune.predict", str(folder), "IMAGE"])
+    console.print(f"use it:   {words}", soft_wrap=True, markup=False)
 
 
 def print_figures(test: TestMetrics, console: Console, title: str = "test accuracy") -> None:

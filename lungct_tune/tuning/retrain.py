@@ -36,7 +36,11 @@ NEWS_S = 30.0
 """How long the mailbox gets to answer."""
 
 STATE, WEIGHTS, PREDICTIONS = "last.pt", "model.safetensors", "test_probabilities.npy"
+FEATURES = "features.npz"
 """The files of a retraining. The predictions are written last, so they say that it has ended."""
+
+SAMPLE = 2000
+"""The most training images whose features are kept. More would hardly change their distribution."""
 
 
 class RetrainingFailed(UserError):
@@ -206,7 +210,9 @@ def retrain_and_predict(
 def _read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel | None:
     predictions = experiment.read(order.file(PREDICTIONS))
     weights = experiment.read(order.file(WEIGHTS)) if predictions else None
-    return RetrainedModel(weights, np.load(io.BytesIO(predictions))) if weights and predictions else None
+    if not weights or not predictions:
+        return None
+    return RetrainedModel(weights, np.load(io.BytesIO(predictions)), experiment.read(order.file(FEATURES)))
 
 
 def retrain(
@@ -248,8 +254,20 @@ def retrain(
         predictions = io.BytesIO()
         np.save(predictions, probabilities_NC)
         experiment.write(order.file(WEIGHTS), safetensors.torch.save(trainer.model_state()))
+        experiment.write(order.file(FEATURES), sample_features(trainer, dataset, order.seed))
         experiment.write(order.file(PREDICTIONS), predictions.getbuffer())
     writer.wait()
+
+
+def sample_features(trainer: Trainer, dataset: SharedDataset, seed: int) -> bytes:
+    """The features of up to `SAMPLE` training images, as a .npz file of their rows (N,) and their features (N, D)."""
+    from lungct_tune.models.features import pooled_features
+
+    drawn = np.random.default_rng(seed).permutation(len(dataset.rows))[:SAMPLE]
+    kept, positions = io.BytesIO(), np.sort(drawn)
+    features_ND = pooled_features(trainer.average.model, trainer.images_NHW, positions, trainer.normalisation)
+    np.savez(kept, rows=dataset.rows[positions], features=features_ND)
+    return kept.getvalue()
 
 
 def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:

@@ -16,58 +16,16 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.config.settings import Settings
 from lungct_tune.data import make_phantoms, read_images
-from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, list_learned, seen_before
+from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, LearnedImages, list_learned
 from lungct_tune.evaluate import main
-from lungct_tune.evaluation.bundle_files import describe_model
 from lungct_tune.evaluation.calibration import calibrated
-from lungct_tune.evaluation.inference import load_model, predict
-from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, MODEL, BundleError, as_json, write_bundle
+from lungct_tune.evaluation.classifier import Classifier
+from lungct_tune.evaluation.inference import load_model
+from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, BundleError, write_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.metrics import FittedOn, TemperatureScaling
 
 CANCERS = ("adenocarcinoma", "large.cell.carcinoma", "squamous.cell.carcinoma")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
-    """A bundle of a network that has learned a little from the phantoms, without Ray."""
-    import safetensors.torch
-    import torch
-
-    from lungct_tune.training.trainer import Trainer
-
-    images = read_images(phantoms, 32, progress=False)
-    learned = np.flatnonzero(images.table["folder"] != "test")
-    configuration = Hyperparameters(truncation_depth=4, dropout=0.0, augmentation=0.0, backbone_lr=1e-2, head_lr=1e-2)
-    training = Trainer(
-        configuration,
-        images_NHW=torch.tensor(images.images_NHW),
-        labels_N=torch.tensor(images.table["label"].to_numpy()),
-        train_indices=learned,
-        classes=4,
-        epochs=6,
-        batch_size=14,
-        seed=0,
-        normalisation="unit",
-        backbone_state=None,
-        device="cpu",
-    )
-    for _ in range(training.epochs):
-        training.train_epoch()
-    settings = Settings(name="one", data=phantoms, image_size=32, normalisation="unit", weights="none")
-    scaling = TemperatureScaling(1.5, FittedOn(images=6, groups=2, what="made up"))
-    files = {
-        MODEL: safetensors.torch.save(training.model_state()),
-        CONFIG: as_json(describe_model(settings, images, configuration, training.epochs, scaling)),
-        METRICS: as_json({"test": None}),
-        LEARNED: list_learned(images, learned),
-    }
-    experiment = Experiment.at(str(tmp_path_factory.mktemp("results")), "one")
-    write_bundle(experiment, files)
-    return Path(experiment.uri, "best")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +78,7 @@ def test_a_coarser_set_is_judged_as_cancer_against_normal(bundle: Path, coarse: 
     assert np.sum(two["table"]) == 30 and two["n_cancer"] == 20
     images = read_images(coarse, 32, class_map={"Malignant cases": "m", "Normal cases": "n", "Bengin cases": "b"})
     rows = images.table.set_index("path").index.get_indexer(predictions["path"])
-    four_NC = predict(bundle, images.images_NHW[rows])
+    four_NC = Classifier.load(bundle).classify(images.images_NHW[rows]).probabilities_NC
     np.testing.assert_allclose(predictions["p_cancer"], four_NC[:, [0, 1, 3]].sum(axis=1))
     right = (predictions["p_cancer"] > 0.5) == predictions["path"].str.startswith("Malignant")
     assert metrics["test"]["accuracy"]["value"] == pytest.approx(right.mean())
@@ -179,7 +137,7 @@ def test_images_that_it_has_learned_from_are_told(
 def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Path, seed: int) -> None:
     images = read_images(make_phantoms(tmp_path, seed=seed, patients=40, size=48), 48, progress=False)
     learned = np.flatnonzero(np.arange(len(images.table)) % 2 == 0)
-    seen_N = seen_before(images, list_learned(images, learned))
+    seen_N = LearnedImages(list_learned(images, learned)).seen(images.images_NHW, images.table["digest"])
     assert set(seen_N[learned]) == {SAME_FILE}
     groups_N = images.table["group"].to_numpy()
     stranger_N = ~np.isin(groups_N, groups_N[learned])

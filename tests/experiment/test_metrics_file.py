@@ -26,9 +26,12 @@ def written_by_f89f17a(file: str) -> bytes:
 
 
 @pytest.mark.parametrize("file", ["f89f17a/best/metrics.json", "interrupted/so_far/000001/metrics.json"])
-def test_figures_of_an_earlier_version_are_read_and_written_again_byte_for_byte(file: str) -> None:
+def test_figures_of_an_earlier_version_are_read_and_written_again(file: str) -> None:
     content = written_by_f89f17a(file)
-    assert metrics_json(read_metrics(content)) == content
+    again = json.loads(metrics_json(read_metrics(content)))
+    if again["test"]:
+        assert again["test"]["cancer_vs_normal"].pop("threshold") == 0.5, "the earlier version knew no other"
+    assert again == json.loads(content)
 
 
 def test_the_figures_of_an_earlier_version_are_what_they_were() -> None:

@@ -41,7 +41,7 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     assert f"test accuracy 0.750 ({low:.3f} to {high:.3f}), 8 images in 8 groups" in said
     assert "majority class (normal): 0.250, balanced 0.250" in said
     assert PHANTOMS in said
-    assert f"predict({str(dest)!r}, images_NHW)" in said
+    assert f"python -m lungct_tune.predict {dest} IMAGE" in said
     check = next(line for line in said.splitlines() if line.startswith("check it: ")).removeprefix("check it: ")
     assert subprocess.run(check, shell=True, capture_output=True).returncode == 0
     (dest / "metrics.json").write_text("{}")
@@ -334,7 +334,7 @@ def test_all_is_an_experiment_with_a_verified_bundle_and_a_study_as_it_was_at_on
     finally:
         ended.set()
         search.join()
-    assert f"predict('{dest}/best', images_NHW)" in capsys.readouterr().out
+    assert f"lungct_tune.predict {dest}/best IMAGE" in capsys.readouterr().out
     assert main([experiment.uri, str(dest), "--all"]) == 2
     assert "already exists" in capsys.readouterr().err
 

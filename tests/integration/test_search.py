@@ -126,7 +126,8 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     import torch
 
     from lungct_tune.evaluation.calibration import calibrated
-    from lungct_tune.evaluation.inference import load_model, predict
+    from lungct_tune.evaluation.classifier import Classifier
+    from lungct_tune.evaluation.inference import load_model
 
     model, config = load_model(finished / "best")
     assert config["preprocessing"]["image_size"] == images.images_NHW.shape[1]
@@ -140,7 +141,8 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
     probabilities_NC = calibrated(probabilities_NC, config["calibration"]["temperature"])
     np.testing.assert_allclose(predictions[columns], probabilities_NC, atol=5e-3)
-    np.testing.assert_allclose(predict(finished / "best", images.images_NHW[rows]), probabilities_NC, atol=5e-3)
+    classified = Classifier.load(finished / "best").classify(images.images_NHW[rows])
+    np.testing.assert_allclose(classified.probabilities_NC, probabilities_NC, atol=5e-3)
     assert list(predictions["class"]) == [config["classes"][label] for label in images.table["label"].iloc[rows]]
 
 

@@ -18,10 +18,12 @@ from lungct_tune.config.settings import validate
 from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
+from lungct_tune.models.features import pooled_features
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.retrain import (
+    FEATURES,
     PREDICTIONS,
     STATE,
     WEIGHTS,
@@ -85,7 +87,7 @@ def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
 
 
 def files(experiment: Experiment, one: RetrainOrder) -> dict[str, bytes]:
-    found = {name: experiment.read(one.file(name)) for name in (STATE, WEIGHTS, PREDICTIONS)}
+    found = {name: experiment.read(one.file(name)) for name in (STATE, WEIGHTS, PREDICTIONS, FEATURES)}
     return {name: content for name, content in found.items() if content is not None}
 
 
@@ -98,7 +100,7 @@ def whole(images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageSet, whole: dict[str, bytes]) -> None:
-    assert set(whole) == {WEIGHTS, PREDICTIONS}, "a retraining that ends before a state is due writes none"
+    assert set(whole) == {WEIGHTS, PREDICTIONS, FEATURES}, "a retraining that ends before a state is due writes none"
     one, every = order(images), dataset(images, np.arange(len(images.table)))
     trainer = every.trainer(one.hyperparameters, every.rows, 0, CPU)
     model = trainer.average.model.eval()
@@ -107,6 +109,10 @@ def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageS
     with torch.inference_mode():
         expected_NC = forward(model, grey_N1HW, trainer.normalisation).softmax(dim=1).numpy()
     np.testing.assert_allclose(np.load(io.BytesIO(whole[PREDICTIONS])), expected_NC, atol=1e-6)
+    with np.load(io.BytesIO(whole[FEATURES])) as kept:
+        assert set(kept["rows"]) == set(searched(images).rows), "no test image"
+        features_ND = pooled_features(model, torch.tensor(images.images_NHW), kept["rows"], "unit")
+        np.testing.assert_allclose(kept["features"], features_ND, atol=1e-5)
 
 
 def test_a_stopped_retraining_continues_to_the_same_weights(

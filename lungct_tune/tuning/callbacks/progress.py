@@ -167,8 +167,6 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
                 epoch, score = len(trial.history), trial.last and trial.last.balanced_accuracy
                 how = trial.outcome.value if trial.outcome is Outcome.STOPPED else trial.ended
                 end: RenderableType = Text(", ".join([*names, how]))
-                    ", ".join([*names, trial.outcome.value if trial.outcome is Outcome.STOPPED else trial.ended])
-                )
             else:
                 epoch, score = trial.epoch, trial.score
                 end = Table.grid(padding=(0, 1))

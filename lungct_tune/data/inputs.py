@@ -1,0 +1,157 @@
+"""Finds images to classify, wherever they are, and reads them one at a time. Their classes are not known."""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.fs
+
+from lungct_tune.data.cache import file_digest
+from lungct_tune.data.decode import decode
+from lungct_tune.data.folders import DataError, known_groups
+from lungct_tune.data.scan import scan, why_aside
+from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
+
+
+class InputImage(NamedTuple):
+    """A file that should be an image."""
+
+    source: str
+    """Its path or URI."""
+    group: str
+    """The patient: its group in the folder's groups.csv, or else the folder that the file is in."""
+    fault: str = ""
+    """Why it cannot be opened, for a folder in its place or a name that is not UTF-8."""
+
+
+class Inputs(NamedTuple):
+    """All that lies at the places that a user has named."""
+
+    images: list[InputImage]
+    left_aside: Counter[str]
+    """The number of files that are not images, by reason."""
+
+
+class ReadImage(NamedTuple):
+    """An image that was read."""
+
+    image_HW: np.ndarray
+    """uint8 grey, square."""
+    digest: str
+    """sha256 of the file."""
+
+
+class Unreadable(NamedTuple):
+    """A file that cannot be read as an image."""
+
+    reason: str
+
+
+def find_inputs(inputs: Sequence[str]) -> Inputs:
+    """All images that are named: by a file, a folder with its subfolders, a URI of either, or a pattern with * or ?.
+
+    A file that is named itself is always taken. In folders, documents and clutter are left aside, as `scan` does. An
+    image that is named twice is taken once.
+
+    Raises:
+        DataError: there is nothing at one of the inputs, a storage refuses, or a groups.csv is malformed.
+    """
+    found: dict[str, InputImage] = {}
+    left_aside: Counter[str] = Counter()
+    for name in inputs:
+        for image in _images_at(name, left_aside):
+            found.setdefault(image.source, image)
+    return Inputs(list(found.values()), left_aside)
+
+
+def read_input(source: str, size: int) -> ReadImage | Unreadable:
+    """Reads an image from a path or a URI, as `decode` does.
+
+    Args:
+        size: its width and height in pixels, as returned.
+    """
+    place = source
+    try:
+        if "://" not in source:
+            return ReadImage(decode(Path(source), size).image_HW, file_digest(Path(source)))
+        filesystem, folder, name = _located(source)
+        with tempfile.NamedTemporaryFile(suffix=PurePosixPath(name).suffix) as copy:
+            with filesystem.open_input_stream(f"{folder}/{name}") as file:
+                copy.write(file.read())
+            copy.flush()
+            place = copy.name
+            return ReadImage(decode(Path(copy.name), size).image_HW, file_digest(Path(copy.name)))
+    except Exception as error:  # Pillow's plugins and storages raise many kinds of errors
+        return Unreadable(str(error).replace(place, "the file") or type(error).__name__)
+
+
+def _images_at(name: str, left_aside: Counter[str]) -> Iterable[InputImage]:
+    if "://" in name and not name.startswith("file://"):
+        return _images_at_uri(name, left_aside)
+    path = Path(name.removeprefix("file://"))
+    if path.is_dir():
+        return _images_in(path, left_aside)
+    if path.exists():
+        return [_alone(str(path))]
+    if matches := sorted(glob.glob(str(path), recursive=True)):
+        return [image for match in matches for image in _images_at(match, left_aside)]
+    raise DataError(f"{name}: there is no such file or folder; give image files, folders, URIs, or a pattern in quotes")
+
+
+def _images_in(folder: Path, left_aside: Counter[str]) -> list[InputImage]:
+    try:
+        found = scan(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+    if not found.files and not found.unreadable:
+        raise DataError(f"{folder}: there are no images in this folder")
+    left_aside.update({reason: len(files) for reason, files in found.aside.items()})
+    paths = sorted(found.files)
+    known = known_groups(folder, found.groups, paths)
+    images = [
+        InputImage(str(folder / path), group or str((folder / path).parent))
+        for path, group in zip(paths, known, strict=True)
+    ]
+    faulty = [InputImage(str(folder / path), str((folder / path).parent), why) for path, why in found.unreadable]
+    return images + faulty
+
+
+def _images_at_uri(uri: str, left_aside: Counter[str]) -> list[InputImage]:
+    try:
+        filesystem, place = resolve_filesystem(uri)
+        (at,) = filesystem.get_file_info([place])
+        if at.type == pyarrow.fs.FileType.File:
+            return [_alone(uri)]
+        below = filesystem.get_file_info(pyarrow.fs.FileSelector(place, recursive=True))
+    except StorageError as error:
+        raise DataError(str(error)) from error
+    except Exception as error:  # fsspec's file systems raise any kind
+        raise DataError(refusal(uri, "list it", error)) from error
+    inside = [PurePosixPath(info.path).relative_to(place).as_posix() for info in below if info.is_file]
+    images = [path for path in inside if why_aside(path) is None]
+    if not images:
+        raise DataError(f"{uri}: there are no images")
+    left_aside.update(filter(None, map(why_aside, inside)))
+    return [_alone(f"{uri.rstrip('/')}/{path}") for path in sorted(images)]
+
+
+def _alone(source: str) -> InputImage:
+    return InputImage(source, source.rpartition("/")[0] or ".")
+
+
+def _located(source: str) -> tuple[pyarrow.fs.FileSystem, str, str]:
+    """The file system of a URI, the folder in it, and the file's name."""
+    folder, _, name = source.rpartition("/")
+    return *_resolved(folder), name
+
+
+@lru_cache(maxsize=64)
+def _resolved(folder: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    return resolve_filesystem(folder)

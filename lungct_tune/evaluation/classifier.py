@@ -1,0 +1,221 @@
+"""A bundle's model at work: the one way in which `predict`, `evaluate` and your own program classify images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lungct_tune.data.inputs import ReadImage, Unreadable, read_input
+from lungct_tune.data.seen_images import LearnedImages
+from lungct_tune.errors import UserError
+from lungct_tune.evaluation.calibration import calibrated
+from lungct_tune.evaluation.inference import load_model
+from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.training_features import TrainingFeatures
+from lungct_tune.experiment.bundle import FEATURES, LEARNED
+from lungct_tune.experiment.form import written_by_a_search
+from lungct_tune.experiment.metrics import HALF, FittedOn, TemperatureScaling
+from lungct_tune.experiment.predictions import probability_columns
+from lungct_tune.models.features import recorded_features
+from lungct_tune.models.gradcam import grad_cam
+from lungct_tune.models.preprocessing import as_grey, forward
+from lungct_tune.models.truncated_resnet import TruncatedResNet50
+
+BATCH = 32
+
+
+class ClassifyError(UserError):
+    """These images cannot be classified with this bundle. The message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classified:
+    """What a bundle's model says about images."""
+
+    classes: tuple[str, ...]
+    uncalibrated_NC: np.ndarray
+    """The network's own probabilities."""
+    probabilities_NC: np.ndarray
+    """Calibrated, float64, in the order of `classes`; rows sum to 1."""
+    threshold: float
+    """The operating point: the probability of cancer above which an image counts as cancer."""
+    seen_N: np.ndarray | None
+    """Whether the model has learned from the image (see `LearnedImages.seen`); None where the bundle does not say."""
+    distance_N: np.ndarray | None
+    """The distance to the training images (see `TrainingFeatures`); None where the bundle does not have their features.
+    Above 1 the image is unlike all that the model has learned from."""
+
+    @property
+    def predicted_N(self) -> np.ndarray:
+        """The most probable class of each image, as an index."""
+        return np.asarray(self.probabilities_NC.argmax(axis=1))
+
+    def table(self) -> pd.DataFrame:
+        """One row for each image: class, probabilities, cancer or normal, and what is known about the image."""
+        names = np.array(self.classes, dtype=object)
+        table = pd.DataFrame({"class": names[self.predicted_N]})
+        for column, of_class_N in zip(probability_columns(self.classes), self.probabilities_NC.T, strict=True):
+            table[column] = of_class_N
+        if are_cancer_and_normal(self.classes):
+            is_cancer_N = cancer_or_normal(self.probabilities_NC, self.classes)[:, 0] > self.threshold
+            table["cancer_or_normal"] = np.where(is_cancer_N, CANCER, NORMAL)
+        table["learned_from"] = "unknown" if self.seen_N is None else self.seen_N
+        table["unlike_training"] = pd.array(
+            [None] * len(table) if self.distance_N is None else self.distance_N > 1, dtype="boolean"
+        )
+        table["distance"] = np.nan if self.distance_N is None else self.distance_N
+        return table
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """The model of a bundle, with all that its answers depend on. It can be pickled."""
+
+    folder: Path
+    model: TruncatedResNet50
+    """On the CPU until it has classified images; from then on on the GPU, if there is one."""
+    config: dict[str, Any]
+    """config.json."""
+    learned: LearnedImages | None
+    """None where a bundle of an earlier version does not list its training images."""
+    features: TrainingFeatures | None
+    """None where a bundle of an earlier version, or of a search that has not ended, does not have them."""
+    device: str | None = None
+    """Where it computes. None: on the GPU if there is one. A GPU computes in lower precision than a CPU."""
+
+    @classmethod
+    def load(cls, folder: Path | str, device: str | None = None) -> Self:
+        """Verifies and reads a bundle.
+
+        Args:
+            device: where it computes, as torch names it; None is the GPU if there is one.
+
+        Raises:
+            BundleError: it is incomplete or altered.
+        """
+        folder = Path(folder)
+        model, config = load_model(folder)
+        learned, features = folder / LEARNED, folder / FEATURES
+        with written_by_a_search(str(learned)):
+            learned_images = LearnedImages(learned.read_bytes()) if learned.exists() else None
+        return cls(
+            folder,
+            model,
+            config,
+            learned_images,
+            TrainingFeatures.read(features.read_bytes(), model.backbone.channels) if features.exists() else None,
+            device,
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config["classes"])
+
+    @property
+    def image_size(self) -> int:
+        """Width and height of the images in pixels."""
+        return int(self.config["preprocessing"]["image_size"])
+
+    @property
+    def scaling(self) -> TemperatureScaling | None:
+        """The temperature of the probabilities; None without."""
+        kept = self.config["calibration"]
+        return TemperatureScaling(kept["temperature"], FittedOn(**kept["fitted_on"])) if kept else None
+
+    @property
+    def threshold(self) -> float:
+        """The operating point; 0.5 where a bundle of an earlier version has none."""
+        return float((self.config.get("operating_point") or {"threshold": HALF})["threshold"])
+
+    def classify(self, images_NHW: np.ndarray, digests_N: Sequence[str] | np.ndarray | None = None) -> Classified:
+        """Classifies images.
+
+        Args:
+            images_NHW: uint8 grey, `image_size` pixels wide and high, as `read_images` gives them; may be mapped.
+            digests_N: the sha256 of each image's file, to recognise a training image by its file.
+
+        Raises:
+            ClassifyError: they are not such images.
+        """
+        self._check(images_NHW)
+        uncalibrated, features = [np.empty((0, len(self.classes)))], [np.empty((0, self.model.backbone.channels))]
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model.to(device)
+        with torch.inference_mode(), recorded_features(self.model) as recorded:
+            for start in range(0, len(images_NHW), BATCH):
+                grey_N1HW = as_grey(torch.tensor(images_NHW[start : start + BATCH]).to(device))
+                logits_NC = forward(self.model, grey_N1HW, self.config["settings"]["normalisation"])
+                uncalibrated.append(logits_NC.softmax(dim=1).cpu().numpy())
+                features.append(recorded.pop().cpu().numpy())
+        uncalibrated_NC = np.concatenate(uncalibrated)
+        digests_N = [""] * len(images_NHW) if digests_N is None else digests_N
+        return Classified(
+            classes=self.classes,
+            uncalibrated_NC=uncalibrated_NC,
+            probabilities_NC=calibrated(uncalibrated_NC, self.scaling.temperature) if self.scaling else uncalibrated_NC,
+            threshold=self.threshold,
+            seen_N=self.learned.seen(images_NHW, digests_N) if self.learned else None,
+            distance_N=self.features.distances(np.concatenate(features)) if self.features else None,
+        )
+
+    def classify_files(self, sources: Sequence[str | Path]) -> pd.DataFrame:
+        """Reads images from files and classifies them. Their size and their grey values are the bundle's.
+
+        Args:
+            sources: paths or URIs.
+
+        Returns:
+            One row for each: path, the columns of `Classified.table`, and why it is unreadable ("" if it is not).
+            In the row of an unreadable file the other columns are missing values.
+        """
+        names = [str(source) for source in sources]
+        return self.tabulate(names, [read_input(name, self.image_size) for name in names])
+
+    def tabulate(self, sources: Sequence[str], files: Sequence[ReadImage | Unreadable]) -> pd.DataFrame:
+        """Classifies files that have been read; returns the rows of `classify_files`."""
+        readable = [i for i, file in enumerate(files) if isinstance(file, ReadImage)]
+        images = [file for file in files if isinstance(file, ReadImage)]
+        table = self.classify(self.stack(images), [image.digest for image in images]).table()
+        table = table.set_axis(readable).reindex(range(len(files)))
+        table.insert(0, "path", list(sources))
+        table["unreadable"] = ["" if isinstance(file, ReadImage) else file.reason for file in files]
+        return table
+
+    def heat_maps(self, images_NHW: np.ndarray, classes_N: np.ndarray) -> np.ndarray:
+        """Grad-CAM maps (N, h, w), from 0 to 1, in one scale for all images.
+
+        Args:
+            images_NHW: as for `classify`.
+            classes_N: the class to explain in each image, as an index.
+
+        Raises:
+            ClassifyError: the images have another size, or the bundle does not have the scale.
+        """
+        self._check(images_NHW)
+        if self.features is None:
+            raise ClassifyError(
+                f"{self.folder} has no {FEATURES}, which has the common scale of heat maps: it was made by an earlier "
+                "version, or its search has not ended. Run the search again, or pull the bundle when it has ended"
+            )
+        normalisation, scale = self.config["settings"]["normalisation"], self.features.evidence_scale
+        maps_N1hw, _ = grad_cam(self.model, images_NHW, classes_N[:, None], normalisation, scale)
+        return np.asarray(maps_N1hw[:, 0])
+
+    def stack(self, images: Sequence[ReadImage]) -> np.ndarray:
+        """Images as one array (N, H, W)."""
+        size = self.image_size
+        return np.array([image.image_HW for image in images], dtype=np.uint8).reshape(-1, size, size)
+
+    def _check(self, images_NHW: np.ndarray) -> None:
+        size = self.image_size
+        if images_NHW.dtype != np.uint8 or images_NHW.ndim != 3 or images_NHW.shape[1:] != (size, size):
+            raise ClassifyError(
+                f"this bundle classifies images as uint8 arrays (N, {size}, {size}), and these are {images_NHW.dtype} "
+                f"{images_NHW.shape}. Give classify_files the files, or decode them at {size} pixels"
+            )

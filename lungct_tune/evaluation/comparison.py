@@ -1,0 +1,171 @@
+"""Compares models on the same test images: paired differences with grouped intervals, and McNemar's test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binomtest
+
+from lungct_tune.errors import UserError
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap, Statistic
+from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.ranking import auroc
+from lungct_tune.experiment.bundle import METRICS, PREDICTIONS
+from lungct_tune.experiment.metrics import HALF, Figure, TestMetrics, read_test_metrics
+from lungct_tune.experiment.predictions import Predictions, read_predictions
+
+DIFFERENCES = ("accuracy", "balanced accuracy", "sensitivity for cancer", "specificity for cancer", "AUROC of cancer")
+
+
+class CompareError(UserError):
+    """These models cannot be compared. The message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A model's predictions and figures on test images: a bundle, or what `lungct_tune.evaluate` has written."""
+
+    name: str
+    predictions: Predictions
+    """In the order of the images' paths."""
+    metrics: TestMetrics
+
+    @property
+    def right_N(self) -> np.ndarray:
+        """Bool."""
+        return np.asarray(self.predictions.predicted_N == self.predictions.labels_N)
+
+    @property
+    def threshold(self) -> float:
+        """The operating point."""
+        two = self.metrics.cancer_vs_normal
+        return two.threshold if two else HALF
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model compared with the first."""
+
+    name: str
+    differences: dict[str, Figure]
+    """Its figure minus that of the first model, by the names in `DIFFERENCES`; those of cancer only where the classes
+    are normal and cancers."""
+    gained: int
+    """Images on which only this model is right."""
+    lost: int
+    """Images on which only the first model is right."""
+    mcnemar_p: float
+    """McNemar's exact two-sided test (1947) on these images. It assumes that images are independent."""
+
+
+def read_judged(folder: Path) -> Judged:
+    """Reads a bundle, or a folder that `lungct_tune.evaluate` has written.
+
+    Raises:
+        CompareError: it has no test predictions.
+        BundleError: its metrics.json or its predictions.csv cannot be read.
+    """
+    files = {name: folder / name for name in (METRICS, PREDICTIONS)}
+    if missing := [name for name, file in files.items() if not file.is_file()]:
+        raise CompareError(
+            f"{folder} has no {missing[0]}; give the bundle of a search that has ended (results/NAME/best), or a "
+            "folder that lungct_tune.evaluate has written"
+        )
+    metrics = read_test_metrics(files[METRICS].read_bytes())
+    if metrics is None:
+        raise CompareError(f"{folder} has no test figures: its search has not ended")
+    unordered = read_predictions(files[PREDICTIONS].read_bytes(), list(metrics.per_class))
+    order = np.argsort(unordered.paths_N, kind="stable")
+    predictions = Predictions(
+        unordered.classes,
+        unordered.paths_N[order],
+        unordered.labels_N[order],
+        unordered.probabilities_NC[order],
+        unordered.groups_N[order],
+    )
+    return Judged(str(folder), predictions, metrics)
+
+
+def check_same_images(judged: Sequence[Judged]) -> None:
+    """Checks that all models were judged on the same images with the same true classes.
+
+    Raises:
+        CompareError: they were not; the message says what differs.
+    """
+    first = judged[0]
+    for other in judged[1:]:
+        ours, theirs = first.predictions, other.predictions
+        between = f"{first.name} and {other.name} cannot be compared:"
+        if ours.classes != theirs.classes:
+            raise CompareError(f"{between} their classes are {', '.join(ours.classes)} and {', '.join(theirs.classes)}")
+        if set(ours.paths_N) != set(theirs.paths_N):
+            only = sorted(set(ours.paths_N) ^ set(theirs.paths_N))
+            raise CompareError(
+                f"{between} their test images differ. {len(only)} images are in one of them only, such as {only[0]}. "
+                "Searches of the same images have the same test images if --seed and --split are the same. To judge "
+                "models on the same images, use lungct_tune.evaluate, and compare the folders that it writes"
+            )
+        if (differ := ours.labels_N != theirs.labels_N).any():
+            path = ours.paths_N[differ][0]
+            raise CompareError(f"{between} the true class of {int(differ.sum())} images differs, such as {path}")
+
+
+def compare_models(judged: Sequence[Judged]) -> list[Comparison]:
+    """Compares each model with the first, paired by image.
+
+    The groups of the bootstrap are those of the first model's search.
+
+    Raises:
+        CompareError: the test images differ.
+    """
+    check_same_images(judged)
+    first, *others = judged
+    bootstrap = ClusterBootstrap(first.predictions.groups_N)
+    return [_compare(first, other, bootstrap) for other in others]
+
+
+def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Comparison:
+    gained, lost = int((other.right_N & ~first.right_N).sum()), int((~other.right_N & first.right_N).sum())
+    differences = {}
+    ours, theirs = _figures(first), _figures(other)
+    for name, (statistic, images_N) in ours.items():
+        differences[name] = bootstrap.figure(_difference(theirs[name][0], statistic), bootstrap.count(images_N))
+    return Comparison(
+        name=other.name,
+        differences=differences,
+        gained=gained,
+        lost=lost,
+        mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+    )
+
+
+def _difference(one: Statistic, other: Statistic) -> Statistic:
+    return lambda weights_BN: one(weights_BN) - other(weights_BN)
+
+
+def _figures(judged: Judged) -> dict[str, tuple[Statistic, np.ndarray]]:
+    """By the names in `DIFFERENCES`: a figure as a function of the images' weights, and which images it is of."""
+    predictions, right_N = judged.predictions, judged.right_N
+    of_class_KN = predictions.labels_N == np.unique(predictions.labels_N)[:, None]
+
+    def rate(hit_N: np.ndarray, among_N: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda weights_BN: weights_BN @ (hit_N & among_N) / (weights_BN @ among_N)
+
+    recalls = [rate(right_N, of_N) for of_N in of_class_KN]
+    every_N = np.ones_like(right_N)
+    figures: list[tuple[Statistic, np.ndarray]] = [
+        (rate(right_N, every_N), every_N),
+        (lambda weights_BN: np.asarray(np.mean([recall(weights_BN) for recall in recalls], axis=0)), every_N),
+    ]
+    if are_cancer_and_normal(predictions.classes):
+        score_N = cancer_or_normal(predictions.probabilities_NC, predictions.classes)[:, 0]
+        is_N, positive_N = predictions.labels_N != predictions.classes.index(NORMAL), score_N > judged.threshold
+        figures += [
+            (rate(positive_N, is_N), is_N),
+            (rate(~positive_N, ~is_N), ~is_N),
+            (auroc(is_N, score_N), every_N),
+        ]
+    return dict(zip(DIFFERENCES, figures, strict=False))

@@ -1,0 +1,48 @@
+"""Chooses the probability above which an image counts as cancer, on images that the model was not trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.experiment.metrics import HALF, FittedOn, OperatingPoint
+
+
+def choose_operating_point(
+    labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: tuple[str, ...], groups_N: np.ndarray, what: str
+) -> OperatingPoint | None:
+    """The threshold with the highest mean of sensitivity and specificity for cancer (Youden, Cancer 1950).
+
+    Candidates are 0.5 and the middles between neighbouring probabilities. Of equals, the one nearest to 0.5 is chosen.
+    The images of a group count as one image.
+
+    Args:
+        probabilities_NC: calibrated, of images that the model was not trained on.
+        groups_N: the group of each image.
+        what: whose predictions they are, as text.
+
+    Returns:
+        None where the classes are not normal and cancers, or one of the two has no images.
+    """
+    if not are_cancer_and_normal(classes):
+        return None
+    is_N, score_N = labels_N != classes.index(NORMAL), cancer_or_normal(probabilities_NC, classes)[:, 0]
+    if is_N.all() or not is_N.any():
+        return None
+    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
+    weights_N = 1 / sizes_G[group_of_N]
+    scores_U = np.unique(score_N)
+    candidates_T = np.append((scores_U[1:] + scores_U[:-1]) / 2, HALF)
+    sensitivity_T = _share_above(candidates_T, score_N[is_N], weights_N[is_N])
+    specificity_T = 1 - _share_above(candidates_T, score_N[~is_N], weights_N[~is_N])
+    mean_T = (sensitivity_T + specificity_T) / 2
+    best_T = candidates_T[mean_T >= mean_T.max() - 1e-9]
+    threshold = float(best_T[np.abs(best_T - HALF).argmin()])
+    return OperatingPoint(threshold, FittedOn(len(labels_N), len(sizes_G), what))
+
+
+def _share_above(thresholds_T: np.ndarray, score_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
+    """The weighted share of the scores that are above each threshold."""
+    order = np.argsort(score_N)
+    below_N = np.concatenate([[0], np.cumsum(weights_N[order])])
+    return np.asarray(1 - below_N[np.searchsorted(score_N[order], thresholds_T, side="right")] / below_N[-1])

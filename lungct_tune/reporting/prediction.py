@@ -1,0 +1,115 @@
+"""Prints and writes what a bundle's model says about images or patients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from lungct_tune.data import tables
+from lungct_tune.data.seen_images import NEW
+from lungct_tune.errors import UserError
+from lungct_tune.evaluation.classifier import Classifier
+from lungct_tune.evaluation.metrics import are_cancer_and_normal
+from lungct_tune.experiment.predictions import probability_columns
+
+MOST_PRINTED = 30
+"""The most rows that are printed; of more, only the counts are."""
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Writes rows as CSV, JSON (a list of objects) or Parquet, by the ending of the file's name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        if out.suffix.lower() == ".csv":
+            out.write_bytes(tables.write_table(table))
+        elif out.suffix.lower() == ".json":
+            table.to_json(out, orient="records", indent=2, double_precision=15)
+        else:
+            table.to_parquet(out, index=False)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}); choose another --out") from error
+
+
+def print_predictions(
+    classifier: Classifier,
+    rows: pd.DataFrame,
+    patients: pd.DataFrame | None,
+    left_aside: Mapping[str, int],
+    console: Console,
+) -> None:
+    """Prints a table of few rows, the counts, what could not be read or was left aside, and the warnings.
+
+    Args:
+        rows: of all images, from `Classifier.classify_files`.
+        patients: of `by_patient`; None if rows are printed by image.
+        left_aside: the number of files that are not images, by reason.
+    """
+    table = rows if patients is None else patients
+    if len(table) <= MOST_PRINTED:
+        console.print(_as_table(table, classifier.classes))
+    read, unread = rows[rows["unreadable"] == ""], rows[rows["unreadable"] != ""]
+    counted = table[table["class"].notna()] if "class" in table else table.iloc[:0]
+    what = "images" if patients is None else "patients"
+    counts = ", ".join(f"{name} {n}" for name, n in counted["class"].value_counts().items()) if len(counted) else "none"
+    console.print(f"classified: {len(counted)} {what} ({counts})", soft_wrap=True, markup=False)
+    if are_cancer_and_normal(classifier.classes) and len(counted):
+        n = int((counted["cancer_or_normal"] == "cancer").sum())
+        console.print(
+            f"cancer at the operating point (probability of cancer above {classifier.threshold:.3f}): {n} {what}",
+            soft_wrap=True,
+        )
+    if patients is not None:
+        console.print("a patient's probabilities are those of the mean logits of its images", soft_wrap=True)
+    if len(unread):
+        console.print(f"unreadable: {len(unread)} files", style="yellow")
+        for path, reason in zip(unread["path"], unread["unreadable"], strict=True):
+            console.print(f"  {path}: {reason}", soft_wrap=True, markup=False)
+    for reason, n in sorted(left_aside.items()):
+        console.print(f"left aside: {n} {reason}", soft_wrap=True, markup=False)
+    _print_warnings(classifier, read, console)
+    console.print("Research software: no output is a diagnosis.", style="dim")
+
+
+def _print_warnings(classifier: Classifier, read: pd.DataFrame, console: Console) -> None:
+    def warn(sentence: str) -> None:
+        console.print(sentence, style="bold yellow", soft_wrap=True, markup=False)
+
+    if classifier.learned is None:
+        warn("The bundle does not list its training images, so nothing is known about images that it has seen.")
+    elif seen := int((read["learned_from"] != NEW).sum()):
+        warn(f"The model was trained on {seen} of these images, or on images that look like them.")
+    if classifier.features is None:
+        warn("The bundle does not have the features of its training images, so unlike images are not recognised.")
+    elif unlike := int(read["unlike_training"].astype(bool).sum()):
+        warn(
+            f"{unlike} of these images are unlike all that the model has learned from (distance above 1): its answers "
+            "for them mean nothing."
+        )
+
+
+def _as_table(table: pd.DataFrame, classes: tuple[str, ...]) -> Table:
+    columns = dict(zip(probability_columns(classes), classes, strict=True))
+    shown = [name for name in table if name != "unreadable" and not table[name].isna().all()]
+    printed = Table()
+    for name in shown:
+        title = f"p({columns[name]})" if name in columns else str(name).replace("_", " ")
+        printed.add_column(title, justify="right" if table[name].dtype.kind in "fi" else "left", overflow="fold")
+    for row in table[shown].itertuples(index=False):
+        printed.add_row(*(_text(value) for value in row))
+    return printed
+
+
+def _text(value: object) -> str:
+    if pd.isna(value):  # type: ignore[call-overload]
+        return ""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,151 @@
+"""Models compared on the same test images: what is found, and when there is nothing to compare."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from lungct_tune.compare import main
+from lungct_tune.evaluation.comparison import Comparison, compare_models, read_judged
+from lungct_tune.evaluation.metrics import evaluate_predictions
+from lungct_tune.experiment.bundle import METRICS, PREDICTIONS
+from lungct_tune.experiment.metrics import BundleMetrics, metrics_json
+from lungct_tune.experiment.predictions import Predictions
+
+CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal")
+N = 90
+LABELS = np.arange(N) % 3
+GROUPS = np.arange(N) // 3
+
+
+def model(right: float, seed: int) -> Predictions:
+    """Predictions of which about this share is right."""
+    rng = np.random.default_rng(seed)
+    said_N = np.where(rng.random(N) < right, LABELS, rng.integers(0, 3, N))
+    probabilities_NC = 0.2 * rng.dirichlet(np.ones(3), N) + 0.8 * np.eye(3)[said_N]
+    return Predictions(CLASSES, np.array([f"{i:03d}.png" for i in range(N)]), LABELS, probabilities_NC, GROUPS)
+
+
+def written(folder: Path, predictions: Predictions, threshold: float = 0.5) -> Path:
+    folder.mkdir()
+    figures = evaluate_predictions(
+        predictions.labels_N,
+        predictions.probabilities_NC,
+        predictions.classes,
+        predictions.groups_N,
+        threshold=threshold,
+    )
+    (folder / METRICS).write_bytes(metrics_json(BundleMetrics("made up", None, {}, {}, figures)))
+    (folder / PREDICTIONS).write_bytes(predictions.as_csv())
+    return folder
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """The command line in this process: exit status, stdout, stderr."""
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
+        status = main([str(argument) for argument in arguments])
+    return status, said.getvalue(), complained.getvalue()
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    return written(tmp_path / "good", model(0.95, 1), threshold=0.3)
+
+
+@pytest.fixture
+def poor(tmp_path: Path) -> Path:
+    return written(tmp_path / "poor", model(0.4, 2))
+
+
+def compared(*folders: Path) -> list[Comparison]:
+    return compare_models([read_judged(folder) for folder in folders])
+
+
+def test_differences_are_those_of_the_figures(good: Path, poor: Path) -> None:
+    (one,) = compared(poor, good)
+    better, worse = model(0.95, 1), model(0.4, 2)
+    right_N, other_N = better.predicted_N == LABELS, worse.predicted_N == LABELS
+    is_N, scores = LABELS != 2, [1 - p.probabilities_NC[:, 2] for p in (better, worse)]
+    expected = {
+        "accuracy": right_N.mean() - other_N.mean(),
+        "balanced accuracy": balanced_accuracy_score(LABELS, better.predicted_N)
+        - balanced_accuracy_score(LABELS, worse.predicted_N),
+        "sensitivity for cancer": (scores[0] > 0.3)[is_N].mean() - (scores[1] > 0.5)[is_N].mean(),
+        "specificity for cancer": (scores[0] <= 0.3)[~is_N].mean() - (scores[1] <= 0.5)[~is_N].mean(),
+        "AUROC of cancer": roc_auc_score(is_N, scores[0]) - roc_auc_score(is_N, scores[1]),
+    }
+    assert {name: pytest.approx(f.value) for name, f in one.differences.items()} == expected
+    assert (one.gained, one.lost) == ((right_N & ~other_N).sum(), (~right_N & other_N).sum())
+    assert one.mcnemar_p == pytest.approx(binomtest(one.gained, one.gained + one.lost).pvalue)
+    interval = one.differences["accuracy"].ci95
+    assert interval is not None and 0 < interval[0] < expected["accuracy"] < interval[1]
+    (back,) = compared(good, poor)
+    assert back.differences["accuracy"].value == pytest.approx(-expected["accuracy"])
+
+
+def test_the_same_model_is_no_better_than_itself(good: Path, tmp_path: Path) -> None:
+    again = written(tmp_path / "again", model(0.95, 1), threshold=0.3)
+    (one,) = compared(good, again)
+    assert all(figure.value == 0 for figure in one.differences.values()) and one.mcnemar_p == 1
+    status, said, _ = run(good, again)
+    assert status == 0 and "neither more nor less accurate" in said
+
+
+def test_rows_are_paired_by_path(good: Path, poor: Path, tmp_path: Path) -> None:
+    backwards, p = slice(None, None, -1), model(0.4, 2)
+    turned = Predictions(
+        CLASSES, p.paths_N[backwards], p.labels_N[backwards], p.probabilities_NC[backwards], p.groups_N[backwards]
+    )
+    (one,), (other,) = compared(good, poor), compared(good, written(tmp_path / "turned", turned))
+    assert replace(one, name="") == replace(other, name="")
+
+
+def test_the_table_and_the_page_say_the_same(good: Path, poor: Path, tmp_path: Path) -> None:
+    page = tmp_path / "compared.html"
+    status, said, complained = run(poor, good, "--html", page)
+    assert status == 0, complained
+    text, (one,) = page.read_text(), compared(poor, good)
+    difference = one.differences["accuracy"].value
+    assert difference is not None
+    for shown in (f"{good} is shown to be more accurate than {poor}", "AUROC of cancer", f"{100 * difference:+.1f}"):
+        assert shown in said and shown in text
+    assert run(poor, good, "--html", page)[0] == 0, "an own page is written again"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"paths_N": np.array([f"{i + 1:03d}.png" for i in range(N)])}, "their test images differ. 2 images"),
+        ({"labels_N": (LABELS + 1) % 3}, "the true class of 90 images differs, such as 000.png"),
+        ({"classes": ("adenocarcinoma", "benign", "normal")}, "their classes are adenocarcinoma, large cell"),
+    ],
+)
+def test_models_of_other_images_are_not_compared(change: dict[str, Any], says: str, good: Path, tmp_path: Path) -> None:
+    other = written(tmp_path / "other", replace(model(0.5, 3), **change))
+    status, _, complained = run(good, other)
+    assert status == 2 and "cannot be compared" in complained and says in complained
+
+
+def test_what_has_no_test_figures_is_refused(good: Path, tmp_path: Path) -> None:
+    assert "has no metrics.json; give the bundle of a search that has ended" in run(good, tmp_path)[2]
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / METRICS).write_text('{"test": null}')
+    (tmp_path / "early" / PREDICTIONS).write_text("path")
+    assert "its search has not ended" in run(good, tmp_path / "early")[2]
+
+
+def test_bundles_are_verified(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    assert run(bundle, tmp_path / "bundle")[0] == 0
+    (tmp_path / "bundle" / PREDICTIONS).write_bytes(b"path")
+    status, _, complained = run(bundle, tmp_path / "bundle")
+    assert status == 2 and "its sha256 differs" in complained
