@@ -45,7 +45,8 @@ class _Running:
 
 def _interrupted(record: TrialRecord) -> _Running:
     last = record.last
-    return _Running(record.hyperparameters, len(record.history), last and last.balanced_accuracy, "continues")
+    score = last.balanced_accuracy if last else None
+    return _Running(record.hyperparameters, len(record.history), score, "continues")
 
 
 class ProgressCallback(tune.Callback):  # type: ignore[misc]
