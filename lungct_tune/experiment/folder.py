@@ -14,6 +14,7 @@ from uuid import uuid4
 import pyarrow
 import pyarrow.fs
 
+from lungct_tune.cli import suggestion
 from lungct_tune.files import open_file
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
@@ -198,6 +199,12 @@ class Experiment:
             except OSError:
                 pass
             yield
+
+    def similar(self) -> str:
+        """The words for a message that name an experiment on the same storage with a similar name; empty if none."""
+        with suppress(StorageError):
+            return suggestion(self.name, self.siblings())
+        return ""
 
     def siblings(self) -> list[str]:
         """The names of the experiments on the same storage.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lungct_tune.cli import command_words, suggestion
+from lungct_tune.cli import command_words
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, flags, validate
 from lungct_tune.data import fetch_images, make_phantoms, read_images
@@ -235,10 +235,7 @@ def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) 
 def no_such_search(experiment: Experiment) -> str:
     """The message for an experiment that does not exist."""
     storage, _, name = experiment.uri.rpartition("/")
-    meant = ""
-    with suppress(StorageError):
-        meant = suggestion(name, experiment.siblings())
     return (
-        f"there is no search {name!r} in {storage}{meant}; check its name, and give the --storage that it was started "
-        "with"
+        f"there is no search {name!r} in {storage}{experiment.similar()}; check its name, and give the --storage that "
+        "it was started with"
     )
