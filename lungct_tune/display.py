@@ -41,9 +41,13 @@ class Display:
         self._live.stop()
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Shows a step until its end. Steps may overlap."""
-        if not self.console.is_terminal:
+    def step(self, name: str, *, announced: bool = False) -> Iterator[None]:
+        """Shows a step until its end. Steps may overlap.
+
+        Args:
+            announced: whether what has been printed says the same, so that no line is needed without a terminal.
+        """
+        if not (announced or self.console.is_terminal):
             self.console.print(name)
         self._steps[name] = time.monotonic()
         try:

@@ -237,7 +237,7 @@ class SearchRun:
         self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
         plan, slots = self.slot_plan, self.resources.slots
-        with self._shown(f"training with {settings.seeds} other seeds"):
+        with self._shown(f"training with {settings.seeds} other seeds", announced=True):
             return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
 
     def early_slot(self) -> EarlySlot:
@@ -274,7 +274,10 @@ class SearchRun:
         order = RetrainOrder(trial.number, hyperparameters, settings.seed, epochs, self.test, interval)
         self._left.retrain(trial.number, epochs)
         try:
-            with self._shown(f"retraining trial {trial.number}"), self.display.showing(self._left.retraining_bar):
+            with (
+                self._shown(f"retraining trial {trial.number}", announced=True),
+                self.display.showing(self._left.retraining_bar),
+            ):
                 return retrain_and_predict(
                     self.plan.experiment, order, slot, self._prepare_bundle, self._left.retrained
                 )
@@ -372,9 +375,9 @@ class SearchRun:
         return TimeLeft(*counts, 1 + compares, settings.seeds or 0, read_trials(self.study))
 
     @contextmanager
-    def _shown(self, step: str) -> Iterator[None]:
+    def _shown(self, step: str, *, announced: bool = False) -> Iterator[None]:
         """Shows a step after the search, and the time left."""
-        with self.display.showing(self._left.bar), self.display.step(step):
+        with self.display.showing(self._left.bar), self.display.step(step, announced=announced):
             yield
 
     @property

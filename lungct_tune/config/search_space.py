@@ -211,5 +211,6 @@ def _shown(value: Any) -> str:
 def _known(path: str, key: Any, where: str = "") -> None:
     if key not in LIMITS:
         raise SpaceError(
-            f"{path}: {where}{key}: no such parameter{suggestion(str(key), LIMITS)}; the parameters are {', '.join(LIMITS)}"
+            f"{path}: {where}{key}: no such parameter{suggestion(str(key), LIMITS)}; the parameters are "
+            f"{', '.join(LIMITS)}"
         )

@@ -140,16 +140,16 @@ class StudyJournal(BaseJournalBackend):
         Raises:
             OSError: the file cannot be written, or the disk has been full for too long.
         """
-        rest, since = memoryview(lines), None
+        rest, since = memoryview(lines), None  # since when it has been full
         while rest:
             try:
                 rest = rest[self._file.write(rest) :]
             except OSError as error:
-                since = since or time.monotonic()
-                full_s = time.monotonic() - since
-                if error.errno not in FULL or full_s > (FULL_AT_END_S if self._closed else FULL_S):
+                patience_s = FULL_AT_END_S if self._closed else FULL_S
+                if error.errno not in FULL or (since is not None and time.monotonic() - since > patience_s):
                     raise
-                if full_s == 0:
+                if since is None:
+                    since = time.monotonic()
                     _log.warning(
                         "the study %s cannot be written: the disk is full. The search goes on and tries again for "
                         "%.0f min; free some space",
