@@ -5,6 +5,7 @@ Schedulers and containers send SIGTERM. SIGHUP comes when a terminal is closed o
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_libc = ctypes.CDLL(None)
 
 _asked = threading.Event()
 """Whether the command has been asked to end."""
@@ -59,21 +62,30 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def was_asked() -> bool:
+    """Whether the command has been asked to end. Errors after that are likely its consequences."""
+    return _asked.is_set()
+
+
 @contextmanager
-def signals_for_this_process() -> Iterator[None]:
-    """Around the start of other processes: they do not get SIGHUP, and a handler that the start sets is removed.
+def own_signals() -> Iterator[None]:
+    """Around the start of Ray: its processes do not get SIGHUP, and this process keeps its handler of SIGTERM.
 
     A terminal that closes sends SIGHUP to all processes that were started from it. Those of Ray must live until this
-    process has ended its search.
+    process has ended its search. Ray's library replaces the handler of SIGTERM by one that ends the process with a
+    dump. Python can change handlers only in the main thread, and Ray may start in another one.
     """
+    action = ctypes.create_string_buffer(1024)  # more than a struct sigaction
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # of this thread, and processes inherit it
-    before = signal.getsignal(signal.SIGTERM)
+    in_python = signal.getsignal(signal.SIGTERM)
+    _libc.sigaction(signal.SIGTERM, None, action)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, in_python)
+        _libc.sigaction(signal.SIGTERM, action, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def without_reader(stream: int) -> None:

@@ -26,6 +26,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
 from lungct_tune.filesystem import StorageError
+from lungct_tune.stopping import was_asked
 
 if TYPE_CHECKING:
     import optuna
@@ -87,14 +88,22 @@ class Plan:
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Adds the command that continues the search to what stops it, once it has started."""
+        """Adds the command that continues the search to what stops it, once it has started.
+
+        Raises:
+            KeyboardInterrupt: also for any error that follows when the user stops the search. A scheduler may send its
+                signal to all processes, and then Ray's are gone.
+        """
         try:
             yield
-        except (KeyboardInterrupt, UserError) as stop:
+        except BaseException as error:
+            if not (isinstance(error, (KeyboardInterrupt, UserError)) or was_asked()):
+                raise
+            stop = error if isinstance(error, UserError) else KeyboardInterrupt()
             with suppress(StorageError):
                 if self.experiment.exists("settings.yaml"):
                     stop.add_note(f"To continue: {self.resume_command}")
-            raise
+            raise stop from None
 
     @contextmanager
     def opened_study(self, *, new: bool) -> Iterator[optuna.Study]:

@@ -87,8 +87,10 @@ def print_plan(plan: Plan, slots: int, cluster: str, dashboard: str, console: Co
     }
     if settings.track:
         lines["tracking"] = settings.track
+    if not settings.plan:  # printed now, since nothing can print it if the machine fails
+        lines["if stopped"] = plan.resume_command
     for name, value in lines.items():
-        console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<11}{value}", soft_wrap=True, markup=False)
 
 
 def print_disk_use(experiment: Experiment, console: Console) -> None:

@@ -20,7 +20,7 @@ from lungct_tune.config.settings import Settings
 from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
-from lungct_tune.stopping import signals_for_this_process
+from lungct_tune.stopping import own_signals
 from lungct_tune.tuning.allocation import (
     ClusterError,
     ResourcePlan,
@@ -80,7 +80,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     try:
         if host and port.isdigit():  # Ray itself would try for minutes before it reports an error
             socket.create_connection((host, int(port)), timeout=10).close()
-        with signals_for_this_process():
+        with own_signals():
             context = ray.init(
                 address=address,
                 log_to_driver=verbose,
