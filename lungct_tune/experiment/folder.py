@@ -14,7 +14,6 @@ from uuid import uuid4
 import pyarrow
 import pyarrow.fs
 
-from lungct_tune.cli import suggestion
 from lungct_tune.files import open_file
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
@@ -202,6 +201,8 @@ class Experiment:
 
     def similar(self) -> str:
         """The words for a message that name an experiment on the same storage with a similar name; empty if none."""
+        from lungct_tune.cli import suggestion  # which workers do not need
+
         with suppress(StorageError):
             return suggestion(self.name, self.siblings())
         return ""
