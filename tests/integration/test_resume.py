@@ -37,7 +37,8 @@ def test_a_search_goes_on_from_a_lost_worker_from_signals_and_the_loss_of_its_pr
 ) -> None:
     """SIGKILL for a worker, SIGTERM in the search, SIGHUP and SIGKILL in the retraining, then left alone.
 
-    It has as many trials as asked then. Two slots of two workers run its trials. A copy is pulled while it runs, its best model when it has been stopped.
+    It has as many trials as asked then. Two slots of two workers run its trials. A copy is pulled while it runs, its best
+    model when it has been stopped.
     What SIGKILL in the search leaves is seen in test_failing_store and test_watching.
     """
     experiment = tmp_path / "killed"
@@ -117,7 +118,8 @@ def test_a_search_whose_disk_is_full_for_a_while_goes_on_and_ends(tmp_path: Path
                     filler.write(bytes(2**16))
             said = ""
             while "the disk is full" not in said:
-                assert (line := run.stdout.readline()), said
+                line = run.stdout.readline()
+                assert line, said
                 said += line
             (disk / "filler").unlink()
             output, _ = run.communicate(timeout=600)
