@@ -37,9 +37,9 @@ def test_a_search_goes_on_from_a_lost_worker_from_signals_and_the_loss_of_its_pr
 ) -> None:
     """SIGKILL for a worker, SIGTERM in the search, SIGHUP and SIGKILL in the retraining, then left alone.
 
-    It has as many trials as asked then. Two slots of two workers run its trials. A copy is pulled while it runs, its best
-    model when it has been stopped.
-    What SIGKILL in the search leaves is seen in test_failing_store and test_watching.
+    It has as many trials as asked then. Two slots of two workers run its trials. A copy is pulled while it runs, its
+    best model when it has been stopped. What SIGKILL in the search leaves is seen in test_failing_store and
+    test_watching.
     """
     experiment = tmp_path / "killed"
     with command(tmp_path, phantoms, space, *TWO_SLOTS, "--trials", "3", *SLOW, *EVERY_EPOCH) as run:

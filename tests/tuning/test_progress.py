@@ -76,7 +76,7 @@ def test_the_table_fits_and_marks_the_published_the_best_and_those_that_run(widt
     with shown.progress:
         trials = [shown.start(number) for number in range(3)]
         assert "starting" in row(shown.lines(), 1)
-        for trial, epochs, score in zip(trials, (9, 9, 1), (0.5, 0.8125, 0.25), strict=True):
+        for trial, epochs, score in zip(trials, (9, 9, 3), (0.5, 0.8125, 0.25), strict=True):
             shown.train(trial, epochs, score)
         shown.end(trials[0], record(0, 9, 0.5, Outcome.COMPLETED))
         shown.end(trials[1], record(1, 9, 0.8125, Outcome.COMPLETED))
@@ -85,7 +85,7 @@ def test_the_table_fits_and_marks_the_published_the_best_and_those_that_run(widt
     assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
     assert row(lines, 0).split() == ["0", "20", "0.50", "72°", "9/9", "0.500", "published,", "completed"]
     assert row(lines, 1).endswith("0.812  best, completed")
-    assert row(lines, 2).endswith("running") and "━" in row(lines, 2) and "1/9" in row(lines, 2)
+    assert row(lines, 2).endswith("running") and "━" in row(lines, 2) and "3/9" in row(lines, 2)
     assert row(lines, 3).endswith("stopped early")
     assert any(line.startswith("3 of 60 trials") for line in lines) and any("min left" in line for line in lines)
 
