@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
