@@ -28,6 +28,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.files import is_text, open_file
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
@@ -105,6 +106,10 @@ class Settings(BaseModel):
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 that keeps groups together, or the published folders"
     )
+    split_seed: Seed = Field(
+        0, description="the seed of the grouped split and of the folds (0)", json_schema_extra={"metavar": "N"}
+    )
+    split_file: Path | None = _flag("instead, a split of your own: CSV of path, split and, if known, group", "FILE")
     folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
         "evaluate each trial by cross-validation over train and validation (off)", "K"
     )
@@ -144,9 +149,7 @@ class Settings(BaseModel):
     study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="the seed of all random numbers (0)", json_schema_extra={"metavar": "N"}
-    )
+    seed: Seed = Field(0, description="the seed of all other random numbers (0)", json_schema_extra={"metavar": "N"})
     address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
     plan: bool = Field(False, description="print what a search would do, and stop")
     verbose: bool = Field(False, description="show Ray's own output too")
@@ -254,6 +257,8 @@ class Settings(BaseModel):
         paths: dict[str, Any] = {} if self.space is None else {"space": self.space.resolve()}
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
+        if self.split_file is not None:
+            paths["split_file"] = self.split_file.resolve()
         if self.weights not in (None, "imagenet", "none"):
             paths["weights"] = str(Path(self.weights).expanduser().resolve())
         return self.model_copy(update=paths)
