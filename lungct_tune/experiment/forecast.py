@@ -27,7 +27,7 @@ from lungct_tune.training.pace import Pace
 TIMES_PLAYED = 100
 """How often a search is played. Long ones are played less often, because their times differ less."""
 
-MOST_TRIALS_PLAYED = 20_000
+MOST_TRIALS_PLAYED, FEWEST_TIMES = 20_000, 8
 
 PERCENTILES = (8, 92)
 """The ends of the range."""
@@ -124,9 +124,13 @@ class Forecast:
         """Seconds from the start of the slots to the bundle: at least and at most."""
         return self.left(BEGINNING)
 
-    def left(self, progress: Progress) -> tuple[float, float]:
-        """Seconds to the bundle from here: at least and at most."""
-        times = max(1, min(TIMES_PLAYED, MOST_TRIALS_PLAYED // self.work.trials))
+    def left(self, progress: Progress, times: int = TIMES_PLAYED) -> tuple[float, float]:
+        """Seconds to the bundle from here: at least and at most.
+
+        Args:
+            times: how often the rest of the search is played, at most.
+        """
+        times = max(FEWEST_TIMES, min(times, MOST_TRIALS_PLAYED // self.work.trials))
         played = [self._play(progress, round_) for round_ in range(times)]
         low, high = np.percentile(played, PERCENTILES)
         return float(low), float(high)
@@ -271,12 +275,22 @@ class _Draws:
 
 
 def as_range(low: float, high: float) -> str:
-    """A range of seconds as text: "40 to 55 s", "3.1 to 4.5 min", "2 to 3 h"."""
-    unit, name = next(
-        (size, name) for size, name in ((3600, "h"), (60, "min"), (1, "s")) if high >= 2 * size or size == 1
-    )
+    """A range of seconds as text: "40 to 55 s", "3.1 to 4.5 min", "12 to 13 h", "at most 5 s"."""
+    unit, name = _unit(high)
     least, most = (f"{end / unit:.{int(unit > 1 and high < 10 * unit)}f}" for end in (low, high))
+    if float(least) == 0:
+        return f"at most {most} {name}"
     return f"{least} to {most} {name}" if least != most else f"about {most} {name}"
+
+
+def as_time(seconds: float) -> str:
+    """Seconds as text: "40 s", "3.1 min", "2.2 h"."""
+    unit, name = _unit(seconds)
+    return f"{seconds / unit:.{int(unit > 1)}f} {name}"
+
+
+def _unit(seconds: float) -> tuple[int, str]:
+    return next((size, name) for size, name in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * size or size == 1)
 
 
 def _at(distribution: BaseDistribution, share: float) -> Any:

@@ -5,25 +5,32 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.auditing.conclusions import counted
+from lungct_tune.cli import command_words
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
-from lungct_tune.experiment.forecast import as_range
-from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, TestMetrics, read_metrics
+from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.forecast import as_range, as_time
+from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, Figure, TestMetrics, read_metrics
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
+from lungct_tune.experiment.study import planned_and_taken
 from lungct_tune.reporting.format import in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
+
+if TYPE_CHECKING:
+    import optuna
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
@@ -66,38 +73,43 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
     how = [] if settings.split_file else ["--split", audit["split"]["how"]]
     same = flags(settings.model_dump(), ("split_seed", "split_file", "image_size", "class_map", "skip_unreadable"))
-    words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], *how, *same]
+    words = [*command_words("audit"), "--data", audit["data"], *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 
-def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
-    """Prints what the search will do, and where to watch it."""
+def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: str, console: Console) -> None:
+    """Prints what the search will do and take, and where to watch it.
+
+    Args:
+        outlook: the lines on the cluster, the time and the price, by their names.
+    """
     settings = plan.settings
+    while_it_runs, at_end = expected_bytes(settings, plan.space, slots)
     console.print(
         f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
     )
     lines = {
-        "cluster": cluster,
-        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none",
+        **outlook,
+        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none yet",
         "experiment": plan.experiment.uri,
         "study": plan.study_url,
+        "disk": f"at most {as_size(while_it_runs)} while it runs, {as_size(at_end)} at its end",
     }
     if settings.track:
         lines["tracking"] = settings.track
-    print_lines(lines, console)
-
-
-def print_lines(lines: Mapping[str, str], console: Console) -> None:
-    """Prints lines of a plan by their names."""
+    if not settings.plan:  # printed now, since nothing can print it if the machine fails
+        lines["if stopped"] = plan.resume_command
     for name, value in lines.items():
-        console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<11}{value}", soft_wrap=True, markup=False)
 
 
-def print_plan_beside_truth(planned: Mapping[str, Any], console: Console) -> None:
-    """Prints the time that was forecast and the time that it took, from `planned_and_taken`; nothing without them."""
-    if planned:
-        taken = as_range(planned["took_s"], planned["took_s"])
-        console.print(f"time: {taken.removeprefix('about ')}, planned {as_range(*planned['planned_s'])}")
+def print_disk_use(experiment: Experiment, console: Console) -> None:
+    """Prints the size of a finished search, and the command that removes what it does not need any more."""
+    size, removable = sum(experiment.files().values()), sum(not_needed(experiment).values())
+    where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
+    command = shlex.join([*command_words("clean"), where])
+    text = f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove them: {command}"
+    console.print(text, soft_wrap=True)
 
 
 def print_space(space: SearchSpace, console: Console) -> None:
@@ -112,8 +124,12 @@ def print_space(space: SearchSpace, console: Console) -> None:
         console.print(f"  {name}: {value} in all other trials")
 
 
-def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
-    """Prints the published configuration beside the best found, the test accuracy, and where the bundle is."""
+def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, console: Console) -> None:
+    """Prints the published configuration beside the best found, the test accuracy, and where the bundle is.
+
+    Args:
+        study: knows the planned time and when that was.
+    """
     columns = {
         "trial": ("trial", "d"),
         "depth": ("truncation_depth", "d"),
@@ -142,6 +158,15 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
             f"{seeds['sd']:.3f}",
             soft_wrap=True,
         )
+        if published := seeds["published"]:
+            gain = in_words(Figure(**seeds["difference"]), "+.3f")
+            console.print(
+                f"the published configuration with the same seeds: mean {published['mean']:.3f}, standard deviation "
+                f"{published['sd']:.3f}; gain of the best found, paired by seed {gain}",
+                soft_wrap=True,
+            )
+    if planned := planned_and_taken(study):
+        console.print(f"time: {as_time(planned['took_s'])}, planned {as_range(*planned['planned_s'])}")
     _print_worth(metrics, console)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
 
@@ -178,9 +203,9 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
     )
     for kind, other in test.references.items():
         figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
-        if kind == "published":
-            figures += f"; accuracy of the model minus this {in_words(other.difference, '+.3f')}"
-        console.print(f"  {kind} ({other.name}): {figures}", soft_wrap=True, markup=False)
+        if other.balanced_difference is not None:
+            figures += f"; balanced accuracy of the model minus this {in_words(other.balanced_difference, '+.3f')}"
+        console.print(f"  {kind.partition(':')[0]} ({other.name}): {figures}", soft_wrap=True, markup=False)
     if (two := test.cancer_vs_normal) is not None:
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         console.print(f"cancer against normal: {rates}", soft_wrap=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray
 
 from lungct_tune.config.prices import PRICES, PricedCluster, Prices, priced_cluster, read_prices, without_price
@@ -17,7 +18,7 @@ from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.forecast import Forecast, Workload, as_range
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import rungs
+from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
 from lungct_tune.tuning.allocation import ResourcePlan, number_of
 from lungct_tune.tuning.ray_compat import autoscaling_config
@@ -39,6 +40,8 @@ MOST_WAITING_S = 180.0
 class Outlook:
     """What a search will take."""
 
+    resources: ResourcePlan
+    """The slots."""
     lines: dict[str, str]
     """For the plan, by name: time, price."""
     forecast: Forecast | None
@@ -46,12 +49,12 @@ class Outlook:
     seconds: tuple[float, float] | None
     """From now to the bundle: at least and at most."""
 
-    @property
-    def kept(self) -> dict[str, Any] | None:
-        """What the study keeps of it."""
-        if self.forecast is None:
-            return None
-        return {"seconds": self.seconds, "slowdown": self.forecast.slowdown, "began": time.time()}
+    def keep(self, study: optuna.Study, *, new: bool) -> None:
+        """Puts the planned time into a new search's study. A resumed search has none, since it stood still for a time."""
+        planned = None
+        if new and self.forecast is not None:
+            planned = {"seconds": self.seconds, "slowdown": self.forecast.slowdown, "began": time.time()}
+        study.set_user_attr(PLANNED, planned)
 
 
 def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook:
@@ -66,7 +69,7 @@ def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook
     pace = measured_pace(order) if here else _pace_of_worker(order, resources)
     prices = read_prices()
     if pace is None:
-        return Outlook({"time": "not known: the pace could not be measured"}, None, None)
+        return Outlook(resources, {"time": "not known: the pace could not be measured"}, None, None)
     work = _workload(plan, split, resources, max(1, len(nodes)))
     slowdown = measured_slowdown(min(work.cpus, work.slots_of_machine * work.workers)) if here else 1.0
     forecast = Forecast(work, plan.space, pace, slowdown)
@@ -77,7 +80,8 @@ def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; it is {slowdown:.1f} times as long as on a quiet machine, because of other work here"
-    return Outlook({"time": text} | _price_line(forecast, seconds, plan.space, prices, resources), forecast, seconds)
+    lines = {"time": text} | _price_line(forecast, seconds, plan.space, prices, resources)
+    return Outlook(resources, lines, forecast, seconds)
 
 
 def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:
@@ -142,7 +146,7 @@ def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, nodes: int)
         workers=resources.workers,
         folds=len(split.folds),
         compares=settings.compare_baseline or settings.data is None,
-        seeds=settings.seeds or 0,
+        seeds=2 * (settings.seeds or 0),  # also of the published configuration
         cpus=os.cpu_count() or 1,
         slots_of_machine=math.ceil(resources.slots / nodes),
     )

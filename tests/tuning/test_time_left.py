@@ -1,0 +1,135 @@
+"""The time left of a search: counted in epochs, with what follows the search, and better from trial to trial."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.config.search_space import parse_space
+from lungct_tune.experiment.forecast import BEGINNING, Forecast, Workload
+from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
+from lungct_tune.training.pace import Pace
+from lungct_tune.tuning.time_left import REPORT_S, TIMES_PLAYED, TimeLeft
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EPOCH_S = 2.0
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(number: int, epochs: int, outcome: Outcome = Outcome.STOPPED) -> TrialRecord:
+    history = [EpochFigures(epoch, 0.5, 0.5, 1.0, 1.0, EPOCH_S, 0.0) for epoch in range(1, epochs + 1)]
+    return TrialRecord(number, PUBLISHED, tuple(history), outcome, outcome.value)
+
+
+def estimate(clock: Clock, earlier: Sequence[TrialRecord] = (), retrainings: int = 1) -> TimeLeft:
+    return TimeLeft(12, (1, 3), 9, 1, retrainings, 0, earlier, now=clock)
+
+
+def train(left: TimeLeft, clock: Clock, number: int, epochs: int) -> None:
+    """A trial of so many epochs, to its end."""
+    for epoch in range(1, epochs + 1):
+        clock.now += EPOCH_S
+        left.add(number, PUBLISHED, epoch, [EPOCH_S])
+    left.end(record(number, epochs))
+
+
+def test_the_end_is_in_the_range_and_the_latest_end_is_never_put_off() -> None:
+    clock = Clock()
+    left = estimate(clock)
+    assert left.seconds is None and "after the first epoch" in str(left)
+    lengths = [9, 1, 3, 1, 1, 9, 1, 1, 3, 1, 1, 1]
+    end = clock.now + sum(lengths) * EPOCH_S + 9 * EPOCH_S + REPORT_S[0]
+    latest, shares = [], []
+    for number, epochs in enumerate(lengths):
+        train(left, clock, number, epochs)
+        assert left.seconds is not None
+        low, high = left.seconds
+        assert clock.now + low <= end + 1e-9 and end <= clock.now + high + 1e-9
+        latest.append(clock.now + high)
+        shares.append(left.share)
+    assert latest == sorted(latest, reverse=True) and shares == sorted(shares)
+    assert latest[-1] - end < (latest[0] - end) / 3
+
+
+def test_after_the_last_trial_the_retraining_and_the_report_are_left() -> None:
+    clock = Clock()
+    left = estimate(clock, retrainings=2)
+    for number in range(12):
+        train(left, clock, number, 9)
+    left.search_ended()
+    assert left.seconds == pytest.approx((2 * 9 * EPOCH_S + REPORT_S[0], 2 * 9 * EPOCH_S + REPORT_S[1]))
+    left.retrain(3, 9)
+    clock.now += 9 * EPOCH_S
+    left.retrained(9)
+    low, high = left.seconds or (0, 0)
+    assert low == pytest.approx(9 * EPOCH_S + REPORT_S[0])
+    assert high >= low
+    left.retrain(0, 9)
+    left.report()
+    assert left.seconds is not None and left.seconds[1] <= REPORT_S[1]
+
+
+def test_a_resumed_search_knows_at_once_what_earlier_trials_took() -> None:
+    earlier = [record(number, 3) for number in range(1, 6)]
+    left = estimate(Clock(), earlier)
+    assert left.seconds is not None and "left" in str(left)
+    assert left.epochs_left[1] < 7 * 9 and left.share > 0
+
+
+def foreseen(clock: Clock, trials: int = 8) -> tuple[TimeLeft, Forecast]:
+    space = parse_space("truncation_depth: {low: 20, high: 20}", "space")
+    pace = Pace("CPU", 2.0, 0.1, 16, (20,), (0.5,), (0.01,))
+    work = Workload(trials, 9, (3,), 1, 64, 10, 74, 20, 16, compares=True)
+    forecast = Forecast(work, space, pace)
+    return TimeLeft(trials, (3,), 9, 1, 2, 0, (), forecast, clock), forecast
+
+
+def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_put_off() -> None:
+    """The trials and the retraining take just what the forecast has for an epoch, and most are stopped at the rung."""
+    clock = Clock()
+    left, forecast = foreseen(clock)
+    assert left.seconds == pytest.approx(forecast.left(BEGINNING, TIMES_PLAYED))
+    epoch_s, latest = forecast.epoch_s(PUBLISHED), []
+    clock.now += forecast.start_s
+    for number, epochs in enumerate([9, 3, 9, 3, 3, 3, 3, 3]):
+        for epoch in range(1, epochs + 1):
+            clock.now += epoch_s
+            left.add(number, PUBLISHED, epoch, [epoch_s])
+            assert left.seconds is not None
+            latest.append(clock.now + left.seconds[1])
+        left.end(record(number, epochs))
+    left.search_ended()
+    left.retrain(2, 9)
+    for epoch in range(1, 10):
+        clock.now += epoch_s
+        left.retrained(epoch)
+        assert left.seconds is not None
+        latest.append(clock.now + left.seconds[1])
+    left.report()
+    assert left.seconds is not None
+    latest.append(clock.now + left.seconds[1])
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(latest))
+    assert left.seconds[1] < 30
+
+
+def test_slower_epochs_than_foreseen_put_the_end_off() -> None:
+    clock = Clock()
+    left, forecast = foreseen(clock)
+    first, epoch_s = left.seconds, 4 * forecast.epoch_s(PUBLISHED)
+    for epoch in range(1, 10):
+        clock.now += epoch_s
+        left.add(0, PUBLISHED, epoch, [epoch_s])
+    left.end(record(0, 9))
+    clock.now += 60  # a new forecast is not made at every call
+    assert first is not None and left.seconds is not None and left.seconds[0] > first[1]
