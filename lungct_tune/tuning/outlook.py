@@ -50,7 +50,7 @@ class Outlook:
     """From now to the bundle: at least and at most."""
 
     def keep(self, study: optuna.Study, *, new: bool) -> None:
-        """Puts the planned time into a new search's study. A resumed search has none, since it stood still for a time."""
+        """Puts the planned time into a new search's study. A resumed search has none: it has stood still."""
         planned = None
         if new and self.forecast is not None:
             planned = {"seconds": self.seconds, "slowdown": self.forecast.slowdown, "began": time.time()}
