@@ -62,7 +62,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         with display.step("starting"):
             # imported here and not by two threads at once: packages that import each other in a circle can fail then
             import lungct_tune.auditing.audit
-            import lungct_tune.reporting.console  # noqa: F401
+            import lungct_tune.reporting.console
             from lungct_tune.experiment.plan import plan_search
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
@@ -79,12 +79,16 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 outlook = announce(plan, split, dashboard.result(), display)
                 if plan.settings.plan:
                     return
-                with start_search(plan, split, audit, outlook, weights, display) as run, run.early_slot() as slot:
-                    winner = run.search()
-                    retrained = run.retrain(winner, slot)
-                    published = run.retrain_published(winner, slot)
-                    seeds = run.repeat_with_seeds(winner, slot)
-                    run.write_bundle(winner, retrained, published, seeds)
+                with start_search(plan, split, audit, outlook, weights, display) as run:
+                    if plan.settings.hold_test:
+                        lungct_tune.reporting.console.print_held(plan, run.search(), console)
+                        return
+                    with run.early_slot() as slot:
+                        winner = run.search()
+                        retrained = run.retrain(winner, slot)
+                        published = run.retrain_published(winner, slot)
+                        seeds = run.repeat_with_seeds(winner, slot)
+                        run.write_bundle(winner, retrained, published, seeds)
 
 
 def load_and_audit(plan: Plan, display: Display) -> tuple[DataSplit, dict[str, Any]]:
@@ -121,16 +125,11 @@ def announce(plan: Plan, split: DataSplit, dashboard: str, display: Display) -> 
         PricesError: clusters/prices.yaml cannot be used.
     """
     from lungct_tune.reporting.console import print_plan, print_space
-    from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
     from lungct_tune.tuning.outlook import look_ahead
 
-    resources = plan_resources(plan.settings)
-    retraining = plan_retraining_resources(plan.settings)
-    head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
-    lines = {"cluster": f"{resources}; the final retraining on {retraining}; {head}"}
     with display.step("measuring the pace"):
-        outlook = look_ahead(plan, split, resources)
-    print_plan(plan, resources.slots, lines | outlook.lines, dashboard, display.console)
+        outlook = look_ahead(plan, split)
+    print_plan(plan, outlook.resources.slots, outlook.lines, dashboard, display.console)
     if plan.settings.plan:
         print_space(plan.space, display.console)
     return outlook

@@ -74,6 +74,8 @@ class Workload:
     workers: int = 1
     """Of a slot."""
     folds: int = 1
+    retrains: bool = True
+    """Whether the winner is retrained and evaluated, and not held back."""
     compares: bool = False
     """Whether the published configuration is retrained too."""
     seeds: int = 0
@@ -171,16 +173,16 @@ class Forecast:
         search_s = after_s = 0.0
         if retraining is None:
             search_s, completed = self._play_trials(progress, random)
-            retraining = [(winner, 0)]
-            if work.compares and random.luck > 1 / max(1, completed):
+            retraining = [(winner, 0)] if work.retrains else []
+            if work.retrains and work.compares and random.luck > 1 / max(1, completed):
                 retraining.append((PUBLISHED, 0))
-            if work.slots_of_machine * work.workers >= work.cpus:  # no room to start them before
+            if work.retrains and work.slots_of_machine * work.workers >= work.cpus:  # no room to start them before
                 after_s += START_S + self.pace.start_s * (1 + ACTOR_SHARE)
         else:
             winner = retraining[0][0] if retraining else winner
         for hyperparameters, done in retraining:
             after_s += self.retraining_s(hyperparameters, work.epochs - done)
-        if seeds:
+        if seeds and work.retrains:
             turns = math.ceil(seeds / work.slots)
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
         wrong: float = min(MOST_IMAGES, random.share_wrong * work.test_images)
@@ -188,7 +190,7 @@ class Forecast:
         slowness, error = self.slowdown, min(MOST_ERROR, PACE_ERROR * self.slowdown)
         if progress.slowness is not None:
             slowness, error = progress.slowness, PACE_ERROR
-        seconds: float = (search_s + after_s + page_s) * slowness * math.exp(error * random.error)
+        seconds: float = (search_s + after_s + page_s * work.retrains) * slowness * math.exp(error * random.error)
         return seconds
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:

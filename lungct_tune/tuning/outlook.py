@@ -21,6 +21,7 @@ from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
 from lungct_tune.tuning.allocation import ResourcePlan, number_of
+from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
 from lungct_tune.tuning.ray_compat import autoscaling_config
 
 CLUSTER_FILE = Path("cluster.yaml")
@@ -43,7 +44,7 @@ class Outlook:
     resources: ResourcePlan
     """The slots."""
     lines: dict[str, str]
-    """For the plan, by name: time, price."""
+    """For the plan, by name: cluster, time, price."""
     forecast: Forecast | None
     """None where the pace could not be measured."""
     seconds: tuple[float, float] | None
@@ -57,19 +58,23 @@ class Outlook:
         study.set_user_attr(PLANNED, planned)
 
 
-def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook:
-    """Measures the pace, or takes it from the cache, and forecasts time and price. Starts no Ray.
+def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
+    """Divides the cluster, measures the pace or takes it from the cache, and forecasts time and price. Starts no Ray.
 
     Raises:
+        ClusterError: the cluster is too small.
         PricesError: clusters/prices.yaml cannot be used.
     """
+    resources, retraining = plan_resources(plan.settings), plan_retraining_resources(plan.settings)
+    head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
+    lines = {"cluster": f"{resources}; the final retraining on {retraining}; {head}"}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     here = len(nodes) <= 1
     order = _pace_order(plan, resources)
     pace = measured_pace(order) if here else _pace_of_worker(order, resources)
     prices = read_prices()
     if pace is None:
-        return Outlook(resources, {"time": "not known: the pace could not be measured"}, None, None)
+        return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, None, None)
     work = _workload(plan, split, resources, max(1, len(nodes)))
     slowdown = measured_slowdown(min(work.cpus, work.slots_of_machine * work.workers)) if here else 1.0
     forecast = Forecast(work, plan.space, pace, slowdown)
@@ -80,7 +85,7 @@ def look_ahead(plan: Plan, split: DataSplit, resources: ResourcePlan) -> Outlook
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; it is {slowdown:.1f} times as long as on a quiet machine, because of other work here"
-    lines = {"time": text} | _price_line(forecast, seconds, plan.space, prices, resources)
+    lines |= {"time": text} | _price_line(forecast, seconds, plan.space, prices, resources)
     return Outlook(resources, lines, forecast, seconds)
 
 
@@ -145,6 +150,7 @@ def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, nodes: int)
         batch_size=settings.batch_size,
         workers=resources.workers,
         folds=len(split.folds),
+        retrains=not settings.hold_test,
         compares=settings.compare_baseline or settings.data is None,
         seeds=2 * (settings.seeds or 0),  # also of the published configuration
         cpus=os.cpu_count() or 1,

@@ -69,6 +69,7 @@ def test_a_comparison_seeds_and_more_images_are_never_shorter(work: Workload) ->
     plain = forecast(replace(work, compares=False, seeds=0)).total()
     assert not_above(plain, forecast(replace(work, compares=True, seeds=0)).total())
     assert not_above(plain, forecast(replace(work, compares=False, seeds=3)).total())
+    assert not_above(forecast(replace(work, retrains=False)).total(), plain)
     larger = replace(work, compares=False, seeds=0, train_images=2 * work.train_images)
     assert not_above(plain, forecast(larger).total())
 

@@ -13,15 +13,12 @@ from lungct_tune.config.settings import read_settings
 from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.training import pace
 from lungct_tune.tuning import outlook
-from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.outlook import look_ahead
-
-ONE_SLOT = ResourcePlan(1, 1, {"CPU": 1.0}, 1)
 
 
 def planned(phantoms: Path, space: Path, folder: Path, *flags: str) -> Plan:
     words = ["--data", str(phantoms), "--space", str(space), *SMALL, "--storage", str(folder), "--name", "one"]
-    return plan_search(*read_settings([*words, "--trials", "4", "--epochs", "3", "--plan", *flags]))
+    return plan_search(*read_settings([*words, "--trials", "4", "--epochs", "3", "--slots", "1", "--plan", *flags]))
 
 
 @pytest.fixture
@@ -35,9 +32,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_plan_says_the_time_and_starts_no_ray(phantoms: Path, space: Path, folder: Path) -> None:
     plan = planned(phantoms, space, folder)
-    seen = look_ahead(plan, plan.load_and_split(), ONE_SLOT)
+    seen = look_ahead(plan, plan.load_and_split())
     assert seen.seconds is not None and 0 < seen.seconds[0] < seen.seconds[1]
-    assert set(seen.lines) == {"time"}  # there is no cluster with prices
+    assert set(seen.lines) == {"cluster", "time"}  # there is no cluster with prices
     assert " to " in seen.lines["time"] and "measured on this machine" in seen.lines["time"]
     assert not ray.is_initialized()
     started = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
@@ -49,9 +46,9 @@ def test_a_second_plan_measures_nothing(
 ) -> None:
     plan = planned(phantoms, space, folder)
     split = plan.load_and_split()
-    first = look_ahead(plan, split, ONE_SLOT)
+    first = look_ahead(plan, split)
     monkeypatch.setattr(pace, "_measure_side_by_side", None)
-    again = look_ahead(plan, split, ONE_SLOT)
+    again = look_ahead(plan, split)
     assert first.forecast is not None and again.forecast is not None and again.forecast.pace == first.forecast.pace
 
 
@@ -60,7 +57,7 @@ def test_without_a_measured_pace_the_plan_says_so(
 ) -> None:
     monkeypatch.setattr(outlook, "measured_pace", lambda order: None)
     plan = planned(phantoms, space, folder)
-    seen = look_ahead(plan, plan.load_and_split(), ONE_SLOT)
+    seen = look_ahead(plan, plan.load_and_split())
     assert "not known" in seen.lines["time"] and seen.forecast is None and seen.seconds is None
 
 
@@ -75,7 +72,7 @@ def test_a_cluster_that_is_not_there_yet_has_its_price(
     (folder / "cluster.yaml").symlink_to(REPOSITORY / "cluster.yaml")
     monkeypatch.setattr(outlook, "measured_pace", lambda order: pace.Pace(device, 2, 0.1, 8, (4,), (0.1,), (0.01,)))
     plan = planned(phantoms, space, folder)
-    price = look_ahead(plan, plan.load_and_split(), ONE_SLOT).lines["price"]
+    price = look_ahead(plan, plan.load_and_split()).lines["price"]
     assert said in price and "dollars" in price and "check before use" in price and "g6.xlarge" in price
 
 
@@ -85,5 +82,5 @@ def test_a_node_type_without_a_price_is_named(phantoms: Path, space: Path, folde
     line = "m7i.xlarge: {on_demand: 0.2, looked_up: today}"
     (folder / "clusters" / "prices.yaml").write_text(f"currency: dollars\nnode_types: {{{line}}}\n")
     plan = planned(phantoms, space, folder)
-    price = look_ahead(plan, plan.load_and_split(), ONE_SLOT).lines["price"]
+    price = look_ahead(plan, plan.load_and_split()).lines["price"]
     assert price.startswith("not known: clusters/prices.yaml has no g6.xlarge; add")
