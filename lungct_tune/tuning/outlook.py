@@ -30,8 +30,9 @@ CLUSTER_FILE = Path("cluster.yaml")
 NODE_START_MINUTES = 10.0
 """Until a new node works: it downloads an image and packages (cluster.yaml)."""
 
-BUSY = 1.25
-"""From this slowdown on the plan says that the machine is busy."""
+BUSY, MOST_SLOWDOWN = 1.25, 3.0
+"""From this slowdown on the plan says that the machine is busy. Of a larger one than the second it is not known that it
+lasts as long as the search."""
 
 MOST_WAITING_S = 180.0
 """How long a measurement on the cluster may take."""
@@ -76,7 +77,8 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     if pace is None:
         return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, None, None)
     work = _workload(plan, split, resources, max(1, len(nodes)))
-    slowdown = measured_slowdown(min(work.cpus, work.slots_of_machine * work.workers)) if here else 1.0
+    processes = min(work.cpus, work.slots_of_machine * work.workers)
+    slowdown = min(MOST_SLOWDOWN, measured_slowdown(processes)) if here else 1.0
     forecast = Forecast(work, plan.space, pace, slowdown)
     seconds = forecast.total()
     where = f"measured on this machine: {pace.device}" if here else f"measured on a worker: {pace.device}"
@@ -84,7 +86,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     if plan.settings.resume:
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
-        text += f"; it is {slowdown:.1f} times as long as on a quiet machine, because of other work here"
+        text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
     lines |= {"time": text} | _price_line(forecast, seconds, plan.space, prices, resources)
     return Outlook(resources, lines, forecast, seconds)
 
