@@ -11,7 +11,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -78,6 +78,20 @@ class Found(NamedTuple):
     left_aside: list[LeftAside]
 
 
+def scan_folder(root: Path) -> Scan:
+    """Walks the data folder, see `scan`.
+
+    Raises:
+        DataError: it is not a folder, or cannot be read.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give the folder that holds train/, valid/, test/ (--data)")
+    try:
+        return scan(root)
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror or error}") from error
+
+
 def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found:
     """Finds the images below `root`, with the classes of their folders.
 
@@ -90,12 +104,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
         DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
             unknown, class folders in several places, or fewer than two classes.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give the folder that holds train/, valid/, test/ (--data)")
-    try:
-        found = scan(root)
-    except OSError as error:
-        raise DataError(f"{root} cannot be read: {error.strerror or error}") from error
+    found = scan_folder(root)
     spellings = {_letters(name): _canonical(mapped) for name, mapped in (class_map or {}).items()}
     base = _base(root, found, spellings)
     inside = [path for path in found.files if _is_below(path, base)]
@@ -135,8 +144,26 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
     groups = [path for path in found.groups if posixpath.dirname(path) in above]
     for path in set(found.groups) - set(groups):
         found.put_aside(DOCUMENTS, path)
-    left = [LeftAside(reason, len(paths), min(paths)) for reason, paths in sorted(found.aside.items())]
-    return Found(sorted(files), sorted(groups), sorted(found.unreadable), left)
+    return Found(sorted(files), sorted(groups), sorted(found.unreadable), count_aside(found.aside))
+
+
+def count_aside(aside: Mapping[str, Sequence[str]]) -> list[LeftAside]:
+    """The files that are left aside, by reason, as counts with an example."""
+    return [LeftAside(reason, len(paths), min(paths)) for reason, paths in sorted(aside.items())]
+
+
+def path_finder(paths: Sequence[str]) -> Callable[[str], str | None]:
+    """A function that finds that of these paths which a user has written, in any spelling of it.
+
+    Spellings are `./a.png`, `b/../a.png`, and letters composed or decomposed as Unicode allows.
+    """
+    path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
+
+    def find(written: str) -> str | None:
+        plain = posixpath.normpath(written)
+        return path_of.get(plain) or path_of.get(_composed(plain))
+
+    return find
 
 
 def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | None]:
@@ -153,13 +180,11 @@ def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | N
     Raises:
         DataError: a file is malformed, has one path twice, or names a path that is not among `paths`.
     """
-    path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
-    group_of: dict[str, str] = {}
+    find, group_of = path_finder(paths), dict[str, str]()
     for name in files:
         file, folder = root / name, posixpath.dirname(name)
         rows = _read_groups(file)
-        spelled = [posixpath.normpath(posixpath.join(folder, path)) for path in rows["path"]]
-        listed = [path_of.get(path) or path_of.get(_composed(path)) for path in spelled]
+        listed = [find(posixpath.join(folder, path)) for path in rows["path"]]
         first_row: dict[str, int] = {}
         for row, path in enumerate(listed):
             where = f"{file}, line {row + 2}: the path {rows['path'].iloc[row]!r}"
@@ -265,6 +290,13 @@ def _composed(name: str) -> str:
 def _letters(name: str) -> str:
     """A name without separators and without case, for comparing."""
     return re.sub(r"[\W_]", "", _composed(name).casefold())
+
+
+def class_named(name: str, class_map: Mapping[str, str] | None) -> str:
+    """The class that a table names: by `class_map`, one of the four classes in any spelling, or another name."""
+    return {_letters(given): _canonical(mapped) for given, mapped in (class_map or {}).items()}.get(
+        _letters(name), _canonical(name)
+    )
 
 
 def _canonical(class_name: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import softmax
 
 from lungct_tune.data.cache import decoding_threads
-from lungct_tune.data.inputs import ReadImage, Unreadable, read_input
+from lungct_tune.data.inputs import ReadImage, Unreadable
 from lungct_tune.data.seen_images import NEW
 from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_or_normal
@@ -35,7 +35,7 @@ def classify_in_parts(
 
         def start() -> list[tuple[str, Future[ReadImage | Unreadable]]]:
             some = islice(waiting, BATCH)
-            return [(source, pool.submit(read_input, source, classifier.image_size)) for source in some]
+            return [(source, pool.submit(classifier.read, source)) for source in some]
 
         reading = start()
         while reading:

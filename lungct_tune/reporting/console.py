@@ -63,7 +63,7 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
     console.print(verdict["headline"], style="bold yellow", soft_wrap=True, markup=False)
     for reason in verdict["reasons"]:
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
-    same = flags(settings.model_dump(), ("image_size", "class_map", "skip_unreadable", "seed"))
+    same = flags(settings.model_dump(), ("image_size", "class_map", "table", "window", "skip_unreadable", "seed"))
     words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], "--split", audit["split"]["how"], *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
@@ -252,6 +252,8 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split, {groups['of_several_classes']} of "
         f"several classes; by threshold {by_threshold}"
     )
+    if known := groups["images_with_patient_id"]:
+        say(f"{groups['groups_from_patient_ids']} groups come from the PatientIDs of {known} DICOM images")
 
     if shortcuts["rules"]:
         chance = shortcuts["chance"]

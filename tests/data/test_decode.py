@@ -14,8 +14,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from lungct_tune.data import DataError, cache, read_images
-from lungct_tune.data.decode import MEMORY, MOST_PIXELS, Decoded, decode
-from lungct_tune.data.grey import PERCENTILES, to_grey
+from lungct_tune.data.decode import MEMORY, Decoded, decode
+from lungct_tune.data.grey import MOST_PIXELS, PERCENTILES, to_grey
 
 MEASURE = """
 import resource, sys
