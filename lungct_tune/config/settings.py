@@ -97,12 +97,8 @@ class Settings(BaseModel):
     class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
-    table: Path | None = _flag(
-        "a CSV of path (or SeriesInstanceUID), class and group, for images without class folders", "FILE"
-    )
-    window: str | None = _flag(
-        "of CT values in DICOM files: lung, mediastinum or CENTER,WIDTH (each file's own)", "WINDOW"
-    )
+    table: Path | None = _flag("a CSV of path (or SeriesInstanceUID), class and group, for loose images", "FILE")
+    window: str | None = _flag("of DICOM's CT values: lung, mediastinum or CENTER,WIDTH (each file's)", "W")
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: Path | None = _flag("the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE")
     trials: Positive | None = _flag("trials to run (40; phantoms 20)")

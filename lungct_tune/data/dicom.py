@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1
 """Part of every cache key. Raise it when a change gives other pixels, groups or reasons for the same file."""
 
-NO_IMAGES = "DICOM objects that are no images: reports, plans, doses, segmentations, directories"
+NO_IMAGES = "DICOM objects without an image: reports, plans, doses, segmentations, directories"
 LOCALISERS = "DICOM localisers"
 CAPTURES = "DICOM secondary captures, such as screenshots and dose reports"
 ANNOTATED = "DICOM images with burned-in annotations, which may be names"
@@ -44,6 +44,7 @@ _PIXEL_DATA, _FIRST_PIXEL_TAG = 0x7FE00010, 0x7FE00008
 _NEEDED = ("Rows", "Columns", "BitsStored", "PhotometricInterpretation")
 _NO_IMAGE_MODALITIES = {"SEG", "RTDOSE"}  # these have pixels that are no grey values
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7."  # of one frame; with 1 to 4 behind it, of several
+_GREYS, _PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
 _COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
 _BLOCK = 1_000_000  # pixels that are scaled at a time, since float64 takes four times the memory
 
@@ -139,12 +140,14 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
             raise _Refused(f"has no {', '.join(missing)}")
         width, height, frames = int(header.Columns), int(header.Rows), int(header.get("NumberOfFrames") or 1)
         photometric, depth = str(header.PhotometricInterpretation), int(header.BitsStored)
+        if photometric not in (*_GREYS, *_COLOURS, _PALETTE):
+            raise _Refused("its photometric interpretation is not read")
         in_hounsfield = header.get("Modality", "CT") == "CT" and _is_rescaled(header)
     if frames > 1:
         raise ValueError("has several frames, and one slice is read from a file; save each frame as a file of its own")
     if width * height > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels; at most {MOST_PIXELS:,} pixels are decoded")
-    if window is not None and not (in_hounsfield and photometric.startswith("MONOCHROME")):
+    if window is not None and not (in_hounsfield and photometric in _GREYS):
         raise ValueError(
             "the window cannot be applied: its values are not in Hounsfield units, because it is no CT or has no "
             "rescale slope and intercept"
@@ -154,10 +157,8 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
     with open_file(path, MOST_BYTES) as file, _nameless("its pixels cannot be decoded"):
         dataset = dcmread(file)
         values = _decoded(dataset)
-        if photometric in ("MONOCHROME1", "MONOCHROME2"):
-            grey = Image.fromarray(_in_grey(values, dataset, window))
-        else:
-            grey = _luma(values, dataset)
+        is_grey = photometric in _GREYS
+        grey = Image.fromarray(_in_grey(values, dataset, window)) if is_grey else _luma(values, dataset)
     return grey, f"{photometric};{depth}"
 
 
@@ -291,11 +292,9 @@ def _luma(values: np.ndarray, dataset: Dataset) -> Image.Image:
     from pydicom.pixels.processing import apply_color_lut
 
     depth = int(dataset.BitsStored)
-    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+    if dataset.PhotometricInterpretation == _PALETTE:
         values = apply_color_lut(values, dataset)
         depth = 8 * values.itemsize
-    elif dataset.PhotometricInterpretation not in _COLOURS:
-        raise _Refused("its photometric interpretation is not read")
     if depth < 8:
         raise _Refused("colours of fewer than 8 bits are not read")
     return Image.fromarray((values[..., :3] >> (depth - 8)).astype(np.uint8)).convert("L")
