@@ -106,7 +106,7 @@ def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, A
         console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
     split = plan.load_and_split()
     print_data(split.images, split.split, console)
-    audit = audit_images(split.images, split.parts, settings.split)
+    audit = audit_images(split.images, split.parts, "file" if settings.split_file else settings.split)
     print_verdict(audit, settings, console)
     if settings.strict:
         refuse_leaks(audit)

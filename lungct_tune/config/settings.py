@@ -29,6 +29,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.files import is_text, open_file
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
@@ -98,7 +99,9 @@ class Settings(BaseModel):
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
     table: Path | None = _flag("a CSV of path (or SeriesInstanceUID), class and group, for loose images", "FILE")
-    window: str | None = _flag("of DICOM's CT values: lung, mediastinum or CENTER,WIDTH (each file's)", "W")
+    window: str | None = _flag(
+        "of CT values in DICOM files: lung, mediastinum or CENTER,WIDTH (each file's own)", "WINDOW"
+    )
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: Path | None = _flag("the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE")
     trials: Positive | None = _flag("trials to run (40; phantoms 20)")
@@ -108,6 +111,10 @@ class Settings(BaseModel):
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 that keeps groups together, or the published folders"
     )
+    split_seed: Seed = Field(
+        0, description="the seed of the grouped split and of the folds (0)", json_schema_extra={"metavar": "N"}
+    )
+    split_file: Path | None = _flag("instead, a split of your own: CSV of path, split and, if known, group", "FILE")
     folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
         "evaluate each trial by cross-validation over train and validation (off)", "K"
     )
@@ -147,9 +154,7 @@ class Settings(BaseModel):
     study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        0, description="the seed of all random numbers (0)", json_schema_extra={"metavar": "N"}
-    )
+    seed: Seed = Field(0, description="the seed of all other random numbers (0)", json_schema_extra={"metavar": "N"})
     address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
     plan: bool = Field(False, description="print what a search would do, and stop")
     verbose: bool = Field(False, description="show Ray's own output too")
@@ -267,7 +272,9 @@ class Settings(BaseModel):
     def with_absolute_paths(self) -> Settings:
         """These settings with absolute paths, so that they are valid in any working folder."""
         paths: dict[str, Any] = {
-            name: path.resolve() for name in ("space", "table") if (path := getattr(self, name)) is not None
+            name: path.resolve()
+            for name in ("space", "table", "split_file")
+            if (path := getattr(self, name)) is not None
         }
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()

@@ -26,7 +26,7 @@ from lungct_tune.data.folders import (
     scan_folder,
 )
 from lungct_tune.data.groups import join_groups
-from lungct_tune.data.listing import find_listed
+from lungct_tune.data.image_table import find_listed
 
 _READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 

@@ -22,6 +22,9 @@ CHUNK = 4 * 2**20
 MOST_BYTES = 2**30
 """Of a file that is read whole. A bundle's model has 100 MB."""
 
+SPLIT = "split.csv"
+"""The split and the fold of each image, see `lungct_tune.data.split.DataSplit.as_csv`."""
+
 TRIAL_WEIGHTS = "model.safetensors"
 """In a trial's folder: its weights."""
 

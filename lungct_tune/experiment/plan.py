@@ -20,10 +20,11 @@ from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, flags, validate
 from lungct_tune.data import fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
-from lungct_tune.data.split import DataSplit, split_and_fold
+from lungct_tune.data.split import DataSplit, restore_split, split_and_fold
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import SPLIT, Experiment
+from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
 
@@ -161,7 +162,10 @@ class Plan:
                 f"the images in {images.root} are not those that {self.experiment.name} started with; "
                 "restore them, or start a new search"
             )
-        return split_and_fold(images, settings.split, settings.folds, settings.seed)
+        if self.fingerprint is not None:
+            with written_by_a_search(f"{self.experiment.uri}/{SPLIT}"):
+                return restore_split(images, self.experiment.read(SPLIT) or b"", groups=settings.split_file is not None)
+        return split_and_fold(images, settings.split, settings.folds, settings.split_seed, settings.split_file)
 
     def read_weights(self) -> dict[str, torch.Tensor] | None:
         """Reads the pretrained weights, down to the deepest truncation of the search space; None for random weights.
@@ -176,7 +180,7 @@ class Plan:
 
     def save(self, split: DataSplit) -> None:
         """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started."""
-        self.experiment.write("split.csv", split.as_csv())
+        self.experiment.write(SPLIT, split.as_csv())
         self.experiment.write("space.yaml", self.space_text.encode())
         kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": split.images.fingerprint})
         self.experiment.write("settings.yaml", kept.encode())

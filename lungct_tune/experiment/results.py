@@ -30,7 +30,7 @@ from lungct_tune.experiment.bundle import (
     check_sums,
     find_bundle,
 )
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import check_form, written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
@@ -241,7 +241,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     """Gathers the results of an experiment, whose study is open and whose bundle is already read."""
     kept = read_kept(experiment)
     assert kept is not None  # the caller has read it
-    space, split, audit = (experiment.read(name) for name in ("space.yaml", "split.csv", AUDIT))
+    space, split, audit = (experiment.read(name) for name in ("space.yaml", SPLIT, AUDIT))
     check_trials(study)
     return SearchResults(
         settings=kept,
@@ -261,7 +261,7 @@ class _StudyAttributes(BaseModel, extra="allow"):
 
 
 def _read_split(csv: bytes) -> pd.DataFrame:
-    with written_by_a_search("split.csv"):
+    with written_by_a_search(SPLIT):
         table = read_table(csv)
         if not set(table["split"]) <= set(SPLITS):
             raise ValueError(f"a split is called {min(set(table['split']) - set(SPLITS))!r}")

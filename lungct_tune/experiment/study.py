@@ -61,10 +61,13 @@ class StudyError(UserError):
 def rungs(epochs: int) -> tuple[int, ...]:
     """The epochs after which a trial of at most `epochs` epochs may be stopped: about a ninth and a third of them.
 
-    They are rounded up, and none is in the last third of the epochs, where stopping saves little.
+    Under 27 epochs it is only a third: after one or two epochs all trials are near chance. Rungs are rounded up, and
+    none is in the last third of the epochs, where stopping saves little.
     """
+    if epochs < REDUCTION**3:
+        return (ceil(epochs / REDUCTION),)
     first = ceil(epochs / REDUCTION**2)
-    return tuple(rung for rung in (first, first * REDUCTION) if rung * 3 <= epochs * 2) or (first,)
+    return tuple(rung for rung in (first, first * REDUCTION) if rung * 3 <= epochs * 2)
 
 
 def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:

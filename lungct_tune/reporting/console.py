@@ -63,8 +63,10 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
     console.print(verdict["headline"], style="bold yellow", soft_wrap=True, markup=False)
     for reason in verdict["reasons"]:
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
-    same = flags(settings.model_dump(), ("image_size", "class_map", "table", "window", "skip_unreadable", "seed"))
-    words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], "--split", audit["split"]["how"], *same]
+    how = [] if settings.split_file else ["--split", audit["split"]["how"]]
+    names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
+    same = flags(settings.model_dump(), names)
+    words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 

@@ -21,6 +21,8 @@ def _asked(found: SearchResults) -> str:
         "grouped": "split so that copies and slices of one series stay together",
         "official": "with the published split",
     }[found.settings["split"]]
+    if found.settings.get("split_file"):
+        split = "with a split of your own"
     return (
         f"Where should a ResNet50 be truncated, and how should it be trained, to tell {', '.join(others)} and {last} "
         f"apart in {len(found.split)} images ({found.data}), {split}?"
