@@ -84,7 +84,8 @@ def load_pydicom() -> None:
     except ImportError as error:
         raise DataError("DICOM files are read with pydicom; install it: pip install 'lungct-tune[dicom]'") from error
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    logging.getLogger("pydicom").disabled = True
+    for name in ("pydicom", "pylibjpeg"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # also of the loggers below it
     warnings.filterwarnings("ignore", module=r"pydicom\.")
 
 
@@ -105,16 +106,24 @@ def read_header(path: Path) -> tuple[Dataset, bool]:
             found.append(tag)
         return tag >= _FIRST_PIXEL_TAG
 
-    with open_file(path, MOST_BYTES) as file, _nameless("its DICOM header cannot be read"):
+    with open_file(path, MOST_BYTES) as file, nameless("its DICOM header cannot be read"):
         _refuse_bomb(path, file)
         return read_partial(file, at_pixels), found == [_PIXEL_DATA]
 
 
 def why_aside(header: Dataset, has_pixels: bool) -> str:
-    """The reason for which a file is no slice to learn from, one of four; "" if it may be one."""
-    if not has_pixels or header.get("Modality") in _NO_IMAGE_MODALITIES:
+    """The reason for which a file is no slice to learn from, one of four; "" if it may be one.
+
+    An image that has lost its pixels is a fault, and none of these.
+    """
+    from pydicom.uid import UID
+
+    given = header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID")  # one of them may be damaged
+    kinds = [UID(str(uid)) for uid in given if uid]
+    is_image = has_pixels or not kinds or any("Image Storage" in kind.name for kind in kinds)
+    if not is_image or header.get("Modality") in _NO_IMAGE_MODALITIES:
         return NO_IMAGES
-    if f"{header.get('SOPClassUID')}.".startswith(_SECONDARY_CAPTURE):
+    if any(f"{kind}.".startswith(_SECONDARY_CAPTURE) for kind in kinds):
         return CAPTURES
     if "LOCALIZER" in (header.get("ImageType") or ()):
         return LOCALISERS
@@ -133,9 +142,11 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
         OSError, ValueError: it is no slice, has several frames, or cannot be read.
     """
     header, has_pixels = read_header(path)
-    with _nameless("its DICOM header cannot be read"):
+    with nameless("its DICOM header cannot be read"):
         if reason := why_aside(header, has_pixels):
             raise _Refused(f"not used: {reason}")
+        if not has_pixels:
+            raise _Refused("has no pixels")
         if missing := [name for name in _NEEDED if header.get(name) is None]:
             raise _Refused(f"has no {', '.join(missing)}")
         width, height, frames = int(header.Columns), int(header.Rows), int(header.get("NumberOfFrames") or 1)
@@ -154,7 +165,7 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
         )
     from pydicom import dcmread
 
-    with open_file(path, MOST_BYTES) as file, _nameless("its pixels cannot be decoded"):
+    with open_file(path, MOST_BYTES) as file, nameless("its pixels cannot be decoded"):
         dataset = dcmread(file)
         values = _decoded(dataset)
         is_grey = photometric in _GREYS
@@ -171,8 +182,8 @@ class _Refused(ValueError):
 
 
 @contextmanager
-def _nameless(what: str) -> Iterator[None]:
-    """Replaces an error of pydicom or of a decoder, whose message may quote the file, by its kind."""
+def nameless(what: str) -> Iterator[None]:
+    """Replaces any error of pydicom or of a decoder, whose message may quote the file, by a ValueError with its kind."""
     try:
         yield
     except (OSError, DataError, _Refused):

@@ -70,8 +70,9 @@ def read_header(path: Path, pseudonym: Pseudonym) -> Header:
     """
     try:
         header, has_pixels = dicom.read_header(path)
-        patient, series = (str(header.get(name) or "").strip() for name in ("PatientID", "SeriesInstanceUID"))
-        aside = dicom.why_aside(header, has_pixels)
+        with dicom.nameless("its DICOM header cannot be read"):
+            patient, series = (str(header.get(name) or "").strip() for name in ("PatientID", "SeriesInstanceUID"))
+            aside = dicom.why_aside(header, has_pixels)
     except (OSError, ValueError):
         return Header("", "", "")
     return Header(aside, patient and f"patient-{pseudonym('patient', patient)}", series and pseudonym("series", series))

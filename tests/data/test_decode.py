@@ -82,7 +82,7 @@ def test_no_more_threads_decode_than_memory_allows(
             Image.fromarray(pixels_HW).save(tmp_path / "images" / name / f"{number}.png")
     decoding, most, lock = 0, 0, threading.Lock()
 
-    def counted(path: Path, size: int) -> Decoded:
+    def counted(path: Path, size: int, _: None) -> Decoded:
         nonlocal decoding, most
         with lock:
             decoding += 1

@@ -235,6 +235,7 @@ def test_patients_of_predict_are_hashes_unless_groups_csv_names_them(tmp_path: P
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "frames": ({"NumberOfFrames": 2}, "several frames"),
+    "no pixels": ({"without": ("PixelData",)}, "has no pixels$"),
     "no rows": ({"without": ("Rows",)}, "has no Rows$"),
     "huge": ({"Rows": 60_000, "Columns": 60_000}, "at most 20,000,000 pixels"),
     "more rows than pixels": ({"Rows": 2 * SIDE}, "pixels cannot be decoded"),
