@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lungct_tune.config.window import Window
 from lungct_tune.data.inputs import ReadImage, Unreadable, read_input
 from lungct_tune.data.seen_images import LearnedImages
 from lungct_tune.errors import UserError
@@ -123,6 +124,12 @@ class Classifier:
         return int(self.config["preprocessing"]["image_size"])
 
     @property
+    def window(self) -> Window | None:
+        """The window of CT values in DICOM files that it was trained with; None is each file's own."""
+        kept = self.config["preprocessing"].get("window")
+        return Window(**kept) if kept else None
+
+    @property
     def scaling(self) -> TemperatureScaling | None:
         """The temperature of the probabilities; None without."""
         kept = self.config["calibration"]
@@ -165,7 +172,7 @@ class Classifier:
         )
 
     def classify_files(self, sources: Sequence[str | Path]) -> pd.DataFrame:
-        """Reads images from files and classifies them. Their size and their grey values are the bundle's.
+        """Reads images from files and classifies them. Their size, window and grey values are the bundle's.
 
         Args:
             sources: paths or URIs.
@@ -175,7 +182,11 @@ class Classifier:
             In the row of an unreadable file the other columns are missing values.
         """
         names = [str(source) for source in sources]
-        return self.tabulate(names, [read_input(name, self.image_size) for name in names])
+        return self.tabulate(names, [self.read(name) for name in names])
+
+    def read(self, source: str) -> ReadImage | Unreadable:
+        """Reads an image from a path or a URI, as the bundle's images were read."""
+        return read_input(source, self.image_size, self.window)
 
     def tabulate(self, sources: Sequence[str], files: Sequence[ReadImage | Unreadable]) -> pd.DataFrame:
         """Classifies files that have been read; returns the rows of `classify_files`."""
