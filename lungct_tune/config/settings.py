@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from lungct_tune.cli import command_line
+from lungct_tune.cli import command_line, suggestion
 from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
 from lungct_tune.errors import UserError
 from lungct_tune.files import is_text, open_file
@@ -287,8 +287,7 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
         if field.annotation is bool:
             parser.add_argument(flag, action="store_true", help=field.description)
         else:
-            choices = getattr(field.annotation, "__args__", ()) if not isinstance(extra, dict) else ()
-            metavar = str(extra["metavar"]) if isinstance(extra, dict) else "|".join(choices)
+            metavar = str(extra["metavar"]) if isinstance(extra, dict) else "|".join(_choices(name))
             parser.add_argument(flag, metavar=metavar, help=field.description)
     flags = vars(parser.parse_args(argv))
     given = _read_yaml(Path(path)) | flags if (path := flags.pop("settings", None)) is not None else flags
@@ -323,12 +322,36 @@ def validate(values: dict[str, Any]) -> Settings:
 
 def _explain(problem: Any) -> str:
     field = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: no such setting; the settings are {', '.join(Settings.model_fields)}"
+    kind, value, limits = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        meant = suggestion(field, Settings.model_fields)
+        return f"{field}: no such setting{meant}; the settings are {', '.join(Settings.model_fields)}"
     reason = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "string_type":
-        reason = "expected text; in YAML, put it into quotes"
-    return f"{field} = {_shown(problem['input'])}: {reason}" if field else reason
+    if kind == "literal_error":
+        reason = f"expected {limits['expected'].replace(chr(39), '')}{suggestion(str(value), _choices(field))}"
+    elif kind in _REASONS:
+        reason = _REASONS[kind].format(**limits)
+    return f"{field} = {_shown(value)}: {reason}" if field else reason
+
+
+_REASONS = {
+    "greater_than_equal": "the least is {ge}",
+    "greater_than": "it must be more than {gt}",
+    "less_than_equal": "the most is {le}",
+    "less_than": "it must be less than {lt}",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text; in YAML, put it into quotes",
+    "string_pattern_mismatch": "only letters, digits, dots, hyphens and underscores, the first a letter or digit",
+    "path_type": "expected the path of a file or folder",
+    "dict_type": "expected a mapping of folders to classes",
+} | dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "expected a whole number")
+_REASONS |= dict.fromkeys(("float_type", "float_parsing"), "expected a number")
+_REASONS |= dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false")
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    """The allowed values of a setting that has few of them; empty for others."""
+    return tuple(getattr(Settings.model_fields[field].annotation, "__args__", ()))
 
 
 def _shown(value: Any) -> str:

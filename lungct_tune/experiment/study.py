@@ -10,7 +10,8 @@ from __future__ import annotations
 import sqlite3
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 FEWEST = 4
 """The fewest completed trials from which parameter importance is computed."""
 
+STUDY_ERRORS = (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError)
+"""What is raised when a database that holds a study does not answer, is locked or is full."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -87,6 +91,8 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
     try:
         if isinstance(storage, str):
             where += f" in {make_url(storage).render_as_string(hide_password=True)}"
+            if make_url(storage).get_backend_name() == "sqlite":
+                storage = RDBStorage(storage, {"connect_args": {"timeout": LOCKED_S}})
         if not new:
             study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
             check_trials(study)
@@ -108,6 +114,26 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
             user_attrs={"configuration": hyperparameters.as_dict()},
         )
     return study
+
+
+@contextmanager
+def told_as_user_errors(where: str) -> Iterator[None]:
+    """Turns errors of the study's database into errors for the user.
+
+    Args:
+        where: the study's URL or file.
+
+    Raises:
+        StudyError: the database is locked or full, does not answer, or refuses.
+    """
+    try:
+        yield
+    except STUDY_ERRORS as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Optuna's error does not say more than that there is one
+            cause = cause.__cause__
+        locked = f" for {LOCKED_S:.0f} s; close the program that has it open" if "locked" in str(cause) else ""
+        raise StudyError(f"the study in {where} cannot be used: {str(cause).strip()}{locked}") from error
 
 
 def load_study(file: Path, name: str) -> optuna.Study:

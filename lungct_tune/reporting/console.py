@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.auditing.conclusions import counted
+from lungct_tune.cli import command_words
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
+from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, Figure, TestMetrics, read_metrics
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
@@ -65,26 +68,39 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
     how = [] if settings.split_file else ["--split", audit["split"]["how"]]
     same = flags(settings.model_dump(), ("split_seed", "split_file", "image_size", "class_map", "skip_unreadable"))
-    words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], *how, *same]
+    words = [*command_words("audit"), "--data", audit["data"], *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 
-def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
+def print_plan(plan: Plan, slots: int, cluster: str, dashboard: str, console: Console) -> None:
     """Prints what the search will do, and where to watch it."""
     settings = plan.settings
+    while_it_runs, at_end = expected_bytes(settings, plan.space, slots)
     console.print(
         f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
     )
     lines = {
         "cluster": cluster,
-        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none",
+        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none yet",
         "experiment": plan.experiment.uri,
         "study": plan.study_url,
+        "disk": f"at most {as_size(while_it_runs)} while it runs, {as_size(at_end)} at its end",
     }
     if settings.track:
         lines["tracking"] = settings.track
+    if not settings.plan:  # printed now, since nothing can print it if the machine fails
+        lines["if stopped"] = plan.resume_command
     for name, value in lines.items():
-        console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<11}{value}", soft_wrap=True, markup=False)
+
+
+def print_disk_use(experiment: Experiment, console: Console) -> None:
+    """Prints the size of a finished search, and the command that removes what it does not need any more."""
+    size, removable = sum(experiment.files().values()), sum(not_needed(experiment).values())
+    where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
+    command = shlex.join([*command_words("clean"), where])
+    text = f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove them: {command}"
+    console.print(text, soft_wrap=True)
 
 
 def print_space(space: SearchSpace, console: Console) -> None:
