@@ -97,16 +97,16 @@ def _tiles(test: TestMetrics) -> list[tuple[str, Figure]]:
 
 
 def compared_accuracies(test: TestMetrics) -> list[tuple[str, float, tuple[float, float] | None, bool]]:
-    """Balanced accuracies on the same images, that of the model first.
-
-    Without group overlap, if the model has seen images of some groups.
+    """Balanced accuracies on the same images, those of the model first: without group overlap, then on all images.
 
     Returns:
         Name, value, interval, whether it is the model's.
     """
-    rows = [("this model", test.balanced_accuracy, True)]
+    rows, everywhere = [], "this model"
     if (clean := test.without_overlap) and clean.balanced_accuracy.value is not None:
         rows.append((f"this model, {clean.n} images without group overlap", clean.balanced_accuracy, True))
+        everywhere = f"this model, all {test.n} images"
+    rows.append((everywhere, test.balanced_accuracy, True))
     rows += [(name, reference.balanced_accuracy, False) for name, reference in references(test)]
     return [(name, f.value, f.ci95, is_model) for name, f, is_model in rows if f.value is not None]
 
