@@ -223,22 +223,22 @@ class SearchRun:
         return winner
 
     def repeat_with_seeds(self, winner: TrialRecord, slot: EarlySlot) -> dict[str, Any] | None:
-        """Trains the winner with other seeds, to see how its figures depend on the seed; None without --seeds.
+        """Trains winner and published configuration with other seeds, see `rerun_with_seeds`; None without --seeds.
 
         The slot of the retraining gives its room back before.
         """
-        from lungct_tune.experiment.study import over_seeds
+        from lungct_tune.experiment.study import finished_trials
         from lungct_tune.tuning.rerun import rerun_with_seeds
 
         settings = self.plan.settings
         if not settings.seeds or settings.epochs is None:
             return None
         slot.release()
-        self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
+        self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots = self.slot_plan, self.resources.slots
+        plan, slots, trials = self.slot_plan, self.resources.slots, finished_trials(self.study)
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
+            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, settings.epochs, slots)
 
     def early_slot(self) -> EarlySlot:
         """The slot of the retraining, which may start before the search has ended."""

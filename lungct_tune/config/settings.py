@@ -114,7 +114,7 @@ class Settings(BaseModel):
         "evaluate each trial by cross-validation over train and validation (off)", "K"
     )
     seeds: Annotated[int, Field(ge=2, le=100)] | None = _flag(
-        "train the winner again with N other seeds, to show the spread (off)", "N"
+        "train winner and published configuration again with the same N other seeds, and compare (off)", "N"
     )
     strict: bool = Field(False, description="refuse a split that leaks: copies or series in several parts")
     weights: str | None = _flag("pretrained weights: imagenet, none or a FILE (imagenet; phantoms none)", "W")

@@ -243,19 +243,45 @@ def _outcome(trial: FrozenTrial) -> Outcome:
     return Outcome.STOPPED if trial.state == TrialState.PRUNED else Outcome.FAILED
 
 
-def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
-    """The balanced accuracy of one configuration trained with several seeds.
+def over_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] = ()) -> dict[str, Any]:
+    """The balanced accuracy of the winner trained with several seeds, and of the published configuration with the same.
 
     A training without a usable model counts with the lowest score, since a user of that configuration may get one.
+    The interval of the mean difference is that of Student's t over the seeds, paired. It says how far the difference
+    depends on the seed, not on the images, which are the same for all.
 
     Args:
-        reports: one for each training, with all its epochs.
+        winner: a report for each training, with all its epochs.
+        published: for the same seeds in the same order; empty if the winner is the published configuration.
+
+    Returns:
+        "balanced_accuracy" (of each training), "mean", "sd"; "published", with these three keys, and "difference" (see
+        `Figure`), both None without published trainings.
     """
-    scores = [
+    from scipy.stats import t  # here, because a report of a search without seeds needs no scipy
+
+    scores, others = _scores(winner), _scores(published)
+    differences = np.subtract(scores, others) if others else np.zeros(0)
+    n, reach = len(differences), 0.0
+    if n > 1 and not np.allclose(differences, differences[0]):
+        reach = float(t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    mean = float(differences.mean()) if n else 0.0
+    return {
+        **_spread(scores),
+        "published": _spread(others) if others else None,
+        "difference": {"value": mean, "ci95": (mean - reach, mean + reach) if reach else None} if n else None,
+    }
+
+
+def _scores(reports: Sequence[EpochReport]) -> list[float]:
+    return [
         BAD_SCORE if report.outcome in UNSUCCESSFUL or not report.epochs else report.epochs[-1].balanced_accuracy
         for report in reports
     ]
-    return {"balanced_accuracy": scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
+
+
+def _spread(scores: Sequence[float]) -> dict[str, Any]:
+    return {"balanced_accuracy": list(scores), "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 
 
 def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> dict[str, Any]:

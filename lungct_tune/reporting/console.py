@@ -21,7 +21,7 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, TestMetrics, read_metrics
+from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, Figure, TestMetrics, read_metrics
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.reporting.format import in_words
@@ -145,6 +145,13 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
             f"{seeds['sd']:.3f}",
             soft_wrap=True,
         )
+        if published := seeds["published"]:
+            gain = in_words(Figure(**seeds["difference"]), "+.3f")
+            console.print(
+                f"the published configuration with the same seeds: mean {published['mean']:.3f}, standard deviation "
+                f"{published['sd']:.3f}; gain of the best found, paired by seed {gain}",
+                soft_wrap=True,
+            )
     _print_worth(metrics, console)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
 
@@ -181,9 +188,9 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
     )
     for kind, other in test.references.items():
         figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
-        if kind == "published":
-            figures += f"; accuracy of the model minus this {in_words(other.difference, '+.3f')}"
-        console.print(f"  {kind} ({other.name}): {figures}", soft_wrap=True, markup=False)
+        if other.balanced_difference is not None:
+            figures += f"; balanced accuracy of the model minus this {in_words(other.balanced_difference, '+.3f')}"
+        console.print(f"  {kind.partition(':')[0]} ({other.name}): {figures}", soft_wrap=True, markup=False)
     if (two := test.cancer_vs_normal) is not None:
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         console.print(f"cancer against normal: {rates}", soft_wrap=True)
