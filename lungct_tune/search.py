@@ -62,7 +62,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         with display.step("starting"):
             # imported here and not by two threads at once: packages that import each other in a circle can fail then
             import lungct_tune.auditing.audit
-            import lungct_tune.reporting.console  # noqa: F401
+            import lungct_tune.reporting.console
             from lungct_tune.experiment.plan import plan_search
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
@@ -79,12 +79,16 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 resources = announce(plan, dashboard.result(), console)
                 if plan.settings.plan:
                     return
-                with start_search(plan, split, audit, resources, weights, display) as run, run.early_slot() as slot:
-                    winner = run.search()
-                    retrained = run.retrain(winner, slot)
-                    published = run.retrain_published(winner, slot)
-                    seeds = run.repeat_with_seeds(winner, slot)
-                    run.write_bundle(winner, retrained, published, seeds)
+                with start_search(plan, split, audit, resources, weights, display) as run:
+                    if plan.settings.hold_test:
+                        lungct_tune.reporting.console.print_held(plan, run.search(), console)
+                        return
+                    with run.early_slot() as slot:
+                        winner = run.search()
+                        retrained = run.retrain(winner, slot)
+                        published = run.retrain_published(winner, slot)
+                        seeds = run.repeat_with_seeds(winner, slot)
+                        run.write_bundle(winner, retrained, published, seeds)
 
 
 def load_and_audit(plan: Plan, display: Display) -> tuple[DataSplit, dict[str, Any]]:

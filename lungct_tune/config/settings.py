@@ -36,7 +36,7 @@ SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 
 _LONGEST = 300  # characters of a value in a message
 
-OF_ONE_RUN = frozenset({"resume", "plan", "address", "track", "verbose"})
+OF_ONE_RUN = frozenset({"resume", "judge", "plan", "address", "track", "verbose"})
 """Settings of one run of the program. They are neither kept in an experiment nor taken from one."""
 
 _PACKAGE = Path(__file__).parents[1]
@@ -149,6 +149,8 @@ class Settings(BaseModel):
     study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
+    hold_test: bool = Field(False, description="end before the test split is looked at; --judge looks at it")
+    judge: Name | None = _flag("evaluate the best of a search with --hold-test on the test split, once", "NAME")
     seed: Seed = Field(0, description="the seed of all other random numbers (0)", json_schema_extra={"metavar": "N"})
     address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
     plan: bool = Field(False, description="print what a search would do, and stop")
@@ -166,6 +168,8 @@ class Settings(BaseModel):
                 f"batch_size {self.batch_size} gives each of {self.workers} workers a single image: "
                 "batch normalisation needs at least two"
             )
+        if self.resume and self.judge:
+            raise ValueError("resume and judge are two things to do with a search; give one of them")
         if self.folds is not None and self.folds < self.workers:
             raise ValueError(
                 f"workers {self.workers} with folds {self.folds}: a worker trains whole folds, so some workers would "

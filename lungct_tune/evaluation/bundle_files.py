@@ -27,6 +27,7 @@ from lungct_tune.evaluation.operating_point import choose_operating_point
 from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import AUDIT, LEARNED, RetrainedModel, as_json, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
+from lungct_tune.experiment.looks import count_look
 from lungct_tune.experiment.metrics import (
     HALF,
     SHORTCUT,
@@ -83,6 +84,9 @@ class BundleFiles:
             retrained: the best trial's configuration, retrained.
             published: the trial of the published configuration, and its retrained model.
             seeds: of `over_seeds`.
+
+        Raises:
+            StorageError: the storage refuses to count how often the test split is looked at.
         """
         images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
@@ -102,7 +106,8 @@ class BundleFiles:
             at_95_specificity=point.at_95_specificity if point else None,
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
-        bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds)
+        looks = count_look(self.plan.experiment, self.split)
+        bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds, looks)
         return replace(bundle, features=self._training_features(bundle, retrained.features))
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
@@ -160,6 +165,7 @@ class BundleFiles:
         test: TestMetrics | None = None,
         predictions: Predictions | None = None,
         seeds: dict[str, Any] | None = None,
+        looks: int | None = None,
     ) -> Bundle:
         settings, trials = self.plan.settings, finished_trials(self.study)
         metrics = BundleMetrics(
@@ -168,6 +174,7 @@ class BundleFiles:
             best_trial=best.row(),
             search=effort(self.study, trials, self.slots),
             test=test,
+            looks=looks,
             seeds=seeds,
         )
         config = describe_model(settings, self.split.images, best.hyperparameters, len(best.history), scaling, point)

@@ -204,6 +204,9 @@ class BundleMetrics:
     """The cost of the search, see `lungct_tune.experiment.study.effort`."""
     test: TestMetrics | None
     """None before the search has ended."""
+    looks: int | None = None
+    """How many searches on the storage had been evaluated on this test split, this one included; None before the search
+    has ended, and in bundles of version 0.1."""
     seeds: dict[str, Any] | None = None
     """See `lungct_tune.experiment.study.over_seeds`; None where the winner was not trained with other seeds."""
 

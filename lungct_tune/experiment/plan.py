@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 CHANGEABLE = {
-    *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
+    *("trials", "hold_test", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
     *("checkpoint_interval", "compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
 }
 """The settings that may change when a search is resumed. A change of any other would make it another search."""
@@ -74,7 +74,11 @@ class Plan:
     @property
     def resume_command(self) -> str:
         """The command that resumes this search."""
-        words = [*command_words("search"), "--resume", self.experiment.name]
+        return self.command("--resume")
+
+    def command(self, how: str) -> str:
+        """The command that does something with this search: `--resume` or `--judge`."""
+        words = [*command_words("search"), how, self.experiment.name]
         if self.settings.storage != "./results":
             words += ["--storage", self.settings.storage]
         if self.settings.study:
@@ -177,7 +181,7 @@ class Plan:
 
 
 def plan_search(asked: Settings, given: set[str]) -> Plan:
-    """The plan of a new search, or with `resume` of one that continues.
+    """The plan of a new search, or with `resume` of one that continues, or with `judge` of one that ends.
 
     Args:
         asked: the user's settings; with `resume`, only the settings to change.
@@ -188,6 +192,9 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
         SettingsError: a setting cannot change in a resumed search.
         SpaceError: the search space cannot be used.
     """
+    if asked.judge:
+        asked = asked.model_copy(update={"resume": asked.judge, "judge": None, "hold_test": False})
+        given = given - {"judge"} | {"resume", "hold_test"}
     return _resumed(asked, given) if asked.resume else _new(asked)
 
 

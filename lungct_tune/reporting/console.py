@@ -21,10 +21,19 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, Figure, TestMetrics, read_metrics
+from lungct_tune.experiment.metrics import (
+    MAJORITY,
+    PUBLISHED,
+    BundleMetrics,
+    EvaluationMetrics,
+    Figure,
+    TestMetrics,
+    read_metrics,
+)
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.reporting.format import in_words
+from lungct_tune.experiment.trial import TrialRecord
+from lungct_tune.reporting.format import in_words, looks_in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
 
 
@@ -153,7 +162,23 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
                 soft_wrap=True,
             )
     _print_worth(metrics, console)
+    if said := looks_in_words(metrics.looks):
+        console.print(said, style="bold yellow", soft_wrap=True)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
+
+
+def print_held(plan: Plan, winner: TrialRecord, console: Console) -> None:
+    """Prints the outcome of a search that has not looked at its test split."""
+    assert winner.last is not None  # it ran to its end
+    score, where = winner.last.balanced_accuracy, judged(plan.settings.folds)
+    lines = {
+        "best so far": f"trial {winner.number} ({winner.hyperparameters}), balanced accuracy {score:.3f} {where}",
+        "more trials": f"{plan.resume_command} --trials N",
+        "its test": f"{plan.command('--judge')} (once: no trials can be added afterwards)",
+    }
+    console.print("\nthe test split has not been looked at (--hold-test)", style="bold")
+    for name, value in lines.items():
+        console.print(f"  {name:<13}{value}", soft_wrap=True, markup=False)
 
 
 def print_bundle(folder: Path, console: Console) -> None:
@@ -164,11 +189,12 @@ def print_bundle(folder: Path, console: Console) -> None:
     configuration = Hyperparameters(**config["training"]["configuration"])
     console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
     if metrics.test is None:
+        held = config["settings"].get("hold_test")
         console.print(
-            f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
-            f"{config['settings']['trials']}, chosen by its balanced accuracy of {score:.3f} "
-            f"{judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. Pull again when "
-            "the search has ended.",
+            f"[bold yellow]The search has not {'been judged' if held else 'ended'}[/]: this is the best of "
+            f"{metrics.search['trials']} trials of {config['settings']['trials']}, chosen by its balanced accuracy of "
+            f"{score:.3f} {judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. "
+            + ("--judge does that. Pull again afterwards." if held else "Pull again when the search has ended."),
             soft_wrap=True,
             markup=True,
         )
@@ -186,11 +212,13 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         soft_wrap=True,
         markup=True,
     )
-    for kind, other in test.references.items():
-        figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
-        if other.balanced_difference is not None:
-            figures += f"; balanced accuracy of the model minus this {in_words(other.balanced_difference, '+.3f')}"
-        console.print(f"  {kind.partition(':')[0]} ({other.name}): {figures}", soft_wrap=True, markup=False)
+    if any(other.balanced_difference for other in test.references.values()):
+        table = _table("", "on the same images", "balanced accuracy", "model minus this (95 %)")
+        for kind, other in test.references.items():
+            what = {MAJORITY: f"always {other.name}", PUBLISHED: "published configuration"}.get(kind, kind)
+            gain = in_words(other.balanced_difference, "+.3f") if other.balanced_difference else ""
+            table.add_row(what, f"{other.balanced_accuracy.value:.3f}", gain)
+        console.print(table)
     if (two := test.cancer_vs_normal) is not None:
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         console.print(f"cancer against normal: {rates}", soft_wrap=True)

@@ -47,6 +47,16 @@ def points(difference: Figure | None, of: str) -> str:
     return f"{value} (95 % interval {low} to {high})"
 
 
+def looks_in_words(looks: int | None) -> str:
+    """What it means that several searches were evaluated on one test split; "" if only one was."""
+    if looks is None or looks < 2:
+        return ""
+    return (
+        f"{looks} finished searches on this storage have been evaluated on this test split. The figures of the best of "
+        "several are too high: quote those of the first, or evaluate on images that none of them has seen."
+    )
+
+
 def endings(found: SearchResults) -> str:
     """The number of trials by outcome, as text."""
     return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"

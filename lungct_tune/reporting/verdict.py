@@ -9,7 +9,7 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.metrics import MAJORITY, PUBLISHED, Figure, ReferenceAccuracy, TestMetrics, WithoutOverlap
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.trial import BASELINE
-from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, percent, points
+from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, looks_in_words, percent, points
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 
@@ -85,6 +85,7 @@ def _worth_of_test(found: SearchResults, test: TestMetrics) -> Iterator[str]:
         )
     if is_shown and not found.phantoms:
         yield _scope(found)
+    yield looks_in_words(found.bundle.metrics.looks if found.bundle else None)
 
 
 def _scope(found: SearchResults) -> str:
