@@ -254,10 +254,17 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     )
 
 
+class _Planned(BaseModel):
+    seconds: tuple[FiniteFloat, FiniteFloat]
+    slowdown: FiniteFloat
+    began: FiniteFloat
+
+
 class _StudyAttributes(BaseModel, extra="allow"):
     wall_s: FiniteFloat = 0.0
     slot_s: FiniteFloat = 0.0
     cluster: str = ""
+    planned: _Planned | None = None
 
 
 def _read_split(csv: bytes) -> pd.DataFrame:
