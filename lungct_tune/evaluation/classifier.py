@@ -176,8 +176,8 @@ class Classifier:
             batch_NHW[: len(some_NHW)] = some_NHW
             grey_N1HW = as_grey(torch.from_numpy(batch_NHW).to(device))
             logits_NC = forward(self.model, grey_N1HW, self.config["settings"]["normalisation"])
-            outputs = (logits_NC.softmax(dim=1), features())
-            return tuple(output[: len(some_NHW)].cpu().numpy() for output in outputs)
+            probabilities_NC, pooled_ND = (values[: len(some_NHW)] for values in (logits_NC.softmax(dim=1), features()))
+            return probabilities_NC.cpu().numpy(), pooled_ND.cpu().numpy()
 
         try:
             with (
