@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster, whose head listens; auto: the one here")
     asked = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what a scheduler sends is a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends is a Ctrl-C
     return exit_status(lambda: serve(asked, terminal()), "The server has ended.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,8 @@ def serving(
     """
     _check_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+    # at its end Ray Serve kills its controller, which still has a task, and Ray would print that
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with joined(address, False, "serve"):
         if serve.status().proxies:
             raise ServeError(

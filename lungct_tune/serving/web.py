@@ -99,7 +99,7 @@ class Web:
         """Status and number of the replicas that run. Needs no token."""
         status = await asyncio.to_thread(serve.status)
         states = status.applications[APPLICATION].deployments[MODEL].replica_states
-        running = sum(n for state, n in states.items() if state.value == "RUNNING")
+        running = sum(n for state, n in states.items() if state == "RUNNING")
         content = {"status": "ok" if running else "no replica runs", "replicas": running, "version": __version__}
         return JSONResponse(content, 200 if running else 503)
 
