@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import TOKEN, Server
 from PIL import Image
+from served import TOKEN, Server, server  # noqa: F401
 
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.serving.web import MOST_BYTES, MOST_FILES

@@ -1,4 +1,4 @@
-"""One server for all tests of this folder, in the session's Ray. It asks for a token."""
+"""One server for the tests of a module, in the session's Ray. It asks for a token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Server:
         return answer.status_code, answer.json()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(cluster: None, bundle: Path) -> Iterator[Server]:
     """It has two replicas of the model."""
     from lungct_tune.evaluation.classifier import Classifier
