@@ -27,7 +27,7 @@ NAMES = (
     "a.png",
     "",
     "\x00.png",
-    "../../etc/passwd",
+    "../../x",
     "a" * 5000,
     "<script>.dcm",
     "\u202e.jpg",
