@@ -47,7 +47,7 @@ def main() -> None:
         for seed in asked.seeds:
             for way, how in ways.items():
                 name = f"seed-{seed}-{way.replace(' ', '-')}"
-                arguments = ["--data", asked.data, "--seed", str(seed), *how, *asked.more]
+                arguments = ["--data", asked.data, "--split-seed", str(seed), *how, *asked.more]
                 valid, test, seconds = searched(Path(folder), name, arguments)
                 table.add_row(str(seed), way, f"{valid:.3f}", f"{test:.3f}", f"{valid - test:+.3f}", f"{seconds:.0f}")
                 gaps[way].append(valid - test)

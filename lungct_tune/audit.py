@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--split", metavar="grouped|official", help="the split to audit (official if its folders exist)"
     )
     parser.add_argument("--permuted", action="store_true", help="also train on permuted labels: slow; can prove a leak")
-    parser.add_argument("--seed", metavar="N", help="the seed of the grouped split (0)")
+    parser.add_argument("--split-seed", metavar="N", help="the seed of the grouped split (0)")
+    parser.add_argument("--split-file", metavar="FILE", help="instead, a split of your own, as for lungct_tune.search")
     parser.add_argument("--image-size", metavar="N", help="width and height at which images are read, in pixels (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
@@ -78,7 +79,7 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     images = read_images(
         root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
     )
-    how, split = _split(images, settings, "split" in arguments)
+    images, how, split = _split(images, settings, "split" in arguments)
     audit = audit_images(images, split, how, permuted=permuted)
     print_audit(audit, console)
     try:
@@ -90,20 +91,24 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
 
 
-def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.ndarray]:
-    """The name of the split to audit, and the split. Without --split: the split folders, if there are at least two.
+def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[ImageSet, str, np.ndarray]:
+    """The images, the name of the split to audit, and the split. A split file may give the images other groups.
 
-    If there are fewer, it is a grouped split. Images that cannot be split are audited as one part, unless --split is
-    given.
+    Without --split or --split-file it is that of the split folders, if there are at least two, or else a grouped split.
+    Images that cannot be split are audited as one part, unless --split is given.
 
     Raises:
-        DataError: --split official is given without split folders, or --split grouped and there are too few groups.
+        DataError: --split official is given without split folders, or --split grouped and there are too few groups, or
+            the split file cannot be used.
     """
     import numpy as np
 
     from lungct_tune.data import DataError, split_images
-    from lungct_tune.data.split import UNSPLIT
+    from lungct_tune.data.split import UNSPLIT, read_split
 
+    if settings.split_file:
+        images, split = read_split(images, settings.split_file)
+        return images, "file", split
     folders = images.table["folder"].to_numpy(dtype=str)
     has_folders = len(set(folders)) > 1
     if settings.split == "official" and not has_folders:
@@ -111,13 +116,13 @@ def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[str, np.n
             f"{images.root} has fewer than two of the folders train, valid and test; choose --split grouped"
         )
     if has_folders and (settings.split == "official" or not asked):
-        return "official", folders
+        return images, "official", folders
     try:
-        return "grouped", split_images(images, "grouped", settings.seed)
+        return images, "grouped", split_images(images, "grouped", settings.split_seed)
     except DataError:
         if asked:
             raise
-        return "no", np.full(len(folders), UNSPLIT)
+        return images, "no", np.full(len(folders), UNSPLIT)
 
 
 if __name__ == "__main__":

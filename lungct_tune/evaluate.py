@@ -70,7 +70,8 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     images = read_images(folder, bundle.image_size, class_map=class_map, skip_unreadable=asked.skip_unreadable)
     metrics, predictions = evaluate_images(bundle, images, class_map, asked.data)
     network = Network(bundle.model, bundle.classes, settings["normalisation"])
-    page = evaluation_page(settings["name"], metrics, predictions, images, network, command)
+    phantoms = settings.get("data", "") is None
+    page = evaluation_page(settings["name"], metrics, predictions, images, network, command, phantoms=phantoms)
 
     files = {REPORT: page, METRICS: metrics_json(metrics), PREDICTIONS: predictions.as_csv()}
     _write(out, files)

@@ -52,7 +52,7 @@ def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: boo
         images: the data set.
         split: (N,) str, the part of each image: "train", "valid" or "test". Parts may be missing. With folds, `POOLED`
             replaces "train" and "valid". Without a split, all are `UNSPLIT`.
-        how: the name of the split: "grouped", "official" or "no".
+        how: the name of the split: "grouped", "official", "file" or "no".
         permuted: also train the rules on permuted labels (a minute for 1,000 images).
     """
     parts = [part for part in (UNSPLIT, POOLED, *SPLITS) if (split == part).any()]

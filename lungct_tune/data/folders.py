@@ -11,7 +11,8 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -142,8 +143,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
 def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | None]:
     """The group of each path (a patient, for example) from groups.csv, or None if no file has a line for it.
 
-    groups.csv has the columns path and group. Its paths are relative to its own folder, in any spelling of the same
-    path (`./a.png`, `b/../a.png`), with letters composed or decomposed as Unicode allows.
+    groups.csv has the columns path and group. Its paths are relative to its own folder, see `read_listing`.
 
     Args:
         root: the data folder.
@@ -153,36 +153,53 @@ def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | N
     Raises:
         DataError: a file is malformed, has one path twice, or names a path that is not among `paths`.
     """
-    path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
     group_of: dict[str, str] = {}
     for name in files:
-        file, folder = root / name, posixpath.dirname(name)
-        rows = _read_groups(file)
-        spelled = [posixpath.normpath(posixpath.join(folder, path)) for path in rows["path"]]
-        listed = [path_of.get(path) or path_of.get(_composed(path)) for path in spelled]
-        first_row: dict[str, int] = {}
-        for row, path in enumerate(listed):
-            where = f"{file}, line {row + 2}: the path {rows['path'].iloc[row]!r}"
-            if path is None:
-                raise DataError(f"{where} is no image's; each line must name one image, relative to {file.parent}")
-            if not rows["group"].iloc[row]:
-                raise DataError(f"{where} has an empty group; give the image's group, or remove the line")
-            if (first := first_row.setdefault(path, row)) != row:
-                raise DataError(
-                    f"{where} is named twice, first as {rows['path'].iloc[first]!r}; remove one of the lines"
-                )
-        group_of |= {path: group for path, group in zip(listed, rows["group"], strict=True) if path}
+        rows = read_listing(root / name, ["path", "group"], paths, root / posixpath.dirname(name), root)
+        group_of |= rows["group"]
     return [group_of.get(path) for path in paths]
 
 
-def _read_groups(file: Path) -> pd.DataFrame:
-    from io import StringIO
+def read_listing(
+    file: Path, columns: list[str], paths: Collection[str], folder: Path, root: Path, also: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Reads a CSV in which a user says something about images, a line for each.
 
+    Args:
+        columns: those that it must have, "path" and others. None of their values may be empty.
+        paths: of the images, relative to `root`.
+        folder: what the paths in the file are relative to, in any spelling of the same path (`./a.png`, `b/../a.png`),
+            with letters composed or decomposed as Unicode allows.
+        also: other columns that it may have.
+
+    Returns:
+        The columns but "path", as text. The index is the images' paths as in `paths`.
+
+    Raises:
+        DataError: it is malformed, has one path twice, or names a path that is not among `paths`.
+    """
     try:
         rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
-        return rows[["path", "group"]]
+        rows = rows[[*columns, *rows.columns.intersection(list(also))]]
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} is not a CSV file with the columns path,group: {error}") from error
+        raise DataError(f"{file} is not a CSV file with the columns {','.join(columns)}: {error}") from error
+    inside = folder.relative_to(root).as_posix()
+    path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
+    found, line_of = [], dict[str, int]()
+    for line, row in enumerate(rows.to_dict("records"), start=2):
+        where = f"{file}, line {line}: the path {row['path']!r}"
+        spelled = posixpath.normpath(posixpath.join(inside, row["path"]))
+        path = path_of.get(spelled) or path_of.get(_composed(spelled))
+        if path is None:
+            raise DataError(f"{where} is no image's; each line must name one image, relative to {folder}")
+        if empty := [name for name, value in row.items() if not value]:
+            raise DataError(f"{where} has an empty {empty[0]}; give the image's {empty[0]}, or remove the line")
+        if (first := line_of.setdefault(path, line)) != line:
+            raise DataError(
+                f"{where} is named twice, first as {rows['path'].iloc[first - 2]!r}; remove one of the lines"
+            )
+        found.append(path)
+    return rows.drop(columns="path").set_axis(found)
 
 
 def _base(root: Path, found: Scan, spellings: Mapping[str, str]) -> str:

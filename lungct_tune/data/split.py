@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from lungct_tune.data.dataset import ImageSet
-from lungct_tune.data.folders import DataError
-from lungct_tune.data.tables import write_table
+from lungct_tune.data.folders import DataError, read_listing
+from lungct_tune.data.tables import read_table, write_table
 
 SPLITS = ("train", "valid", "test")
 
@@ -107,14 +108,19 @@ def _official(image_set: ImageSet) -> np.ndarray:
             f"the official split needs the folders train/, valid/ and test/ in {image_set.root}; "
             f"missing: {', '.join(missing)}; found: {found}. Add the missing folders, or choose --split grouped"
         )
-    is_train = image_set.table["folder"] == "train"
-    if lost := sorted(set(image_set.table["label"]) - set(image_set.table["label"][is_train])):
+    folder = image_set.table["folder"].to_numpy(dtype=str)
+    _check_train_has_all_classes(image_set, folder == "train", f"train/ in {image_set.root}")
+    return folder
+
+
+def _check_train_has_all_classes(image_set: ImageSet, is_train: np.ndarray, where: str) -> None:
+    labels_N = image_set.table["label"].to_numpy()
+    if lost := sorted(set(labels_N) - set(labels_N[is_train])):
         names = ", ".join(image_set.classes[label] for label in lost)
         raise DataError(
-            f"train/ in {image_set.root} has no image of {names}, so no model can learn it; move images of that class "
-            "there, or choose --split grouped"
+            f"{where} has no image of {names}, so no model can learn it; move images of that class there, or choose "
+            "--split grouped"
         )
-    return image_set.table["folder"].to_numpy(dtype=str)
 
 
 UNSPLIT = "unsplit"
@@ -175,15 +181,74 @@ class DataSplit:
         return write_table(table[columns])
 
 
-def split_and_fold(images: ImageSet, how: Literal["grouped", "official"], folds: int | None, seed: int) -> DataSplit:
+def split_and_fold(
+    images: ImageSet, how: Literal["grouped", "official"], folds: int | None, seed: int, file: Path | None = None
+) -> DataSplit:
     """Splits the images of a search and, if `folds` is given, divides train and validation into folds.
 
+    Args:
+        file: a split that was made elsewhere, see `read_split`; `how` is not used then.
+
     Raises:
-        DataError: see `split_images` and `fold_images`.
+        DataError: see `split_images`, `read_split` and `fold_images`.
     """
-    split, fold = split_images(images, how, seed), None
+    fold = None
+    images, split = read_split(images, file) if file else (images, split_images(images, how, seed))
     if folds:
         searched = np.flatnonzero(split != "test")
         fold = np.full(len(split), -1)
         fold[searched] = fold_images(images, searched, folds, seed)
+    return DataSplit(images, split, fold)
+
+
+def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
+    """Reads a split that was made elsewhere.
+
+    Args:
+        file: a CSV with the columns path (relative to the data folder), split (train, valid or test) and, if the
+            groups are known too, group. It has a line for every image.
+
+    Returns:
+        The images, with the groups of the file if it has them, and the split of each, (N,) str.
+
+    Raises:
+        DataError: it is malformed, an image is missing, a class is not in train, or a split has no image.
+    """
+    paths = images.table["path"]
+    left_out = [*(path for path, _ in images.unreadable), *(path for twins in images.conflicts for path in twins)]
+    rows = read_listing(file, ["path", "split"], [*paths, *left_out], images.root, images.root, also=["group"])
+    if wrong := sorted(set(rows["split"]) - set(SPLITS)):
+        path = rows.index[rows["split"] == wrong[0]][0]
+        raise DataError(f"{file}: the split of {path} is {wrong[0]!r}; it must be one of {', '.join(SPLITS)}")
+    if missing := sorted(set(paths) - set(rows.index)):
+        raise DataError(
+            f"{file} has no line for {len(missing)} of the {len(paths)} images in {images.root}, such as {missing[0]}; "
+            "add a line for each, or move these images out of the data folder"
+        )
+    rows = rows.loc[paths]
+    split = rows["split"].to_numpy(dtype=str)
+    if empty := [name for name in SPLITS if not (split == name).any()]:
+        raise DataError(f"{file} puts no image into {' or '.join(empty)}; a search needs all of {', '.join(SPLITS)}")
+    _check_train_has_all_classes(images, split == "train", f"{file}: train")
+    if "group" in rows:
+        images = replace(images, table=images.table.assign(group=rows["group"].to_numpy()))
+    return images, split
+
+
+def restore_split(images: ImageSet, csv: bytes, *, groups: bool) -> DataSplit:
+    """The split of a search that is continued, from its split.csv, so that no later version splits its images again.
+
+    Args:
+        groups: whether its groups are used, because they came from a split file.
+
+    Raises:
+        KeyError, ValueError: it is not the split of these images.
+    """
+    rows = read_table(csv).set_index("path").loc[images.table["path"]]
+    split = rows["split"].to_numpy(dtype=str)
+    if not set(split) <= set(SPLITS):
+        raise ValueError(f"a split is called {min(set(split) - set(SPLITS))!r}")
+    if groups:
+        images = replace(images, table=images.table.assign(group=rows["group"].astype(str).to_numpy()))
+    fold = rows["fold"].replace("", "-1").astype(float).to_numpy(dtype=int) if "fold" in rows else None
     return DataSplit(images, split, fold)

@@ -30,7 +30,7 @@ from lungct_tune.experiment.bundle import (
     check_sums,
     find_bundle,
 )
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import check_form, written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
@@ -201,7 +201,7 @@ def read_results(experiment: Experiment, study: str | None = None) -> SearchResu
     if kept is None:
         hint = "it is a pulled bundle, which has its own report.html" if experiment.exists("checksums.txt") else ""
         raise NothingHeld(
-            f"there is no search in {experiment.uri} (no settings.yaml); "
+            f"there is no search in {experiment.uri} (no settings.yaml){experiment.similar()}; "
             + (hint or "give the NAME of one and its --storage, or its folder or URI")
         )
     given = {"study": study} if study else {}
@@ -240,7 +240,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     """Gathers the results of an experiment, whose study is open and whose bundle is already read."""
     kept = read_kept(experiment)
     assert kept is not None  # the caller has read it
-    space, split, audit = (experiment.read(name) for name in ("space.yaml", "split.csv", AUDIT))
+    space, split, audit = (experiment.read(name) for name in ("space.yaml", SPLIT, AUDIT))
     check_trials(study)
     return SearchResults(
         settings=kept,
@@ -260,7 +260,7 @@ class _StudyAttributes(BaseModel, extra="allow"):
 
 
 def _read_split(csv: bytes) -> pd.DataFrame:
-    with written_by_a_search("split.csv"):
+    with written_by_a_search(SPLIT):
         table = read_table(csv)
         if not set(table["split"]) <= set(SPLITS):
             raise ValueError(f"a split is called {min(set(table['split']) - set(SPLITS))!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lungct_tune.data import (
     split_images,
 )
 from lungct_tune.data import groups as groups_module
+from lungct_tune.data.split import restore_split, split_and_fold
 
 
 @pytest.fixture(autouse=True)
@@ -227,3 +229,58 @@ def test_the_published_images_split_70_10_20_in_every_class() -> None:
     shares = pd.crosstab(image_set.table["label"], split, normalize="index")
     assert np.abs(shares[list(SPLITS)].to_numpy() - [0.7, 0.1, 0.2]).max() < 0.02
     assert pd.Series(split).groupby(image_set.table["group"]).nunique().max() == 1
+
+
+# A split file
+
+
+SPLIT_OF_EIGHT = ["train", "test", "train", "valid", "train", "valid", "test", "train"]
+
+
+def split_file(images: ImageSet, **columns: list[str]) -> Path:
+    """Written beside the class folders, with its lines in another order than the images."""
+    table = pd.DataFrame({"path": images.table["path"], **columns}).sample(frac=1, random_state=0)
+    table.to_csv(images.root / "my-split.csv", index=False)
+    return images.root / "my-split.csv"
+
+
+def test_a_split_file_gives_split_and_groups(tmp_path: Path) -> None:
+    images = read_images(two_classes(tmp_path, images=4), 32)
+    groups = [f"patient {i // 2}" for i in range(8)]
+    split = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT, group=groups))
+    assert split.split.tolist() == SPLIT_OF_EIGHT
+    assert split.images.table["group"].tolist() == groups
+    assert group_overlap(split.images, split.split).tolist() == [True, True], "the file's groups are in several splits"
+    assert restore_split(images, split.as_csv(), groups=True).as_csv() == split.as_csv()
+    without = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT))
+    pd.testing.assert_series_equal(without.images.table["group"], images.table["group"])
+
+
+def test_the_folds_of_a_continued_search_are_those_of_its_split_csv() -> None:
+    images = an_image_set([0, 1] * 30, list(range(60)))
+    split = split_and_fold(images, "grouped", 3, 5)
+    again = restore_split(images, split.as_csv(), groups=False)
+    assert split.fold is not None and again.fold is not None
+    np.testing.assert_array_equal(again.fold, split.fold)
+    np.testing.assert_array_equal(again.split, split.split)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("valid", "dev"), r"'dev'; it must be one of train, valid, test"),
+        (lambda text: text.replace("test", "train"), r"puts no image into test"),
+        (lambda text: text.replace("split", "part"), r"columns path,split"),
+        (lambda text: text[: text.rindex("normal")], r"has no line for 1 of the \d+ images .*, such as normal/"),
+        (lambda text: text + "normal/none.png,train\n", r"line \d+: the path 'normal/none.png' is no image's"),
+        (lambda text: text + text.splitlines()[1] + "\n", r"is named twice"),
+        (lambda text: text.replace("0.png,train", "0.png,"), r"has an empty split"),
+    ],
+)
+def test_a_split_file_that_is_wrong_is_refused(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
+    images = read_images(two_classes(tmp_path, images=4), 32)
+    lines = [f"{path},{name}" for path, name in zip(images.table["path"], SPLIT_OF_EIGHT, strict=True)]
+    file = tmp_path / "my-split.csv"
+    file.write_text(change("\n".join(["path,split", *lines, ""])))
+    with pytest.raises(DataError, match=message):
+        split_and_fold(images, "grouped", None, 0, file)

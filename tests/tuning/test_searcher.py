@@ -126,7 +126,7 @@ def test_a_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(tmp_path
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     tune.run()
     suggested = tune.search.suggest("a")
-    tune.search.record("a", epoch_report(suggested["configuration"], 1))
+    tune.search.record("a", epoch_report(suggested["configuration"], 1, 2, 3))
     assert tune.search.should_stop("a")
     resumed = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     assert resumed.study.trials[1].state == TrialState.PRUNED
@@ -272,7 +272,7 @@ def test_a_trial_is_stopped_only_at_a_rung(tmp_path: Path) -> None:
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     tune.run()
     configuration = tune.search.suggest("worse")["configuration"]
-    assert rungs(EPOCHS) == (1, 3)
+    assert rungs(EPOCHS) == (3,)
     stopped = []
     for epoch in (2, 3):
         tune.search.record("worse", epoch_report(configuration, epoch))
@@ -289,8 +289,9 @@ def _no_warnings_about_ranges(recwarn: pytest.WarningsRecorder) -> Any:
 @given(st.integers(1, 200))
 def test_no_rung_is_in_the_last_third_of_the_epochs(epochs: int) -> None:
     steps = rungs(epochs)
-    assert all(9 * rung >= epochs for rung in steps[:1]) and all(b == 3 * a for a, b in pairwise(steps))
+    assert 9 * steps[0] >= epochs and all(b == 3 * a for a, b in pairwise(steps))
     assert all(3 * rung <= 2 * epochs for rung in steps) or epochs == 1
+    assert len(steps) == 1 or steps[0] >= 3, "after one or two epochs all trials are near chance"
 
 
 def fail(tune: Tune) -> int:
