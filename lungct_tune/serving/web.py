@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from time import perf_counter
 from typing import Annotated, Any
@@ -92,7 +93,7 @@ class Web:
         pages = {"/": _as_page("page.html", name=self._about["bundle"], no_diagnosis=NO_DIAGNOSIS)}
         pages["/docs"] = _as_page("docs.html", api=app.openapi())
         for path, page in pages.items():
-            app.add_route(path, lambda _, page=page: page)
+            app.add_route(path, _always(page))
         return app
 
     async def health(self) -> JSONResponse:
@@ -199,6 +200,10 @@ def _limited(receive: Receive) -> Receive:
 
 def _too_large() -> HTTPException:
     return HTTPException(413, f"a request may have {MOST_BYTES // 10**6} MB; send fewer images at a time")
+
+
+def _always(page: Response) -> Callable[[Request], Response]:
+    return lambda _: page
 
 
 def _as_page(template: str, **shown: Any) -> HTMLResponse:
