@@ -69,6 +69,7 @@ def test_commands_are_found_in_pages() -> None:
         "audit",
         "evaluate",
         "predict",
+        "serve",
         "export",
         "compare",
         "report",
