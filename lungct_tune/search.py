@@ -60,13 +60,14 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     """
     with Display(console) as display:
         with display.step("starting"):
+            from lungct_tune.experiment.plan import plan_search
+
+            plan = plan_search(settings, given)  # first, since an error in it is to be said at once
             # imported here and not by two threads at once: packages that import each other in a circle can fail then
             import lungct_tune.auditing.audit
             import lungct_tune.reporting.console
-            from lungct_tune.experiment.plan import plan_search
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
-            plan = plan_search(settings, given)
         address, verbose = plan.settings.address, plan.settings.verbose
         with plan.resumable():
             if plan.settings.plan and starts_here(address):

@@ -63,5 +63,6 @@ def _of_patients(found: SearchResults) -> list[Item]:
 
 def _split(found: SearchResults) -> str:
     how = "as published" if found.settings["split"] == "official" else "at random by groups"
+    how = "by a file of your own" if found.settings.get("split_file") else how
     shared = f"{found.seen} test images share a group with train or validation" if found.seen else "no shared group"
     return f"{how}; {shared}"

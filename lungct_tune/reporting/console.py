@@ -81,7 +81,8 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
     for reason in verdict["reasons"]:
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
     how = [] if settings.split_file else ["--split", audit["split"]["how"]]
-    same = flags(settings.model_dump(), ("split_seed", "split_file", "image_size", "class_map", "skip_unreadable"))
+    names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
+    same = flags(settings.model_dump(), names)
     words = [*command_words("audit"), "--data", audit["data"], *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
@@ -319,6 +320,8 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split, {groups['of_several_classes']} of "
         f"several classes; by threshold {by_threshold}"
     )
+    if known := groups["images_with_patient_id"]:
+        say(f"{groups['groups_from_patient_ids']} groups come from the PatientIDs of {known} DICOM images")
 
     if shortcuts["rules"]:
         chance = shortcuts["chance"]

@@ -6,9 +6,10 @@ import html
 import io
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,10 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
-from recorded_search import Search
+from recorded_search import Search, finished_search
 
 from lungct_tune.experiment import bundle
-from lungct_tune.experiment.metrics import Figure, ReferenceAccuracy, WithoutOverlap
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
@@ -29,7 +29,6 @@ from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
 from lungct_tune.reporting.search_section import about_the_search, edge, over_seeds
 from lungct_tune.reporting.test_section import Pictures, find_pictures
-from lungct_tune.reporting.verdict import verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,14 +73,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Search:
-    """5 trials: four that completed, one that failed; 16 of 60 images are test."""
-    search = Search(tmp_path_factory.mktemp("finished"), phantoms, trials=5)
-    for _ in range(3):
-        search.run()
-    search.run(epochs=1, failure="a <slot> died")
-    search.run()
-    search.finish()
-    return search
+    return finished_search(tmp_path_factory.mktemp("finished"), phantoms)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +200,6 @@ def test_a_report_at_every_point_of_a_search(
 
 
 def test_phantoms_are_called_phantoms_loudly(found: SearchResults) -> None:
-    from dataclasses import replace
-
     drawn = replace(found, settings=found.settings | {"data": None})
     text = Page(report_page("one", drawn, Pictures())).text
     assert text.count("These are PHANTOMS, drawn by a program") >= 2
@@ -217,8 +207,6 @@ def test_phantoms_are_called_phantoms_loudly(found: SearchResults) -> None:
 
 
 def test_names_of_files_cannot_become_part_of_the_page(found: SearchResults) -> None:
-    from dataclasses import replace
-
     assert found.bundle is not None and found.bundle.predictions is not None
     said = found.bundle.predictions
     evil = replace(said, paths_N=np.array([path + "<script>alert(1)</script>.png" for path in said.paths_N]))
@@ -295,114 +283,7 @@ def test_the_command_runs_the_same_search_again(found: SearchResults) -> None:
     assert {name: value for name, value in settings.model_dump(mode="json").items() if name in kept} == kept
 
 
-def with_test(found: SearchResults, **more: Any) -> SearchResults:
-    from dataclasses import replace
-
-    assert found.bundle is not None and found.test is not None
-    metrics = replace(found.bundle.metrics, test=replace(found.test, **more))
-    return replace(found, bundle=replace(found.bundle, metrics=metrics))
-
-
-def compared(name: str, low: float, high: float = 0.5) -> ReferenceAccuracy:
-    """Another prediction, and the interval of the paired difference to it."""
-    return ReferenceAccuracy(name, Figure(0.3, None), Figure((low + high) / 2, (low, high)))
-
-
-def others(**lower_ends: float) -> dict[str, Any]:
-    """All that a model is compared with: majority class, shortcuts by their rule, the published configuration."""
-    ends = {"majority": 0.3, "file": 0.2, "histogram": 0.2, "border": 0.2, "pixels": 0.2, "published": 0.1} | lower_ends
-    kinds = {"majority": "majority class", "published": "published"}
-    return {kinds.get(name, f"shortcut: {name}"): compared(name, low) for name, low in ends.items()}
-
-
-def conclusion(found: SearchResults, **more: Any) -> str:
-    return verdict(with_test(found, **more))[2]
-
-
-@pytest.fixture(scope="module")
-def gained(found: SearchResults) -> SearchResults:
-    """Its winner is another than the published configuration."""
-    assert found.winner is not None and found.winner.number != 0
-    return found
-
-
-def test_the_verdict_takes_the_hardest_comparison_by_its_paired_difference(gained: SearchResults) -> None:
-    """Whatever the intervals of the single accuracies are: those of the fixture reach below all others."""
-    clear = conclusion(gained, references=others())
-    assert "better than every simple rule" in clear and "It is better than the published" in clear
-    assert "no diagnosis" in clear
-    for rule, title in (
-        ("histogram", "the histogram of greys"),
-        ("pixels", "the most similar image at 32 x 32 pixels"),
-    ):
-        easy = conclusion(gained, references=others(**{rule: -0.02}))
-        assert f"not shown to be better than a rule that sees only {title}: +24.0 points of balanced" in easy
-        assert "(95 % interval -2.0 to +50.0)" in easy and "do not show that the model recognises disease" in easy
-        assert "hold for images" not in easy
-    both = conclusion(gained, references=others(majority=-0.1, border=-0.05))
-    assert both.startswith("The model is not shown to be better than always predicting majority: +20.0 points")
-
-
-def test_the_verdict_says_when_the_search_found_nothing_better_than_the_published(gained: SearchResults) -> None:
-    from dataclasses import replace
-
-    nothing = conclusion(gained, references=others(published=-0.01))
-    assert "found nothing that is shown to be better than the published configuration" in nothing
-    assert "+24.5 points of balanced accuracy (95 % interval -1.0 to +50.0)" in nothing
-    without = {kind: other for kind, other in others().items() if kind != "published"}
-    assert "not retrained, so the gain over it is not measured" in conclusion(gained, references=without)
-    published = replace(gained, trials=gained.trials[:1], settings=gained.settings | {"trials": 5})
-    assert "published" not in conclusion(published, references=without), "no other was tried"
-    worse = replace(gained.trials[1], history=gained.trials[0].history)
-    published = replace(gained, trials=[gained.trials[0], worse])
-    assert "The search found nothing better than the published configuration." in conclusion(
-        published, references=without
-    )
-
-
-def test_the_verdict_on_phantoms_is_a_verdict_too(gained: SearchResults) -> None:
-    from dataclasses import replace
-
-    drawn = replace(gained, settings=gained.settings | {"data": None})
-    easy = conclusion(drawn, references=others(histogram=-0.1, published=-0.1))
-    assert easy.startswith("These are PHANTOMS")
-    assert "not shown to be better than a rule that sees only the histogram of greys" in easy
-    assert "found nothing that is shown to be better than the published configuration" in easy
-    assert "disease" not in easy.removeprefix("These are PHANTOMS") and "hold for images" not in easy
-    card = model_card("one", with_test(drawn, references=gained.test.references)).decode()
-    assert verdict(drawn)[2] in card
-
-
-def test_with_group_overlap_the_verdict_is_of_the_images_without(gained: SearchResults) -> None:
-    from dataclasses import replace
-
-    leaking = gained.split.assign(group=gained.split["path"].where(gained.split["path"].rank() % 2 == 0, "one"))
-    n = replace(gained, split=leaking).seen
-    for references, said, too_high in (
-        (others(), "The model is better than every simple rule", True),
-        (others(file=-0.1), "The figures do not show that the model recognises disease", False),
-        (others(majority=-0.1), "The model is not shown to be better than always predicting majority", False),
-    ):
-        clean = WithoutOverlap(16 - n, Figure(0.7, (0.4, 0.8)), references, Figure(0.6, (0.3, 0.7)))
-        seen = replace(with_test(gained, references=others(), without_overlap=clean), split=leaking)
-        told = verdict(seen)[2]
-        assert told.startswith(said)
-        assert ("The figures on all test images are too high." in told) == too_high
-        assert f"For {n} of the 16 test images an image of the same group (a copy, or of the same" in told
-        assert f"On the {16 - n} others the accuracy is 70.0" in told
-    nothing = WithoutOverlap(0, Figure(None, None), others())
-    all_seen = replace(with_test(gained, without_overlap=nothing), split=gained.split.assign(group=0))
-    assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 16 of the 16 ")
-
-
-def test_a_bundle_without_paired_differences_says_so(gained: SearchResults) -> None:
-    old = {"majority class": ReferenceAccuracy("normal", Figure(0.3, None))}
-    assert "an earlier version of lungct_tune made this bundle" in conclusion(gained, references=old)
-
-
 def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -> None:
-    from dataclasses import replace
-
     split = found.split[(found.split["label"] != "normal") | (found.split["split"] != "valid")]
     (judged,) = [
         said for said in about_the_search(replace(found, split=split)) if said.startswith("Trials were evaluated")

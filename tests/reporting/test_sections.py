@@ -1,0 +1,129 @@
+"""The sections of a report: charts of parameters, data, cancer against normal, mistakes, checklist, model card."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from recorded_search import finished_search
+
+from lungct_tune.evaluation.inference import build_model
+from lungct_tune.evaluation.metrics import evaluate_predictions
+from lungct_tune.experiment.predictions import Predictions
+from lungct_tune.experiment.results import SearchResults, read_results
+from lungct_tune.experiment.trial import Outcome
+from lungct_tune.reporting.cancer_section import cancer_section
+from lungct_tune.reporting.checklist import checklist
+from lungct_tune.reporting.data_section import data_section
+from lungct_tune.reporting.html import markdown
+from lungct_tune.reporting.mistakes_section import UNFOLDED, mistakes_section
+from lungct_tune.reporting.report_page import report_page
+from lungct_tune.reporting.search_section import search_charts
+from lungct_tune.reporting.test_section import Network, Pictures
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> SearchResults:
+    return read_results(finished_search(tmp_path_factory.mktemp("finished"), phantoms).plan.experiment)
+
+
+@pytest.fixture(scope="module")
+def content(found: SearchResults) -> bytes:
+    return report_page("one", found, Pictures())
+
+
+def test_charts_of_parameters_wait_until_there_are_enough_completed_trials(found: SearchResults) -> None:
+    few = search_charts(found)
+    assert few is not None and few["parallel"] == "" and few["slices"] == [] and few["importances"] == ""
+    assert "4 trials ran to their end" in few["few"] and "from 15 on" in few["few"] and "from 20 on" in few["few"]
+    *_, completed = [trial for trial in found.trials if trial.outcome is Outcome.COMPLETED]
+    for n, parallel, importance in ((14, False, False), (15, True, False), (20, True, True)):
+        rng = np.random.default_rng(0)
+        trials = [
+            replace(
+                completed,
+                number=number,
+                hyperparameters=replace(completed.hyperparameters, backbone_lr=float(rng.uniform(1e-3, 9e-3))),
+                history=(replace(completed.history[-1], balanced_accuracy=float(rng.uniform(0.3, 0.6))),),
+            )
+            for number in range(n)
+        ]
+        drawn = search_charts(replace(found, trials=trials))
+        assert drawn is not None
+        assert bool(drawn["parallel"]) == bool(drawn["slices"]) == parallel and bool(drawn["importances"]) == importance
+        assert ("from 20 on" in drawn["few"]) == (not importance)
+
+
+def test_a_page_states_the_rule_for_cancer_and_why_it_differs_from_the_confusion_matrix() -> None:
+    classes = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
+    labels_N = np.array([0, 0, 2, 2])
+    probabilities_NC = np.array(
+        [[0.3, 0.2, 0.4, 0.1], [0.6, 0.2, 0.1, 0.1], [0.3, 0.2, 0.4, 0.1], [0.0, 0.1, 0.8, 0.1]]
+    )
+    predictions = Predictions(classes, np.arange(4).astype(str), labels_N, probabilities_NC, np.arange(4))
+    test = evaluate_predictions(labels_N, probabilities_NC, classes, np.arange(4), threshold=0.55)
+    section = cancer_section(test, predictions)
+    assert section is not None
+    assert "above 55.0" in section["rule"] and "chosen on other images" in section["rule"]
+    assert "2 of 2 normal images are predicted as normal, and 1 of 2 images of cancer" in section["difference"]
+    assert "by this rule 1 and 2" in section["difference"]
+    assert "slope" in section["calibration"]
+    for svg in (section["roc"], section["decision"]):
+        ElementTree.fromstring(svg)
+    assert "operating point: 55.0 %" in section["roc"]
+    same = evaluate_predictions(labels_N, np.eye(4)[labels_N], classes, np.arange(4))
+    agreeing = cancer_section(same, replace(predictions, probabilities_NC=np.eye(4)[labels_N]))
+    assert agreeing is not None and agreeing["difference"] == "" and "is one half" in agreeing["rule"]
+
+
+def test_slices_of_a_group_share_a_card_and_many_mistakes_are_folded(found: SearchResults) -> None:
+    n = 40
+    predictions = Predictions(
+        ("a", "b"),
+        np.array([f"{i}.png" for i in range(n)]),
+        np.zeros(n, dtype=int),
+        np.tile([0.3, 0.7], (n, 1)),
+        np.arange(n) // 2,
+    )
+    assert found.bundle is not None
+    network = Network(build_model(found.bundle.config, found.bundle.weights), ("a", "b"), "unit")
+    section = mistakes_section(predictions, Pictures(), network, 0)
+    assert [len(card) for card in section["wrong"]] == [2] * (UNFOLDED // 2)
+    assert sum(map(len, section["folded"])) == n - UNFOLDED
+    assert [case["path"] for case in section["wrong"][0]] == ["0.png", "1.png"]
+
+
+def test_the_data_are_counted_from_the_files_to_the_groups_of_each_part(found: SearchResults) -> None:
+    assert found.audit is not None
+    inventory = found.audit["inventory"] | {"left_aside": [{"reason": "videos", "files": 3, "example": "a.mp4"}]}
+    inventory["unreadable"] = [{"path": "b.png", "reason": "damaged"}]
+    section = data_section(replace(found, audit=found.audit | {"inventory": inventory}))
+    assert section["left_out"] == [("videos", 3), ("cannot be read", 1)]
+    assert section["files"] == len(found.split) + 4
+    for part, images, groups in section["parts"]:
+        rows = found.split[found.split["split"] == part]
+        assert (images, groups) == (len(rows), rows["group"].nunique())
+    for name, counts in section["by_class"].items():
+        rows = found.split[(found.split["label"] == name) & (found.split["split"] == "test")]
+        assert counts[-2:] == [len(rows), rows["group"].nunique()]
+
+
+def test_the_checklist_says_what_the_user_has_to_add(found: SearchResults, content: bytes) -> None:
+    items = {item: state for item, state, _ in checklist(found)}
+    assert items["ethics approval and consent"] == "from you" and items["figures with intervals"] == "reported"
+    assert items["test on data of another source"] == "unknown"
+    drawn = checklist(replace(found, settings=found.settings | {"data": None}))
+    assert "ethics approval and consent" not in [item for item, *_ in drawn], "phantoms are no patients"
+    page = html.unescape(content.decode())
+    assert all(f">{item}</th>" in page for item in items)
+
+
+def test_the_model_card_is_part_of_the_page_and_safe(found: SearchResults, content: bytes) -> None:
+    card = content.partition(b'<section id="card">')[2].decode()
+    assert "<h3>Model card: one</h3>" in card and "<td>balanced accuracy</td>" in card
+    assert "<img" not in markdown("<img src=x> [x](javascript:alert(1))") and "javascript:" in markdown("javascript:")
+    assert 'href="javascript' not in markdown("[x](javascript:alert(1))")
