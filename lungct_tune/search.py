@@ -155,7 +155,7 @@ def start_search(
     """
     from lungct_tune.experiment import bundle
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
-    from lungct_tune.tuning.cluster import check_storage, has_shared_file_system, machines
+    from lungct_tune.tuning.cluster import check_storage, has_shared_file_system
     from lungct_tune.tuning.shared_data import share_dataset, share_weights
     from lungct_tune.tuning.tuner import make_slot_plan
 
@@ -167,7 +167,6 @@ def start_search(
         tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
         held.enter_context(experiment.exclusive_lock())
         study = held.enter_context(plan.opened_study(new=is_new))
-        study.set_user_attr("cluster", f"{outlook.resources}, on {machines()}")
         outlook.keep(study, new=is_new)
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))

@@ -21,7 +21,7 @@ from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
 from lungct_tune.tuning.allocation import ResourcePlan, number_of
-from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
+from lungct_tune.tuning.cluster import machines, plan_resources, plan_retraining_resources
 from lungct_tune.tuning.ray_compat import autoscaling_config
 
 CLUSTER_FILE = Path("cluster.yaml")
@@ -52,7 +52,8 @@ class Outlook:
     """From now to the bundle: at least and at most."""
 
     def keep(self, study: optuna.Study, *, new: bool) -> None:
-        """Puts the planned time into a new search's study. A resumed search has none: it has stood still."""
+        """Puts the cluster, and a new search's planned time, into the study. A resumed search has none: it has stood still."""
+        study.set_user_attr("cluster", f"{self.resources}, on {machines()}")
         planned = None
         if new and self.forecast is not None:
             planned = {"seconds": self.seconds, "slowdown": self.forecast.slowdown, "began": time.time()}
