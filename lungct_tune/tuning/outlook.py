@@ -52,7 +52,7 @@ class Outlook:
     """From now to the bundle: at least and at most."""
 
     def keep(self, study: optuna.Study, *, new: bool) -> None:
-        """Puts the cluster, and a new search's planned time, into the study. A resumed search has none: it has stood still."""
+        """Puts the cluster and a new search's plan into the study. A resumed search has no plan: it has stood still."""
         study.set_user_attr("cluster", f"{self.resources}, on {machines()}")
         planned = None
         if new and self.forecast is not None:
