@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split-file", metavar="FILE", help="instead, a split of your own, as for lungct_tune.search")
     parser.add_argument("--image-size", metavar="N", help="width and height at which images are read, in pixels (224)")
     parser.add_argument("--class-map", metavar="MAP", help="other class names: FOLDER=CLASS[,...]")
+    parser.add_argument("--table", metavar="FILE", help="a CSV of path (or SeriesInstanceUID), class and group")
+    parser.add_argument(
+        "--window", metavar="WINDOW", help="of CT values in DICOM files: lung, mediastinum, CENTER,WIDTH"
+    )
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
     arguments = vars(parser.parse_args(argv))
     return exit_status(lambda: _run(arguments, terminal()))
@@ -77,7 +81,12 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     assert settings.data and settings.image_size  # --data is required
     root = fetch_images(settings.data)
     images = read_images(
-        root, settings.image_size, class_map=settings.class_map, skip_unreadable=settings.skip_unreadable
+        root,
+        settings.image_size,
+        class_map=settings.class_map,
+        skip_unreadable=settings.skip_unreadable,
+        table=settings.table,
+        window=settings.ct_window,
     )
     images, how, split = _split(images, settings, "split" in arguments)
     audit = audit_images(images, split, how, permuted=permuted)

@@ -30,6 +30,7 @@ COMMANDS = {
     "audit": "Look for copies, conflicts, shortcuts and leaks in images and their split.",
     "evaluate": "Evaluate a bundle's model on other images, without training.",
     "predict": "Classify images with a bundle's model, with heat maps and warnings.",
+    "serve": "Serve a bundle's model over HTTP: a page for people, /predict for programs.",
     "export": "Write a bundle's model as one file for ONNX Runtime or PyTorch.",
     "compare": "Compare bundles on the same test images.",
     "report": "Make the report of a search again, or of a search that has not ended.",

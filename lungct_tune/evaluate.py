@@ -21,7 +21,8 @@ examples:
   python -m lungct_tune.evaluate results/NAME/best --data IQ-OTHNCCD \\
     --map "Malignant cases=cancer,Bengin cases=other,Normal cases=normal"
 
-The class of an image is the name of its folder, as for the search, or the class that --map gives to the folder. If
+The class of an image is the name of its folder, as for the search, or the class that --map gives to the folder, or
+that of its line in the --table. The window of CT values in DICOM files is the bundle's. If
 --map has the class cancer, the model is evaluated on cancer against normal. Folders mapped to other are left out.
 """
 
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line("evaluate", EXAMPLES)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="its folder, results/NAME/best or as pulled")
     parser.add_argument("--data", metavar="DIR", required=True, help="a folder or URI of images, in folders by class")
+    parser.add_argument(
+        "--table", metavar="FILE", type=Path, help="a CSV of path (or SeriesInstanceUID), class and group"
+    )
     parser.add_argument("--map", metavar="MAP", help="FOLDER=CLASS[,...]; CLASS may be cancer or other")
     parser.add_argument("--out", metavar="DIR", type=Path, help="a folder to make (./DATA-judged)")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out files that cannot be read")
@@ -67,7 +71,14 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     _check_new(out)
 
     folder = fetch_images(asked.data)
-    images = read_images(folder, bundle.image_size, class_map=class_map, skip_unreadable=asked.skip_unreadable)
+    images = read_images(
+        folder,
+        bundle.image_size,
+        class_map=class_map,
+        skip_unreadable=asked.skip_unreadable,
+        table=asked.table,
+        window=bundle.window,
+    )
     metrics, predictions = evaluate_images(bundle, images, class_map, asked.data)
     network = Network(bundle.model, bundle.classes, settings["normalisation"])
     phantoms = settings.get("data", "") is None

@@ -29,9 +29,10 @@ examples:
   python -m lungct_tune.predict results/NAME/best hospital --by patient
   python -m lungct_tune.predict results/NAME/best s3://BUCKET/slices --out predictions.parquet --address auto
 
-Folders need no class folders. The bundle gives the size of the images, the temperature of the probabilities and the
-operating point. A patient is a group in the folder's groups.csv, or else a folder. The exit status is 0, 1 if a file
-could not be read, or 2 for an error. No output of this program is a diagnosis.
+Folders need no class folders. The bundle gives the size of the images, the window of CT values in DICOM files, the
+temperature of the probabilities and the operating point. A patient is a group in the folder's groups.csv, or else a
+PatientID (DICOM), of which a hash is written, or else a folder. The exit status is 0, 1 if a file could not be read, or
+2 for an error. No output of this program is a diagnosis.
 """
 
 ENDINGS = (".csv", ".json", ".parquet")

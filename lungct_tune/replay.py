@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("trial", metavar="TRIAL", type=int, help="the number of a trial, as in trials.csv")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME is (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
+    parser.add_argument("--table", metavar="FILE", help="the table of the images (where it was for the search)")
     parser.add_argument("--weights", metavar="FILE", help="the pretrained weights (where they were for the search)")
     parser.add_argument("--study", metavar="URL", help="the study's database, if the search had a --study")
     parser.add_argument(
@@ -58,7 +59,7 @@ def _run(asked: argparse.Namespace, console: Console) -> int:
 
     experiment = locate(asked.source, asked.storage)
     trial = find_trial(experiment, asked.trial, asked.study)
-    elsewhere = {name: value for name in ("data", "weights") if (value := getattr(asked, name))}
+    elsewhere = {name: value for name in ("data", "table", "weights") if (value := getattr(asked, name))}
     plan = read_plan(experiment, {*elsewhere, "study"}, slots=1, **elsewhere)
     split, weights = plan.load_and_split(), plan.read_weights()
     with joined(asked.address, verbose=False, name=f"{experiment.name} again"):

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="EXPERIMENT", help="an experiment's NAME, path or URI")
     parser.add_argument("--storage", metavar="URI", default="./results", help="where NAME is (./results)")
     parser.add_argument("--data", metavar="DIR", help="the images, or a URI (where they were for the search)")
+    parser.add_argument("--table", metavar="FILE", type=Path, help="the table of the images (where it was)")
     parser.add_argument("--study", metavar="URL", help="the study's database, if the search had a --study")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(./report.html)")
     asked = parser.parse_args(argv)
@@ -52,7 +53,9 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     from lungct_tune.reporting.test_section import Pictures, find_pictures
 
     copies = found.audit["copies"]["pairs"] if found.audit else []
-    pictures = find_pictures(found, asked.data, experiment.is_local) if found.test or copies else Pictures()
+    pictures = Pictures()
+    if found.test or copies:
+        pictures = find_pictures(found, asked.data, experiment.is_local, asked.table)
     page = report_page(experiment.name, found, pictures)
     try:
         asked.out.write_bytes(page)

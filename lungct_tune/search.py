@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.plan import Plan
     from lungct_tune.experiment.results import Bundle
     from lungct_tune.experiment.trial import TrialRecord
-    from lungct_tune.tuning.allocation import ResourcePlan
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.outlook import Outlook
     from lungct_tune.tuning.retrain import EarlySlot
     from lungct_tune.tuning.shared_data import SharedDataset
     from lungct_tune.tuning.time_left import TimeLeft
@@ -60,26 +60,27 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     """
     with Display(console) as display:
         with display.step("starting"):
+            from lungct_tune.experiment.plan import plan_search
+
+            plan = plan_search(settings, given)  # first, since an error in it is to be said at once
             # imported here and not by two threads at once: packages that import each other in a circle can fail then
             import lungct_tune.auditing.audit
             import lungct_tune.reporting.console
-            from lungct_tune.experiment.plan import plan_search
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
-            plan = plan_search(settings, given)
         address, verbose = plan.settings.address, plan.settings.verbose
         with plan.resumable():
             if plan.settings.plan and starts_here(address):
-                load_and_audit(plan, display)
-                announce(plan, "", console)
+                split, _ = load_and_audit(plan, display)
+                announce(plan, split, "", display)
                 return
             with joined_meanwhile(address, verbose, plan.experiment.name, display) as dashboard:
                 split, audit = load_and_audit(plan, display)
                 weights = plan.read_weights()
-                resources = announce(plan, dashboard.result(), console)
+                outlook = announce(plan, split, dashboard.result(), display)
                 if plan.settings.plan:
                     return
-                with start_search(plan, split, audit, resources, weights, display) as run:
+                with start_search(plan, split, audit, outlook, weights, display) as run:
                     if plan.settings.hold_test:
                         lungct_tune.reporting.console.print_held(plan, run.search(), console)
                         return
@@ -117,22 +118,22 @@ def load_and_audit(plan: Plan, display: Display) -> tuple[DataSplit, dict[str, A
     return split, audit
 
 
-def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
-    """Prints the plan of the search and its share of the cluster; returns the slots.
+def announce(plan: Plan, split: DataSplit, dashboard: str, display: Display) -> Outlook:
+    """Prints the plan of the search, its share of the cluster and what it will take; returns the last two.
 
     Raises:
         ClusterError: the cluster is too small.
+        PricesError: clusters/prices.yaml cannot be used.
     """
     from lungct_tune.reporting.console import print_plan, print_space
-    from lungct_tune.tuning.cluster import plan_resources, plan_retraining_resources
+    from lungct_tune.tuning.outlook import look_ahead
 
-    resources = plan_resources(plan.settings)
-    retraining = plan_retraining_resources(plan.settings)
-    head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
-    print_plan(plan, resources.slots, f"{resources}; the final retraining on {retraining}; {head}", dashboard, console)
+    with display.step("measuring the pace"):
+        outlook = look_ahead(plan, split)
+    print_plan(plan, outlook.resources.slots, outlook.lines, dashboard, display.console)
     if plan.settings.plan:
-        print_space(plan.space, console)
-    return resources
+        print_space(plan.space, display.console)
+    return outlook
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def start_search(
     plan: Plan,
     split: DataSplit,
     audit: dict[str, Any],
-    resources: ResourcePlan,
+    outlook: Outlook,
     weights: dict[str, torch.Tensor] | None,
     display: Display,
 ) -> Iterator[SearchRun]:
@@ -166,17 +167,18 @@ def start_search(
         tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
         held.enter_context(experiment.exclusive_lock())
         study = held.enter_context(plan.opened_study(new=is_new))
-        study.set_user_attr("cluster", f"{resources}, on {machines()}")
+        study.set_user_attr("cluster", f"{outlook.resources}, on {machines()}")
+        outlook.keep(study, new=is_new)
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:
             held.enter_context(tracker.kept_up(study, display.console))
         folder = plan.study_folder if has_shared_file_system(experiment) else None
         search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
-        slot_plan = make_slot_plan(plan, split, share_weights(weights), resources, search_file)
+        slot_plan = make_slot_plan(plan, split, share_weights(weights), outlook.resources, search_file)
         test = share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset)
         preparing.close()
-        yield SearchRun(plan, split, audit, resources, study, slot_plan, test, tracker, display)
+        yield SearchRun(plan, split, audit, outlook, study, slot_plan, test, tracker, display)
 
 
 @dataclass
@@ -186,7 +188,7 @@ class SearchRun:
     plan: Plan
     split: DataSplit
     audit: dict[str, Any]
-    resources: ResourcePlan
+    outlook: Outlook
     study: optuna.Study
     slot_plan: SlotPlan
     test: SharedDataset
@@ -205,7 +207,7 @@ class SearchRun:
         from lungct_tune.experiment.trial import best_trial
         from lungct_tune.tuning.tuner import run_search
 
-        settings, slots = self.plan.settings, self.resources.slots
+        settings, slots = self.plan.settings, self.outlook.resources.slots
         assert settings.trials is not None  # decided by the plan
         self._announce(f"searching, {slots} trials at a time")
         run_search(
@@ -240,7 +242,7 @@ class SearchRun:
         slot.release()
         self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots, trials = self.slot_plan, self.resources.slots, finished_trials(self.study)
+        plan, slots, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
             return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, settings.epochs, slots)
 
@@ -261,7 +263,7 @@ class SearchRun:
         def import_pages() -> None:
             import lungct_tune.reporting.report_page  # noqa: F401
 
-        last = (settings.trials, max(1, settings.trials - self.resources.slots))
+        last = (settings.trials, max(1, settings.trials - self.outlook.resources.slots))
         return EarlySlot(plan, trials_so_far, last, import_pages, self._warn)
 
     def retrain(self, trial: TrialRecord, slot: EarlySlot) -> RetrainedModel:
@@ -329,7 +331,7 @@ class SearchRun:
                 experiment.delete_folder(self._seeds_folder)
         if self.tracker and final.metrics.test:
             self.tracker.add_final(winner.number, winner.hyperparameters, len(winner.history), final.metrics.test)
-        print_outcome(plan, final.metrics, self.display.console)
+        print_outcome(plan, final.metrics, self.study, self.display.console)
         print_disk_use(experiment, self.display.console)
 
     def _prepare_bundle(self) -> None:
@@ -359,7 +361,7 @@ class SearchRun:
     def _files(self) -> BundleFiles:
         from lungct_tune.evaluation.bundle_files import BundleFiles  # imports torch, which no slot should wait for
 
-        return BundleFiles(self.plan, self.split, self.audit, self.study, self.resources.slots)
+        return BundleFiles(self.plan, self.split, self.audit, self.study, self.outlook.resources.slots)
 
     @cached_property
     def _parts_of_search(self) -> dict[str, Any]:
@@ -374,9 +376,9 @@ class SearchRun:
         from lungct_tune.tuning.time_left import TimeLeft
 
         settings, plan = self.plan.settings, self.slot_plan
-        compares = settings.compare_baseline or settings.data is None
-        counts = settings.trials or 0, plan.rungs, plan.dataset.epochs, self.resources.slots
-        return TimeLeft(*counts, 1 + compares, settings.seeds or 0, read_trials(self.study))
+        counts = settings.trials or 0, plan.rungs, plan.dataset.epochs, self.outlook.resources.slots
+        after = 1 + (settings.compare_baseline or settings.data is None), 2 * (settings.seeds or 0)
+        return TimeLeft(*counts, *after, read_trials(self.study), self.outlook.forecast)
 
     @contextmanager
     def _shown(self, step: str, *, announced: bool = False) -> Iterator[None]:

@@ -62,6 +62,20 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def stop_delayed() -> Iterator[None]:
+    """Delays a stop to the end of the block, so that what is started there is known to the code that ends it.
+
+    Raises:
+        KeyboardInterrupt: at the end, if a signal has come meanwhile.
+    """
+    asked = threading.Event()
+    with at_stop(asked.set):
+        yield
+    if asked.is_set():
+        raise KeyboardInterrupt
+
+
 def was_asked() -> bool:
     """Whether the command has been asked to end. Errors after that are likely its consequences."""
     return _asked.is_set()

@@ -18,7 +18,7 @@ from rich.table import Table
 from lungct_tune import __version__
 from lungct_tune.cli import COMMANDS, command_words, exit_status, main, terminal
 from lungct_tune.errors import UserError
-from lungct_tune.stopping import SIGNALS
+from lungct_tune.stopping import SIGNALS, stop_delayed
 
 HEAVY = {
     "captum",
@@ -262,3 +262,16 @@ def test_printed_commands_run_in_this_environment_from_the_users_folder(
     installed = Path(sys.executable).parent / "lungct-tune"
     monkeypatch.setattr(sys, "argv", [str(installed)])
     assert command_words("audit") in (["lungct-tune", "audit"], [str(installed), "audit"])
+
+
+def test_a_stop_waits_for_the_end_of_what_must_not_be_cut_in_two() -> None:
+    done: list[str] = []
+
+    def run() -> None:
+        with stop_delayed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            done.append("whole")
+        done.append("not reached")
+
+    assert exit_status(run) == 130 and done == ["whole"]

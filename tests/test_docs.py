@@ -65,10 +65,12 @@ def test_every_command_that_is_shown_has_its_flags(page: Path, capsys: pytest.Ca
 def test_commands_are_found_in_pages() -> None:
     by_command = {command for page in PAGES for command, _ in commands(page)}
     assert by_command == {
+        "clean",
         "search",
         "audit",
         "evaluate",
         "predict",
+        "serve",
         "export",
         "compare",
         "report",

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 import lungct_tune
 
-SOURCES = ["pyproject.toml", "README.md", "LICENSE", "lungct_tune", "search_spaces"]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "lungct_tune", "search_spaces", "clusters"]
 UV = [sys.executable, "-m", "uv", "--quiet", "--offline"]
 
 
@@ -56,7 +56,7 @@ def files_in(folder: Path) -> set[str]:
 def test_the_wheel_has_every_file_of_the_package_and_the_search_spaces(installed: Path) -> None:
     (package,) = installed.parent.glob("lib/*/site-packages/lungct_tune")
     spaces = {f"search_spaces/{name}" for name in files_in(REPOSITORY / "search_spaces")}
-    assert files_in(package) == files_in(REPOSITORY / "lungct_tune") | spaces
+    assert files_in(package) == files_in(REPOSITORY / "lungct_tune") | spaces | {"clusters/prices.yaml"}
     assert "py.typed" in files_in(package)
 
 

@@ -104,7 +104,8 @@ def _inventory(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[st
         "not_what_the_suffix_says": [
             {"path": path, "format": found}
             for path, found in formats
-            if PurePosixPath(path).suffix.lower() not in _SUFFIXES.get(found, {f".{found.lower()}"})
+            if found != "DICOM"  # which often has no suffix, or a number
+            and PurePosixPath(path).suffix.lower() not in _SUFFIXES.get(found, {f".{found.lower()}"})
         ],
         "unreadable": [{"path": path, "reason": reason} for path, reason in images.unreadable],
         "without_content": list(images.without_content),
@@ -209,6 +210,8 @@ def _groups(images: ImageSet, split: np.ndarray) -> dict[str, Any]:
         "largest": int(groups.value_counts().max()),
         "by_class": {name: int(of_class[label]) for label, name in enumerate(images.classes)},
         "images_in_groups_csv": int(images.table["is_listed"].sum()),
+        "images_with_patient_id": int(images.table["has_patient"].sum()),
+        "groups_from_patient_ids": int(groups[images.table["has_patient"]].nunique()),
         "of_several_classes": int((images.table.groupby("group")["label"].nunique() > 1).sum()),
         "cut_by_the_split": int((pd.Series(split).groupby(groups.to_numpy()).nunique() > 1).sum()),
         "by_threshold": [{"threshold": threshold, "groups": count} for threshold, count in images.group_counts],

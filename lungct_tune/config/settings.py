@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from lungct_tune.cli import command_line, suggestion
+from lungct_tune.config.window import Window, parse_window
 from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
 from lungct_tune.errors import UserError
 from lungct_tune.files import is_text, open_file
@@ -96,6 +97,10 @@ class Settings(BaseModel):
     )
     class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
+    )
+    table: Path | None = _flag("a CSV of path (or SeriesInstanceUID), class and group, for loose images", "FILE")
+    window: str | None = _flag(
+        "of CT values in DICOM files: lung, mediastinum or CENTER,WIDTH (each file's own)", "WINDOW"
     )
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: Path | None = _flag("the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE")
@@ -203,6 +208,13 @@ class Settings(BaseModel):
             raise ValueError("expected a folder, or a URI such as s3://BUCKET/FOLDER")
         return storage
 
+    @field_validator("window")
+    @classmethod
+    def _a_window(cls, window: str | None) -> str | None:
+        if window is not None:
+            parse_window(window)
+        return window
+
     @field_validator("study")
     @classmethod
     def _a_database(cls, url: str | None) -> str | None:
@@ -243,6 +255,11 @@ class Settings(BaseModel):
             raise ValueError(f"data {str(self.data)!r} is not a folder; it must contain the images' class folders")
         return self
 
+    @property
+    def ct_window(self) -> Window | None:
+        """The window of CT values in DICOM files; None is each file's own."""
+        return None if self.window is None else parse_window(self.window)
+
     def for_data(self) -> Settings:
         """These settings, with defaults filled in that depend on the images: small and quick for phantoms."""
         phantoms = self.data is None
@@ -258,11 +275,13 @@ class Settings(BaseModel):
 
     def with_absolute_paths(self) -> Settings:
         """These settings with absolute paths, so that they are valid in any working folder."""
-        paths: dict[str, Any] = {} if self.space is None else {"space": self.space.resolve()}
+        paths: dict[str, Any] = {
+            name: path.resolve()
+            for name in ("space", "table", "split_file")
+            if (path := getattr(self, name)) is not None
+        }
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
-        if self.split_file is not None:
-            paths["split_file"] = self.split_file.resolve()
         if self.weights not in (None, "imagenet", "none"):
             paths["weights"] = str(Path(self.weights).expanduser().resolve())
         return self.model_copy(update=paths)
@@ -308,7 +327,11 @@ def flags(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
             continue
         if isinstance(value, dict):
             value = ",".join(f"{folder}={label}" for folder, label in value.items())
-        words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        flag = f"--{name.replace('_', '-')}"
+        if str(value).startswith("-"):  # which argparse would take for another flag
+            words.append(f"{flag}={value}")
+        else:
+            words += [flag] + ([] if value is True else [str(value)])
     return words
 
 

@@ -25,10 +25,12 @@ from numpy.lib.format import open_memmap
 from rich.console import Console
 from rich.progress import track
 
-from lungct_tune.data import copies
+from lungct_tune.config.window import Window
+from lungct_tune.data import copies, dicom
 from lungct_tune.data.copies import PRINT, Copy, find_copies
-from lungct_tune.data.decode import DECODER_VERSION, MEMORY, MOST_BYTES, THUMBNAIL, FileProperties, decode
+from lungct_tune.data.decode import DECODER_VERSION, MEMORY, THUMBNAIL, FileProperties, decode
 from lungct_tune.data.folders import DataError
+from lungct_tune.data.grey import MOST_BYTES
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
 from lungct_tune.files import open_file
 
@@ -83,6 +85,7 @@ def decode_all(
     digests: Sequence[str],
     labels: Sequence[str],
     size: int,
+    window: Window | None,
     cache: Path,
     progress: bool,
 ) -> tuple[np.ndarray, Reading]:
@@ -95,13 +98,14 @@ def decode_all(
         DataError: the cache folder cannot be written or its disk is too full.
     """
     version = [DECODER_VERSION, PIL.__version__, CORRELATIONS, SERIES_CORRELATION, copies.VERSION]
-    content = [version, size, list(zip(digests, labels, strict=True))]
+    version += [dicom.VERSION, dicom.packages()]
+    content = [version, size, window, list(zip(digests, labels, strict=True))]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     pixels, findings = cache / f"{key}.npy", cache / f"{key}.json"
     if not _is_intact(pixels, findings):
         require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2 + PRINT**2))
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            found = _decode_into(Path(scratch), paths, digests, labels, size, progress)
+            found = _decode_into(Path(scratch), paths, digests, labels, size, window, progress)
             new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
             new_findings.write_text(json.dumps({"sha256": file_digest(new_pixels), **asdict(found)}))
             new_pixels.replace(pixels)
@@ -144,6 +148,7 @@ def _decode_into(
     digests: Sequence[str],
     labels: Sequence[str],
     size: int,
+    window: Window | None,
     progress: bool,
 ) -> Reading:
     """Writes the usable images to `scratch`/kept.npy. Arrays are memory-mapped, so that little memory is used."""
@@ -157,7 +162,7 @@ def _decode_into(
 
     def decode_row(i: int) -> str | None:
         try:
-            decoded = decode(paths[i], size)
+            decoded = decode(paths[i], size, window)
         except Exception as error:  # Pillow's plugins raise many kinds of errors on broken files
             return str(error).replace(str(paths[i]), "the file") or type(error).__name__
         images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i], is_plain[i] = decoded

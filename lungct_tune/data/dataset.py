@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lungct_tune.config.window import Window
 from lungct_tune.data.cache import decode_all, default_cache, file_digest
 from lungct_tune.data.decode import DECODER_VERSION, FileProperties
-from lungct_tune.data.folders import DataError, LeftAside, find_images, known_groups
+from lungct_tune.data.dicom_headers import pseudonyms, read_headers
+from lungct_tune.data.folders import (
+    DataError,
+    Found,
+    LeftAside,
+    count_aside,
+    find_images,
+    known_groups,
+    scan_folder,
+)
 from lungct_tune.data.groups import join_groups
+from lungct_tune.data.image_table import find_listed
 
 _READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
@@ -43,7 +54,8 @@ class ImageSet:
     table: pd.DataFrame
     """One row per image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
     as published), label (index into classes), digest (sha256 of the file), group (images of one group must
-    stay in one part of the split), is_listed (whether groups.csv names it), and the fields of `FileProperties`."""
+    stay in one part of the split), is_listed (whether groups.csv or a table gives its group), has_patient (whether its
+    PatientID does, in DICOM), and the fields of `FileProperties`."""
     images_NHW: np.ndarray
     """uint8 grey, square, memory-mapped, read-only."""
     classes: tuple[str, ...]
@@ -72,6 +84,8 @@ def read_images(
     skip_unreadable: bool = False,
     cache: Path | None = None,
     progress: bool = True,
+    table: Path | None = None,
+    window: Window | None = None,
 ) -> ImageSet:
     """Finds, decodes and groups the images in `root`. Images that were read before come from the cache.
 
@@ -82,38 +96,41 @@ def read_images(
         skip_unreadable: leave out files that cannot be decoded instead of raising.
         cache: where decoded images are kept; $XDG_CACHE_HOME/lungct_tune or ~/.cache/lungct_tune by default.
         progress: show a bar while decoding, if stderr is a terminal.
+        table: a CSV of the images and their classes, see `find_listed`; `root` then needs no class folders.
+        window: of CT values in DICOM files; None is each file's own.
 
     Raises:
-        DataError: the folder's layout, a class name, groups.csv, a file or the cache is not usable.
+        DataError: the folder's layout, a class name, groups.csv, the table, a file or the cache is not usable, or there
+            are DICOM files and pydicom is not installed.
     """
-    in_folder = find_images(root, class_map)
+    cache = cache or default_cache()
+    in_folder, sources = _find(root, class_map, table, cache, progress)
     files = in_folder.files
-    known = known_groups(root, in_folder.groups, [file.path for file in files])
+    digests, labels = [source.digest for source in sources], [file.class_name for file in files]
     paths = [root / file.path for file in files]
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, paths))
-    labels = [file.class_name for file in files]
-    images_NHW, found = decode_all(paths, digests, labels, size, cache or default_cache(), progress)
+    images_NHW, found = decode_all(paths, digests, labels, size, window, cache, progress)
 
     unreadable = in_folder.unreadable + [(files[i].path, reason) for i, reason in found.unreadable]
     if unreadable and not skip_unreadable:
         raise DataError(_unreadable_message(root, unreadable))
     classes = tuple(sorted(set(labels)))
-    table = pd.DataFrame(
+    rows = pd.DataFrame(
         {
             "path": [files[i].path for i in found.kept],
             "folder": [files[i].folder for i in found.kept],
             "label": [classes.index(labels[i]) for i in found.kept],
             "digest": [digests[i] for i in found.kept],
-            "group": join_groups(np.array(found.groups, dtype=np.intp), [known[i] for i in found.kept]),
+            "group": join_groups(np.array(found.groups, dtype=np.intp), [sources[i].group for i in found.kept]),
         }
     )
     # the files that version 1 of the decoder read in the same way keep their fingerprint, so that a search can go on
     version = 1 if {file.mode for file in found.properties} <= _READ_AS_EVER else DECODER_VERSION
-    identity = f"{version} {size} {classes}\n{table.to_csv(index=False)}"
-    table["is_listed"] = [known[i] is not None for i in found.kept]
-    table = pd.concat([table, pd.DataFrame(found.properties, columns=FileProperties._fields)], axis=1)
-    if lost := [name for label, name in enumerate(classes) if label not in table["label"].to_numpy()]:
+    windowed = f" {window}" if window and any(file.format == "DICOM" for file in found.properties) else ""
+    identity = f"{version} {size} {classes}{windowed}\n{rows.to_csv(index=False)}"
+    rows["is_listed"] = [sources[i].is_listed for i in found.kept]
+    rows["has_patient"] = [sources[i].group is not None and not sources[i].is_listed for i in found.kept]
+    rows = pd.concat([rows, pd.DataFrame(found.properties, columns=FileProperties._fields)], axis=1)
+    if lost := [name for label, name in enumerate(classes) if label not in rows["label"].to_numpy()]:
         raise DataError(
             f"no usable image of {', '.join(lost)} is left in {root}: "
             f"{len(unreadable)} files are unreadable, and {sum(map(len, found.conflicts))} have a copy "
@@ -127,10 +144,58 @@ def read_images(
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     without_content = tuple(files[i].path for i in found.plain)
     return ImageSet(
-        *(root, table, images_NHW, classes, unreadable, conflicts, copies, found.group_counts, fingerprint),
+        *(root, rows, images_NHW, classes, unreadable, conflicts, copies, found.group_counts, fingerprint),
         without_content=without_content,
         left_aside=tuple(in_folder.left_aside),
     )
+
+
+class _Source(NamedTuple):
+    """What is known of an image before it is decoded."""
+
+    digest: str
+    """sha256 of its file."""
+    group: str | None
+    """As the user lists it, or else the hash of its PatientID; None if it is not known."""
+    is_listed: bool
+    """Whether the user lists its group."""
+
+
+def _find(
+    root: Path, class_map: Mapping[str, str] | None, table: Path | None, cache: Path, progress: bool
+) -> tuple[Found, list[_Source]]:
+    """Finds the images in a data folder, and what is known of each; leaves DICOM files aside that are no slices."""
+    if table is None:
+        found = find_images(root, class_map)
+        paths = [file.path for file in found.files]
+        known = dict(zip(paths, known_groups(root, found.groups, paths), strict=True))
+        digests = _digests(root, paths)
+        headers = read_headers(root, digests, cache, progress)
+    else:
+        all_files = scan_folder(root)
+        digests = _digests(root, all_files.files)
+        headers = read_headers(root, digests, cache, progress)
+        found, known = find_listed(root, table, all_files, headers, pseudonyms(cache), class_map)
+    aside: dict[str, list[str]] = {}
+    for path in (file.path for file in found.files if file.path in headers):
+        if reason := headers[path].aside:
+            aside.setdefault(reason, []).append(path)
+    no_slices = {path for paths in aside.values() for path in paths}
+    files = [file for file in found.files if file.path not in no_slices]
+    if lost := {file.class_name for file in found.files} - {file.class_name for file in files}:
+        raise DataError(
+            f"no image of {', '.join(sorted(lost))} is left in {root}: its files are {' and '.join(sorted(aside))}"
+        )
+    sources = []
+    for path in (file.path for file in files):
+        patient = headers[path].patient if path in headers else None
+        sources.append(_Source(digests[path], known[path] or patient or None, known[path] is not None))
+    return found._replace(files=files, left_aside=found.left_aside + count_aside(aside)), sources
+
+
+def _digests(root: Path, paths: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(file_digest, (root / path for path in paths)), strict=True))
 
 
 def _unreadable_message(root: Path, unreadable: list[tuple[str, str]]) -> str:

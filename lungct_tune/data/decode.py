@@ -10,24 +10,20 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from lungct_tune.config.window import Window
 from lungct_tune.data.copies import PRINT
-from lungct_tune.data.grey import read_grey
+from lungct_tune.data.dicom import is_dicom, read_dicom
+from lungct_tune.data.grey import MOST_BYTES, MOST_PIXELS, read_grey
 from lungct_tune.files import open_file
 
 DECODER_VERSION = 2
 """Part of every cache key. Raise it when a change gives other pixels for the same file."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
-"""The formats that are opened. Pillow knows others; for some of them, such as EPS, it starts programs."""
-
-MOST_PIXELS = 20_000_000
-"""Of an image's file. CT slices have a quarter of a million; a small compressed file can hold very many more."""
+"""The formats that Pillow opens, beside DICOM. It knows others; for some of them, such as EPS, it starts programs."""
 
 MEMORY = 400_000_000
 """Bytes that decoding one image may take, at most."""
-
-MOST_BYTES = 500_000_000
-"""Of an image's file."""
 
 PLAIN = 0.999
 """An image is without content if at least this share of its pixels has one grey value."""
@@ -41,9 +37,10 @@ class FileProperties(NamedTuple):
     width: int
     height: int
     mode: str
-    """How pixels are stored, see `lungct_tune.data.grey.Grey`: "L", "RGB", "RGB;16", "L turned", ..."""
+    """How pixels are stored, see `lungct_tune.data.grey.Grey`: "L", "RGB", "RGB;16", "L turned", ...; see also
+    `lungct_tune.data.dicom.read_dicom`: "MONOCHROME2;12", ..."""
     format: str
-    """Read from the content, not from the suffix: "PNG", "JPEG", ..."""
+    """Read from the content, not from the suffix: "PNG", "JPEG", "DICOM", ..."""
     bytes: int
 
 
@@ -63,22 +60,31 @@ class Decoded(NamedTuple):
     """Whether nearly all pixels have one grey value, see `PLAIN`."""
 
 
-def decode(path: Path, size: int) -> Decoded:
+def decode(path: Path, size: int, window: Window | None = None) -> Decoded:
     """Decodes the image at three sizes, resized bilinearly with antialiasing.
+
+    Args:
+        path: the file; its content says which format it has.
+        size: width and height in pixels of the image for the network.
+        window: of CT values in DICOM files; None is each file's own.
 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file cannot be read; Pillow
             raises all of these, depending on the format and on the fault.
+        DataError: it is DICOM, and pydicom is not installed.
     """
     with open_file(path, MOST_BYTES) as file:
         length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise ValueError("empty file")
-    with open_image(path) as image:
-        image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
-    with open_image(path) as image:
-        grey, mode = read_grey(image)
-        properties = FileProperties(*grey.size, mode, image.format or "", length)
+    if is_dicom(path):
+        (grey, mode), format = read_dicom(path, window), "DICOM"
+    else:
+        with open_image(path) as image:
+            image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
+        with open_image(path) as image:
+            (grey, mode), format = read_grey(image), image.format or ""
+    properties = FileProperties(*grey.size, mode, format, length)
     image_HW, thumbnail_HW, fingerprint_HW = (
         np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
     )
@@ -97,7 +103,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}, DICOM") from error
     if image.width * image.height > MOST_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} pixels are decoded")

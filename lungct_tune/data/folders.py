@@ -11,7 +11,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -79,6 +79,20 @@ class Found(NamedTuple):
     left_aside: list[LeftAside]
 
 
+def scan_folder(root: Path) -> Scan:
+    """Walks the data folder, see `scan`.
+
+    Raises:
+        DataError: it is not a folder, or cannot be read.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; give the folder that holds train/, valid/, test/ (--data)")
+    try:
+        return scan(root)
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror or error}") from error
+
+
 def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found:
     """Finds the images below `root`, with the classes of their folders.
 
@@ -91,12 +105,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
         DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
             unknown, class folders in several places, or fewer than two classes.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give the folder that holds train/, valid/, test/ (--data)")
-    try:
-        found = scan(root)
-    except OSError as error:
-        raise DataError(f"{root} cannot be read: {error.strerror or error}") from error
+    found = scan_folder(root)
     spellings = {_letters(name): _canonical(mapped) for name, mapped in (class_map or {}).items()}
     base = _base(root, found, spellings)
     inside = [path for path in found.files if _is_below(path, base)]
@@ -136,8 +145,12 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
     groups = [path for path in found.groups if posixpath.dirname(path) in above]
     for path in set(found.groups) - set(groups):
         found.put_aside(DOCUMENTS, path)
-    left = [LeftAside(reason, len(paths), min(paths)) for reason, paths in sorted(found.aside.items())]
-    return Found(sorted(files), sorted(groups), sorted(found.unreadable), left)
+    return Found(sorted(files), sorted(groups), sorted(found.unreadable), count_aside(found.aside))
+
+
+def count_aside(aside: Mapping[str, Sequence[str]]) -> list[LeftAside]:
+    """The files that are left aside, by reason, as counts with an example."""
+    return [LeftAside(reason, len(paths), min(paths)) for reason, paths in sorted(aside.items())]
 
 
 def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | None]:
@@ -282,6 +295,13 @@ def _composed(name: str) -> str:
 def _letters(name: str) -> str:
     """A name without separators and without case, for comparing."""
     return re.sub(r"[\W_]", "", _composed(name).casefold())
+
+
+def class_named(name: str, class_map: Mapping[str, str] | None) -> str:
+    """The class that a table names: by `class_map`, one of the four classes in any spelling, or another name."""
+    return {_letters(given): _canonical(mapped) for given, mapped in (class_map or {}).items()}.get(
+        _letters(name), _canonical(name)
+    )
 
 
 def _canonical(class_name: str) -> str:

@@ -14,6 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, TiffImagePlugin
 
+MOST_PIXELS = 20_000_000
+"""Of an image's file. CT slices have a quarter of a million; a small compressed file can hold very many more."""
+
+MOST_BYTES = 500_000_000
+"""Of an image's file."""
+
 PERCENTILES = (0.5, 99.5)
 """The values of a deep image that become 0 and 255. A few pixels of metal or of padding do not decide its contrast."""
 
@@ -66,7 +72,7 @@ def read_grey(image: Image.Image) -> Grey:
                 alpha_HW = np.where(values_HW == image.info["transparency"], 0, 255).astype(np.uint8)
     alpha = None if alpha_HW is None else Image.fromarray(alpha_HW)
     if deep is not None or is_deep:
-        grey = Image.fromarray(_scaled(values_HW, curve))
+        grey = Image.fromarray(scaled(values_HW, curve))
     else:
         grey = image.convert("L")
         if curve is not None:
@@ -190,8 +196,18 @@ def _brightness(image: Image.Image) -> Callable[[np.ndarray | float], np.ndarray
     return None if abs(exponent - 1) < 0.02 else lambda value: value**exponent
 
 
-def _scaled(values_HW: np.ndarray, curve: Callable[[np.ndarray | float], np.ndarray | float] | None) -> np.ndarray:
-    """Scales deep values to 0..255 uint8."""
+def scaled(
+    values_HW: np.ndarray, curve: Callable[[np.ndarray | float], np.ndarray | float] | None = None
+) -> np.ndarray:
+    """Scales deep values to 0..255 uint8, from their `PERCENTILES`.
+
+    Args:
+        values_HW: of any type.
+        curve: for values that are not encoded for a screen, from 0..1 to 0..1.
+
+    Raises:
+        ValueError: some are not finite.
+    """
     values_M = values_HW.ravel()
     if not np.isfinite([float(values_M.min()), float(values_M.max())]).all():
         raise ValueError("has pixels that are not finite numbers")

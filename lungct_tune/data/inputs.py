@@ -13,8 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.fs
 
-from lungct_tune.data.cache import file_digest
+from lungct_tune.config.window import Window
+from lungct_tune.data.cache import default_cache, file_digest
 from lungct_tune.data.decode import decode
+from lungct_tune.data.dicom import is_dicom
+from lungct_tune.data.dicom_headers import Header, pseudonyms, read_header
 from lungct_tune.data.folders import DataError, known_groups
 from lungct_tune.data.scan import scan, why_aside
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
@@ -26,7 +29,8 @@ class InputImage(NamedTuple):
     source: str
     """Its path or URI."""
     group: str
-    """The patient: its group in the folder's groups.csv, or else the folder that the file is in."""
+    """The patient: its group in the folder's groups.csv, or else the hash of its PatientID (DICOM), or else the folder
+    that the file is in."""
     fault: str = ""
     """Why it cannot be opened, for a folder in its place or a name that is not UTF-8."""
 
@@ -36,7 +40,7 @@ class Inputs(NamedTuple):
 
     images: list[InputImage]
     left_aside: Counter[str]
-    """The number of files that are not images, by reason."""
+    """The number of files that are not images, or no slices, by reason."""
 
 
 class ReadImage(NamedTuple):
@@ -57,11 +61,13 @@ class Unreadable(NamedTuple):
 def find_inputs(inputs: Sequence[str]) -> Inputs:
     """All images that are named: by a file, a folder with its subfolders, a URI of either, or a pattern with * or ?.
 
-    A file that is named itself is always taken. In folders, documents and clutter are left aside, as `scan` does. An
-    image that is named twice is taken once.
+    A file that is named itself is always taken. In folders, documents and clutter are left aside, as `scan` does, and
+    DICOM files that are no slices. An image that is named twice is taken once. The header of a DICOM file at a URI is
+    not read here, so its patient is its folder.
 
     Raises:
-        DataError: there is nothing at one of the inputs, a storage refuses, or a groups.csv is malformed.
+        DataError: there is nothing at one of the inputs, a storage refuses, a groups.csv is malformed, or there are
+            DICOM files and pydicom is not installed.
     """
     found: dict[str, InputImage] = {}
     left_aside: Counter[str] = Counter()
@@ -71,23 +77,24 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
     return Inputs(list(found.values()), left_aside)
 
 
-def read_input(source: str, size: int) -> ReadImage | Unreadable:
+def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unreadable:
     """Reads an image from a path or a URI, as `decode` does.
 
     Args:
         size: its width and height in pixels, as returned.
+        window: of CT values in DICOM files; None is each file's own.
     """
     place = source
     try:
         if "://" not in source:
-            return ReadImage(decode(Path(source), size).image_HW, file_digest(Path(source)))
+            return ReadImage(decode(Path(source), size, window).image_HW, file_digest(Path(source)))
         filesystem, folder, name = _located(source)
         with tempfile.NamedTemporaryFile(suffix=PurePosixPath(name).suffix) as copy:
             with filesystem.open_input_stream(f"{folder}/{name}") as file:
                 copy.write(file.read())
             copy.flush()
             place = copy.name
-            return ReadImage(decode(Path(copy.name), size).image_HW, file_digest(Path(copy.name)))
+            return ReadImage(decode(Path(copy.name), size, window).image_HW, file_digest(Path(copy.name)))
     except Exception as error:  # Pillow's plugins and storages raise many kinds of errors
         return Unreadable(str(error).replace(place, "the file") or type(error).__name__)
 
@@ -99,7 +106,8 @@ def _images_at(name: str, left_aside: Counter[str]) -> Iterable[InputImage]:
     if path.is_dir():
         return _images_in(path, left_aside)
     if path.exists():
-        return [_alone(str(path))]
+        header = _header(path)
+        return [InputImage(str(path), header.patient) if header and header.patient else _alone(str(path))]
     if matches := sorted(glob.glob(str(path), recursive=True)):
         return [image for match in matches for image in _images_at(match, left_aside)]
     raise DataError(f"{name}: there is no such file or folder; give image files, folders, URIs, or a pattern in quotes")
@@ -114,11 +122,14 @@ def _images_in(folder: Path, left_aside: Counter[str]) -> list[InputImage]:
         raise DataError(f"{folder}: there are no images in this folder")
     left_aside.update({reason: len(files) for reason, files in found.aside.items()})
     paths = sorted(found.files)
-    known = known_groups(folder, found.groups, paths)
-    images = [
-        InputImage(str(folder / path), group or str((folder / path).parent))
-        for path, group in zip(paths, known, strict=True)
-    ]
+    images = []
+    for path, group in zip(paths, known_groups(folder, found.groups, paths), strict=True):
+        header = _header(folder / path)
+        if header and header.aside:
+            left_aside[header.aside] += 1
+        else:
+            patient = header.patient if header else ""
+            images.append(InputImage(str(folder / path), group or patient or str((folder / path).parent)))
     faulty = [InputImage(str(folder / path), str((folder / path).parent), why) for path, why in found.unreadable]
     return images + faulty
 
@@ -140,6 +151,10 @@ def _images_at_uri(uri: str, left_aside: Counter[str]) -> list[InputImage]:
         raise DataError(f"{uri}: there are no images")
     left_aside.update(filter(None, map(why_aside, inside)))
     return [_alone(f"{uri.rstrip('/')}/{path}") for path in sorted(images)]
+
+
+def _header(path: Path) -> Header | None:
+    return read_header(path, pseudonyms(default_cache())) if is_dicom(path) else None
 
 
 def _alone(source: str) -> InputImage:

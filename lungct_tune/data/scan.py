@@ -30,7 +30,7 @@ _DOCUMENTS = {
     *(".csv", ".tsv", ".txt", ".md", ".rst", ".pdf", ".htm", ".html", ".json", ".xml", ".yaml", ".yml", ".rtf"),
     *(".doc", ".docx", ".odt", ".ppt", ".pptx", ".xls", ".xlsx", ".ods", ".py", ".ipynb", ".m", ".r", ".sh"),
     *(".log", ".db", ".sqlite", ".ini", ".cfg", ".lnk", ".url", ".bib", ".css", ".js"),
-    *("readme", "license", "licence", "makefile"),
+    *("readme", "license", "licence", "makefile", "dicomdir"),
 }
 
 GROUPS = "groups.csv"

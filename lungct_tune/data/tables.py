@@ -6,7 +6,7 @@ from io import BytesIO
 
 import pandas as pd
 
-NAMES = ["path", "label", "class", "predicted", "patient"]
+NAMES = ["path", "label", "class", "predicted", "patient", "first_image"]
 """The columns with names that users have given. They stay text: a class may be called 1, None or NA."""
 
 _SHIELD = "'"

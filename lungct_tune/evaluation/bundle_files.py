@@ -208,6 +208,7 @@ def describe_model(
         point: the operating point; None if the classes are not normal and cancers.
     """
     mean, deviation = NORMALISATIONS[settings.normalisation]
+    window = settings.ct_window
     return {
         "model": {
             "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
@@ -218,6 +219,7 @@ def describe_model(
         "classes": list(images.classes),
         "preprocessing": {
             "image_size": settings.image_size,
+            "window": window._asdict() if window else None,
             "mode": "8-bit grey, as three equal channels scaled to 0..1",
             "mean": list(mean),
             "deviation": list(deviation),

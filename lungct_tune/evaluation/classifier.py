@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lungct_tune.config.window import Window
 from lungct_tune.data.inputs import ReadImage, Unreadable, read_input
 from lungct_tune.data.seen_images import LearnedImages
 from lungct_tune.errors import UserError
@@ -28,6 +30,7 @@ from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 BATCH = 32
+"""Images that a GPU computes together."""
 
 
 class ClassifyError(UserError):
@@ -123,6 +126,12 @@ class Classifier:
         return int(self.config["preprocessing"]["image_size"])
 
     @property
+    def window(self) -> Window | None:
+        """The window of CT values in DICOM files that it was trained with; None is each file's own."""
+        kept = self.config["preprocessing"].get("window")
+        return Window(**kept) if kept else None
+
+    @property
     def scaling(self) -> TemperatureScaling | None:
         """The temperature of the probabilities; None without."""
         kept = self.config["calibration"]
@@ -134,7 +143,7 @@ class Classifier:
         return float((self.config.get("operating_point") or {"threshold": HALF})["threshold"])
 
     def classify(self, images_NHW: np.ndarray, digests_N: Sequence[str] | np.ndarray | None = None) -> Classified:
-        """Classifies images.
+        """Classifies images. An image has the same answer to the last digit, alone or among others.
 
         Args:
             images_NHW: uint8 grey, `image_size` pixels wide and high, as `read_images` gives them; may be mapped.
@@ -144,16 +153,7 @@ class Classifier:
             ClassifyError: they are not such images.
         """
         self._check(images_NHW)
-        uncalibrated, features = [np.empty((0, len(self.classes)))], [np.empty((0, self.model.backbone.channels))]
-        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model.to(device)
-        with torch.inference_mode(), recorded_features(self.model) as recorded:
-            for start in range(0, len(images_NHW), BATCH):
-                grey_N1HW = as_grey(torch.tensor(images_NHW[start : start + BATCH]).to(device))
-                logits_NC = forward(self.model, grey_N1HW, self.config["settings"]["normalisation"])
-                uncalibrated.append(logits_NC.softmax(dim=1).cpu().numpy())
-                features.append(recorded.pop().cpu().numpy())
-        uncalibrated_NC = np.concatenate(uncalibrated)
+        uncalibrated_NC, features_ND = self._compute(images_NHW)
         digests_N = [""] * len(images_NHW) if digests_N is None else digests_N
         return Classified(
             classes=self.classes,
@@ -161,11 +161,45 @@ class Classifier:
             probabilities_NC=calibrated(uncalibrated_NC, self.scaling.temperature) if self.scaling else uncalibrated_NC,
             threshold=self.threshold,
             seen_N=self.learned.seen(images_NHW, digests_N) if self.learned else None,
-            distance_N=self.features.distances(np.concatenate(features)) if self.features else None,
+            distance_N=self.features.distances(features_ND) if self.features else None,
         )
 
+    def _compute(self, images_NHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The network's probabilities (N, C) and pooled features (N, D).
+
+        With another size of the batch, or another number of threads, the libraries sum in another order, and the last
+        digits change. So a GPU always gets `BATCH` images, the last of them black if there are fewer. A CPU computes
+        each image alone, by one thread, and as many images at a time as torch has threads.
+        """
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        on_gpu, threads = device.type == "cuda", torch.get_num_threads()
+        at_once, side = BATCH if on_gpu else 1, self.image_size
+        self.model.to(device).eval()
+
+        @torch.inference_mode()
+        def compute(start: int) -> tuple[np.ndarray, np.ndarray]:
+            some_NHW = images_NHW[start : start + at_once]
+            batch_NHW = np.zeros((at_once, side, side), np.uint8)
+            batch_NHW[: len(some_NHW)] = some_NHW
+            grey_N1HW = as_grey(torch.from_numpy(batch_NHW).to(device))
+            logits_NC = forward(self.model, grey_N1HW, self.config["settings"]["normalisation"])
+            probabilities_NC, pooled_ND = (values[: len(some_NHW)] for values in (logits_NC.softmax(dim=1), features()))
+            return probabilities_NC.cpu().numpy(), pooled_ND.cpu().numpy()
+
+        try:
+            with (
+                recorded_features(self.model) as features,
+                ThreadPoolExecutor(1 if on_gpu else threads, "classify", torch.set_num_threads, (1,)) as pool,
+            ):
+                outputs = list(pool.map(compute, range(0, len(images_NHW), at_once)))
+        finally:
+            torch.set_num_threads(threads)  # what the pool's threads have set is the default of new threads
+        none = np.empty((0, len(self.classes)), np.float32), np.empty((0, self.model.backbone.channels), np.float32)
+        uncalibrated_NC, features_ND = map(np.concatenate, zip(none, *outputs, strict=True))
+        return uncalibrated_NC, features_ND
+
     def classify_files(self, sources: Sequence[str | Path]) -> pd.DataFrame:
-        """Reads images from files and classifies them. Their size and their grey values are the bundle's.
+        """Reads images from files and classifies them. Their size, window and grey values are the bundle's.
 
         Args:
             sources: paths or URIs.
@@ -175,7 +209,11 @@ class Classifier:
             In the row of an unreadable file the other columns are missing values.
         """
         names = [str(source) for source in sources]
-        return self.tabulate(names, [read_input(name, self.image_size) for name in names])
+        return self.tabulate(names, [self.read(name) for name in names])
+
+    def read(self, source: str) -> ReadImage | Unreadable:
+        """Reads an image from a path or a URI, as the bundle's images were read."""
+        return read_input(source, self.image_size, self.window)
 
     def tabulate(self, sources: Sequence[str], files: Sequence[ReadImage | Unreadable]) -> pd.DataFrame:
         """Classifies files that have been read; returns the rows of `classify_files`."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lungct_tune.data.inputs import ReadImage, Unreadable, read_input
+from lungct_tune.data.inputs import ReadImage, Unreadable
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.experiment.bundle import CHECKSUMS, PREDICTIONS
@@ -70,6 +70,7 @@ def about(classifier: Classifier) -> dict[str, str]:
     return {
         "classes": json.dumps(classifier.classes),
         "image_size": str(classifier.image_size),
+        "window": ",".join(f"{value:g}" for value in classifier.window or ()) or "each DICOM file's own",
         "input": f"{INPUT}: uint8 grey (N, {classifier.image_size}, {classifier.image_size}), 0 black to 255 white",
         "output": f"{OUTPUT}: calibrated, float32 (N, {len(classifier.classes)}), in the order of classes",
         "temperature": str(classifier.scaling.temperature if classifier.scaling else 1.0),
@@ -175,7 +176,7 @@ def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.nda
         random_NHW = np.random.default_rng(0).integers(0, 256, (RANDOM, size, size), dtype=np.uint8)
         return random_NHW, f"{RANDOM} images of random grey values"
     paths = read_predictions(file.read_bytes(), classifier.classes).paths_N
-    read = [read_input(str(data / path), size) for path in paths]
+    read = [classifier.read(str(data / path)) for path in paths]
     for path, image in zip(paths, read, strict=True):
         if isinstance(image, Unreadable):
             raise ExportError(f"the test image {path} cannot be read in {data}: {image.reason}; correct --data")

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import softmax
 
 from lungct_tune.data.cache import decoding_threads
-from lungct_tune.data.inputs import ReadImage, Unreadable, read_input
+from lungct_tune.data.inputs import ReadImage, Unreadable
 from lungct_tune.data.seen_images import NEW
 from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_or_normal
@@ -35,7 +35,7 @@ def classify_in_parts(
 
         def start() -> list[tuple[str, Future[ReadImage | Unreadable]]]:
             some = islice(waiting, BATCH)
-            return [(source, pool.submit(read_input, source, classifier.image_size)) for source in some]
+            return [(source, pool.submit(classifier.read, source)) for source in some]
 
         reading = start()
         while reading:
@@ -62,15 +62,16 @@ def by_patient(images: pd.DataFrame, groups: Sequence[str], classes: tuple[str, 
         threshold: the operating point.
 
     Returns:
-        For each patient: images, unreadable, the columns of `Classified.table` (without the distance), and what the
-        images are classified as, such as "normal 5, adenocarcinoma 2". `learned_from` and `unlike_training` are numbers
-        of images.
+        For each patient: images, unreadable, the path of the first image, the columns of `Classified.table` (without
+        the distance), and what the images are classified as, such as "normal 5, adenocarcinoma 2". `learned_from` and
+        `unlike_training` are numbers of images.
     """
     columns = probability_columns(classes)
     patients = []
     for patient, rows in images.groupby(np.asarray(groups, dtype=object), sort=False):
         read = rows[rows["unreadable"] == ""]
         row = {"patient": patient, "images": len(rows), "unreadable": len(rows) - len(read)}
+        row["first_image"] = rows["path"].iloc[0]  # tells who a patient with a hash for a name is
         if len(read):
             logits_NC = np.log(np.maximum(read[columns].to_numpy(dtype=float), _LEAST))
             joined_C = softmax(logits_NC.mean(axis=0))

@@ -107,7 +107,9 @@ def _fit(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distances(features_ND: np.ndarray, mean_D: np.ndarray, whitening_DD: np.ndarray) -> np.ndarray:
-    return np.asarray(np.linalg.norm((np.sqrt(features_ND) - mean_D) @ whitening_DD.T, axis=1))
+    # einsum: a matrix product sums in an order that depends on the number of images, and the last digits with it
+    whitened_ND = np.einsum("nd,ed->ne", np.sqrt(features_ND) - mean_D, whitening_DD)
+    return np.asarray(np.linalg.norm(whitened_ND, axis=1))
 
 
 def _quantile_over_groups(distances_N: np.ndarray, groups_N: np.ndarray) -> float:

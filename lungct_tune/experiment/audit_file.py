@@ -62,6 +62,8 @@ class _Groups(BaseModel):
     groups: int
     largest: int
     images_in_groups_csv: int
+    images_with_patient_id: int = 0
+    groups_from_patient_ids: int = 0
     of_several_classes: int
     cut_by_the_split: int
     by_threshold: list[dict[Literal["threshold", "groups"], float]]

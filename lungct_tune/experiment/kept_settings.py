@@ -69,7 +69,7 @@ def confirm_study(kept: Mapping[str, Any], experiment: Experiment, given: Collec
 
 
 def confirm_paths(kept: Mapping[str, Any], experiment: Experiment, given: Collection[str]) -> None:
-    """Checks that the user named the data and weights of a search, if others may have written its settings.
+    """Checks that the user named the data, table and weights of a search, if others may have written its settings.
 
     Others may write to a remote storage. A folder may have been pulled from one, so that a URI in its settings is not
     called either: a request would tell who reads it, and may carry credentials.
@@ -85,10 +85,10 @@ def confirm_paths(kept: Mapping[str, Any], experiment: Experiment, given: Collec
 
 
 def paths_to_give(settings: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """Which of data and weights the user has to give again, see `confirm_paths`."""
+    """Which of data, table and weights the user has to give again, see `confirm_paths`."""
     return [name for name in paths_in(settings) if not experiment.is_local or "://" in str(settings[name])]
 
 
 def paths_in(settings: Mapping[str, Any]) -> list[str]:
-    """Which of data and weights are files or a URI; phantoms, ImageNet's weights and random weights are not."""
-    return [name for name in ("data", "weights") if settings.get(name) not in (None, "imagenet", "none")]
+    """Which of data, table and weights are files or a URI; phantoms, ImageNet's weights and random weights are not."""
+    return [name for name in ("data", "table", "weights") if settings.get(name) not in (None, "imagenet", "none")]

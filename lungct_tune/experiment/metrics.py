@@ -292,6 +292,8 @@ class _Search(BaseModel):
     wall_s: float
     overhead_ratio: float | None
     ended: dict[str, int]
+    planned_s: tuple[float, float] | None = None
+    took_s: float | None = None
 
 
 class _Scores(BaseModel):

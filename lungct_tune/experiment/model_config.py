@@ -28,8 +28,14 @@ class _Model(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
+class _Window(BaseModel):
+    center: Annotated[FiniteFloat, Field(ge=-1e6, le=1e6)]
+    width: Annotated[FiniteFloat, Field(ge=1, le=1e6)]
+
+
 class _Preprocessing(BaseModel):
     image_size: Annotated[int, Field(ge=32, le=2048)]
+    window: _Window | None = None
 
 
 class _Calibration(BaseModel):

@@ -150,6 +150,8 @@ class Plan:
             settings.image_size,
             class_map=settings.class_map,
             skip_unreadable=settings.skip_unreadable,
+            table=settings.table,
+            window=settings.ct_window,
         )
         if self.fingerprint not in (None, images.fingerprint):
             raise PlanError(

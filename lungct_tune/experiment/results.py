@@ -159,8 +159,9 @@ class SearchResults:
 
     @property
     def listed(self) -> int:
-        """How many images have their group named in groups.csv."""
-        return self.audit["groups"]["images_in_groups_csv"] if self.audit else 0
+        """How many images have their group named in groups.csv or a table, or their patient in DICOM."""
+        groups = self.audit["groups"] if self.audit else {}
+        return sum(groups.get(name, 0) for name in ("images_in_groups_csv", "images_with_patient_id"))
 
     @cached_property
     def counts(self) -> dict[str, list[int]]:
@@ -253,10 +254,17 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     )
 
 
+class _Planned(BaseModel):
+    seconds: tuple[FiniteFloat, FiniteFloat]
+    slowdown: FiniteFloat
+    began: FiniteFloat
+
+
 class _StudyAttributes(BaseModel, extra="allow"):
     wall_s: FiniteFloat = 0.0
     slot_s: FiniteFloat = 0.0
     cluster: str = ""
+    planned: _Planned | None = None
 
 
 def _read_split(csv: bytes) -> pd.DataFrame:

@@ -8,6 +8,7 @@ and "ended" (the outcome and its reason, as text).
 from __future__ import annotations
 
 import sqlite3
+import time
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,9 @@ BAD_SCORE = 0.0
 
 LOCKED_S = 60.0
 """How long a change of a SQLite study waits for another program that has locked the file."""
+
+PLANNED = "planned"
+"""The user attribute with the forecast of a search: its range in seconds, the slowdown by other work, and its time."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -290,7 +294,8 @@ def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> di
     `overhead_ratio` is slot time divided by the seconds that slots spent inside epochs (training and validation).
     Slot time is slots x wall time, without the time in which slots waited for room on the cluster. It is summed over
     the runs of a resumed search, which may differ in their number of slots. A ratio of 1 means no overhead; None
-    means that no epoch has ended.
+    means that no epoch has ended. Where the search has a forecast, `planned_s` is its range, and `took_s` the time from
+    it to now.
 
     Args:
         trials: the trials that have ended.
@@ -304,7 +309,13 @@ def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> di
         "slots": slots,
         "overhead_ratio": study.user_attrs.get("slot_s", 0.0) / training_s if training_s else None,
         "ended": count_outcomes(trials),
-    }
+    } | planned_and_taken(study)
+
+
+def planned_and_taken(study: optuna.Study) -> dict[str, Any]:
+    """The range that was forecast for the search, and the time since then, in seconds; empty without a forecast."""
+    planned = study.user_attrs.get(PLANNED)
+    return {"planned_s": planned["seconds"], "took_s": time.time() - planned["began"]} if planned else {}
 
 
 def count_outcomes(trials: Iterable[TrialRecord]) -> dict[str, int]:

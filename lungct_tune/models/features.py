@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,14 +17,17 @@ _BATCH = 32
 
 
 @contextmanager
-def recorded_features(model: TruncatedResNet50) -> Iterator[list[Tensor]]:
-    """Collects the pooled features (N, channels), float32, of each forward pass inside the `with` block."""
-    features: list[Tensor] = []
+def recorded_features(model: TruncatedResNet50) -> Iterator[Callable[[], Tensor]]:
+    """Yields a function for the `with` block: the pooled features (N, channels), float32, of the last forward pass.
+
+    Of the calling thread's last one: threads may compute with the same model.
+    """
+    last = threading.local()
     hook = model.get_submodule("head.float32").register_forward_hook(
-        lambda _, inputs, pooled_ND: features.append(pooled_ND.detach())
+        lambda _, inputs, pooled_ND: setattr(last, "pooled_ND", pooled_ND.detach())
     )
     try:
-        yield features
+        yield lambda: last.pooled_ND
     finally:
         hook.remove()
 
@@ -39,7 +43,9 @@ def pooled_features(model: TruncatedResNet50, images_NHW: Tensor, rows: np.ndarr
     """
     device = next(model.parameters()).device
     model.eval()
-    with recorded_features(model) as features:
+    features = []
+    with recorded_features(model) as last:
         for some in torch.as_tensor(rows, device=images_NHW.device).split(_BATCH):
             forward(model, as_grey(images_NHW[some].to(device)), normalisation)
+            features.append(last())
     return torch.cat(features).cpu().numpy()

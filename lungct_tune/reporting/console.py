@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +21,7 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.forecast import as_range, as_time
 from lungct_tune.experiment.metrics import (
     MAJORITY,
     PUBLISHED,
@@ -32,9 +33,13 @@ from lungct_tune.experiment.metrics import (
 )
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
+from lungct_tune.experiment.study import planned_and_taken
 from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.reporting.format import in_words, looks_in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
+
+if TYPE_CHECKING:
+    import optuna
 
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
@@ -76,20 +81,25 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
     for reason in verdict["reasons"]:
         console.print(f"  - {reason}", soft_wrap=True, markup=False)
     how = [] if settings.split_file else ["--split", audit["split"]["how"]]
-    same = flags(settings.model_dump(), ("split_seed", "split_file", "image_size", "class_map", "skip_unreadable"))
+    names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
+    same = flags(settings.model_dump(), names)
     words = [*command_words("audit"), "--data", audit["data"], *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 
-def print_plan(plan: Plan, slots: int, cluster: str, dashboard: str, console: Console) -> None:
-    """Prints what the search will do, and where to watch it."""
+def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: str, console: Console) -> None:
+    """Prints what the search will do and take, and where to watch it.
+
+    Args:
+        outlook: the lines on the cluster, the time and the price, by their names.
+    """
     settings = plan.settings
     while_it_runs, at_end = expected_bytes(settings, plan.space, slots)
     console.print(
         f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
     )
     lines = {
-        "cluster": cluster,
+        **outlook,
         "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none yet",
         "experiment": plan.experiment.uri,
         "study": plan.study_url,
@@ -124,8 +134,12 @@ def print_space(space: SearchSpace, console: Console) -> None:
         console.print(f"  {name}: {value} in all other trials")
 
 
-def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
-    """Prints the published configuration beside the best found, the test accuracy, and where the bundle is."""
+def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, console: Console) -> None:
+    """Prints the published configuration beside the best found, the test accuracy, and where the bundle is.
+
+    Args:
+        study: knows the planned time and when that was.
+    """
     columns = {
         "trial": ("trial", "d"),
         "depth": ("truncation_depth", "d"),
@@ -161,6 +175,8 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
                 f"{published['sd']:.3f}; gain of the best found, paired by seed {gain}",
                 soft_wrap=True,
             )
+    if planned := planned_and_taken(study):
+        console.print(f"time: {as_time(planned['took_s'])}, planned {as_range(*planned['planned_s'])}")
     _print_worth(metrics, console)
     if said := looks_in_words(metrics.looks):
         console.print(said, style="bold yellow", soft_wrap=True)
@@ -304,6 +320,8 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
         f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split, {groups['of_several_classes']} of "
         f"several classes; by threshold {by_threshold}"
     )
+    if known := groups["images_with_patient_id"]:
+        say(f"{groups['groups_from_patient_ids']} groups come from the PatientIDs of {known} DICOM images")
 
     if shortcuts["rules"]:
         chance = shortcuts["chance"]

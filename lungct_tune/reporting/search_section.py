@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import bounds, in_range
+from lungct_tune.experiment.forecast import as_range, as_time
 from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import parameter_importance
@@ -38,7 +39,7 @@ def about_the_search(found: SearchResults) -> list[str]:
         f"{OBJECTIVE_NAME} {found.judged} after its last epoch, among those that ran to their end without diverging. "
         "Of equals it is the one with the lower negative log-likelihood. No trial was shown a test image"
         f"{seen}.",
-        f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}.",
+        f"{found.done} of {found.settings['trials']} trials have ended: {endings(found)}." + _time(found),
         f"Trials were evaluated {found.judged}, on {sum(images.values())} images. The smallest class, {smallest}, has "
         f"{n} of them: one image of it changes the {OBJECTIVE_NAME} by {100 / (len(images) * n):.1f} points. Smaller "
         "differences between trials mean nothing."
@@ -65,6 +66,15 @@ def about_the_search(found: SearchResults) -> list[str]:
     if found.seeds:
         sentences.append(over_seeds(found.seeds))
     return sentences
+
+
+def _time(found: SearchResults) -> str:
+    """The time that was planned beside the time that it took."""
+    if found.bundle is None or not (planned := found.bundle.metrics.search.get("planned_s")):
+        return ""
+    until = "the evaluation of the final model" if found.test else "the best model so far"
+    took = as_time(found.bundle.metrics.search["took_s"])
+    return f" Planned time: {as_range(*planned)}. It took {took} to {until}."
 
 
 def over_seeds(seeds: Mapping[str, Any]) -> str:

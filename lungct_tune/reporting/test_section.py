@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lungct_tune.config.window import parse_window
 from lungct_tune.data import DataError, ImageSet, fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment.metrics import (
@@ -149,8 +150,8 @@ def difference(test: TestMetrics) -> str:
     )
 
 
-def find_pictures(found: SearchResults, data: str | Path | None, is_local: bool) -> Pictures:
-    """Reads the images of a search, from `data` or from the search's own path; if it cannot, says why.
+def find_pictures(found: SearchResults, data: str | Path | None, is_local: bool, table: Path | None = None) -> Pictures:
+    """Reads the images of a search, from `data` and `table` or from the search's own paths; if it cannot, says why.
 
     Args:
         is_local: whether the search is in a folder. Paths are not taken from a remote storage, see `confirm_paths`.
@@ -161,6 +162,8 @@ def find_pictures(found: SearchResults, data: str | Path | None, is_local: bool)
             missing="addresses, and paths on a remote storage, are not taken from an experiment, since others may "
             f"write to it; give the folder of the images with --data DIR (settings.yaml names {settings['data']})"
         )
+    if settings["table"] and not table and not is_local:
+        return Pictures(missing=f"give the search's table with --table FILE (settings.yaml names {settings['table']})")
     root = data or settings["data"] or make_phantoms(default_cache(), settings["seed"])
     try:
         images = read_images(
@@ -168,6 +171,8 @@ def find_pictures(found: SearchResults, data: str | Path | None, is_local: bool)
             settings["image_size"],
             class_map=settings["class_map"],
             skip_unreadable=settings["skip_unreadable"],
+            table=table or (Path(settings["table"]) if settings["table"] else None),
+            window=parse_window(settings["window"]) if settings["window"] else None,
         )
     except DataError as error:
         return Pictures(missing=f"{error}\nGive the folder of the images with --data DIR")

@@ -18,6 +18,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport
+from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import draining_nodes
 from lungct_tune.tuning.shared_data import SharedDataset
@@ -143,8 +144,9 @@ class EarlySlot:
     def _start(self) -> None:
         from lungct_tune.tuning.slot_actor import SlotActor
 
-        self._mailbox = open_mailbox(self._search)
-        self._slot = SlotActor(self._plan, self._search)
+        with stop_delayed():
+            self._mailbox = open_mailbox(self._search)
+            self._slot = SlotActor(self._plan, self._search)
 
     def _release(self) -> None:
         from lungct_tune.tuning.groups import remove_placement_groups

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from math import ceil, floor, sqrt
+from math import sqrt
 from statistics import fmean, pstdev
 
 from rich.console import RenderableType
@@ -12,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.experiment.forecast import Forecast, Progress, as_range
 from lungct_tune.experiment.trial import BASELINE, TrialRecord
 
 REPORT_S = (5.0, 30.0)
@@ -22,12 +25,16 @@ BAR_WIDTH = 24
 SPREAD = 2.0
 """The range of the epochs of trials to come, in standard errors."""
 
+TIMES_PLAYED, REST = 30, 50
+"""How often the rest of a search is played for a new forecast, and how many times as long none is made after that."""
+
 
 class TimeLeft:
     """Estimates the time to the end of a search from the epochs that are left.
 
-    Trials that have ended say how many epochs the next ones take, since ASHA stops most of them early. The latest end
-    is never put off, unless even the earliest end would be after it.
+    The forecast of the plan says how long the rest takes, at the pace that was measured since. Without one, trials that
+    have ended say how many epochs the next ones take, since ASHA stops most of them early. The latest end is never put
+    off, unless even the earliest end would be after it.
 
     Args:
         trials: of the whole search.
@@ -37,6 +44,7 @@ class TimeLeft:
         retrainings: how many trainings follow in the retraining's slot, one after the other.
         seeds: how many more follow, in all slots.
         earlier: the trials that have begun before this run.
+        forecast: of the whole search.
         now: the clock, in seconds.
     """
 
@@ -49,10 +57,17 @@ class TimeLeft:
         retrainings: int,
         seeds: int,
         earlier: Sequence[TrialRecord],
+        forecast: Forecast | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._trials, self._rungs, self._epochs, self._slots = trials, rungs, epochs, slots
         self._retrainings, self._seeds, self._now = retrainings, seeds, now
+        self._forecast, self._made = forecast, (-math.inf, 0.0, (0.0, 0.0))
+        """The last forecast: from when on another is made, when it was made, and its range."""
+        self._hyperparameters: dict[int, Hyperparameters] = {}
+        self._foreseen_s = 0.0
+        """What the forecast has for the epochs that were trained."""
+        self._reached = dict.fromkeys(rungs, 0)
         self._running: dict[int, int] = {}
         self._lengths: list[int] = []
         """Epochs of the trials that have ended, without the published configuration, which is never stopped."""
@@ -63,26 +78,34 @@ class TimeLeft:
         self._began: float | None = None
         """When the first epoch of this run began."""
         self._retrained: tuple[int, int, float] | None = None
+        self._retraining: Hyperparameters | None = None
+        self._is_report = False
         self._latest: float | None = None
         """When the search will have ended, at the latest, by the clock."""
         for trial in earlier:
+            self._hyperparameters[trial.number] = trial.hyperparameters
             if trial.history:
                 self._epoch_s[trial.number] = trial.seconds / len(trial.history)
             if trial.is_finished:
+                self._reach(0, len(trial.history))
                 self._count(trial)
         self._known_s = fmean(self._epoch_s.values()) if self._epoch_s else None
         self._earlier_s, self._start, self._share = sum(trial.seconds for trial in earlier) / slots, now(), 0.0
 
-    def add(self, number: int, epoch: int, seconds: Sequence[float]) -> None:
+    def add(self, number: int, hyperparameters: Hyperparameters, epoch: int, seconds: Sequence[float]) -> None:
         """Counts epochs of a trial that runs.
 
         Args:
             epoch: its last one.
             seconds: of each epoch that was trained.
         """
+        self._hyperparameters[number] = hyperparameters
+        self._reach(self._running.get(number, 0), epoch)
         self._running[number] = epoch
         if not seconds:
             return
+        if self._forecast:
+            self._foreseen_s += len(seconds) * self._forecast.epoch_s(hyperparameters)
         if self._began is None:
             self._began = self._now() - sum(seconds)
         self._trained += len(seconds)
@@ -100,9 +123,11 @@ class TimeLeft:
 
     def retrain(self, number: int, epochs: int) -> None:
         """A retraining of a trial starts, the next one of `retrainings`."""
-        self._retrainings = max(0, self._retrainings - 1)
+        self._retrainings = max(0, self._retrainings - 1) if number != BASELINE else 0  # it is not compared with itself
         self._retrained = epochs, 0, self._epoch_s.get(number, self._epoch_seconds() or 1.0)
+        self._retraining = self._hyperparameters.get(number, PUBLISHED)
         self._began = self._now()
+        self._made = (-math.inf, 0.0, (0.0, 0.0))
 
     def retrained(self, epoch: int) -> None:
         """The retraining has trained so many epochs."""
@@ -111,7 +136,8 @@ class TimeLeft:
 
     def report(self) -> None:
         """Only the bundle and the report are left."""
-        self._retrained, self._retrainings, self._seeds = None, 0, 0
+        self._retrained, self._retrainings, self._seeds, self._is_report = None, 0, 0, True
+        self._made = (-math.inf, 0.0, (0.0, 0.0))
 
     @property
     def epochs_left(self) -> tuple[float, float]:
@@ -127,8 +153,8 @@ class TimeLeft:
 
     @property
     def seconds(self) -> tuple[float, float] | None:
-        """Seconds left, at least and at most; None as long as no epoch has been trained."""
-        estimate = self._estimate()
+        """Seconds left, at least and at most; None without a forecast as long as no epoch has been trained."""
+        estimate = self._estimate() if self._forecast is None else self._from_forecast(self._forecast)
         if estimate is None:
             return None
         now = self._now()
@@ -160,6 +186,34 @@ class TimeLeft:
     def __str__(self) -> str:
         left = self.seconds
         return "time left: known after the first epoch" if left is None else f"{as_range(*left)} left"
+
+    def _reach(self, before: int, epoch: int) -> None:
+        for rung in self._reached:
+            self._reached[rung] += before < rung <= epoch
+
+    def _from_forecast(self, forecast: Forecast) -> tuple[float, float]:
+        now = self._now()
+        due, made, (low, high) = self._made
+        if now >= due:
+            began, made = time.perf_counter(), now
+            low, high = forecast.left(self._progress, TIMES_PLAYED)
+            self._made = now + REST * (time.perf_counter() - began), made, (low, high)
+        return max(0.0, low - (now - made)), max(0.0, high - (now - made))
+
+    @property
+    def _progress(self) -> Progress:
+        running = [(number, self._hyperparameters[number], epoch) for number, epoch in list(self._running.items())]
+        retraining = [(self._retraining, self._retrained[1])] if self._retrained and self._retraining else []
+        after = [*retraining, *[(PUBLISHED, 0)] * self._retrainings]
+        return Progress(
+            ended=self._ended,
+            running=running,
+            reached=self._reached,
+            slowness=self._training_s / self._foreseen_s if self._foreseen_s else None,
+            started=self._trained > 0,
+            retraining=after if self._retraining or self._is_report else None,
+            seeds=self._seeds,
+        )
 
     def _count(self, trial: TrialRecord) -> None:
         self._ended += 1
@@ -204,14 +258,3 @@ def _bar(done: float, total: float, text: str) -> RenderableType:
     line = Table.grid(padding=(0, 1))
     line.add_row(ProgressBar(total=total, completed=done, width=BAR_WIDTH), Text(text))
     return line
-
-
-def as_range(low: float, high: float) -> str:
-    """A range of seconds as text: "3 to 6 min", or "about 2 h" if both ends are the same."""
-    unit, name = next(
-        (size, name) for size, name in ((3600, "h"), (60, "min"), (1, "s")) if high >= 1.5 * size or size == 1
-    )
-    least, most = floor(low / unit), ceil(high / unit)
-    if least == 0:
-        return f"at most {most} {name}"
-    return f"about {most} {name}" if least == most else f"{least} to {most} {name}"

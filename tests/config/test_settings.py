@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lungct_tune.config.settings import Settings, SettingsError, read_settings, validate
+from lungct_tune.config.settings import Settings, SettingsError, flags, read_settings, validate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,6 +129,22 @@ def test_a_password_in_the_studys_url_is_refused_and_not_repeated(url: str, tmp_
 def test_other_options_in_the_studys_url_are_kept() -> None:
     url = "postgresql://me@db/x?sslmode=verify-full&sslkey=/keys/me&passfile=/keys/pgpass"
     assert validate({"study": url}).study == url
+
+
+@pytest.mark.parametrize(
+    ("window", "means"),
+    [("lung", (-600, 1500)), ("mediastinum", (50, 350)), ("-600,1500", (-600, 1500)), ("40, 1.5", (40, 1.5))],
+)
+def test_a_window_has_a_name_or_a_center_and_a_width(window: str, means: tuple[float, float]) -> None:
+    settings, _ = read_settings([f"--window={window}"])
+    assert settings.ct_window == means
+    assert read_settings(flags(settings.model_dump(), ["window"]))[0] == settings
+
+
+@pytest.mark.parametrize("window", ["bone", "1", "1,2,3", "a,b", "0,0.5", "nan,400", "40,inf", "1e9,400"])
+def test_a_window_that_is_none_is_refused(window: str) -> None:
+    with pytest.raises(SettingsError, match=r"window = .*: expected lung, mediastinum or CENTER,WIDTH"):
+        read_settings(["--window", window])
 
 
 def test_images_may_be_a_uri_and_a_folder_may_be_written_as_one(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from lungct_tune.data import DataError, cache, read_images
-from lungct_tune.data.decode import MEMORY, MOST_PIXELS, Decoded, decode
-from lungct_tune.data.grey import PERCENTILES, to_grey
+from lungct_tune.data.decode import MEMORY, Decoded, decode
+from lungct_tune.data.grey import MOST_PIXELS, PERCENTILES, to_grey
 
 MEASURE = """
 import resource, sys
@@ -82,7 +82,7 @@ def test_no_more_threads_decode_than_memory_allows(
             Image.fromarray(pixels_HW).save(tmp_path / "images" / name / f"{number}.png")
     decoding, most, lock = 0, 0, threading.Lock()
 
-    def counted(path: Path, size: int) -> Decoded:
+    def counted(path: Path, size: int, _: None) -> Decoded:
         nonlocal decoding, most
         with lock:
             decoding += 1

@@ -28,6 +28,8 @@ def test_values_within_bounds_are_read_as_they_are() -> None:
     [
         ({"preprocessing": {"image_size": 1_000_000}}, "preprocessing.image_size"),
         ({"preprocessing": {}}, "preprocessing.image_size"),
+        ({"preprocessing": {"image_size": 64, "window": {"center": 0, "width": 0}}}, "preprocessing.window.width"),
+        ({"preprocessing": {"image_size": 64, "window": "lung"}}, "preprocessing.window"),
         ({"model": {"truncation_depth": 50, "dropout": 0.5}}, "model.truncation_depth"),
         ({"model": {"truncation_depth": 20, "dropout": 1.0}}, "model.dropout"),
         ({"classes": [f"class {n}" for n in range(1001)]}, "classes"),

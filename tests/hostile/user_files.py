@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from cases import AUDIT, BOMB, SECRET, Case, changed, file_in, png, saved, written
+from dicom_files import write_slice
 from PIL import Image
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 
 def image_cases() -> Iterator[Case]:
@@ -28,6 +31,7 @@ def image_cases() -> Iterator[Case]:
         flipped = bytearray(whole["PNG"])
         flipped[50 + 90 * seed] ^= 0xFF
         contents[f"PNG with a changed byte {seed}"] = bytes(flipped)
+    contents |= dicom_contents()
     contents["frames"] = saved(noise, "GIF", save_all=True, append_images=[noise.rotate(90), noise.rotate(45)])
     contents["pages"] = saved(noise, "TIFF", save_all=True, append_images=[noise.rotate(90)])
     contents["not a number"] = saved(Image.fromarray(np.full((24, 24), np.nan, np.float32)), "TIFF")
@@ -49,6 +53,32 @@ def image_cases() -> Iterator[Case]:
     }
     for name, do in special.items():
         yield Case(f"image, {name}", "audit", AUDIT, changed(do), "broken")
+
+
+def dicom_contents() -> dict[str, bytes]:
+    """DICOM files that are damaged, ask for memory, or have what a decoder does not expect."""
+    with tempfile.TemporaryDirectory() as scratch:
+        grey_HW = np.random.default_rng(2).integers(0, 256, (32, 32), dtype=np.uint8)
+        plain, deflated, rle, jpeg2000 = (
+            write_slice(Path(scratch, "x"), grey_HW, syntax=syntax).read_bytes()
+            for syntax in (ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEG2000Lossless)
+        )
+        huge = write_slice(Path(scratch, "x"), grey_HW, Rows=60_000, Columns=60_000)
+        contents = {"DICOM, huge": huge.read_bytes()}
+        window = write_slice(Path(scratch, "x"), grey_HW, WindowWidth="-1")
+        contents["DICOM, a window that is none"] = window.read_bytes()
+    bomb = bytearray(jpeg2000)
+    size = bomb.find(b"\xff\x4f\xff\x51") + 8
+    bomb[size : size + 8] = struct.pack(">2I", 60_000, 60_000)
+    contents["DICOM, JPEG 2000 that is larger than its file says"] = bytes(bomb)
+    contents["DICOM, only the preamble"] = plain[:132]
+    contents["DICOM, cut in the header"] = plain[:400]
+    contents["DICOM, cut in the pixels"] = plain[:-900]
+    contents["DICOM, deflated and cut"] = deflated[:-300]
+    deep = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 20_000
+    contents["DICOM, sequences in sequences"] = plain[: plain.find(b"\x08\x00\x08\x00CS")] + deep
+    contents["DICOM, RLE and cut"] = rle[:-900]
+    return contents
 
 
 def _touch(path: Path) -> Path:

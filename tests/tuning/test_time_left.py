@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.config.search_space import parse_space
+from lungct_tune.experiment.forecast import BEGINNING, Forecast, Workload
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
-from lungct_tune.tuning.time_left import REPORT_S, TimeLeft, as_range
+from lungct_tune.training.pace import Pace
+from lungct_tune.tuning.time_left import REPORT_S, TIMES_PLAYED, TimeLeft
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,14 +33,14 @@ def record(number: int, epochs: int, outcome: Outcome = Outcome.STOPPED) -> Tria
 
 
 def estimate(clock: Clock, earlier: Sequence[TrialRecord] = (), retrainings: int = 1) -> TimeLeft:
-    return TimeLeft(12, (1, 3), 9, 1, retrainings, 0, earlier, clock)
+    return TimeLeft(12, (1, 3), 9, 1, retrainings, 0, earlier, now=clock)
 
 
 def train(left: TimeLeft, clock: Clock, number: int, epochs: int) -> None:
     """A trial of so many epochs, to its end."""
     for epoch in range(1, epochs + 1):
         clock.now += EPOCH_S
-        left.add(number, epoch, [EPOCH_S])
+        left.add(number, PUBLISHED, epoch, [EPOCH_S])
     left.end(record(number, epochs))
 
 
@@ -83,16 +87,49 @@ def test_a_resumed_search_knows_at_once_what_earlier_trials_took() -> None:
     assert left.epochs_left[1] < 7 * 9 and left.share > 0
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        ((12, 40), "12 to 40 s"),
-        ((95, 300), "1 to 5 min"),
-        ((10, 130), "at most 3 min"),
-        ((3000, 6000), "50 to 100 min"),
-        ((7000, 8000), "1 to 3 h"),
-        ((5.2, 5.9), "5 to 6 s"),
-    ],
-)
-def test_a_range_is_rounded_outwards(seconds: tuple[float, float], text: str) -> None:
-    assert as_range(*seconds) == text.replace("50 to 100 min", "at most 2 h")
+def foreseen(clock: Clock, trials: int = 8) -> tuple[TimeLeft, Forecast]:
+    space = parse_space("truncation_depth: {low: 20, high: 20}", "space")
+    pace = Pace("CPU", 2.0, 0.1, 16, (20,), (0.5,), (0.01,))
+    work = Workload(trials, 9, (3,), 1, 64, 10, 74, 20, 16, compares=True)
+    forecast = Forecast(work, space, pace)
+    return TimeLeft(trials, (3,), 9, 1, 2, 0, (), forecast, clock), forecast
+
+
+def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_put_off() -> None:
+    """The trials and the retraining take just what the forecast has for an epoch, and most are stopped at the rung."""
+    clock = Clock()
+    left, forecast = foreseen(clock)
+    assert left.seconds == pytest.approx(forecast.left(BEGINNING, TIMES_PLAYED))
+    epoch_s, latest = forecast.epoch_s(PUBLISHED), []
+    clock.now += forecast.start_s
+    for number, epochs in enumerate([9, 3, 9, 3, 3, 3, 3, 3]):
+        for epoch in range(1, epochs + 1):
+            clock.now += epoch_s
+            left.add(number, PUBLISHED, epoch, [epoch_s])
+            assert left.seconds is not None
+            latest.append(clock.now + left.seconds[1])
+        left.end(record(number, epochs))
+    left.search_ended()
+    left.retrain(2, 9)
+    for epoch in range(1, 10):
+        clock.now += epoch_s
+        left.retrained(epoch)
+        assert left.seconds is not None
+        latest.append(clock.now + left.seconds[1])
+    left.report()
+    assert left.seconds is not None
+    latest.append(clock.now + left.seconds[1])
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(latest))
+    assert left.seconds[1] < 30
+
+
+def test_slower_epochs_than_foreseen_put_the_end_off() -> None:
+    clock = Clock()
+    left, forecast = foreseen(clock)
+    first, epoch_s = left.seconds, 4 * forecast.epoch_s(PUBLISHED)
+    for epoch in range(1, 10):
+        clock.now += epoch_s
+        left.add(0, PUBLISHED, epoch, [epoch_s])
+    left.end(record(0, 9))
+    clock.now += 60  # a new forecast is not made at every call
+    assert first is not None and left.seconds is not None and left.seconds[0] > first[1]

@@ -78,7 +78,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
                 self._add(record)
             else:
                 self._running[record.number] = _interrupted(record)
-                left.add(record.number, len(record.history), ())
+                left.add(record.number, record.hyperparameters, len(record.history), ())
         self._held = ExitStack()
 
     def __enter__(self) -> ProgressCallback:
@@ -103,7 +103,8 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         if report.epochs and number in self._running:
             last, running = report.epochs[-1], self._running[number]
             running.epoch, running.score, running.state = last.epoch, last.balanced_accuracy, "running"
-            self._left.add(number, last.epoch, [figures.seconds for figures in report.trained])
+            seconds = [figures.seconds for figures in report.trained]
+            self._left.add(number, running.hyperparameters, last.epoch, seconds)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._end(trial)

@@ -1,0 +1,149 @@
+"""Prices of nodes, from clusters/prices.yaml, and the node types that an autoscaler's configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
+from lungct_tune.errors import UserError
+from lungct_tune.files import open_file
+
+PACKAGE = Path(__file__).parents[1]
+PRICES = Path("clusters", "prices.yaml")
+
+Amount = Annotated[float, Field(ge=0, lt=100_000, allow_inf_nan=False, strict=True)]
+
+
+class PricesError(UserError):
+    """Prices that cannot be used. The message names the file and the key, and says what to do."""
+
+
+class NodePrice(BaseModel):
+    """The price of an hour of one node, and its GPU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on_demand: Amount
+    spot: Amount | None = None
+    gpu: Annotated[str, Field(min_length=1)] | None = None
+    """What the name of its GPU contains."""
+    gpus: Annotated[int, Field(ge=0, le=64, strict=True)] = 0
+    looked_up: Annotated[str, Field(min_length=1, max_length=100)]
+    """When and where."""
+
+
+class Prices(BaseModel):
+    """All prices, by node type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    currency: Annotated[str, Field(min_length=1, max_length=20)]
+    node_types: dict[str, NodePrice]
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """A node type of an autoscaler's configuration."""
+
+    instance: str
+    """The cloud's name for it, such as "g6.xlarge"."""
+    is_spot: bool
+    most: int
+    """The most nodes of this type."""
+
+
+@dataclass(frozen=True)
+class PricedCluster:
+    """The node types of an autoscaler's configuration, and their prices."""
+
+    file: str
+    head: NodeType
+    workers: tuple[NodeType, ...]
+    most_workers: int
+    """The most workers of all types together."""
+    idle_minutes: float
+    """How long a worker without work stays."""
+
+    @property
+    def instances(self) -> list[str]:
+        """The cloud's names for its types, each once."""
+        return list(dict.fromkeys(kind.instance for kind in (self.head, *self.workers)))
+
+    def hourly(self, prices: Prices, workers: int) -> tuple[float, float]:
+        """The least and the most that an hour of the head and of so many workers costs."""
+        head = prices.node_types[self.head.instance].on_demand
+        of_worker = [_price(prices.node_types[kind.instance], kind.is_spot) for kind in self.workers] or [0.0]
+        return head + workers * min(of_worker), head + workers * max(of_worker)
+
+
+def _price(price: NodePrice, is_spot: bool) -> float:
+    return price.spot if is_spot and price.spot is not None else price.on_demand
+
+
+def read_prices() -> tuple[Path, Prices] | None:
+    """The prices in clusters/prices.yaml of the working folder, or else of the program; None if there is no such file.
+
+    Raises:
+        PricesError: the file cannot be read, or a key or a value is wrong.
+    """
+    places = (PRICES, PACKAGE / PRICES, PACKAGE.parent / PRICES)
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        return None
+    try:
+        with open_file(file, MOST_BYTES) as stream:
+            content = parse_yaml(stream.read())
+    except (OSError, ValueError) as error:
+        raise PricesError(f"{file}: {error}") from error
+    try:
+        return file, Prices.model_validate(content)
+    except ValidationError as error:
+        raise PricesError("\n".join(_explain(file, problem) for problem in error.errors())) from None
+
+
+def _explain(file: Path, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    found = "" if problem["type"] == "missing" else f", found {problem['input']!r:.100}"
+    known = f"; a node type has {', '.join(NodePrice.model_fields)}" if problem["type"] == "extra_forbidden" else ""
+    return f"{file}: {key + ': ' if key else ''}{problem['msg'].lower()}{found}{known}"
+
+
+def priced_cluster(file: Path) -> PricedCluster | None:
+    """The node types in an autoscaler's configuration; None where it names none, as for own machines.
+
+    Sources: https://docs.ray.io, "Cluster YAML configuration options"; the node_config of Amazon (EC2's RunInstances)
+    and Google (Compute Engine's instances).
+    """
+    try:
+        config = yaml.safe_load(file.read_text())  # Ray's file, with aliases
+        types = config["available_node_types"]
+        head = config["head_node_type"]
+        of_workers = [kind for name, kind in types.items() if kind.get("max_workers", name != head)]
+        most = config.get("max_workers", 0)
+        workers = tuple(_node_type(kind, kind.get("max_workers", most)) for kind in of_workers)
+        return PricedCluster(
+            str(file), _node_type(types[head], 1), workers, most, float(config.get("idle_timeout_minutes", 5))
+        )
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _node_type(kind: Mapping[str, Any], most: int) -> NodeType:
+    node: Mapping[str, Any] = kind["node_config"]
+    instance = node["InstanceType"] if "InstanceType" in node else node["machineType"]
+    is_spot = (
+        node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+        or node.get("scheduling", {}).get("provisioningModel") == "SPOT"
+    )
+    return NodeType(str(instance).rpartition("/")[2], is_spot, most)
+
+
+def without_price(cluster: PricedCluster, prices: Prices) -> Sequence[str]:
+    """The node types of a cluster that have no price."""
+    return [name for name in cluster.instances if name not in prices.node_types]

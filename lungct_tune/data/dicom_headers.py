@@ -1,0 +1,118 @@
+"""Whose image a DICOM file is, and of which series, without a name: hashes with a key that only this user has.
+
+Two files of one patient have the same hash, in this run and the next. Without the key, nobody can compute it from a
+PatientID. The key is in the user's cache, and never in what a search writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from lungct_tune.data import dicom
+from lungct_tune.data.cache import require_space
+
+Pseudonym = Callable[[str, str], str]
+"""Hashes an identifier, given its kind ("patient" or "series") and its value."""
+
+_KEY, _KEY_BYTES = "pseudonyms.key", 32
+_LETTERS = 16  # hexadecimal: 64 bits
+
+
+class Header(NamedTuple):
+    """What is used of a DICOM file's header."""
+
+    aside: str
+    """Why it is no slice to learn from, see `dicom.why_aside`; "" if it may be one."""
+    patient: str
+    """The hash of its PatientID, or "" if that is missing or empty."""
+    series: str
+    """The hash of its SeriesInstanceUID, or "" if that is missing."""
+
+
+def pseudonyms(cache: Path) -> Pseudonym:
+    """The user's keyed hash (HMAC with SHA-256). Makes the key in the cache folder if there is none.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    require_space(cache, _KEY_BYTES)
+    file = cache / _KEY
+    if not file.exists() or file.stat().st_size != _KEY_BYTES:
+        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as new:  # only the user may read it
+            new.write(secrets.token_bytes(_KEY_BYTES))
+        os.replace(new.name, file)
+    key = file.read_bytes()
+
+    def pseudonym(kind: str, value: str) -> str:
+        return hmac.new(key, f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()[:_LETTERS]
+
+    return pseudonym
+
+
+def read_header(path: Path, pseudonym: Pseudonym) -> Header:
+    """Reads a DICOM file's header. That of a damaged file is empty; `decode` then says what is wrong with it.
+
+    Raises:
+        DataError: pydicom is not installed.
+    """
+    try:
+        header, has_pixels = dicom.read_header(path)
+        with dicom.nameless("its DICOM header cannot be read"):
+            patient, series = (str(header.get(name) or "").strip() for name in ("PatientID", "SeriesInstanceUID"))
+            aside = dicom.why_aside(header, has_pixels)
+    except (OSError, ValueError):
+        return Header("", "", "")
+    return Header(aside, patient and f"patient-{pseudonym('patient', patient)}", series and pseudonym("series", series))
+
+
+def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: bool = False) -> dict[str, Header]:
+    """The headers of those files that are DICOM, by path. Those that were read before come from the cache.
+
+    Args:
+        root: the folder of the files.
+        digests: the sha256 of each file, by its path in that folder.
+        cache: the user's cache folder.
+        progress: show a bar, if stderr is a terminal.
+
+    Raises:
+        DataError: there are DICOM files and pydicom is not installed, or the cache folder cannot be written.
+    """
+    with ThreadPoolExecutor() as pool:
+        are_dicom = list(pool.map(lambda path: dicom.is_dicom(root / path), digests))
+    paths = [path for path, is_dicom in zip(digests, are_dicom, strict=True) if is_dicom]
+    if not paths:
+        return {}
+    dicom.load_pydicom()
+    pseudonym = pseudonyms(cache)
+    content = [dicom.VERSION, pseudonym("key", ""), [digests[path] for path in paths]]
+    entry = cache / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}.headers.json"
+    try:
+        kept = [Header(*header) for header in json.loads(entry.read_text())]
+    except (OSError, ValueError, TypeError):
+        kept = []
+    if len(kept) != len(paths):
+        shown = track(
+            paths,
+            description="Reading DICOM headers",
+            console=Console(stderr=True),
+            transient=True,
+            disable=not (progress and sys.stderr.isatty()),
+        )
+        kept = [read_header(root / path, pseudonym) for path in shown]
+        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as new:
+            json.dump(kept, new)
+        os.replace(new.name, entry)
+    return dict(zip(paths, kept, strict=True))

@@ -1,0 +1,89 @@
+"""Reads a table of the images and their classes, for a data folder without class folders."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from io import StringIO
+from pathlib import Path
+
+import pandas as pd
+
+from lungct_tune.data.dicom_headers import Header, Pseudonym
+from lungct_tune.data.folders import DataError, Found, ImageFile, class_named, count_aside, known_groups, read_listing
+from lungct_tune.data.scan import GROUPS, Scan
+from lungct_tune.files import read_text
+
+UNLISTED = "files that the table does not name"
+
+SERIES, CLASS, GROUP = "SeriesInstanceUID", "class", "group"
+
+
+def find_listed(
+    root: Path,
+    table: Path,
+    found: Scan,
+    headers: Mapping[str, Header],
+    pseudonym: Pseudonym,
+    class_map: Mapping[str, str] | None = None,
+) -> tuple[Found, dict[str, str | None]]:
+    """Finds the images that a table names, and the group of each of their paths, None if it is not known.
+
+    The table is a CSV file. Each line has a path, relative to `root`, or the SeriesInstanceUID of a DICOM series; its
+    class; and perhaps its group, for example the patient. Without groups, groups.csv in the data folder may give them.
+
+    Args:
+        root: the data folder.
+        table: the file.
+        found: all that is in the data folder.
+        headers: of the DICOM files in it, by path.
+        pseudonym: what hashed the series in `headers`.
+        class_map: other names for classes of the table.
+
+    Raises:
+        DataError: the table is malformed, names an image twice or one that is not there, or has fewer than two classes.
+    """
+    if SERIES in _read(table):
+        rows = _images_of_series(root, table, headers, pseudonym)
+    else:
+        rows = read_listing(table, ["path", CLASS], found.files, root, root, also=[GROUP])
+    classes = {name: class_named(name, class_map) for name in rows[CLASS].unique()}
+    if len(set(classes.values())) < 2:
+        raise DataError(f"{table} has images of fewer than two classes; add lines for another class")
+    files = [ImageFile(str(path), "", classes[name]) for path, name in rows[CLASS].items()]
+    in_root = [path for path in found.groups if path == GROUPS]
+    known = dict(zip(found.files, known_groups(root, in_root, found.files), strict=True))
+    if GROUP in rows:
+        known |= rows[GROUP]
+    for path in sorted({*found.files} - {*rows.index}):
+        found.put_aside(UNLISTED, path)
+    return Found(sorted(files), [], sorted(found.unreadable), count_aside(found.aside)), known
+
+
+def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], pseudonym: Pseudonym) -> pd.DataFrame:
+    """The class and perhaps the group of each image of the series in the table. The index is the images' paths."""
+    rows = _read(table)
+    if CLASS not in rows:
+        raise DataError(f"{table} is not a CSV file with the columns {SERIES},{CLASS} and perhaps {GROUP}")
+    rows = rows[[SERIES, CLASS, *rows.columns.intersection([GROUP])]]
+    paths_of: dict[str, list[str]] = {}
+    for path, header in headers.items():
+        paths_of.setdefault(header.series, []).append(path)
+    lines: dict[str, dict[Hashable, str]] = {}
+    for number, row in enumerate(rows.to_dict("records"), start=2):
+        where = f"{table}, line {number}"  # the series is not in a message, since it identifies a patient
+        if empty := [name for name, value in row.items() if not value.strip()]:
+            raise DataError(f"{where} has an empty {empty[0]}; fill it, or remove the line")
+        paths = paths_of.get(pseudonym("series", row[SERIES].strip()), [])
+        if not paths:
+            raise DataError(f"{where}: {root} has no file of this series; correct or remove the line")
+        if paths[0] in lines:
+            raise DataError(f"{where} names its series again; remove one of the lines")
+        lines |= dict.fromkeys(paths, row)
+    return pd.DataFrame(list(lines.values()), index=list(lines), columns=rows.columns)
+
+
+def _read(table: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(StringIO(read_text(table)), dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the table {table} cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,130 @@
+"""Starts and ends the server: Ray, Ray Serve, and the two deployments."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from lungct_tune.errors import UserError
+from lungct_tune.evaluation.classifier import BATCH, Classifier
+from lungct_tune.serving.model import Model
+from lungct_tune.serving.web import APPLICATION, MODEL, Web
+from lungct_tune.tuning.allocation import ClusterError
+from lungct_tune.tuning.cluster import autoscaler_nodes, joined
+
+WAITING = 100
+"""Requests that are worked on at a time, and twice as many that wait. Others are refused with the status 503."""
+
+
+class ServeError(UserError):
+    """The server cannot start. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many replicas there are, and what each of them has."""
+
+    least: int = 1
+    most: int | None = None
+    """None: as many as the cluster has room for now."""
+    gpus: float | None = None
+    """Of each; 0 is one CPU. None: one GPU, or on a cluster without GPUs one CPU."""
+
+
+@contextmanager
+def serving(
+    classifier: Classifier, host: str, port: int, token: str | None, replicas: Replicas, address: str | None
+) -> Iterator[str]:
+    """Serves a bundle's model inside the `with` block.
+
+    Args:
+        token: is asked for; None: nothing is asked for.
+        address: of a Ray cluster; None is the one at hand, or a new one on this machine.
+
+    Yields:
+        What the replicas are, as text.
+
+    Raises:
+        ServeError: the port is taken, Ray Serve runs already, or a replica cannot start.
+        ClusterError: the cluster cannot be joined, or has no room.
+    """
+    _check_port(host, port)
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+    # at its end Ray Serve kills its controller, which still has a task, and Ray would print that
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with joined(address, False, "serve"):
+        if serve.status().proxies:
+            raise ServeError(
+                "Ray Serve runs already on this cluster; end it (`serve shutdown`), or leave --address out and unset "
+                "RAY_ADDRESS to start another cluster"
+            )
+        gpus, least, most = _scale(replicas, ray.cluster_resources())
+        about = {
+            "bundle": classifier.config["settings"]["name"],
+            "classes": list(classifier.classes),
+            "image_size": classifier.image_size,
+            "threshold": classifier.threshold,
+        }
+        model = serve.deployment(
+            name=MODEL,
+            max_ongoing_requests=2 * BATCH,  # one batch waits while another one is computed
+            autoscaling_config=AutoscalingConfig(
+                min_replicas=least, max_replicas=most, target_ongoing_requests=BATCH if gpus else 4
+            ),
+            ray_actor_options={"num_cpus": 0 if gpus else 1, "num_gpus": gpus},
+        )(Model).bind(ray.put(classifier), "cuda" if gpus else "cpu")
+        web = serve.deployment(
+            max_ongoing_requests=WAITING, max_queued_requests=2 * WAITING, ray_actor_options={"num_cpus": 0}
+        )(Web).bind(model, about, hashlib.sha256(token.encode()).digest() if token else None)
+        quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+        try:
+            serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
+            serve.run(web, name=APPLICATION, logging_config=quiet)
+            each = f"{gpus:g} GPU" if gpus else "1 CPU"
+            yield f"{least} to {most} replicas, each with {each}" if most > least else f"{least} replicas with {each}"
+        except RuntimeError as error:
+            raise ServeError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
+        finally:
+            serve.shutdown()
+
+
+def _why() -> str:
+    """The last line of what Ray Serve says of each deployment."""
+    deployments = serve.status().applications[APPLICATION].deployments
+    return "\n".join(f"{name}: {it.message.strip().rpartition(chr(10))[2]}" for name, it in deployments.items())
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise ServeError(
+            f"--host {host} --port {port}: nothing can listen there ({error.strerror}); choose another --port or --host"
+        ) from error
+
+
+def _scale(replicas: Replicas, resources: Mapping[str, Any]) -> tuple[float, int, int]:
+    """GPUs of a replica, and the least and the largest number of replicas."""
+    gpus = replicas.gpus if replicas.gpus is not None else float(resources.get("GPU", 0) >= 1)
+    kind, each = ("GPU", gpus) if gpus else ("CPU", 1)
+    room = int(resources.get(kind, 0) / each + 1e-9)
+    if replicas.least > room and autoscaler_nodes() == []:
+        raise ClusterError(
+            f"{replicas.least} replicas with {each:g} {kind} each do not fit: the cluster has "
+            f"{resources.get(kind, 0):g} {kind}. Give smaller --replicas or --gpus-per-replica, or another --address"
+        )
+    return gpus, replicas.least, replicas.most or max(replicas.least, room)

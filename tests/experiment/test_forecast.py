@@ -1,0 +1,180 @@
+"""The arithmetic of a forecast: what makes a search longer or shorter, and that the time left only falls."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.config.search_space import parse_space
+from lungct_tune.experiment.forecast import BEGINNING, Forecast, Progress, Workload, as_range
+from lungct_tune.experiment.study import PLANNED, effort, planned_and_taken, rungs
+from lungct_tune.training.pace import Pace
+
+SPACE = parse_space("truncation_depth: {low: 2, high: 30}\nfrozen_share: {low: 0.0, high: 1.0}", "space")
+PACE = Pace("CPU", 2.0, 0.1, 16, (2, 10, 30), (0.05, 0.1, 0.4), (0.001, 0.002, 0.008))
+
+played = settings(deadline=None, max_examples=20)
+
+works = st.builds(
+    lambda trials, epochs, slots, compares, seeds, images: Workload(
+        trials=trials,
+        epochs=epochs,
+        rungs=rungs(epochs),
+        slots=slots,
+        train_images=7 * images,
+        valid_images=images,
+        searched_images=8 * images,
+        test_images=2 * images,
+        batch_size=16,
+        compares=compares,
+        seeds=seeds,
+    ),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.booleans(),
+    st.integers(0, 4),
+    st.integers(4, 60),
+)
+
+
+def forecast(work: Workload) -> Forecast:
+    return Forecast(work, SPACE, PACE)
+
+
+def not_above(less: tuple[float, float], more: tuple[float, float]) -> bool:
+    return all(a <= b + 1e-6 for a, b in zip(less, more, strict=True))
+
+
+@played
+@given(works, st.integers(1, 20))
+def test_more_trials_are_never_shorter(work: Workload, more: int) -> None:
+    assert not_above(forecast(work).total(), forecast(replace(work, trials=work.trials + more)).total())
+
+
+@played
+@given(works, st.integers(1, 20))
+def test_more_slots_are_never_longer(work: Workload, more: int) -> None:
+    assert not_above(forecast(replace(work, slots=work.slots + more)).total(), forecast(work).total())
+
+
+@played
+@given(works)
+def test_a_comparison_seeds_and_more_images_are_never_shorter(work: Workload) -> None:
+    plain = forecast(replace(work, compares=False, seeds=0)).total()
+    assert not_above(plain, forecast(replace(work, compares=True, seeds=0)).total())
+    assert not_above(plain, forecast(replace(work, compares=False, seeds=3)).total())
+    assert not_above(forecast(replace(work, retrains=False)).total(), plain)
+    larger = replace(work, compares=False, seeds=0, train_images=2 * work.train_images)
+    assert not_above(plain, forecast(larger).total())
+
+
+@played
+@given(works)
+def test_a_range_begins_above_zero_and_does_not_end_before_it_begins(work: Workload) -> None:
+    low, high = forecast(work).total()
+    assert 0 < low <= high
+
+
+@played
+@given(works, st.floats(1.1, 5))
+def test_a_busy_machine_takes_longer_and_that_is_less_certain(work: Workload, times: float) -> None:
+    quiet, busy = forecast(work).total(), Forecast(work, SPACE, PACE, times).total()
+    assert busy[1] > quiet[1] * times * 0.99 and busy[1] / busy[0] >= quiet[1] / quiet[0] * 0.99
+
+
+def states_without_stops(forecast: Forecast) -> list[Progress]:
+    """What a search with one slot has done after each epoch, if ASHA stops no trial."""
+    work, states = forecast.work, [BEGINNING, Progress(started=True)]
+    for trial in range(work.trials):
+        for epoch in range(1, work.epochs):
+            running = [(trial, PUBLISHED, epoch)]
+            states.append(Progress(ended=trial, running=running, slowness=1.0, started=True))
+        states.append(Progress(ended=trial + 1, slowness=1.0, started=True))
+    after = Progress(ended=work.trials, slowness=1.0, started=True)
+    states += [replace(after, retraining=[(PUBLISHED, epoch)]) for epoch in range(work.epochs + 1)]
+    return [*states, replace(after, retraining=[])]
+
+
+@played
+@given(works)
+def test_the_time_left_never_grows_when_epochs_are_done_at_the_forecasts_pace(work: Workload) -> None:
+    """One depth and no rung: each epoch takes what the forecast says, so each state is an epoch nearer to the end."""
+    space = parse_space("truncation_depth: {low: 20, high: 20}", "space")
+    trials, epochs = min(work.trials, 3), min(work.epochs, 5)
+    alone = replace(work, trials=trials, epochs=epochs, slots=1, rungs=(), seeds=0, compares=False)
+    it = Forecast(alone, space, PACE)
+    left = [it.left(state) for state in states_without_stops(it)]
+    for before, after in pairwise(left):
+        assert not_above(after, before)
+    epoch = it.epoch_s(PUBLISHED)
+    first, second = it.left(Progress(started=True)), it.left(Progress(running=[(0, PUBLISHED, 1)], started=True))
+    assert first[1] - second[1] >= epoch * 0.99 or alone.epochs == 1
+
+
+def test_deeper_networks_take_longer_and_frozen_layers_save_time() -> None:
+    work = Workload(4, 4, (2,), 1, 70, 10, 80, 20, 16)
+    it = forecast(work)
+    by_depth = [it.epoch_s(Hyperparameters(truncation_depth=depth)) for depth in (2, 7, 10, 25, 30)]
+    assert by_depth == sorted(by_depth) and by_depth[0] < by_depth[-1]
+    frozen = [it.epoch_s(Hyperparameters(truncation_depth=30, frozen_share=share)) for share in (0, 0.5, 1)]
+    assert frozen == sorted(frozen, reverse=True) and frozen[-1] < frozen[0]
+
+
+def test_an_epoch_is_its_steps_its_norms_and_its_validation() -> None:
+    """64 images in steps of 16, at a measured depth."""
+    it = forecast(Workload(1, 1, (), 1, 64, 10, 74, 20, 16))
+    assert it.epoch_s(Hyperparameters(truncation_depth=10)) == pytest.approx(4 * 0.1 + 64 * 0.002 + 10 * 0.002)
+
+
+def test_folds_train_one_model_after_the_other_on_each_worker() -> None:
+    work = Workload(1, 1, (), 1, 64, 10, 74, 20, 16)
+    one = forecast(work).epoch_s(PUBLISHED)
+    assert forecast(replace(work, folds=5)).epoch_s(PUBLISHED) == pytest.approx(5 * one)
+    assert forecast(replace(work, folds=5, workers=2)).epoch_s(PUBLISHED) == pytest.approx(3 * one)
+
+
+def test_asha_shortens_a_search() -> None:
+    work = Workload(40, 30, rungs(30), 2, 70, 10, 80, 20, 16)
+    stopped, whole = forecast(work).total(), forecast(replace(work, rungs=())).total()
+    assert stopped[1] < whole[0]
+
+
+def test_the_time_left_follows_what_was_measured() -> None:
+    it = forecast(Workload(20, 9, (3,), 2, 700, 100, 800, 200, 16))
+    half = {"ended": 10, "reached": {3: 10}, "started": True}
+    usual, slow = it.left(Progress(**half, slowness=1.0)), it.left(Progress(**half, slowness=2.0))
+    assert slow == pytest.approx([2 * end for end in usual])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        ((40, 55.2), "40 to 55 s"),
+        ((100, 200), "1.7 to 3.3 min"),
+        ((900, 1500), "15 to 25 min"),
+        ((7000, 9000), "1.9 to 2.5 h"),
+        ((90_000, 130_000), "25 to 36 h"),
+        ((50, 50), "about 50 s"),
+        ((0, 5.5), "at most 6 s"),
+    ],
+)
+def test_a_range_as_text(seconds: tuple[float, float], text: str) -> None:
+    assert as_range(*seconds) == text
+
+
+def test_the_study_keeps_the_plan_and_the_time_since_then() -> None:
+    study = optuna.create_study()
+    assert planned_and_taken(study) == {} and "planned_s" not in effort(study, [], 2)
+    study.set_user_attr(PLANNED, {"seconds": [60, 90], "slowdown": 1.0, "began": time.time() - 75})
+    kept = effort(study, [], 2)
+    assert kept["planned_s"] == [60, 90] and kept["took_s"] == pytest.approx(75, abs=5)
+    study.set_user_attr(PLANNED, None)  # it was resumed
+    assert planned_and_taken(study) == {}
