@@ -27,6 +27,7 @@ from rich.table import Table
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.data import make_phantoms, read_images, split_images
+from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import finished_trials, open_study
 from lungct_tune.training.objective import validation_figures
@@ -69,7 +70,7 @@ def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple
     study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS, new=True)
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
     began = time.perf_counter()
-    run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
+    run_search(study, space, own, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
     return time.perf_counter() - began, sum(trial.seconds for trial in finished_trials(study))
 
 

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
+from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import open_study
 from lungct_tune.experiment.study_journal import opened_journal
@@ -72,7 +73,7 @@ def slot(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> list[
     own = replace(plan, experiment=Experiment.at(str(folder), "slot"))
     with opened_journal(folder / "study.journal") as storage:
         study = open_study(storage, "slot", space, EPOCHS, new=True)
-        run_search(study, space, own, trials=trials, slots=1, seed=0, console=Console(quiet=True))
+        run_search(study, space, own, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
     return sorted(trial.datetime_complete.timestamp() for trial in study.trials if trial.datetime_complete)
 
 

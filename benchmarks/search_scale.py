@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
+from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import finished_trials, open_study, rungs
 from lungct_tune.experiment.study_journal import opened_journal
@@ -144,7 +145,7 @@ def now(plan: SlotPlan, space: SearchSpace, load: Load, progress: Progress, fold
         with opened_journal(folder / "study.journal") as storage:
             study = open_study(storage, "one", space, load.epochs, new=True)
             tuner.run_search(
-                study, space, plan, trials=load.trials, slots=load.slots, seed=0, console=Console(quiet=True)
+                study, space, plan, trials=load.trials, slots=load.slots, seed=0, display=Display(Console(quiet=True))
             )
     finally:
         SearchTally.add = add  # type: ignore[method-assign]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import os
 import re
+import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -14,6 +20,10 @@ from rich.text import Text
 
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
+from lungct_tune.stopping import at_stop, interrupt, without_reader
+
+PROGRAM = "lungct-tune"
+"""The name of the installed program."""
 
 COMMANDS = {
     "search": "Search for the best truncated ResNet50 for lung CT images, retrain it, and evaluate it once.",
@@ -24,6 +34,7 @@ COMMANDS = {
     "compare": "Compare bundles on the same test images.",
     "report": "Make the report of a search again, or of a search that has not ended.",
     "replay": "Train one trial of a search again, and compare its figures with the recorded ones.",
+    "clean": "Remove what a finished search does not need any more, after saying what and how much.",
     "pull": "Fetch the best model of a search, verify it, and show how accurate it is.",
     "download": "Fetch the public CT images from Kaggle.",
 }
@@ -33,7 +44,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `lungct-tune COMMAND ...`; returns the exit status of the command, 2 if there is no such command."""
     parser = _Parser(
-        prog="lungct-tune",
+        prog=PROGRAM,
         usage="%(prog)s [-h] [--version] COMMAND ...",
         description="Search for the best ResNet50-based classifier of lung CT images, and show how accurate it is.",
         epilog="\n".join(["commands:", *(f"  {name:<10}{line}" for name, line in COMMANDS.items())])
@@ -48,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a command is missing; lungct-tune --help lists them")
     name, *rest = words
     if name not in COMMANDS:
-        parser.error(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        parser.error(
+            f"there is no command {name!r}{suggestion(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}"
+        )
     # imported by name here, since commands import much, and are in a layer above this module
     status: int = importlib.import_module(f"lungct_tune.{name}").main(rest)
     return status
@@ -73,23 +86,62 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
     """Runs a command and returns its exit status; 2 for an error that the user can fix, 130 for Ctrl-C.
 
+    SIGTERM and SIGHUP count as Ctrl-C, and so does the end of the program that reads what is printed (`| head`).
+
     Args:
         run: the command; it returns its exit status, or None for 0.
         stopped: the message after Ctrl-C, if the KeyboardInterrupt has no message.
     """
     try:
-        return run() or 0
+        with at_stop(interrupt):
+            status = run() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
-        print(f"error: {printable(_message(error))}", file=sys.stderr)
+        _say(f"error: {_message(error)}")
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {printable(_message(stop)) or stopped}".rstrip(), file=sys.stderr)
+        if not _Terminal.has_no_reader or _message(stop):
+            _say(f"\nstopped. {_message(stop) or stopped}".rstrip())
         return 130
+    except BrokenPipeError:
+        without_reader(sys.stdout.fileno())
+        return 130
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody may read this either
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def terminal() -> Console:
     """What a command prints to: texts are shown as they are, see `printable`, unless `markup` is given."""
     return _Terminal(highlight=False, markup=False)
+
+
+def command_words(name: str) -> list[str]:
+    """The words that run another command from the user's folder, in this environment: `lungct-tune NAME`, or Python."""
+    called = Path(sys.argv[0])
+    if called.name == PROGRAM:
+        return [PROGRAM if shutil.which(PROGRAM) == str(called.absolute()) else _from_here(called), name]
+    python = Path(sys.executable)  # not resolved: in a virtual environment it is a link to the system's Python
+    return [
+        python.name if shutil.which(python.name) == sys.executable else _from_here(python),
+        "-m",
+        f"lungct_tune.{name}",
+    ]
+
+
+def _from_here(program: Path) -> str:
+    with suppress(ValueError):
+        return str(program.relative_to(Path.cwd()))
+    return str(program)
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """The words for a message that name the one of `words` that was probably meant; empty if none is like it."""
+    closest = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {closest[0]}?)" if closest else ""
 
 
 def printable(text: str) -> str:
@@ -111,6 +163,14 @@ _SECRETS = re.compile(
 
 
 class _Terminal(Console):
+    has_no_reader = False
+
+    def on_broken_pipe(self) -> None:
+        """Stops the command as Ctrl-C does. The reader has gone, and no more is printed."""
+        self.quiet = _Terminal.has_no_reader = True
+        without_reader(sys.stdout.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)  # and not an exception here, which may be in the thread of a display
+
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
@@ -129,7 +189,19 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            known = {word: suggestion(word.partition("=")[0], flags) for word in message.split(": ", 1)[1].split()}
+            unknown = [f"{word}{meant}" for word, meant in known.items() if word.startswith("-") or meant]
+            message = f"there is no option {', '.join(unknown)}" if unknown else message
         super().error(printable(message))
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        try:
+            sys.stdout.flush()  # the help
+        except BrokenPipeError:
+            without_reader(sys.stdout.fileno())
+        super().exit(status, message)
 
 
 def _message(error: BaseException) -> str:

@@ -81,7 +81,8 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     )
     metrics, predictions = evaluate_images(bundle, images, class_map, asked.data)
     network = Network(bundle.model, bundle.classes, settings["normalisation"])
-    page = evaluation_page(settings["name"], metrics, predictions, images, network, command)
+    phantoms = settings.get("data", "") is None
+    page = evaluation_page(settings["name"], metrics, predictions, images, network, command, phantoms=phantoms)
 
     files = {REPORT: page, METRICS: metrics_json(metrics), PREDICTIONS: predictions.as_csv()}
     _write(out, files)

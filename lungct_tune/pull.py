@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.cli import command_line, command_words, exit_status, terminal
 
 if TYPE_CHECKING:
     from lungct_tune.experiment.folder import Experiment
@@ -76,7 +77,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
 
         print_bundle(dest / found if everything else dest, console)
     if everything and found != FOLDER and dest.name == experiment.name:
-        resume = f"python -m lungct_tune.search --resume {dest.name} --storage {dest.absolute().parent}"
+        resume = shlex.join([*command_words("search"), "--resume", dest.name, "--storage", str(dest.absolute().parent)])
         console.print(f"to continue it here: {resume}", soft_wrap=True, markup=False)
 
 

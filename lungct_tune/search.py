@@ -5,21 +5,19 @@ python -m lungct_tune.search --help
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from lungct_tune.cli import exit_status, terminal
 from lungct_tune.config.settings import Settings, read_settings
-from lungct_tune.errors import SearchStopped, UserError
+from lungct_tune.display import Display
+from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
     import optuna
@@ -35,6 +33,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.retrain import EarlySlot
     from lungct_tune.tuning.shared_data import SharedDataset
+    from lungct_tune.tuning.time_left import TimeLeft
     from lungct_tune.tuning.workers import SlotPlan
 
 
@@ -44,7 +43,6 @@ class NothingToRetrain(UserError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # what a scheduler sends is a Ctrl-C
     return exit_status(lambda: search(*read_settings(argv), terminal()))
 
 
@@ -60,37 +58,40 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         UserError: a subclass from one of the packages, with a message for the user.
         KeyboardInterrupt: Ctrl-C, with a message that says how to continue.
     """
-    from lungct_tune.experiment.plan import plan_search
+    with Display(console) as display:
+        with display.step("starting"):
+            # imported here and not by two threads at once: packages that import each other in a circle can fail then
+            import lungct_tune.auditing.audit
+            import lungct_tune.reporting.console
+            from lungct_tune.experiment.plan import plan_search
+            from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
-    plan = plan_search(settings, given)
-    with _with_resume_command(plan), join_cluster(plan) as dashboard:
-        split, audit = load_and_audit(plan, console)
-        weights = plan.read_weights()
-        resources = announce(plan, dashboard.result(), console)
-        if plan.settings.plan:
-            return
-        with start_search(plan, split, audit, resources, weights, console) as run, run.early_slot() as slot:
-            winner = run.search()
-            retrained = run.retrain(winner, slot)
-            published = run.retrain_published(winner, slot)
-            seeds = run.repeat_with_seeds(winner, slot)
-            run.write_bundle(winner, retrained, published, seeds)
+            plan = plan_search(settings, given)
+        address, verbose = plan.settings.address, plan.settings.verbose
+        with plan.resumable():
+            if plan.settings.plan and starts_here(address):
+                load_and_audit(plan, display)
+                announce(plan, "", console)
+                return
+            with joined_meanwhile(address, verbose, plan.experiment.name, display) as dashboard:
+                split, audit = load_and_audit(plan, display)
+                weights = plan.read_weights()
+                resources = announce(plan, dashboard.result(), console)
+                if plan.settings.plan:
+                    return
+                with start_search(plan, split, audit, resources, weights, display) as run:
+                    if plan.settings.hold_test:
+                        lungct_tune.reporting.console.print_held(plan, run.search(), console)
+                        return
+                    with run.early_slot() as slot:
+                        winner = run.search()
+                        retrained = run.retrain(winner, slot)
+                        published = run.retrain_published(winner, slot)
+                        seeds = run.repeat_with_seeds(winner, slot)
+                        run.write_bundle(winner, retrained, published, seeds)
 
 
-@contextmanager
-def _with_resume_command(plan: Plan) -> Iterator[None]:
-    """Adds the command that continues the search to the exception that stops a started search."""
-    from lungct_tune.filesystem import NodeRefused
-
-    try:
-        yield
-    except (KeyboardInterrupt, NodeRefused, SearchStopped) as stop:
-        if plan.experiment.exists("settings.yaml"):
-            stop.add_note(f"To continue: {plan.resume_command}")
-        raise
-
-
-def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, Any]]:
+def load_and_audit(plan: Plan, display: Display) -> tuple[DataSplit, dict[str, Any]]:
     """Reads, groups, splits and audits the images.
 
     Raises:
@@ -101,47 +102,19 @@ def load_and_audit(plan: Plan, console: Console) -> tuple[DataSplit, dict[str, A
     from lungct_tune.data.phantoms import PHANTOMS
     from lungct_tune.reporting.console import print_data, print_verdict
 
-    settings = plan.settings
+    settings, console = plan.settings, display.console
     if settings.data is None:
         console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
-    split = plan.load_and_split()
+    console.print("reading the images", style="dim")
+    with display.hidden():  # decoding has a bar of its own
+        split = plan.load_and_split()
     print_data(split.images, split.split, console)
-    audit = audit_images(split.images, split.parts, "file" if settings.split_file else settings.split)
+    with display.step("comparing the images"):
+        audit = audit_images(split.images, split.parts, "file" if settings.split_file else settings.split)
     print_verdict(audit, settings, console)
     if settings.strict:
         refuse_leaks(audit)
     return split, audit
-
-
-@contextmanager
-def join_cluster(plan: Plan) -> Iterator[Future[str]]:
-    """Joins or starts the Ray cluster in a thread, while the images are read; yields its dashboard's future address.
-
-    Images that are refused in the first half second start no cluster.
-
-    Raises:
-        ClusterError: from the future: the cluster cannot be joined.
-    """
-    # imported here and not by two threads at once: packages that import each other in a circle can fail then
-    import lungct_tune.auditing.audit
-    import lungct_tune.reporting.console  # noqa: F401
-    from lungct_tune.tuning.cluster import joined
-
-    refused = Event()
-
-    def join() -> str:
-        if refused.wait(timeout=0.5):
-            return ""
-        return cluster.enter_context(joined(plan.settings.address, plan.settings.verbose, plan.experiment.name))
-
-    # Linux ends the processes of a cluster together with the thread that started them, so the thread stays until then
-    with ThreadPoolExecutor(1) as thread, ExitStack() as cluster:
-        joining = thread.submit(join)
-        try:
-            yield joining
-        finally:
-            refused.set()
-            wait([joining])
 
 
 def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
@@ -156,7 +129,7 @@ def announce(plan: Plan, dashboard: str, console: Console) -> ResourcePlan:
     resources = plan_resources(plan.settings)
     retraining = plan_retraining_resources(plan.settings)
     head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
-    print_plan(plan, f"{resources}; the final retraining on {retraining}; {head}", dashboard, console)
+    print_plan(plan, resources.slots, f"{resources}; the final retraining on {retraining}; {head}", dashboard, console)
     if plan.settings.plan:
         print_space(plan.space, console)
     return resources
@@ -169,16 +142,15 @@ def start_search(
     audit: dict[str, Any],
     resources: ResourcePlan,
     weights: dict[str, torch.Tensor] | None,
-    console: Console,
+    display: Display,
 ) -> Iterator[SearchRun]:
     """Starts a search: checks its storage, opens its study, writes its plan, shares its images with the workers.
 
     From here on `--resume` can continue it. All images are shared now, so that images that do not fit are refused now.
 
     Raises:
-        StorageError: a node cannot use the storage, or the images do not fit.
+        StorageError: a node cannot use the storage, the images do not fit, or another process runs this search.
         StudyError, TrackingError: the study or the tracking server cannot be used.
-        PlanError: another process runs this search.
     """
     from lungct_tune.experiment import bundle
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
@@ -187,31 +159,24 @@ def start_search(
     from lungct_tune.tuning.tuner import make_slot_plan
 
     settings, experiment = plan.settings, plan.experiment
-    check_storage(experiment)
-    is_new = not settings.resume
-    tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
-    with ExitStack() as held:
-        held.enter_context(plan.exclusive_lock())
+    with ExitStack() as held, ExitStack() as preparing:
+        preparing.enter_context(display.step("preparing the search"))
+        check_storage(experiment)
+        is_new = not settings.resume
+        tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
+        held.enter_context(experiment.exclusive_lock())
         study = held.enter_context(plan.opened_study(new=is_new))
         study.set_user_attr("cluster", f"{resources}, on {machines()}")
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))
         if tracker:
-            held.enter_context(tracker.kept_up(study, console))
+            held.enter_context(tracker.kept_up(study, display.console))
         folder = plan.study_folder if has_shared_file_system(experiment) else None
         search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
         slot_plan = make_slot_plan(plan, split, share_weights(weights), resources, search_file)
-        yield SearchRun(
-            plan=plan,
-            split=split,
-            audit=audit,
-            resources=resources,
-            study=study,
-            slot_plan=slot_plan,
-            test=share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset),
-            tracker=tracker,
-            console=console,
-        )
+        test = share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset)
+        preparing.close()
+        yield SearchRun(plan, split, audit, resources, study, slot_plan, test, tracker, display)
 
 
 @dataclass
@@ -227,7 +192,7 @@ class SearchRun:
     test: SharedDataset
     """The images of test, which only the retraining gets."""
     tracker: MLflowTracker | None
-    console: Console
+    display: Display
 
     def search(self) -> TrialRecord:
         """Runs the trials; returns the best of those that ran to their end.
@@ -250,9 +215,11 @@ class SearchRun:
             trials=settings.trials,
             slots=slots,
             seed=settings.seed,
-            console=self.console,
+            display=self.display,
+            left=self._left,
             so_far=lambda best, weights: self._files.so_far(best, weights),
         )
+        self._left.search_ended()
         trials = finished_trials(self.study)
         if (winner := best_trial(trials)) is None:
             reasons = [f"  trial {trial.number} {trial.ended}" for trial in trials]
@@ -260,21 +227,22 @@ class SearchRun:
         return winner
 
     def repeat_with_seeds(self, winner: TrialRecord, slot: EarlySlot) -> dict[str, Any] | None:
-        """Trains the winner with other seeds, to see how its figures depend on the seed; None without --seeds.
+        """Trains winner and published configuration with other seeds, see `rerun_with_seeds`; None without --seeds.
 
         The slot of the retraining gives its room back before.
         """
-        from lungct_tune.experiment.study import over_seeds
+        from lungct_tune.experiment.study import finished_trials
         from lungct_tune.tuning.rerun import rerun_with_seeds
 
         settings = self.plan.settings
         if not settings.seeds or settings.epochs is None:
             return None
         slot.release()
-        self._announce(f"training trial {winner.number} again, with {settings.seeds} other seeds")
+        self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots = self.slot_plan, self.resources.slots
-        return over_seeds(rerun_with_seeds(plan, self._seeds_folder, winner, seeds, settings.epochs, slots))
+        plan, slots, trials = self.slot_plan, self.resources.slots, finished_trials(self.study)
+        with self._shown(f"training with {settings.seeds} other seeds", announced=True):
+            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, settings.epochs, slots)
 
     def early_slot(self) -> EarlySlot:
         """The slot of the retraining, which may start before the search has ended."""
@@ -308,7 +276,18 @@ class SearchRun:
         self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
         hyperparameters, interval = trial.hyperparameters, settings.checkpoint_interval
         order = RetrainOrder(trial.number, hyperparameters, settings.seed, epochs, self.test, interval)
-        return retrain_and_predict(self.plan.experiment, order, slot, self._prepare_bundle)
+        self._left.retrain(trial.number, epochs)
+        try:
+            with (
+                self._shown(f"retraining trial {trial.number}", announced=True),
+                self.display.showing(self._left.retraining_bar),
+            ):
+                return retrain_and_predict(
+                    self.plan.experiment, order, slot, self._prepare_bundle, self._left.retrained
+                )
+        except KeyboardInterrupt:
+            self._warn("stopping; the retraining continues from the last state that it has saved")
+            raise
 
     def retrain_published(self, winner: TrialRecord, slot: EarlySlot) -> tuple[TrialRecord, RetrainedModel] | None:
         """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
@@ -318,11 +297,13 @@ class SearchRun:
         if not (self.plan.settings.compare_baseline or self.plan.settings.data is None):
             return None
         if winner.number == BASELINE:
-            self.console.print("the winner is the published configuration, so it is not compared with that")
+            self.display.console.print("the winner is the published configuration, so it is not compared with that")
             return None
         published = best_trial(trial for trial in finished_trials(self.study) if trial.number == BASELINE)
         if published is None:
-            self.console.print("the published configuration did not run to its end, so there is no comparison with it")
+            self.display.console.print(
+                "the published configuration did not run to its end, so there is no comparison with it"
+            )
             return None
         return published, self.retrain(published, slot)
 
@@ -336,17 +317,20 @@ class SearchRun:
         """Evaluates the final model, writes the bundle with its pages, and prints the outcome."""
         from lungct_tune.experiment import bundle
         from lungct_tune.filesystem import StorageError
-        from lungct_tune.reporting.console import print_outcome
+        from lungct_tune.reporting.console import print_disk_use, print_outcome
 
         plan, experiment = self.plan, self.plan.experiment
-        final = self._files.final(winner, retrained, published, seeds)
-        bundle.write_bundle(experiment, self._files.files(final) | self._pages(final))
-        with suppress(StorageError):  # a folder that stays there is never read again
-            experiment.delete_folder(bundle.SO_FAR)
-            experiment.delete_folder(self._seeds_folder)
+        self._left.report()
+        with self._shown("evaluating the model, drawing the report"):
+            final = self._files.final(winner, retrained, published, seeds)
+            bundle.write_bundle(experiment, self._files.files(final) | self._pages(final))
+            with suppress(StorageError):  # a folder that stays there is never read again
+                experiment.delete_folder(bundle.SO_FAR)
+                experiment.delete_folder(self._seeds_folder)
         if self.tracker and final.metrics.test:
             self.tracker.add_final(winner.number, winner.hyperparameters, len(winner.history), final.metrics.test)
-        print_outcome(plan, final.metrics, self.console)
+        print_outcome(plan, final.metrics, self.display.console)
+        print_disk_use(experiment, self.display.console)
 
     def _prepare_bundle(self) -> None:
         """Makes what the bundle needs and does not depend on the final model, while that is trained."""
@@ -384,15 +368,31 @@ class SearchRun:
 
         return parts_of_search(gather_results(self.plan.experiment, self.study, None))
 
+    @cached_property
+    def _left(self) -> TimeLeft:
+        from lungct_tune.experiment.study import read_trials
+        from lungct_tune.tuning.time_left import TimeLeft
+
+        settings, plan = self.plan.settings, self.slot_plan
+        compares = settings.compare_baseline or settings.data is None
+        counts = settings.trials or 0, plan.rungs, plan.dataset.epochs, self.resources.slots
+        return TimeLeft(*counts, 1 + compares, settings.seeds or 0, read_trials(self.study))
+
+    @contextmanager
+    def _shown(self, step: str, *, announced: bool = False) -> Iterator[None]:
+        """Shows a step after the search, and the time left."""
+        with self.display.showing(self._left.bar), self.display.step(step, announced=announced):
+            yield
+
     @property
     def _seeds_folder(self) -> str:
         return f"{self.plan.experiment.name}-seeds"
 
     def _warn(self, sentence: str) -> None:
-        self.console.print(sentence, style="yellow", soft_wrap=True, markup=False)
+        self.display.console.print(sentence, style="yellow", soft_wrap=True, markup=False)
 
     def _announce(self, step: str) -> None:
-        self.console.print(f"\n{step}", style="bold")
+        self.display.console.print(f"\n{step}", style="bold")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import shlex
+import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 
 from lungct_tune import __version__
-from lungct_tune.cli import COMMANDS, exit_status, main, terminal
+from lungct_tune.cli import COMMANDS, command_words, exit_status, main, terminal
 from lungct_tune.errors import UserError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from lungct_tune.stopping import SIGNALS
 
 HEAVY = {
     "captum",
@@ -76,7 +80,17 @@ def test_an_unknown_command_is_refused_with_those_there_are(capsys: pytest.Captu
         main(["serch"])
     said = capsys.readouterr().err
     assert end.value.code == 2
-    assert "no command 'serch'" in said and "search, audit" in said
+    assert "no command 'serch' (did you mean search?)" in said and "search, audit" in said
+
+
+def test_an_option_that_does_not_exist_is_refused_with_the_one_that_was_meant(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["search", "--trails", "3", "--xyzzy=1"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "there is no option --trails (did you mean --trials?), --xyzzy=1\n" in said
 
 
 @pytest.mark.parametrize("words", [[], ["--plan"]])
@@ -146,3 +160,105 @@ def test_nothing_that_a_terminal_obeys_and_no_secret_is_printed(capsys: pytest.C
     said = "".join(capsys.readouterr())
     assert not set("\x1b\x07\u202e\udcfc") & set(said) and "hunter2" not in said
     assert r"\x1b[31mred" in said and "[/b]" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_ask_a_command_to_end_are_a_ctrl_c(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+
+    def run() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    assert exit_status(run, "Nothing was written.") == 130
+    assert capsys.readouterr().err == "\nstopped. Nothing was written.\n"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_what_was_started_by_nohup_does_not_end_with_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert exit_status(lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_can_finish_what_it_does_at_its_end_though_the_signal_comes_again() -> None:
+    finished = False
+
+    def run() -> None:
+        nonlocal finished
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            finished = True
+
+    assert exit_status(run) == 130 and finished
+
+
+ENDLESS = """
+import sys, time
+from lungct_tune.cli import exit_status, terminal
+def run():
+    console = terminal()
+    for line in range(10_000):
+        console.print("line", line)
+        time.sleep(0.001)
+sys.exit(exit_status(run, "Run it again to continue."))
+"""
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_traceback() -> None:
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(ENDLESS)} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("line 0\n130\n", "")
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.quote(sys.executable)} -m lungct_tune.search --help | true"], capture_output=True
+    )
+    assert done.stderr == b""
+
+
+def test_nothing_is_written_to_a_terminal_that_has_been_closed() -> None:
+    """SIGHUP comes from a real terminal; what the command does at its end is still done."""
+    ours, theirs = pty.openpty()
+    program = """
+import sys, time, pathlib
+from lungct_tune.cli import exit_status, terminal
+def run():
+    try:
+        print("started", flush=True)
+        time.sleep(30)
+    finally:
+        terminal().print("to a closed terminal")
+        pathlib.Path(sys.argv[1]).write_text("done")
+sys.exit(exit_status(run, "x"))
+"""
+    with tempfile.NamedTemporaryFile() as file:
+        command = ["setsid", "--ctty", "--wait", sys.executable, "-c", program, file.name]
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        assert os.read(ours, 100).startswith(b"started")
+        os.close(ours)
+        assert process.wait(timeout=60) == 130
+        assert file.read() == b"done"
+
+
+def test_printed_commands_run_in_this_environment_from_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["search.py"])
+    monkeypatch.setenv("PATH", "/usr/bin")
+    done = subprocess.run([*command_words("audit"), "--help"], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: python -m lungct_tune.audit")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert command_words("audit") == [Path(sys.executable).name, "-m", "lungct_tune.audit"]
+    installed = Path(sys.executable).parent / "lungct-tune"
+    monkeypatch.setattr(sys, "argv", [str(installed)])
+    assert command_words("audit") in (["lungct-tune", "audit"], [str(installed), "audit"])

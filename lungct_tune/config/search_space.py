@@ -14,6 +14,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from lungct_tune.cli import suggestion
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.config.yaml_file import parse_yaml
 from lungct_tune.errors import UserError
@@ -209,4 +210,7 @@ def _shown(value: Any) -> str:
 
 def _known(path: str, key: Any, where: str = "") -> None:
     if key not in LIMITS:
-        raise SpaceError(f"{path}: {where}{key}: no such parameter; the parameters are {', '.join(LIMITS)}")
+        raise SpaceError(
+            f"{path}: {where}{key}: no such parameter{suggestion(str(key), LIMITS)}; the parameters are "
+            f"{', '.join(LIMITS)}"
+        )

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from lungct_tune.cli import command_line
+from lungct_tune.cli import command_line, suggestion
 from lungct_tune.config.window import Window, parse_window
 from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
 from lungct_tune.errors import UserError
@@ -37,7 +37,7 @@ SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 
 _LONGEST = 300  # characters of a value in a message
 
-OF_ONE_RUN = frozenset({"resume", "plan", "address", "track", "verbose"})
+OF_ONE_RUN = frozenset({"resume", "judge", "plan", "address", "track", "verbose"})
 """Settings of one run of the program. They are neither kept in an experiment nor taken from one."""
 
 _PACKAGE = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ class Settings(BaseModel):
         "evaluate each trial by cross-validation over train and validation (off)", "K"
     )
     seeds: Annotated[int, Field(ge=2, le=100)] | None = _flag(
-        "train the winner again with N other seeds, to show the spread (off)", "N"
+        "train winner and published configuration again with the same N other seeds, and compare (off)", "N"
     )
     strict: bool = Field(False, description="refuse a split that leaks: copies or series in several parts")
     weights: str | None = _flag("pretrained weights: imagenet, none or a FILE (imagenet; phantoms none)", "W")
@@ -154,6 +154,8 @@ class Settings(BaseModel):
     study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
+    hold_test: bool = Field(False, description="end before the test split is looked at; --judge looks at it")
+    judge: Name | None = _flag("evaluate the best of a search with --hold-test on the test split, once", "NAME")
     seed: Seed = Field(0, description="the seed of all other random numbers (0)", json_schema_extra={"metavar": "N"})
     address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
     plan: bool = Field(False, description="print what a search would do, and stop")
@@ -171,6 +173,8 @@ class Settings(BaseModel):
                 f"batch_size {self.batch_size} gives each of {self.workers} workers a single image: "
                 "batch normalisation needs at least two"
             )
+        if self.resume and self.judge:
+            raise ValueError("resume and judge are two things to do with a search; give one of them")
         if self.folds is not None and self.folds < self.workers:
             raise ValueError(
                 f"workers {self.workers} with folds {self.folds}: a worker trains whole folds, so some workers would "
@@ -306,8 +310,7 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple[Settings, set[str]
         if field.annotation is bool:
             parser.add_argument(flag, action="store_true", help=field.description)
         else:
-            choices = getattr(field.annotation, "__args__", ()) if not isinstance(extra, dict) else ()
-            metavar = str(extra["metavar"]) if isinstance(extra, dict) else "|".join(choices)
+            metavar = str(extra["metavar"]) if isinstance(extra, dict) else "|".join(_choices(name))
             parser.add_argument(flag, metavar=metavar, help=field.description)
     flags = vars(parser.parse_args(argv))
     given = _read_yaml(Path(path)) | flags if (path := flags.pop("settings", None)) is not None else flags
@@ -346,12 +349,36 @@ def validate(values: dict[str, Any]) -> Settings:
 
 def _explain(problem: Any) -> str:
     field = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{field}: no such setting; the settings are {', '.join(Settings.model_fields)}"
+    kind, value, limits = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        meant = suggestion(field, Settings.model_fields)
+        return f"{field}: no such setting{meant}; the settings are {', '.join(Settings.model_fields)}"
     reason = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "string_type":
-        reason = "expected text; in YAML, put it into quotes"
-    return f"{field} = {_shown(problem['input'])}: {reason}" if field else reason
+    if kind == "literal_error":
+        reason = f"expected {limits['expected'].replace(chr(39), '')}{suggestion(str(value), _choices(field))}"
+    elif kind in _REASONS:
+        reason = _REASONS[kind].format(**limits)
+    return f"{field} = {_shown(value)}: {reason}" if field else reason
+
+
+_REASONS = {
+    "greater_than_equal": "the least is {ge}",
+    "greater_than": "it must be more than {gt}",
+    "less_than_equal": "the most is {le}",
+    "less_than": "it must be less than {lt}",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text; in YAML, put it into quotes",
+    "string_pattern_mismatch": "only letters, digits, dots, hyphens and underscores, the first a letter or digit",
+    "path_type": "expected the path of a file or folder",
+    "dict_type": "expected a mapping of folders to classes",
+} | dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "expected a whole number")
+_REASONS |= dict.fromkeys(("float_type", "float_parsing"), "expected a number")
+_REASONS |= dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false")
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    """The allowed values of a setting that has few of them; empty for others."""
+    return tuple(getattr(Settings.model_fields[field].annotation, "__args__", ()))
 
 
 def _shown(value: Any) -> str:

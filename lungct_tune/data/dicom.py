@@ -183,7 +183,7 @@ class _Refused(ValueError):
 
 @contextmanager
 def nameless(what: str) -> Iterator[None]:
-    """Replaces any error of pydicom or of a decoder, whose message may quote the file, by a ValueError with its kind."""
+    """Replaces any error of pydicom or a decoder, whose message may quote the file, by a ValueError with its kind."""
     try:
         yield
     except (OSError, DataError, _Refused):

@@ -13,7 +13,7 @@ import optuna
 import pandas as pd
 import yaml
 
-from lungct_tune.auditing.shortcuts import best_shortcut
+from lungct_tune.auditing.shortcuts import predict_by_shortcuts
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import ImageSet, group_overlap
@@ -27,7 +27,15 @@ from lungct_tune.evaluation.operating_point import choose_operating_point
 from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import AUDIT, LEARNED, RetrainedModel, as_json, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
-from lungct_tune.experiment.metrics import HALF, BundleMetrics, OperatingPoint, TemperatureScaling, TestMetrics
+from lungct_tune.experiment.looks import count_look
+from lungct_tune.experiment.metrics import (
+    HALF,
+    SHORTCUT,
+    BundleMetrics,
+    OperatingPoint,
+    TemperatureScaling,
+    TestMetrics,
+)
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
@@ -61,7 +69,7 @@ class BundleFiles:
 
     def prepare(self) -> None:
         """Computes what takes time and does not depend on the final model."""
-        self._learned, self._shortcut  # noqa: B018
+        self._learned, self._shortcuts  # noqa: B018
 
     def final(
         self,
@@ -76,6 +84,9 @@ class BundleFiles:
             retrained: the best trial's configuration, retrained.
             published: the trial of the published configuration, and its retrained model.
             seeds: of `over_seeds`.
+
+        Raises:
+            StorageError: the storage refuses to count how often the test split is looked at.
         """
         images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
@@ -92,9 +103,11 @@ class BundleFiles:
             references=self._references(published),
             overlap_N=group_overlap(images, self.split.split),
             threshold=point.threshold if point else HALF,
+            at_95_specificity=point.at_95_specificity if point else None,
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
-        bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds)
+        looks = count_look(self.plan.experiment, self.split)
+        bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds, looks)
         return replace(bundle, features=self._training_features(bundle, retrained.features))
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
@@ -110,10 +123,8 @@ class BundleFiles:
         """Other predictions for the test images, by kind: a name and the predictions."""
         images, test, searched = self.split.images, self.split.test_rows, self.split.searched_rows
         majority = int(np.bincount(images.table["label"].to_numpy()[searched]).argmax())
-        references = {
-            "majority class": (images.classes[majority], np.full(len(test), majority)),
-            "shortcut": self._shortcut,
-        }
+        references = {"majority class": (images.classes[majority], np.full(len(test), majority))}
+        references |= {f"{SHORTCUT}: {rule}": (rule, predicted_N) for rule, predicted_N in self._shortcuts.items()}
         if published:
             name, other = str(published[0].hyperparameters), published[1]
             references["published"] = name, other.probabilities_NC.argmax(axis=1)
@@ -154,6 +165,7 @@ class BundleFiles:
         test: TestMetrics | None = None,
         predictions: Predictions | None = None,
         seeds: dict[str, Any] | None = None,
+        looks: int | None = None,
     ) -> Bundle:
         settings, trials = self.plan.settings, finished_trials(self.study)
         metrics = BundleMetrics(
@@ -162,14 +174,15 @@ class BundleFiles:
             best_trial=best.row(),
             search=effort(self.study, trials, self.slots),
             test=test,
+            looks=looks,
             seeds=seeds,
         )
         config = describe_model(settings, self.split.images, best.hyperparameters, len(best.history), scaling, point)
         return Bundle(weights, config, metrics, predictions)
 
     @cached_property
-    def _shortcut(self) -> tuple[str, np.ndarray]:
-        return best_shortcut(self.split.images, self.split.searched_rows, self.split.test_rows)
+    def _shortcuts(self) -> dict[str, np.ndarray]:
+        return predict_by_shortcuts(self.split.images, self.split.searched_rows, self.split.test_rows)
 
     @cached_property
     def _learned(self) -> bytes:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import softmax
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import expit, logit, softmax
+from sklearn.linear_model import LogisticRegression
 
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.experiment.metrics import CalibrationErrors, FittedOn, ReliabilityBins, TemperatureScaling
@@ -47,20 +48,25 @@ def fit_temperature(
 ) -> TemperatureScaling:
     """Fits the most probable temperature for these predictions and `PRIOR`. The images of a group count as one image.
 
+    Each image has the weight 1 / size of its group, because the predictions of a group are mostly right or wrong
+    together.
+
     Args:
         probabilities_NC: of images that the model was not trained on.
         groups_N: the group of each image.
         what: whose predictions they are, as text.
     """
-    rows, groups = np.arange(len(labels_N)), len(np.unique(groups_N))
+    rows = np.arange(len(labels_N))
+    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
+    weights_N = 1 / sizes_G[group_of_N]
 
     def negative_log_posterior(log_temperature: float) -> float:
         likelihood_N = calibrated(probabilities_NC, np.exp(log_temperature))[rows, labels_N]
-        negative_log_likelihood = -np.log(np.maximum(likelihood_N, np.finfo(float).tiny)).mean()
-        return float(groups * negative_log_likelihood + (log_temperature / PRIOR) ** 2 / 2)
+        negative_log_likelihood = -weights_N @ np.log(np.maximum(likelihood_N, np.finfo(float).tiny))
+        return float(negative_log_likelihood + (log_temperature / PRIOR) ** 2 / 2)
 
     fitted: Any = minimize_scalar(negative_log_posterior, bounds=np.log(TEMPERATURES), method="bounded")
-    return TemperatureScaling(float(np.exp(fitted.x)), FittedOn(len(labels_N), groups, what))
+    return TemperatureScaling(float(np.exp(fitted.x)), FittedOn(len(labels_N), len(sizes_G), what))
 
 
 def calibration_errors(
@@ -86,6 +92,31 @@ def calibration_errors(
         low, high = ece.ci95
         ece = replace(ece, ci95=(max(0.0, min(low, 2 * ece.value - high)), high))
     return CalibrationErrors(brier=bootstrap.mean(((probabilities_NC - truth_NC) ** 2).sum(axis=1)), ece=ece)
+
+
+def calibration_line(is_N: np.ndarray, score_N: np.ndarray) -> tuple[float, float] | None:
+    """Slope and intercept of the calibration of probabilities for two classes (Van Calster et al., BMC Medicine 2019).
+
+    The slope is that of a logistic regression of the truth on the logit of the probability: 1 is right, less means
+    probabilities that are too extreme. The intercept is that with a slope of 1 (calibration in the large): 0 is right,
+    above 0 the probabilities are too low on average.
+
+    Args:
+        is_N: bool, whether the image is positive.
+        score_N: its probability of being positive.
+
+    Returns:
+        None where the probabilities separate the classes, or one of them has no image: the slope has no limit then.
+    """
+    if is_N.all() or not is_N.any():
+        return None
+    positive, negative = score_N[is_N], score_N[~is_N]
+    if positive.min() >= negative.max() or positive.max() <= negative.min():
+        return None
+    logits_N = logit(np.clip(score_N.astype(float), 1e-9, 1 - 1e-9))
+    line = LogisticRegression(C=np.inf, max_iter=1000).fit(logits_N[:, None], is_N)
+    intercept = brentq(lambda shift: expit(logits_N + shift).sum() - is_N.sum(), -50, 50)
+    return float(line.coef_[0, 0]), float(intercept)
 
 
 def reliability_bins(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> ReliabilityBins:

@@ -97,6 +97,7 @@ def evaluate_images(
         references={"majority class": (classes[largest], np.full(len(evaluated), largest))},
         overlap_N=seen_N != NEW,
         threshold=bundle.threshold,
+        at_95_specificity=(bundle.config.get("operating_point") or {}).get("at_95_specificity"),
     )
     metrics = EvaluationMetrics(
         data=data,

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from lungct_tune.data.folders import CANONICAL_CLASSES
-from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap
+from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap, Statistic
 from lungct_tune.evaluation.calibration import calibration_errors, reliability_bins
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
 from lungct_tune.experiment.metrics import (
@@ -18,6 +18,7 @@ from lungct_tune.experiment.metrics import (
     CancerMetrics,
     ClassMetrics,
     Figure,
+    RatesAt,
     Reference,
     ReferenceAccuracy,
     Reliability,
@@ -45,6 +46,7 @@ def evaluate_predictions(
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
     overlap_N: np.ndarray | None = None,
     threshold: float = HALF,
+    at_95_specificity: float | None = None,
 ) -> TestMetrics:
     """Computes all figures of a model on images that it was not trained on.
 
@@ -59,6 +61,7 @@ def evaluate_predictions(
         overlap_N: bool, whether the image or one of its group was a training image; None if that is unknown.
         threshold: the probability of cancer above which an image counts as cancer in the figures for cancer against
             normal. All other figures take the most probable class.
+        at_95_specificity: another such threshold, at which both rates are computed too, see `OperatingPoint`.
     """
     bootstrap, predicted_N = ClusterBootstrap(groups_N), probabilities_NC.argmax(axis=1)
     right_N, others = labels_N == predicted_N, references or {}
@@ -73,7 +76,9 @@ def evaluate_predictions(
             name: _one_class(labels_N == c, predicted_N == c, probabilities_NC[:, c], bootstrap)
             for c, name in enumerate(classes)
         },
-        cancer_vs_normal=_cancer_against_normal(labels_N, probabilities_NC, classes, bootstrap, threshold),
+        cancer_vs_normal=_cancer_against_normal(
+            labels_N, probabilities_NC, classes, bootstrap, threshold, at_95_specificity
+        ),
         calibration=_calibration(labels_N, probabilities_NC, uncalibrated_NC, scaling, bootstrap),
         confusion_matrix=confusion_matrix(labels_N, predicted_N, labels=range(len(classes))).tolist(),
         references={
@@ -82,14 +87,7 @@ def evaluate_predictions(
         },
         without_overlap=None
         if overlap_N is None or not overlap_N.any()
-        else WithoutOverlap(
-            n=int((~overlap_N).sum()),
-            accuracy=bootstrap.rate(right_N, ~overlap_N),
-            references={
-                kind: ReferenceAccuracy(name, bootstrap.rate(labels_N == other_N, ~overlap_N))
-                for kind, (name, other_N) in others.items()
-            },
-        ),
+        else _without_overlap(labels_N, predicted_N, groups_N, others, ~overlap_N),
     )
 
 
@@ -106,17 +104,26 @@ def are_cancer_and_normal(classes: tuple[str, ...]) -> bool:
 
 def _balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
     """The mean sensitivity of the classes that have images."""
-    of_class_KN = labels_N == np.unique(labels_N)[:, None]
-    right_N = labels_N == predicted_N
-    # if every prediction is right, the class with the fewest groups is the least certain, and its weight is 1 / K
-    fewest = min(bootstrap.count(of_N) for of_N in of_class_KN)
-    groups = min(bootstrap.count(bootstrap.everything_N), len(of_class_KN) * fewest)
+    return bootstrap.figure(_mean_sensitivity(labels_N, predicted_N), _least_groups(labels_N, bootstrap), is_rate=True)
 
-    def balanced(weights_BN: np.ndarray) -> np.ndarray:
+
+def _mean_sensitivity(labels_N: np.ndarray, predicted_N: np.ndarray) -> Statistic:
+    right_N, of_class_KN = labels_N == predicted_N, labels_N == np.unique(labels_N)[:, None]
+
+    def mean(weights_BN: np.ndarray) -> np.ndarray:
         rates_KB = [weights_BN @ (of_N & right_N) / (weights_BN @ of_N) for of_N in of_class_KN]
         return np.asarray(np.mean(rates_KB, axis=0))
 
-    return bootstrap.figure(balanced, groups, is_rate=True)
+    return mean
+
+
+def _least_groups(labels_N: np.ndarray, bootstrap: ClusterBootstrap) -> int:
+    """How many groups a mean over the classes counts as.
+
+    If every prediction is right, the class with the fewest groups is the least certain, and its weight is 1 / K.
+    """
+    by_class = [bootstrap.count(labels_N == c) for c in np.unique(labels_N)]
+    return min(bootstrap.count(bootstrap.everything_N), len(by_class) * min(by_class, default=0))
 
 
 def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
@@ -131,7 +138,23 @@ def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterB
         ]
         return np.asarray(np.mean(f1_KB, axis=0))
 
-    return bootstrap.figure(macro, bootstrap.count(bootstrap.everything_N), is_rate=True)
+    return bootstrap.figure(macro, _least_groups(labels_N, bootstrap), is_rate=True)
+
+
+def _balanced_difference(
+    labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
+) -> Figure:
+    """The balanced accuracy of predictions minus that of others, paired by image."""
+    ours, theirs = _mean_sensitivity(labels_N, predicted_N), _mean_sensitivity(labels_N, other_N)
+    groups = _least_groups(labels_N, bootstrap)
+    difference = bootstrap.figure(lambda weights_BN: ours(weights_BN) - theirs(weights_BN), groups)
+    if (labels_N == predicted_N).all() and (labels_N != other_N).any():
+        # no resample has an error of the model, so its own limit (Clopper-Pearson) counts too
+        own, other = bootstrap.figure(ours, groups, is_rate=True), bootstrap.figure(theirs, groups).value
+        if own.ci95 and other is not None and difference.value is not None:
+            low, high = difference.ci95 or (difference.value, difference.value)
+            return Figure(difference.value, (min(low, own.ci95[0] - other), high))
+    return difference
 
 
 def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
@@ -161,6 +184,7 @@ def _cancer_against_normal(
     classes: tuple[str, ...],
     bootstrap: ClusterBootstrap,
     threshold: float,
+    at_95_specificity: float | None,
 ) -> CancerMetrics | None:
     """Figures for cancer against normal. Cancer is predicted if the cancers' probability is above the threshold.
 
@@ -182,6 +206,13 @@ def _cancer_against_normal(
             sensitivity_at(SPECIFICITY, is_N, score_N), fewest, is_rate=True
         ),
         threshold=threshold,
+        at_95_specificity=None
+        if at_95_specificity is None
+        else RatesAt(
+            at_95_specificity,
+            bootstrap.rate(score_N > at_95_specificity, is_N),
+            bootstrap.rate(score_N <= at_95_specificity, ~is_N),
+        ),
     )
 
 
@@ -206,6 +237,36 @@ def _calibration(
     )
 
 
+def _without_overlap(
+    labels_N: np.ndarray,
+    predicted_N: np.ndarray,
+    groups_N: np.ndarray,
+    others: Mapping[str, tuple[str, np.ndarray]],
+    new_N: np.ndarray,
+) -> WithoutOverlap:
+    """The figures on the images that are new to the model, with a bootstrap of their groups alone."""
+    n = int(new_N.sum())
+    if n == 0:
+        nothing = Figure(None, None)
+        return WithoutOverlap(
+            0, nothing, {kind: ReferenceAccuracy(name, nothing) for kind, (name, _) in others.items()}
+        )
+    labels_N, predicted_N, bootstrap = labels_N[new_N], predicted_N[new_N], ClusterBootstrap(groups_N[new_N])
+    return WithoutOverlap(
+        n=n,
+        accuracy=bootstrap.rate(labels_N == predicted_N),
+        references={
+            kind: ReferenceAccuracy(
+                name,
+                bootstrap.rate(labels_N == other_N[new_N]),
+                _balanced_difference(labels_N, predicted_N, other_N[new_N], bootstrap),
+            )
+            for kind, (name, other_N) in others.items()
+        },
+        balanced_accuracy=_balanced_accuracy(labels_N, predicted_N, bootstrap),
+    )
+
+
 def _reference(
     name: str, labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
 ) -> Reference:
@@ -221,5 +282,6 @@ def _reference(
         accuracy=bootstrap.rate(others_N),
         balanced_accuracy=_balanced_accuracy(labels_N, other_N, bootstrap),
         difference=bootstrap.mean(right_N.astype(float) - others_N),
+        balanced_difference=_balanced_difference(labels_N, predicted_N, other_N, bootstrap),
         mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
     )

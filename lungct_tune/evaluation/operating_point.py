@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.metrics import NORMAL, SPECIFICITY, are_cancer_and_normal, cancer_or_normal
 from lungct_tune.experiment.metrics import HALF, FittedOn, OperatingPoint
 
 
@@ -13,7 +13,9 @@ def choose_operating_point(
 ) -> OperatingPoint | None:
     """The threshold with the highest mean of sensitivity and specificity for cancer (Youden, Cancer 1950).
 
-    Candidates are 0.5 and the middles between neighbouring probabilities. Of equals, the one nearest to 0.5 is chosen.
+    And the lowest threshold with a specificity of at least `SPECIFICITY`, which of these has the highest sensitivity.
+    Candidates are 0.5, the middles between neighbouring probabilities, and the highest probability. Of equals, the one
+    nearest to 0.5 is chosen.
     The images of a group count as one image.
 
     Args:
@@ -32,13 +34,14 @@ def choose_operating_point(
     _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
     weights_N = 1 / sizes_G[group_of_N]
     scores_U = np.unique(score_N)
-    candidates_T = np.append((scores_U[1:] + scores_U[:-1]) / 2, HALF)
+    candidates_T = np.array([*(scores_U[1:] + scores_U[:-1]) / 2, scores_U[-1], HALF])
     sensitivity_T = _share_above(candidates_T, score_N[is_N], weights_N[is_N])
     specificity_T = 1 - _share_above(candidates_T, score_N[~is_N], weights_N[~is_N])
     mean_T = (sensitivity_T + specificity_T) / 2
     best_T = candidates_T[mean_T >= mean_T.max() - 1e-9]
     threshold = float(best_T[np.abs(best_T - HALF).argmin()])
-    return OperatingPoint(threshold, FittedOn(len(labels_N), len(sizes_G), what))
+    specific = float(candidates_T[specificity_T >= SPECIFICITY - 1e-9].min())
+    return OperatingPoint(threshold, FittedOn(len(labels_N), len(sizes_G), what), specific)
 
 
 def _share_above(thresholds_T: np.ndarray, score_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -176,6 +177,38 @@ class Experiment:
 
     def exists(self, path: str = "") -> bool:
         return bool(self.info(path).type != pyarrow.fs.FileType.NotFound)
+
+    @contextmanager
+    def exclusive_lock(self) -> Iterator[None]:
+        """Locks `local_folder`, so that only one process of this machine runs this search.
+
+        The system releases the lock when the process ends, also after a crash. On a file system without locks this
+        does nothing.
+
+        Raises:
+            StorageError: another process runs this search, or the folder cannot be created.
+        """
+        try:
+            self.local_folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.local_folder / ".lock").open("w")
+        except OSError as error:
+            raise StorageError(f"the study's folder {self.local_folder} cannot be used: {error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StorageError(f"another process is running {self.name}; wait for it, or stop it first") from error
+            except OSError:
+                pass
+            yield
+
+    def similar(self) -> str:
+        """The words for a message that name an experiment on the same storage with a similar name; empty if none."""
+        from lungct_tune.cli import suggestion  # which workers do not need
+
+        with suppress(StorageError):
+            return suggestion(self.name, self.siblings())
+        return ""
 
     def siblings(self) -> list[str]:
         """The names of the experiments on the same storage.

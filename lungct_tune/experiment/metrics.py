@@ -17,6 +17,9 @@ from lungct_tune.experiment.form import check_form, read_json
 HALF = 0.5
 """The operating point of bundles that have chosen none."""
 
+MAJORITY, SHORTCUT, PUBLISHED = "majority class", "shortcut", "published"
+"""The kinds of predictions that a model is compared with."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -43,6 +46,15 @@ class ClassMetrics:
 
 
 @dataclass(frozen=True)
+class RatesAt:
+    """Both rates for cancer at a threshold."""
+
+    threshold: float
+    sensitivity: Figure
+    specificity: Figure
+
+
+@dataclass(frozen=True)
 class CancerMetrics:
     """All cancers together against normal."""
 
@@ -56,8 +68,11 @@ class CancerMetrics:
     npv: Figure
     auroc: Figure
     sensitivity_at_95_specificity: Figure
+    """At the best threshold for these very images, so it is too high."""
     threshold: float = HALF
     """An image counts as cancer if the probability of all cancers together is above it."""
+    at_95_specificity: RatesAt | None = None
+    """At the threshold that `OperatingPoint` has for it, from other images; None in bundles of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class OperatingPoint:
 
     threshold: float
     chosen_on: FittedOn
+    at_95_specificity: float | None = None
+    """The lowest threshold with a specificity of at least 95 % on the same images."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +142,11 @@ class ReferenceAccuracy:
     name: str
     """Which one: a class, a rule in `lungct_tune.auditing.shortcuts.RULES`, or hyperparameters."""
     accuracy: Figure
+    balanced_difference: Figure | None = None
+    """The model's balanced accuracy minus this one, paired by image; None in bundles of version 0.1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reference(ReferenceAccuracy):
     """Another way to predict the classes of the same images, compared with the model."""
 
@@ -144,6 +163,8 @@ class WithoutOverlap:
     n: int
     accuracy: Figure
     references: dict[str, ReferenceAccuracy]
+    balanced_accuracy: Figure = Figure(None, None)
+    """Not defined in bundles of version 0.1."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +186,8 @@ class TestMetrics:
     confusion_matrix: list[list[int]]
     """Images: rows are the classes, columns the predicted classes."""
     references: dict[str, Reference]
-    """By kind: "majority class", "shortcut", "published"."""
+    """By kind: `MAJORITY`, `PUBLISHED`, and `SHORTCUT` with the rule's name ("shortcut: histogram"). Bundles of version
+    0.1 have one "shortcut", that of the strongest rule on train and validation."""
     without_overlap: Annotated[WithoutOverlap | None, Field(alias="leak_free")]
     """None where no image shares a group with the model's training images."""
 
@@ -182,6 +204,9 @@ class BundleMetrics:
     """The cost of the search, see `lungct_tune.experiment.study.effort`."""
     test: TestMetrics | None
     """None before the search has ended."""
+    looks: int | None = None
+    """How many searches on the storage had been evaluated on this test split, this one included; None before the search
+    has ended, and in bundles of version 0.1."""
     seeds: dict[str, Any] | None = None
     """See `lungct_tune.experiment.study.over_seeds`; None where the winner was not trained with other seeds."""
 
@@ -269,10 +294,16 @@ class _Search(BaseModel):
     ended: dict[str, int]
 
 
-class _Seeds(BaseModel):
+class _Scores(BaseModel):
     balanced_accuracy: list[float]
     mean: float
     sd: float
+
+
+class _Seeds(_Scores):
+    published: _Scores | None = None
+    """The published configuration with the same seeds; None in bundles of version 0.1, and if it is the winner."""
+    difference: Figure | None = None
 
 
 def read_test_metrics(content: bytes) -> TestMetrics | None:

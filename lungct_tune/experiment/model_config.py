@@ -62,6 +62,7 @@ class _Training(BaseModel):
 
 class _OperatingPoint(BaseModel):
     threshold: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    at_95_specificity: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
 
 
 class _Settings(BaseModel):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shlex
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lungct_tune.cli import command_words
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import Settings, SettingsError, flags, validate
 from lungct_tune.data import fetch_images, make_phantoms, read_images
@@ -27,13 +26,15 @@ from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
+from lungct_tune.filesystem import StorageError
+from lungct_tune.stopping import was_asked
 
 if TYPE_CHECKING:
     import optuna
     import torch
 
 CHANGEABLE = {
-    *("trials", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
+    *("trials", "hold_test", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
     *("checkpoint_interval", "compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
 }
 """The settings that may change when a search is resumed. A change of any other would make it another search."""
@@ -73,10 +74,11 @@ class Plan:
     @property
     def resume_command(self) -> str:
         """The command that resumes this search."""
-        python = Path(sys.executable)  # not resolved: in a virtual environment it is a link to the system's Python
-        with suppress(ValueError):
-            python = python.relative_to(Path.cwd())
-        words = [str(python), "-m", "lungct_tune.search", "--resume", self.experiment.name]
+        return self.command("--resume")
+
+    def command(self, how: str) -> str:
+        """The command that does something with this search: `--resume` or `--judge`."""
+        words = [*command_words("search"), how, self.experiment.name]
         if self.settings.storage != "./results":
             words += ["--storage", self.settings.storage]
         if self.settings.study:
@@ -90,30 +92,23 @@ class Plan:
         return shlex.join(words)
 
     @contextmanager
-    def exclusive_lock(self) -> Iterator[None]:
-        """Locks the study folder, so that only one process runs this search.
-
-        The system releases the lock when the process ends, also after a crash. On a file system without locks this
-        does nothing.
+    def resumable(self) -> Iterator[None]:
+        """Adds the command that continues the search to what stops it, once it has started.
 
         Raises:
-            PlanError: another process runs this search, or the study folder cannot be created.
+            KeyboardInterrupt: also for any error that follows when the user stops the search. A scheduler may send its
+                signal to all processes, and then Ray's are gone.
         """
         try:
-            self.study_folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.study_folder / ".lock").open("w")
-        except OSError as error:
-            raise PlanError(f"the study's folder {self.study_folder} cannot be used: {error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PlanError(
-                    f"another process is running {self.experiment.name}; wait for it, or stop it first"
-                ) from error
-            except OSError:
-                pass
             yield
+        except BaseException as error:
+            if not (isinstance(error, (KeyboardInterrupt, UserError)) or was_asked()):
+                raise
+            stop = error if isinstance(error, UserError) else KeyboardInterrupt()
+            with suppress(StorageError):
+                if self.experiment.exists("settings.yaml"):
+                    stop.add_note(f"To continue: {self.resume_command}")
+            raise stop from None
 
     @contextmanager
     def opened_study(self, *, new: bool) -> Iterator[optuna.Study]:
@@ -123,17 +118,18 @@ class Plan:
             StudyError, JournalError: the study cannot be opened.
             StorageError: on entering, the storage cannot be read.
         """
-        from lungct_tune.experiment.study import open_study, sqlite_storage
+        from lungct_tune.experiment.study import open_study, sqlite_storage, told_as_user_errors
         from lungct_tune.experiment.study_journal import opened_journal
 
         assert self.settings.epochs is not None  # decided by the plan
         how = self.experiment.name, self.space, self.settings.epochs
         if self.settings.study:
-            yield open_study(self.settings.study, *how, new=new)
+            with told_as_user_errors(self.settings.study):
+                yield open_study(self.settings.study, *how, new=new)
             return
         file = self._study_file
         is_journal = file.name == JOURNAL
-        with ExitStack() as held:
+        with ExitStack() as held, told_as_user_errors(str(file)):
             if not self.experiment.is_local:
                 held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))
             storage = held.enter_context(opened_journal(file)) if is_journal else sqlite_storage(file)
@@ -187,7 +183,7 @@ class Plan:
 
 
 def plan_search(asked: Settings, given: set[str]) -> Plan:
-    """The plan of a new search, or with `resume` of one that continues.
+    """The plan of a new search, or with `resume` of one that continues, or with `judge` of one that ends.
 
     Args:
         asked: the user's settings; with `resume`, only the settings to change.
@@ -198,6 +194,9 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
         SettingsError: a setting cannot change in a resumed search.
         SpaceError: the search space cannot be used.
     """
+    if asked.judge:
+        asked = asked.model_copy(update={"resume": asked.judge, "judge": None, "hold_test": False})
+        given = given - {"judge"} | {"resume", "hold_test"}
     return _resumed(asked, given) if asked.resume else _new(asked)
 
 
@@ -246,13 +245,19 @@ def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) 
     """
     kept = read_kept(experiment)
     if kept is None:
-        storage, _, name = experiment.uri.rpartition("/")
-        raise PlanError(
-            f"there is no search {name!r} in {storage}; check its name, and give the --storage that it was started with"
-        )
+        raise PlanError(no_such_search(experiment))
     confirm_study(kept, experiment, given)
     confirm_paths(kept, experiment, given)
     fingerprint = kept.pop("fingerprint")
     text = (experiment.read("space.yaml") or b"").decode(errors="replace")
     space = parse_space(text, f"{experiment.uri}/space.yaml")
     return Plan(validate(kept | {"study": None} | elsewhere), experiment, space, text, fingerprint)
+
+
+def no_such_search(experiment: Experiment) -> str:
+    """The message for an experiment that does not exist."""
+    storage, _, name = experiment.uri.rpartition("/")
+    return (
+        f"there is no search {name!r} in {storage}{experiment.similar()}; check its name, and give the --storage that "
+        "it was started with"
+    )

@@ -202,7 +202,7 @@ def read_results(experiment: Experiment, study: str | None = None) -> SearchResu
     if kept is None:
         hint = "it is a pulled bundle, which has its own report.html" if experiment.exists("checksums.txt") else ""
         raise NothingHeld(
-            f"there is no search in {experiment.uri} (no settings.yaml); "
+            f"there is no search in {experiment.uri} (no settings.yaml){experiment.similar()}; "
             + (hint or "give the NAME of one and its --storage, or its folder or URI")
         )
     given = {"study": study} if study else {}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sqlite3
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 FEWEST = 4
 """The fewest completed trials from which parameter importance is computed."""
 
+STUDY_ERRORS = (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError)
+"""What is raised when a database that holds a study does not answer, is locked or is full."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -87,6 +91,8 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
     try:
         if isinstance(storage, str):
             where += f" in {make_url(storage).render_as_string(hide_password=True)}"
+            if make_url(storage).get_backend_name() == "sqlite":
+                storage = RDBStorage(storage, {"connect_args": {"timeout": LOCKED_S}})
         if not new:
             study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
             check_trials(study)
@@ -108,6 +114,26 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
             user_attrs={"configuration": hyperparameters.as_dict()},
         )
     return study
+
+
+@contextmanager
+def told_as_user_errors(where: str) -> Iterator[None]:
+    """Turns errors of the study's database into errors for the user.
+
+    Args:
+        where: the study's URL or file.
+
+    Raises:
+        StudyError: the database is locked or full, does not answer, or refuses.
+    """
+    try:
+        yield
+    except STUDY_ERRORS as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Optuna's error does not say more than that there is one
+            cause = cause.__cause__
+        locked = f" for {LOCKED_S:.0f} s; close the program that has it open" if "locked" in str(cause) else ""
+        raise StudyError(f"the study in {where} cannot be used: {str(cause).strip()}{locked}") from error
 
 
 def load_study(file: Path, name: str) -> optuna.Study:
@@ -217,19 +243,45 @@ def _outcome(trial: FrozenTrial) -> Outcome:
     return Outcome.STOPPED if trial.state == TrialState.PRUNED else Outcome.FAILED
 
 
-def over_seeds(reports: Sequence[EpochReport]) -> dict[str, Any]:
-    """The balanced accuracy of one configuration trained with several seeds.
+def over_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] = ()) -> dict[str, Any]:
+    """The balanced accuracy of the winner trained with several seeds, and of the published configuration with the same.
 
     A training without a usable model counts with the lowest score, since a user of that configuration may get one.
+    The interval of the mean difference is that of Student's t over the seeds, paired. It says how far the difference
+    depends on the seed, not on the images, which are the same for all.
 
     Args:
-        reports: one for each training, with all its epochs.
+        winner: a report for each training, with all its epochs.
+        published: for the same seeds in the same order; empty if the winner is the published configuration.
+
+    Returns:
+        "balanced_accuracy" (of each training), "mean", "sd"; "published", with these three keys, and "difference" (see
+        `Figure`), both None without published trainings.
     """
-    scores = [
+    from scipy.stats import t  # here, because a report of a search without seeds needs no scipy
+
+    scores, others = _scores(winner), _scores(published)
+    differences = np.subtract(scores, others) if others else np.zeros(0)
+    n, reach = len(differences), 0.0
+    if n > 1 and not np.allclose(differences, differences[0]):
+        reach = float(t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    mean = float(differences.mean()) if n else 0.0
+    return {
+        **_spread(scores),
+        "published": _spread(others) if others else None,
+        "difference": {"value": mean, "ci95": (mean - reach, mean + reach) if reach else None} if n else None,
+    }
+
+
+def _scores(reports: Sequence[EpochReport]) -> list[float]:
+    return [
         BAD_SCORE if report.outcome in UNSUCCESSFUL or not report.epochs else report.epochs[-1].balanced_accuracy
         for report in reports
     ]
-    return {"balanced_accuracy": scores, "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
+
+
+def _spread(scores: Sequence[float]) -> dict[str, Any]:
+    return {"balanced_accuracy": list(scores), "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
 
 
 def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> dict[str, Any]:

@@ -7,9 +7,12 @@ also while a search writes. It needs no locks of the file system, so it may be i
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import logging
 import os
 import threading
+import time
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -22,8 +25,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lungct_tune.errors import SearchStopped
 
+_log = logging.getLogger(__name__)
+
 WRITE_EVERY_S = 0.2
 """How long a change may wait for the disk. A process that is killed loses the changes of this time."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that is full, or of a user who may not write more to it."""
+
+FULL_S = 300.0
+"""How long changes wait for a full disk to have space again. The search goes on meanwhile."""
+
+FULL_AT_END_S = 10.0
+"""How long they wait when the search has ended or has been stopped."""
+
+RETRY_S = 1.0
 
 
 class JournalError(SearchStopped):
@@ -46,7 +62,7 @@ class StudyJournal(BaseJournalBackend):
 
     def __init__(self, file: Path) -> None:
         self._path = file
-        self._file = file.open("ab")  # appends, also after lines that another program has added
+        self._file = file.open("ab", buffering=0)  # appends, also after lines that another program has added
         self._count = _cut_incomplete_line(file)
         self._recent: list[dict[str, Any]] = []
         """The last changes; those that the storage has read already are dropped."""
@@ -109,14 +125,39 @@ class StudyJournal(BaseJournalBackend):
     def _check(self) -> None:
         if self._error is not None:
             raise JournalError(
-                f"the study {self._path} cannot be written: {self._error}. The search stops, so that no result is "
-                "lost. Correct that, then continue it with --resume"
+                f"the study {self._path} cannot be written: {_reason(self._error)}. The search stops, so that no more "
+                "results are lost. Correct that, then continue it"
             ) from self._error
 
     def _read_file(self, start: int) -> Iterator[dict[str, Any]]:
         with self._path.open("rb") as file:
             for line in islice(file, start, self._count):
                 yield json.loads(line)
+
+    def _append(self, lines: bytes) -> None:
+        """Appends to the file. It waits while the disk is full, and then continues where it had to end.
+
+        Raises:
+            OSError: the file cannot be written, or the disk has been full for too long.
+        """
+        rest, since = memoryview(lines), None  # since when it has been full
+        while rest:
+            try:
+                rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                patience_s = FULL_AT_END_S if self._closed else FULL_S
+                if error.errno not in FULL or (since is not None and time.monotonic() - since > patience_s):
+                    raise
+                if since is None:
+                    since = time.monotonic()
+                    _log.warning(
+                        "the study %s cannot be written: the disk is full. The search goes on and tries again for "
+                        "%.0f min; free some space",
+                        *(self._path, FULL_S / 60),
+                    )
+                time.sleep(RETRY_S)
+        if since is not None:
+            _log.warning("the study %s is written again", self._path)
 
     def _write(self) -> None:
         while True:
@@ -126,8 +167,7 @@ class StudyJournal(BaseJournalBackend):
                 lines, self._waiting, target = self._waiting, [], self._appended
                 self._urgent, last = False, self._closed
             try:
-                self._file.write(b"".join(lines))
-                self._file.flush()
+                self._append(b"".join(lines))
                 os.fsync(self._file.fileno())
             except OSError as error:
                 self._error = error
@@ -186,11 +226,15 @@ def opened_journal(file: Path) -> Iterator[StudyStorage]:
     try:
         storage = StudyStorage(file)
     except OSError as error:
-        raise JournalError(f"the study {file} cannot be opened: {error}") from error
+        raise JournalError(f"the study {file} cannot be opened: {_reason(error)}") from error
     try:
         yield storage
     finally:
         storage.close()
+
+
+def _reason(error: OSError) -> str:
+    return "the disk is full" if error.errno in FULL else str(error)
 
 
 def _cut_incomplete_line(file: Path) -> int:

@@ -19,8 +19,7 @@ def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
         root: the folder of the images.
     """
     shown = {
-        "name": f"Audit of {root.name}",
-        "kind": "audit",
+        "title": f"Audit of the images in {root.name}",
         "warnings": [],
         "sections": [("verdict", "verdict"), ("there", "the images"), ("found", "findings")],
         "audit": audit,

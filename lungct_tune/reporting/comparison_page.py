@@ -47,8 +47,7 @@ def comparison_page(judged: Sequence[Judged], compared: Sequence[Comparison], co
     first = judged[0]
     rows = [(one.name, one.metrics.accuracy.value or 0.0, one.metrics.accuracy.ci95, one is first) for one in judged]
     shown = {
-        "name": f"{len(judged)} models on the same {first.metrics.n} test images",
-        "kind": "comparison",
+        "title": f"Comparison of {len(judged)} models on the same {first.metrics.n} test images",
         "warnings": [],
         "sections": [("verdict", "verdict"), ("differences", "differences"), ("again", "do it again")],
         "shows_images": False,

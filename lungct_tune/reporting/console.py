@@ -12,16 +12,28 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.auditing.conclusions import counted
+from lungct_tune.cli import command_words
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
-from lungct_tune.experiment.metrics import BundleMetrics, EvaluationMetrics, TestMetrics, read_metrics
+from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import (
+    MAJORITY,
+    PUBLISHED,
+    BundleMetrics,
+    EvaluationMetrics,
+    Figure,
+    TestMetrics,
+    read_metrics,
+)
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.reporting.format import in_words
+from lungct_tune.experiment.trial import TrialRecord
+from lungct_tune.reporting.format import in_words, looks_in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
 
 
@@ -66,26 +78,39 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
     how = [] if settings.split_file else ["--split", audit["split"]["how"]]
     names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
     same = flags(settings.model_dump(), names)
-    words = ["python", "-m", "lungct_tune.audit", "--data", audit["data"], *how, *same]
+    words = [*command_words("audit"), "--data", audit["data"], *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 
-def print_plan(plan: Plan, cluster: str, dashboard: str, console: Console) -> None:
+def print_plan(plan: Plan, slots: int, cluster: str, dashboard: str, console: Console) -> None:
     """Prints what the search will do, and where to watch it."""
     settings = plan.settings
+    while_it_runs, at_end = expected_bytes(settings, plan.space, slots)
     console.print(
         f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
     )
     lines = {
         "cluster": cluster,
-        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none",
+        "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none yet",
         "experiment": plan.experiment.uri,
         "study": plan.study_url,
+        "disk": f"at most {as_size(while_it_runs)} while it runs, {as_size(at_end)} at its end",
     }
     if settings.track:
         lines["tracking"] = settings.track
+    if not settings.plan:  # printed now, since nothing can print it if the machine fails
+        lines["if stopped"] = plan.resume_command
     for name, value in lines.items():
-        console.print(f"  {name:10} {value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<11}{value}", soft_wrap=True, markup=False)
+
+
+def print_disk_use(experiment: Experiment, console: Console) -> None:
+    """Prints the size of a finished search, and the command that removes what it does not need any more."""
+    size, removable = sum(experiment.files().values()), sum(not_needed(experiment).values())
+    where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
+    command = shlex.join([*command_words("clean"), where])
+    text = f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove them: {command}"
+    console.print(text, soft_wrap=True)
 
 
 def print_space(space: SearchSpace, console: Console) -> None:
@@ -130,8 +155,31 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, console: Console) -> None:
             f"{seeds['sd']:.3f}",
             soft_wrap=True,
         )
+        if published := seeds["published"]:
+            gain = in_words(Figure(**seeds["difference"]), "+.3f")
+            console.print(
+                f"the published configuration with the same seeds: mean {published['mean']:.3f}, standard deviation "
+                f"{published['sd']:.3f}; gain of the best found, paired by seed {gain}",
+                soft_wrap=True,
+            )
     _print_worth(metrics, console)
+    if said := looks_in_words(metrics.looks):
+        console.print(said, style="bold yellow", soft_wrap=True)
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
+
+
+def print_held(plan: Plan, winner: TrialRecord, console: Console) -> None:
+    """Prints the outcome of a search that has not looked at its test split."""
+    assert winner.last is not None  # it ran to its end
+    score, where = winner.last.balanced_accuracy, judged(plan.settings.folds)
+    lines = {
+        "best so far": f"trial {winner.number} ({winner.hyperparameters}), balanced accuracy {score:.3f} {where}",
+        "more trials": f"{plan.resume_command} --trials N",
+        "its test": f"{plan.command('--judge')} (once: no trials can be added afterwards)",
+    }
+    console.print("\nthe test split has not been looked at (--hold-test)", style="bold")
+    for name, value in lines.items():
+        console.print(f"  {name:<13}{value}", soft_wrap=True, markup=False)
 
 
 def print_bundle(folder: Path, console: Console) -> None:
@@ -142,11 +190,12 @@ def print_bundle(folder: Path, console: Console) -> None:
     configuration = Hyperparameters(**config["training"]["configuration"])
     console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
     if metrics.test is None:
+        held = config["settings"].get("hold_test")
         console.print(
-            f"[bold yellow]The search has not ended[/]: this is the best of {metrics.search['trials']} trials of "
-            f"{config['settings']['trials']}, chosen by its balanced accuracy of {score:.3f} "
-            f"{judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. Pull again when "
-            "the search has ended.",
+            f"[bold yellow]The search has not {'been judged' if held else 'ended'}[/]: this is the best of "
+            f"{metrics.search['trials']} trials of {config['settings']['trials']}, chosen by its balanced accuracy of "
+            f"{score:.3f} {judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. "
+            + ("--judge does that. Pull again afterwards." if held else "Pull again when the search has ended."),
             soft_wrap=True,
             markup=True,
         )
@@ -164,11 +213,13 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         soft_wrap=True,
         markup=True,
     )
-    for kind, other in test.references.items():
-        figures = f"{other.accuracy.value:.3f}, balanced {other.balanced_accuracy.value:.3f}"
-        if kind == "published":
-            figures += f"; accuracy of the model minus this {in_words(other.difference, '+.3f')}"
-        console.print(f"  {kind} ({other.name}): {figures}", soft_wrap=True, markup=False)
+    if any(other.balanced_difference for other in test.references.values()):
+        table = _table("", "on the same images", "balanced accuracy", "model minus this (95 %)")
+        for kind, other in test.references.items():
+            what = {MAJORITY: f"always {other.name}", PUBLISHED: "published configuration"}.get(kind, kind)
+            gain = in_words(other.balanced_difference, "+.3f") if other.balanced_difference else ""
+            table.add_row(what, f"{other.balanced_accuracy.value:.3f}", gain)
+        console.print(table)
     if (two := test.cancer_vs_normal) is not None:
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         console.print(f"cancer against normal: {rates}", soft_wrap=True)

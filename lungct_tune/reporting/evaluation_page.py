@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import PurePath
 
 from lungct_tune.data import ImageSet
-from lungct_tune.experiment.metrics import EvaluationMetrics
+from lungct_tune.experiment.metrics import EvaluationMetrics, TestMetrics, WithoutOverlap
 from lungct_tune.experiment.predictions import Predictions
-from lungct_tune.reporting.format import figure, is_above, percent
+from lungct_tune.reporting.format import figure
 from lungct_tune.reporting.html import render
 from lungct_tune.reporting.test_charts import worth
-from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, references, test_section
+from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
+from lungct_tune.reporting.verdict import against_the_simple, hardest, is_above_zero
+from lungct_tune.training.objective import OBJECTIVE_NAME
+
+TRAINED_ON_PHANTOMS = (
+    "The model was trained on PHANTOMS, drawn by a program, not on patients: no figure here says anything about CT."
+)
 
 
 def evaluation_page(
@@ -20,22 +26,24 @@ def evaluation_page(
     images: ImageSet,
     network: Network,
     command: str,
+    *,
+    phantoms: bool,
 ) -> bytes:
     """Makes the report.html of `lungct_tune.evaluate`.
 
     Args:
         searched: the search that made the model.
         command: the command line.
+        phantoms: whether the model was trained on phantoms.
     """
     test = metrics.test
     shown = {
-        "name": f"{PurePath(metrics.data).name}, evaluated with the model of {searched}",
-        "kind": "evaluation",
+        "title": f"Evaluation of the model of {searched} on {PurePath(metrics.data).name}",
         "verdict": external_verdict(metrics, searched),
-        "warnings": left_out(metrics),
+        "warnings": [*([TRAINED_ON_PHANTOMS] if phantoms else []), *left_out(metrics)],
         "sections": [*((section, section) for section in ("verdict", "test", "mistakes")), ("again", "do it again")],
         "shows_images": True,
-        "worth_chart": worth(compared_accuracies(test)),
+        "worth_chart": worth(compared_accuracies(test), OBJECTIVE_NAME),
         "command": command,
         "facts": [("images", metrics.data), ("bundle", metrics.bundle)],
         "versions": "",
@@ -52,16 +60,22 @@ def external_verdict(metrics: EvaluationMetrics, searched: str) -> list[tuple[st
         searched: the search that made the model.
     """
     test, (*classes, last) = metrics.test, metrics.test.per_class
-    ((_, majority),) = references(test)
+    new, learned = test.without_overlap or test, metrics.learned_from.total
     asked = (
         f"How well does the model of {searched} tell {', '.join(classes)} and {last} apart in these external images?"
     )
-    found = (
-        f"Accuracy {figure(test.accuracy)} on {test.n} images in {test.groups} groups; balanced accuracy "
-        f"{figure(test.balanced_accuracy)}. Always predicting the largest class has an accuracy of "
-        f"{percent(majority.accuracy.value)}."
-    )
-    return [("Question", asked), ("Result", found), ("Conclusion", _worth(metrics))]
+    figures = f"accuracy {figure(new.accuracy)}, balanced accuracy {figure(new.balanced_accuracy)}"
+    if not learned:
+        found = f"On {test.n} images in {test.groups} groups: {figures}."
+    elif not new.n:
+        found = f"The model was trained on all {test.n} images, or on images that look like them."
+    else:
+        found = (
+            f"On the {new.n} images that the model was not trained on: {figures}. It was trained on the {learned} "
+            f"others, or on images that look like them. On all {test.n} images the accuracy is too high: "
+            f"{figure(test.accuracy)}."
+        )
+    return [("Question", asked), ("Result", found), ("Conclusion", _worth(new))]
 
 
 def left_out(metrics: EvaluationMetrics) -> list[str]:
@@ -74,17 +88,11 @@ def left_out(metrics: EvaluationMetrics) -> list[str]:
     return [f"{n} images were left out: they {reason}." for reason, n in reasons.items() if n]
 
 
-def _worth(metrics: EvaluationMetrics) -> str:
-    test, learned = metrics.test, metrics.learned_from.total
-    new = test.without_overlap or test
+def _worth(new: TestMetrics | WithoutOverlap) -> str:
+    """What the figures on images that the model was not trained on are worth."""
     if not new.n:
-        return "None: the model was trained on all of these images, or on images that look like them."
-    overlap = (
-        f"The model was trained on {learned} of the {test.n} images, or on images that look like them. On the "
-        f"{new.n} others its accuracy is {figure(new.accuracy)}. "
-        if learned
-        else ""
-    )
-    if not is_above(new.accuracy, new.references["majority class"].accuracy):
-        return f"{overlap}The model is not shown to be better than always predicting the largest class."
-    return f"{overlap}This accuracy holds for images and patients like these. It says nothing about others."
+        return "None: no image is new to the model."
+    compared = against_the_simple(new, disease=True)
+    if not is_above_zero(hardest(new)):
+        return compared
+    return f"{compared} The figures hold for images and patients like these. They say nothing about others."

@@ -32,9 +32,29 @@ def in_words(f: Figure, style: str = ".3f") -> str:
     return f"{value} ({' to '.join(format(end, style) for end in f.ci95)})" if f.ci95 else value
 
 
-def is_above(f: Figure, other: Figure) -> bool:
-    """Whether the lower end of a figure's interval is above another figure; false if either is missing."""
-    return f.ci95 is not None and other.value is not None and f.ci95[0] > other.value
+def points(difference: Figure | None, of: str) -> str:
+    """A difference of two shares in percentage points, with its 95 % interval.
+
+    Args:
+        of: the name of the shares.
+    """
+    if difference is None or difference.value is None:
+        return f"the difference in {of} is not defined"
+    value = f"{100 * difference.value:+.1f} points of {of}"
+    if difference.ci95 is None:
+        return f"{value}, without an interval"
+    low, high = (f"{100 * end:+.1f}" for end in difference.ci95)
+    return f"{value} (95 % interval {low} to {high})"
+
+
+def looks_in_words(looks: int | None) -> str:
+    """What it means that several searches were evaluated on one test split; "" if only one was."""
+    if looks is None or looks < 2:
+        return ""
+    return (
+        f"{looks} finished searches on this storage have been evaluated on this test split. The figures of the best of "
+        "several are too high: quote those of the first, or evaluate on images that none of them has seen."
+    )
 
 
 def endings(found: SearchResults) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.experiment.bundle import check_outside_bundles
-from lungct_tune.reporting.test_section import MAP_RED
+from lungct_tune.reporting.mistakes_section import MAP_RED
 
 PIXELS = 448
 """Width and height of a picture."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 from PIL import Image
 
@@ -45,6 +47,15 @@ def render(template: str, shown: Mapping[str, Any]) -> bytes:
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     }
     return environment.get_template(template).render({**common, **shown}).encode()
+
+
+def markdown(text: str) -> Markup:
+    """Converts Markdown to HTML. HTML inside it is shown as text, and headings are two levels lower."""
+    converted = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for level in (2, 1):
+        converted = re.sub(rf"<(/?)h{level}>", rf"<\1h{level + 2}>", converted)
+    tables = converted.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    return Markup(tables)  # safe: the converter escapes all text
 
 
 def data_uri(image: Image.Image, quality: int) -> str:

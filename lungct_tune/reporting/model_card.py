@@ -9,8 +9,7 @@ from lungct_tune.models.complexity import model_profile
 from lungct_tune.reporting import verdict
 from lungct_tune.reporting.format import SAME_GROUP
 from lungct_tune.reporting.html import render
-from lungct_tune.reporting.report_page import facts
-from lungct_tune.reporting.search_section import about_the_search
+from lungct_tune.reporting.search_section import about_the_search, facts
 from lungct_tune.reporting.test_section import about_calibration, references
 
 

@@ -12,11 +12,15 @@ from lungct_tune.evaluation.inference import build_model
 from lungct_tune.experiment.bundle import REPORT
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting import verdict
+from lungct_tune.reporting.checklist import checklist
+from lungct_tune.reporting.data_section import data_section
 from lungct_tune.reporting.format import SAME_GROUP
-from lungct_tune.reporting.html import pairs_of_copies, render
+from lungct_tune.reporting.html import markdown, pairs_of_copies, render
+from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.search_section import (
     TRIAL_COLUMNS,
     about_the_search,
+    facts,
     failures,
     search_charts,
     trial_rows,
@@ -24,6 +28,10 @@ from lungct_tune.reporting.search_section import (
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
 from lungct_tune.reporting.winner_section import winner_section
+from lungct_tune.training.objective import OBJECTIVE_NAME
+
+TITLES = {"card": "model card"}
+"""Of sections, where they are not their ids."""
 
 PAIRS_SHOWN = 6
 """Pairs of copies in the report; the audit's own page shows more."""
@@ -40,19 +48,19 @@ def report_page(
     """
     test = found.test
     sections = ["verdict", "data", "search", *(["winner"] if found.winner else [])]
-    sections += ["test", "mistakes"] if test else []
+    sections += ["test", "mistakes", "checklist", "card"] if test else []
     rows = compared_accuracies(test) if test else []
     shown: dict[str, Any] = {
-        "name": name,
-        "kind": "report",
+        "title": f"Report of the search {name}",
         "found": found,
         "warnings": [*filter(None, (PHANTOMS if found.phantoms else "", verdict.standing(found)))],
-        "sections": [*((section, section) for section in sections), ("again", "do it again")],
+        "sections": [*((section, TITLES.get(section, section)) for section in sections), ("again", "do it again")],
         "shows_images": pictures.images is not None,
         "verdict": verdict.verdict(found),
         "same_group": SAME_GROUP,
-        "worth_chart": worth(rows) if rows else "",
+        "worth_chart": worth(rows, OBJECTIVE_NAME) if rows else "",
         "groups": found.split["group"].nunique(),
+        "data": data_section(found),
         "pairs": _pairs(found, pictures),
         "about_the_search": about_the_search(found),
         "failures": failures(found),
@@ -65,6 +73,8 @@ def report_page(
         "facts": facts(found),
         "versions": ", ".join(f"{package} {v}" for package, v in found.versions.items()),
     }
+    if test:
+        shown |= {"checklist": checklist(found), "card_page": markdown(model_card(name, found).decode())}
     if test and found.bundle and found.bundle.predictions:
         model = build_model(found.bundle.config, found.bundle.weights)
         network = Network(model, found.bundle.predictions.classes, found.settings["normalisation"])
@@ -91,26 +101,3 @@ def command(settings: Mapping[str, Any]) -> str:
     """The command that runs the same search again."""
     names = [name for name in Settings.model_fields if name not in ("name", "storage", "study")]
     return shlex.join(["python", "-m", "lungct_tune.search", *flags(settings, names)])
-
-
-def facts(found: SearchResults) -> list[tuple[str, str]]:
-    """The facts that the figures depend on: data, seed, machines, time."""
-    epochs = sum(len(trial.history) for trial in found.trials)
-    training_s = sum(trial.seconds for trial in found.trials)
-    size = found.settings["image_size"]
-    return [
-        ("data", "drawn by lungct_tune.data.phantoms" if found.phantoms else str(found.settings["data"])),
-        ("fingerprint of the data", found.settings["fingerprint"]),
-        ("images", f"{size} x {size} pixels, 8-bit grey"),
-        ("pretrained weights", str(found.settings["weights"])),
-        ("seed", str(found.settings["seed"])),
-        ("hardware", found.study.get("cluster", "not noted")),
-        ("trials", f"{found.done}, of {epochs} epochs in all"),
-        ("time of the search", f"{_duration(found.study.get('wall_s', 0))}; in epochs {_duration(training_s)}"),
-    ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

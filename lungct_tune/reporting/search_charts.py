@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import BaseDistribution
 
 from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, EpochFigures, Outcome, TrialRecord
-from lungct_tune.reporting.format import parameter_name
+from lungct_tune.reporting.format import parameter_name, percent
 from lungct_tune.reporting.svg import (
     BAD,
     INK,
@@ -39,6 +39,8 @@ _MARKS = {
     Outcome.FAILED: "X",
     Outcome.RUNNING: "o",
 }
+_DASHES = {WINNER: "-", PUBLISHED: "--", OTHER: "-"}
+"""Beside the colours, for those who cannot tell these apart."""
 
 
 @styled
@@ -62,7 +64,8 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
     if done := [(trial.number, score) for trial, score in seen if trial.outcome is Outcome.COMPLETED]:
         numbers, scores = zip(*done, strict=True)
         best = list(itertools.accumulate(scores, max))
-        axes.step([*numbers, trials[-1].number], [*best, best[-1]], where="post", color=WINNER, linewidth=1.2)
+        reached, label = [*best, best[-1]], "best completed so far"
+        axes.step([*numbers, trials[-1].number], reached, where="post", color=WINNER, linewidth=1.2, label=label)
     axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     in_percent(axes.yaxis)
@@ -81,7 +84,9 @@ def curves(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Ma
         x, y = [epoch.epoch for epoch in trial.history], [epoch.balanced_accuracy for epoch in trial.history]
         colour = _colour(trial.number, winner)
         plain = colour == OTHER
-        (line,) = axes.plot(x, y, color=colour, linewidth=0.8 if plain else 2, alpha=0.6 if plain else 1)
+        (line,) = axes.plot(
+            x, y, _DASHES[colour], color=colour, linewidth=0.8 if plain else 2, alpha=0.6 if plain else 1
+        )
         line.set_gid(chart.tip(_tip(trial)))
         if trial.outcome is not Outcome.COMPLETED:
             axes.plot(x[-1:], y[-1:], _MARKS[trial.outcome], color=colour, markersize=4)
@@ -140,19 +145,20 @@ def parallel(
     trials: Sequence[TrialRecord], distributions: Mapping[str, BaseDistribution], winner: int | None
 ) -> Markup:
     """A line for each trial, through its parameters to its objective. Better trials are darker."""
-    chart = Chart(WIDE, 3.6)
+    chart = Chart(WIDE, 3.9)
     axes = chart.axes
     seen = sorted(_with_scores(trials), key=lambda pair: pair[1])
     names = list(distributions)
     scaled = {name: _Scale([getattr(t.hyperparameters, name) for t, _ in seen], distributions[name]) for name in names}
-    scores = _Scale([score for _, score in seen], None)
+    scores = _Scale([100 * score for _, score in seen], None)
     for rank, (trial, score) in enumerate(seen):
         heights = [scaled[name](getattr(trial.hyperparameters, name)) for name in names]
         colour, share = _colour(trial.number, winner), (rank + 1) / len(seen)
         special = colour != OTHER
         (line,) = axes.plot(
             range(len(names) + 1),
-            [*heights, scores(score)],
+            [*heights, scores(100 * score)],
+            _DASHES[colour],
             color=colour if special else INK,
             linewidth=2.2 if special else 0.9,
             alpha=1 if special else 0.1 + 0.5 * share**2,
@@ -165,8 +171,9 @@ def parallel(
         axes.text(x, -0.03, scale.bottom, ha="center", va="top", fontsize=8, color=SOFT)
     labels = [parameter_name(name).replace(" ", "\n", 1) for name in names]
     axes.set(ylim=(-0.12, 1.12), xlim=(-0.4, len(names) + 0.4), yticks=[], xticks=range(len(names) + 1))
-    axes.set_xticklabels([*labels, OBJECTIVE_NAME.replace(" ", "\n")], color=INK, fontsize=8.5)
+    axes.set_xticklabels([*labels, OBJECTIVE_NAME.replace(" ", "\n") + ", %"], color=INK, fontsize=8.5)
     axes.grid(visible=False)
+    _name_colours(axes, winner)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return chart.svg(f"Parallel coordinates of {len(seen)} trials over {', '.join(map(parameter_name, names))}")
@@ -199,7 +206,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
     slots = sorted({epoch.slot for _, epoch in ran if epoch.slot is not None})
     last = max(epoch.at or 0 for _, epoch in ran) - began
     unit, name = (3600, "hours") if last > 7200 else (60, "minutes") if last > 120 else (1, "seconds")
-    chart = Chart(WIDE, 0.7 + 0.3 * len(slots))
+    chart = Chart(WIDE, 1.0 + 0.3 * len(slots))
     axes = chart.axes
     for trial, epochs in itertools.groupby(ran, key=lambda pair: pair[0]):
         for slot, of_slot in itertools.groupby((epoch for _, epoch in epochs), key=lambda epoch: epoch.slot or 0):
@@ -221,6 +228,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
     axes.set(yticks=range(len(slots)), ylim=(len(slots) - 0.5, -0.5), xlim=(0, last / unit), xlabel=name)
     axes.set_yticklabels([f"slot {slot}" for slot in slots], color=INK)
     axes.grid(axis="y", visible=False)
+    _name_colours(axes, winner)
     return chart.svg(f"Time line of {len(slots)} slots: when each was in an epoch of which trial")
 
 
@@ -234,7 +242,7 @@ def validation(epochs: Sequence[EpochFigures], baseline: Sequence[EpochFigures],
     axes.plot(x, [epoch.accuracy for epoch in epochs], color=WINNER, linestyle=":", label="winner, plain")
     if baseline:
         xs, ys = [epoch.epoch for epoch in baseline], [epoch.balanced_accuracy for epoch in baseline]
-        axes.plot(xs, ys, color=PUBLISHED, linewidth=1.4, label="published, balanced")
+        axes.plot(xs, ys, "--", color=PUBLISHED, linewidth=1.4, label="published, balanced")
     axes.set(xlabel="epoch", ylabel=f"accuracy {judged}")
     in_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -263,7 +271,7 @@ def _with_scores(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float
 
 
 def _tip(trial: TrialRecord) -> str:
-    figure = f"{trial.last.balanced_accuracy:.3f} at epoch {trial.last.epoch}; " if trial.last else ""
+    figure = f"{percent(trial.last.balanced_accuracy)} at epoch {trial.last.epoch}; " if trial.last else ""
     return f"trial {trial.number}: {figure}{trial.ended}; {trial.hyperparameters}"
 
 
@@ -276,11 +284,11 @@ def _colour(number: int, winner: int | None) -> str:
 
 
 def _name_colours(axes: Axes, winner: int | None) -> None:
-    names = {WINNER: f"winner, trial {winner}", PUBLISHED: "published", OTHER: "others"}
+    names = {WINNER: f"winner, trial {winner}", PUBLISHED: "published configuration", OTHER: "others"}
     if winner is None:
         del names[WINNER]
     elif winner == BASELINE:
-        names = {WINNER: "winner: published", OTHER: "others"}
+        names = {WINNER: "winner: the published configuration", OTHER: "others"}
     for colour, name in names.items():
-        axes.plot([], [], color=colour, label=name)
-    axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handlelength=1.2, columnspacing=1)
+        axes.plot([], [], _DASHES[colour], color=colour, label=name)
+    axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handlelength=1.8, columnspacing=1)

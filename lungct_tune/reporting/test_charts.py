@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from lungct_tune.experiment.metrics import ReliabilityBins
-from lungct_tune.reporting.svg import CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
+from lungct_tune.evaluation.decision_curve import benefit_of_all, net_benefit
+from lungct_tune.experiment.metrics import CancerMetrics, RatesAt, ReliabilityBins
+from lungct_tune.reporting.svg import BAD, CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
 
 
 @styled
-def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Markup:
-    """Draws accuracies from 0 to 1, one line each.
+def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], of: str = "accuracy") -> Markup:
+    """Draws shares from 0 to 1, one line each.
 
     Args:
-        rows: name, accuracy, interval, whether it is the model's.
+        rows: name, share, interval, whether it is the model's.
+        of: the name of the shares.
     """
     chart = Chart(4.4, 0.4 + 0.5 * len(rows))
     axes = chart.axes
@@ -31,7 +34,7 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]]) -> Ma
     axes.spines["left"].set_visible(False)
     in_percent(axes.xaxis)
     values = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
-    return chart.svg(f"Accuracy on the same test images, with 95 % intervals: {values}")
+    return chart.svg(f"{of.capitalize()} on the same test images, with 95 % intervals: {values}")
 
 
 @styled
@@ -42,8 +45,10 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[st
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
     for c, name in _defined(labels_N, classes):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(false_alarms, sensitivity, color=CLASSES[c % len(CLASSES)], label=plain(name))
+        axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
     axes.legend(loc="lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
 
@@ -55,15 +60,64 @@ def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes
     axes = chart.axes
     for c, name in _defined(labels_N, classes):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(sensitivity, value, color=CLASSES[c % len(CLASSES)], label=plain(name))
+        axes.plot(sensitivity, value, label=plain(name), **_line(c))
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
     axes.legend(loc="best")
     return chart.svg("Precision-recall curves of each class against the rest")
+
+
+def _line(c: int) -> dict[str, Any]:
+    """Colour and dashes of a class: some readers cannot tell the colours apart."""
+    return {"color": CLASSES[c % len(CLASSES)], "linestyle": ("-", "--", "-.", ":")[c % 4]}
 
 
 def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
     """Index and name of each class that has a curve: some images are of the class, and some are not."""
     return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
+
+
+@styled
+def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> Markup:
+    """Sensitivity for cancer against 1 - specificity, with the thresholds that were chosen on other images."""
+    chart = Chart(4.4, 3.6)
+    axes = chart.axes
+    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    if is_N.any() and not is_N.all():
+        false_alarms, sensitivity, _ = roc_curve(is_N, score_N)
+        axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
+    at = cancer.at_95_specificity
+    points: list[tuple[str, str, CancerMetrics | RatesAt]] = [("o", "operating point", cancer)]
+    if at is not None:
+        points.append(("D", "threshold for 95 % specificity", at))
+    for mark, name, rates in points:
+        if rates.sensitivity.value is not None and rates.specificity.value is not None:
+            label = f"{name}: {100 * rates.threshold:.1f} %"
+            x, y = 1 - rates.specificity.value, rates.sensitivity.value
+            axes.plot([x], [y], mark, color=BAD, markersize=8, label=label, clip_on=False)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
+    in_percent(axes.xaxis)
+    in_percent(axes.yaxis)
+    axes.legend(loc="lower right")
+    return chart.svg("ROC curve for cancer against normal, with the operating point marked")
+
+
+@styled
+def decision(is_N: np.ndarray, score_N: np.ndarray) -> Markup:
+    """The decision curve: the net benefit of the model, of treating all as cancer, and of treating none."""
+    chart = Chart(4.4, 3.6)
+    axes = chart.axes
+    thresholds_T = np.linspace(0.01, 0.99, 99)
+    prevalence = float(is_N.mean())
+    axes.plot(thresholds_T, net_benefit(is_N, score_N, thresholds_T), "-", color=WINNER, label="this model")
+    axes.plot(thresholds_T, benefit_of_all(is_N, thresholds_T), "--", color=SOFT, label="all count as cancer")
+    axes.axhline(0, color=SOFT, linestyle=":", label="none counts as cancer")
+    axes.set(xlabel="probability of cancer from which one acts", ylabel="net benefit", title="decision curve")
+    axes.set(xlim=(0, 1), ylim=(-0.3 * prevalence, 1.1 * prevalence))
+    in_percent(axes.xaxis)
+    axes.legend(loc="lower left")
+    return chart.svg("Decision curve: net benefit by threshold, of the model, of acting on all images and on none")
 
 
 @styled
@@ -76,9 +130,9 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
     chart = Chart(4.4, 3.6)
     axes = chart.axes
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
-    for (name, bins), colour in zip(curves.items(), (SOFT, WINNER), strict=False):
+    for (name, bins), colour, dashes in zip(curves.items(), (SOFT, WINNER), ("--", "-"), strict=False):
         confidence, accuracy, n = np.array(bins).T
-        axes.plot(confidence, accuracy, color=colour, linewidth=1.2, label=name)
+        axes.plot(confidence, accuracy, dashes, color=colour, linewidth=1.2, label=name)
         axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
     axes.set(xlabel="confidence", ylabel="accuracy", title="reliability diagram", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)

@@ -32,6 +32,7 @@ from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.augmentation import Augmentation
 from lungct_tune.training.batches import on_device
 from lungct_tune.training.graphed_step import GraphedStep
+from lungct_tune.training.shared_norm import share_norms
 from lungct_tune.training.weight_average import WeightAverage
 
 LABEL_SMOOTHING = 0.1
@@ -318,8 +319,10 @@ def _in_group(model: TruncatedResNet50, device: torch.device, world: int) -> tup
     """The model that learns, and the module to call: the model itself or its data-parallel wrapper."""
     if world == 1:
         return model, model
-    if device.type == "cuda":  # SyncBatchNorm needs a GPU; on CPUs each worker normalises by its own share
+    if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    else:  # SyncBatchNorm needs a GPU
+        share_norms(model)
     devices = [device] if device.type == "cuda" else None
     return model, DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from lungct_tune.errors import UserError
+
 
 class BackgroundThreads(ThreadPoolExecutor):
     """A pool of threads whose results nobody looks at. Errors do not end the search; they are logged as warnings."""
@@ -19,4 +21,5 @@ class BackgroundThreads(ThreadPoolExecutor):
 
 def _log_error(future: Future[Any]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
-        logging.getLogger(__name__).warning("the search goes on, but: %s", error, exc_info=error)
+        trace = None if isinstance(error, (UserError, OSError)) else error  # a full disk is no fault of the program
+        logging.getLogger(__name__).warning("the search goes on, but: %s", error, exc_info=trace)

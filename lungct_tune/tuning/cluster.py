@@ -7,16 +7,20 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Event
 
 import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.config.settings import Settings
+from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
+from lungct_tune.stopping import own_signals
 from lungct_tune.tuning.allocation import (
     ClusterError,
     ResourcePlan,
@@ -27,7 +31,7 @@ from lungct_tune.tuning.allocation import (
     number_of,
     workers_of,
 )
-from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster
+from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster, local_resources
 from lungct_tune.tuning.workers import PROBE, check_from_here
 
 WORKER_START_TIMEOUT_S = 7 * 24 * 3600
@@ -62,7 +66,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     # read by the processes that start groups of workers: this one, and the slots, which get it from Tune
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT_S))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"  # run_search listens to that handler for Ctrl-C
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # run_search has its own, for all signals
     # Trials use absolute paths; a change of the working folder would break the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # a slot has some seven processes, most of them idle. More of them start at once than there are CPUs, so Ray warns
@@ -76,13 +80,14 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     try:
         if host and port.isdigit():  # Ray itself would try for minutes before it reports an error
             socket.create_connection((host, int(port)), timeout=10).close()
-        context = ray.init(
-            address=address,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.CRITICAL,
-            job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
-            ignore_reinit_error=True,
-        )
+        with own_signals():
+            context = ray.init(
+                address=address,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.CRITICAL,
+                job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
+                ignore_reinit_error=True,
+            )
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(
             f"the Ray cluster {f'at {at}' if at else 'at hand'} asks for a token: {error.message}\n"
@@ -116,13 +121,49 @@ def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
             ray.shutdown()
 
 
+def starts_here(address: str | None) -> bool:
+    """Whether `connect` would start a cluster on this machine, and join none."""
+    return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS") or has_local_cluster())
+
+
+@contextmanager
+def joined_meanwhile(address: str | None, verbose: bool, name: str, display: Display) -> Iterator[Future[str]]:
+    """Does `joined` in a thread, while the images are read; yields the future address of the cluster's dashboard.
+
+    Images that are refused in the first half second start no cluster.
+
+    Raises:
+        ClusterError: from the future: the cluster cannot be joined.
+    """
+    refused = Event()
+
+    def join() -> str:
+        if refused.wait(timeout=0.5):
+            return ""
+        with display.step("starting Ray" if starts_here(address) else "joining the Ray cluster"):
+            return cluster.enter_context(joined(address, verbose, name))
+
+    # Linux ends the processes of a cluster together with the thread that started them, so the thread stays until then
+    with ThreadPoolExecutor(1) as thread, ExitStack() as cluster:
+        joining = thread.submit(join)
+        try:
+            yield joining
+        finally:
+            refused.set()
+            with display.step("ending Ray"):
+                wait([joining])
+                cluster.close()
+
+
 def plan_resources(settings: Settings) -> ResourcePlan:
     """The slots for which the cluster has room now or can grow; `settings.slots` and others override the defaults.
+
+    Before a cluster is joined this plans for the one that would be started on this machine.
 
     Raises:
         ClusterError: there will never be room for one slot, or for the number that the settings ask for.
     """
-    return divide(settings, _nodes(), autoscaler_nodes())
+    return divide(settings, *_cluster())
 
 
 def plan_retraining_resources(settings: Settings) -> RetrainingResources:
@@ -131,7 +172,12 @@ def plan_retraining_resources(settings: Settings) -> RetrainingResources:
     Raises:
         ClusterError: there will never be room for the number that the settings ask for.
     """
-    return divide_for_retraining(settings, _nodes(), autoscaler_nodes())
+    return divide_for_retraining(settings, *_cluster())
+
+
+def _cluster() -> tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]] | None]:
+    """The resources of the present nodes, and of those that the autoscaler may start."""
+    return (_nodes(), autoscaler_nodes()) if ray.is_initialized() else ([local_resources()], [])
 
 
 def has_shared_file_system(experiment: Experiment) -> bool:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 LATEST_CLUSTER = "ray._private.services:find_bootstrap_address"
 """The address of the cluster that was started last on this machine, which `ray.init` joins; None if there is none."""
 
+LOCAL_RESOURCES = "ray._private.resource_and_label_spec:ResourceAndLabelSpec"
+"""The resources that `ray.init` gives to a cluster that it starts on this machine."""
+
 TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
 """Sets up torch.distributed in Ray Train's workers; subclassed to set the network interface of every worker."""
 
@@ -75,6 +78,7 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 PRIVATE_NAMES = (
     *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES, LATEST_CLUSTER),
+    LOCAL_RESOURCES,
     *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),
     OPTUNA_TRIAL,
 )
@@ -204,6 +208,12 @@ class _NoActor:
 def has_local_cluster() -> bool:
     """Whether a Ray cluster was started on this machine that `ray.init` would join."""
     return private(LATEST_CLUSTER)(None) is not None
+
+
+def local_resources() -> dict[str, float]:
+    """The resources that a cluster has which `ray.init` starts on this machine."""
+    found = private(LOCAL_RESOURCES)().resolve(is_head=True, node_ip_address="127.0.0.1")
+    return dict(found.to_resource_dict())
 
 
 def draining_nodes() -> set[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import ray
 from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder, TrialRecord
+from lungct_tune.experiment.study import over_seeds
+from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, TrialOrder, TrialRecord, best_trial
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
@@ -57,11 +59,28 @@ def rerun_trials(
 
 
 def rerun_with_seeds(
-    plan: SlotPlan, folder: str, trial: TrialRecord, seeds: Sequence[int], epochs: int, slots: int
-) -> list[EpochReport]:
-    """Trains a trial's hyperparameters once with each of these seeds; see `rerun_trials`."""
-    orders = [TrialOrder(number, seed, trial.hyperparameters) for number, seed in enumerate(seeds, start=1)]
-    return rerun_trials(plan, folder, orders, epochs, slots)
+    plan: SlotPlan,
+    folder: str,
+    winner: TrialRecord,
+    trials: Iterable[TrialRecord],
+    seeds: Sequence[int],
+    epochs: int,
+    slots: int,
+) -> dict[str, Any]:
+    """Trains the winner and the published configuration once with each of these seeds; see `over_seeds`.
+
+    Args:
+        plan, folder, epochs, slots: see `rerun_trials`.
+        trials: of the search. The published configuration is trained if its trial ran to its end and is not the winner.
+    """
+    published = best_trial(trial for trial in trials if trial.number == BASELINE != winner.number)
+    both = [winner] if published is None else [winner, published]
+    orders = [
+        TrialOrder(number, seed, trial.hyperparameters)
+        for number, (trial, seed) in enumerate(product(both, seeds), start=1)
+    ]
+    reports = rerun_trials(plan, folder, orders, epochs, slots)
+    return over_seeds(reports[: len(seeds)], reports[len(seeds) :])
 
 
 def replay_trial(

@@ -104,11 +104,12 @@ class EarlySlot:
         if self._mailbox:
             ray.kill(self._mailbox)
 
-    def run(self, order: RetrainOrder, meanwhile: Callable[[], None]) -> EpochReport:
+    def run(self, order: RetrainOrder, meanwhile: Callable[[], None], note_epoch: Callable[[int], None]) -> EpochReport:
         """Retrains, after the search has ended. The slot starts now if it has not started yet.
 
         Args:
             meanwhile: is called in this process while the workers train.
+            note_epoch: is called in this process, now and then, with the last epoch that has ended.
         """
         self._stop_watching()
         if not self._slot:
@@ -118,6 +119,8 @@ class EarlySlot:
         try:
             while not ray.wait([retraining], timeout=WATCH_S)[0]:
                 self._exchange_news()
+                with suppress(ray.exceptions.RayError):
+                    note_epoch(ray.get(self._mailbox.epoch_of.remote(order.number), timeout=NEWS_S))
             report: EpochReport = ray.get(retraining)
         finally:
             self._exchange_news()
@@ -172,12 +175,16 @@ class EarlySlot:
 
 
 def retrain_and_predict(
-    experiment: Experiment, order: RetrainOrder, slot: EarlySlot, meanwhile: Callable[[], None] = lambda: None
+    experiment: Experiment,
+    order: RetrainOrder,
+    slot: EarlySlot,
+    meanwhile: Callable[[], None] = lambda: None,
+    note_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> RetrainedModel:
     """Retrains in a slot. An interrupted retraining continues from its last state; one that has ended is only read.
 
     Args:
-        meanwhile: is called in this process while the workers train.
+        meanwhile, note_epoch: see `EarlySlot.run`.
 
     Raises:
         RetrainingFailed: its workers were lost too often, or it needs more memory than there is.
@@ -186,7 +193,7 @@ def retrain_and_predict(
     result = _read_result(experiment, order)
     if result is None:
         try:
-            reason = slot.run(order, meanwhile).reason
+            reason = slot.run(order, meanwhile, note_epoch).reason
         except ray.exceptions.RayActorError as error:
             reason = str(error)
         if reason:
@@ -215,6 +222,7 @@ def retrain(
     device: torch.device,
     must_save: Callable[[], bool] = lambda: False,
     warn: Callable[[str], None] = lambda sentence: None,
+    note_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Trains to the last epoch, predicts the test images, and writes the files. All workers call it together.
 
@@ -222,6 +230,7 @@ def retrain(
         dataset: the images of train and validation; all are trained on.
         must_save: whether a state is to be saved as soon as possible, because the first worker may be lost.
         warn: is called with a sentence if the storage refuses a state.
+        note_epoch: is called with the number of each epoch that has ended.
     """
     import safetensors.torch
 
@@ -230,6 +239,8 @@ def retrain(
     writer, saved_at = StateWriter(experiment, lambda epoch: order.file(STATE)), time.monotonic()
     while trainer.epoch < order.epochs:
         trainer.train_epoch()
+        if trainer.rank == 0:
+            note_epoch(trainer.epoch)
         due = time.monotonic() - saved_at >= order.checkpoint_interval or must_save()
         if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < order.epochs:
             if (error := writer.take_error()) is not None:

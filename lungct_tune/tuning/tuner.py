@@ -7,19 +7,21 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 import optuna
 from ray import tune
-from rich.console import Console
 
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
+from lungct_tune.display import Display
 from lungct_tune.errors import SearchStopped, UserError
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import read_trials, rungs
+from lungct_tune.experiment.study import STUDY_ERRORS, read_trials, rungs
 from lungct_tune.experiment.trial import TrialRecord
+from lungct_tune.stopping import at_stop
 from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.background import BackgroundThreads
 from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
@@ -39,6 +41,7 @@ from lungct_tune.tuning.ray_compat import (
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
+from lungct_tune.tuning.time_left import TimeLeft
 from lungct_tune.tuning.workers import SlotPlan
 
 MOST_AT_RANDOM = 10
@@ -86,21 +89,24 @@ def run_search(
     trials: int,
     slots: int,
     seed: int,
-    console: Console,
+    display: Display,
+    left: TimeLeft | None = None,
     so_far: Callable[[TrialRecord, bytes], Mapping[str, bytes]] | None = None,
 ) -> None:
     """Runs trials until the study has `trials` finished ones. Interrupted trials continue first.
 
     Args:
+        left: estimates the time left, of the whole job; by default of these trials alone.
         so_far: makes the files of a bundle from the best trial so far and its weights.
 
     Raises:
         KeyboardInterrupt: the user stopped the search; the study and the trials' states are kept.
         SearchStopped: too many trials failed one after the other, or Ray Tune has ended early.
         NodeRefused: a node that joined later cannot use the storage; the study and the states are kept.
-        JournalError: the study cannot be written; what was written before is kept.
+        JournalError, StudyError: the study cannot be written; what was written before is kept.
     """
     startup = max(3, min(MOST_AT_RANDOM, trials // 3))
+    earlier = read_trials(study)
     with BackgroundThreads(STORAGE_THREADS) as storage_threads, TemporaryDirectory() as scratch:
         searcher = OptunaSearcher(
             study,
@@ -116,7 +122,9 @@ def run_search(
         remaining = trials - tally.finished
         if remaining <= 0:
             return
-        trained_s = sum(trial.seconds for trial in read_trials(study))
+        trained_s = sum(trial.seconds for trial in earlier)
+        epochs = plan.dataset.epochs
+        left = left or TimeLeft(trials, plan.rungs, epochs, slots, retrainings=0, seeds=0, earlier=earlier)
         clock = SlotTimeCallback(study, plan, slots)
         board = TensorBoardCallback(plan.experiment, storage_threads)
         callbacks = [clock, board, PrometheusCallback(tally, plan.experiment.name, trials, clock, trained_s)]
@@ -124,7 +132,8 @@ def run_search(
             callbacks.append(BestSoFarCallback(tally, plan.experiment, storage_threads, so_far))
         with ExitStack() as held:
             mailbox = held.enter_context(opened_mailbox(plan.experiment.name))
-            progress = held.enter_context(ProgressCallback(tally, trials, clock, console))
+            progress = ProgressCallback(tally, earlier, trials, epochs, clock, left, display)
+            held.enter_context(progress)
             held.enter_context(clock)
             held.enter_context(board)
             held.enter_context(without_files_of_tune())
@@ -148,11 +157,11 @@ def run_search(
                     failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                     # the workers themselves write a trial's state to the storage
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[*callbacks, progress, NodeWatchCallback(mailbox, console)],
+                    callbacks=[*callbacks, progress, NodeWatchCallback(mailbox, display.console)],
                     verbose=0,
                 ),
             )
-            stopped = _fit(tuner)
+            stopped = _fit(tuner, progress.say_stopping)
             if not stopped:
                 searcher.tell_failed()
     if stopped:
@@ -163,25 +172,33 @@ def run_search(
         )
 
 
-def _fit(tuner: tune.Tuner) -> bool:
-    """Runs the trials; returns whether the user stopped them.
+def _fit(tuner: tune.Tuner, say_stopping: Callable[[], None]) -> bool:
+    """Runs the trials; returns whether the user stopped them. A second Ctrl-C does not wait for their states.
 
     Raises:
-        NodeRefused, JournalError: see `run_search`.
+        NodeRefused, JournalError, StudyError: see `run_search`.
+        KeyboardInterrupt: Ctrl-C before the trials have started, or a second one.
     """
-    before = signal.getsignal(signal.SIGINT)
+    before, stopped = signal.getsignal(signal.SIGUSR1), Event()
+
+    def stop() -> None:
+        if stopped.is_set() or signal.getsignal(signal.SIGUSR1) == before:
+            raise KeyboardInterrupt
+        stopped.set()
+        say_stopping()
+        signal.raise_signal(signal.SIGUSR1)  # Tune's own signal: it ends the trials, whose workers save their states
+
     try:
-        tuner.fit()
+        with at_stop(stop):
+            tuner.fit()
     except tune.TuneError as error:  # Tune wraps the exceptions of scheduler and searcher in it
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
+        while cause is not None and not isinstance(cause, (UserError, *STUDY_ERRORS)):
             cause = cause.__context__
         raise cause or error from None
     finally:
-        # after a Ctrl-C Tune's own handler restores the previous one, otherwise it stays installed
-        stopped = signal.getsignal(signal.SIGINT) is before
-        signal.signal(signal.SIGINT, before)
-    return stopped
+        signal.signal(signal.SIGUSR1, before)
+    return stopped.is_set()
 
 
 def provenance(plan: SlotPlan) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -147,7 +148,8 @@ def run_worker(config: dict[str, Any]) -> None:
                 trial = None
                 _free_memory()
             if isinstance(order, RetrainOrder):
-                retrain(plan.experiment, plan.dataset, order, device, must_save, warn)
+                note = partial(mailbox.note_epoch.remote, order.number)
+                retrain(plan.experiment, plan.dataset, order, device, must_save, warn, note)
                 report = EpochReport(Outcome.COMPLETED)
             else:
                 trial = trial or _start_trial(config, order, device, warn)

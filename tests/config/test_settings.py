@@ -39,9 +39,9 @@ def test_class_map_from_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--trials", "0"], ["trials", "'0'", "greater than or equal to 1"]),
-        (["--image-size", "big"], ["image_size", "'big'", "integer"]),
-        (["--split", "random"], ["split", "'random'", "'grouped' or 'official'"]),
+        (["--trials", "0"], ["trials", "'0'", "the least is 1"]),
+        (["--image-size", "big"], ["image_size", "'big'", "whole number"]),
+        (["--split", "random"], ["split", "'random'", "expected grouped or official"]),
         (["--gpus-per-worker", "1.5"], ["gpus_per_worker", "1.5", "whole"]),
         (["--batch-size", "9", "--workers", "2"], ["batch_size 9", "workers 2"]),
         (["--batch-size", "2", "--workers", "2"], ["batch_size 2", "at least two"]),
@@ -72,7 +72,9 @@ def test_a_password_for_mlflow_is_refused_and_not_repeated() -> None:
 def test_an_unknown_key_of_the_file_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("trails: 7\n")
-    with pytest.raises(SettingsError, match=r"trails: no such setting; the settings are .*trials"):
+    with pytest.raises(
+        SettingsError, match=r"trails: no such setting \(did you mean trials\?\); the settings are .*trials"
+    ):
         read_settings(["--settings", str(file)])
 
 

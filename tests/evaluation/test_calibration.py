@@ -69,6 +69,18 @@ def test_a_few_images_move_the_temperature_less_than_many() -> None:
     assert alike == pytest.approx(few)  # the images of a group count as one
 
 
+def test_a_large_group_weighs_as_much_as_a_single_image() -> None:
+    """One group of 36 images, all right, and ten single images, half of them right."""
+    said_NC = np.tile(np.array([[0.7, 0.3]], dtype=np.float32), (46, 1))
+    labels_N = np.array([0] * 36 + [0, 1] * 5)
+    groups_N = np.array([0] * 36 + list(range(1, 11)))
+    fitted = fit_temperature(labels_N, said_NC, groups_N, "made up")
+    one_of_each = fit_temperature(labels_N[35:], said_NC[35:], groups_N[35:], "made up")
+    assert fitted.temperature == pytest.approx(one_of_each.temperature)
+    assert fitted.temperature > 1  # 6 of 11 are right, less than the 0.7 that they say
+    assert fitted.fitted_on == FittedOn(images=46, groups=11, what="made up")
+
+
 def test_predictions_that_are_sure_and_wrong_give_a_temperature_all_the_same() -> None:
     fitted = fit_temperature(np.array([1, 1]), np.array([[1, 0], [1, 0]], dtype=np.float32), np.arange(2), "made up")
     assert 1 < fitted.temperature <= TEMPERATURES[1]

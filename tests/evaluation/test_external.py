@@ -22,7 +22,7 @@ from lungct_tune.evaluate import main
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.evaluation.inference import load_model
-from lungct_tune.experiment.bundle import CONFIG, LEARNED, METRICS, BundleError, write_bundle
+from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, LEARNED, METRICS, BundleError, write_bundle
 from lungct_tune.experiment.folder import Experiment
 
 CANCERS = ("adenocarcinoma", "large.cell.carcinoma", "squamous.cell.carcinoma")
@@ -128,9 +128,26 @@ def test_images_that_it_has_learned_from_are_told(
     assert "trained on 1 of these files, and on images that look like 1 more" in capsys.readouterr().out
     metrics, _ = judged(tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "The model was trained on 2 of the 42 images, or on images that look like them. On the 40 others" in page
+    accuracy = f"{100 * metrics['test']['leak_free']['accuracy']['value']:.1f}"
+    assert f"On the 40 images that the model was not trained on: accuracy {accuracy}" in page
+    tiles = re.findall(r"</strong><span>([^<]+)", page)
+    assert tiles[0] == "balanced accuracy, 40 images without group overlap"
+    assert tiles[2] == "balanced accuracy, all 42 images"
     assert metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 1}
     assert metrics["test"]["leak_free"]["n"] == metrics["test"]["n"] - 2
+
+
+def test_a_page_says_when_the_model_was_trained_on_phantoms(bundle: Path, elsewhere: Path, tmp_path: Path) -> None:
+    assert main([str(bundle), "--data", str(elsewhere), "--out", str(tmp_path / "real")]) == 0
+    assert "PHANTOMS" not in (tmp_path / "real" / "report.html").read_text(), "its settings name a folder of images"
+    files = {file.name: file.read_bytes() for file in bundle.iterdir() if file.name != CHECKSUMS}
+    config = json.loads(files[CONFIG])
+    config["settings"]["data"] = None
+    experiment = Experiment.at(str(tmp_path), "drawn")
+    write_bundle(experiment, files | {CONFIG: json.dumps(config).encode()})
+    drawn = Path(experiment.uri, "best")
+    assert main([str(drawn), "--data", str(elsewhere), "--out", str(tmp_path / "out")]) == 0
+    assert "trained on PHANTOMS, drawn by a program" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("seed", range(3))

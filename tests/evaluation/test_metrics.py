@@ -86,6 +86,19 @@ def test_cancer_is_what_the_cancers_together_say() -> None:
     assert figures.cancer_vs_normal.table == [[1, 0], [1, 1]]  # but not likelier than not
 
 
+def test_the_threshold_of_high_specificity_comes_from_elsewhere_and_both_rates_are_told() -> None:
+    """On these images themselves, 95 % specificity could be had with every cancer found."""
+    cancer_N = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    labels_N = np.array([0, 0, 0, 0, 2, 2, 2, 2])
+    probabilities_NC = np.stack([cancer_N, 0 * cancer_N, 1 - cancer_N, 0 * cancer_N], axis=1)
+    figures = evaluate_predictions(labels_N, probabilities_NC, CLASSES, np.arange(8), at_95_specificity=0.45)
+    high = figures.cancer_vs_normal.at_95_specificity
+    assert (high.threshold, high.sensitivity.value, high.specificity.value) == (0.45, 1.0, 0.75)
+    assert figures.cancer_vs_normal.sensitivity_at_95_specificity.value == 1
+    without = evaluate_predictions(labels_N, probabilities_NC, CLASSES, np.arange(8))
+    assert without.cancer_vs_normal.at_95_specificity is None
+
+
 def test_cancer_against_normal_is_asked_of_the_probabilities_that_a_user_gets() -> None:
     """A temperature keeps the likeliest of all classes, and may change what several classes say together."""
     plain = np.array([[0.2, 0.2, 0.4, 0.2], [0.1, 0.1, 0.7, 0.1]])
@@ -160,8 +173,45 @@ def test_images_without_group_overlap_are_judged_apart() -> None:
     assert figures.without_overlap.references["majority class"].accuracy.value == 0.5
     assert figures.accuracy.value == 0.75
     assert figures.without_overlap.n == 2 and figures.without_overlap.accuracy.value == 0.5
+    assert figures.without_overlap.balanced_accuracy.value == 0.5
+    assert figures.without_overlap.references["majority class"].balanced_difference.value == 0
     apart = evaluate_predictions(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlap_N=overlap & False)
     assert apart.without_overlap is None
+
+
+def test_macro_f1_is_no_surer_than_the_rarest_class() -> None:
+    """All are right: 40 groups of three classes and 2 of the fourth."""
+    labels = np.array([0, 1, 2] * 40 + [3, 3])
+    rare = evaluate_predictions(labels, one_hot(list(labels)), CLASSES, np.arange(122))
+    assert rare.macro_f1.value == 1 and rare.macro_f1.ci95 == rare.balanced_accuracy.ci95
+    assert rare.macro_f1.ci95[0] == pytest.approx(0.025 ** (1 / 8), abs=1e-3)  # as 4 classes of 2 groups
+
+
+def test_a_difference_in_balanced_accuracy_is_paired_and_weighs_classes_alike() -> None:
+    """The model and the rule are wrong on the same images but one; each alone has a wide interval."""
+    labels = np.array([0] * 80 + [1] * 40)
+    rule = np.where(np.arange(120) % 3 == 0, 1 - labels, labels)
+    model = rule.copy()
+    model[[81, 84, 87, 90, 93]] = 1  # 5 of the 13 images of the second class that the rule has wrong
+    others = {"shortcut: file": ("file", rule)}
+    figures = evaluate_predictions(
+        labels, one_hot(list(model), 2), ("benign", "normal"), np.arange(120), references=others
+    )
+    compared = figures.references["shortcut: file"]
+    assert compared.difference.value == pytest.approx(5 / 120)
+    assert compared.balanced_difference.value == pytest.approx(5 / 40 / 2)
+    low, high = compared.balanced_difference.ci95
+    assert 0 < low < compared.balanced_difference.value < high
+    assert figures.balanced_accuracy.ci95[0] < compared.balanced_accuracy.value  # ends of intervals would not tell
+
+
+def test_a_model_without_an_error_is_no_surer_than_its_number_of_groups() -> None:
+    labels = np.array([0, 1, 2, 3] * 3)
+    others = {"majority class": ("normal", np.full(12, 2)), "shortcut: file": ("file", labels)}
+    figures = evaluate_predictions(labels, one_hot(list(labels)), CLASSES, np.arange(12), references=others)
+    always = figures.references["majority class"].balanced_difference
+    assert always.value == 0.75 and always.ci95 == (pytest.approx(0.735 - 0.25, abs=1e-3), 0.75)
+    assert figures.references["shortcut: file"].balanced_difference == Figure(0.0, None)
 
 
 def test_published_size_is_judged_in_seconds() -> None:

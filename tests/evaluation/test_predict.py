@@ -242,6 +242,10 @@ def test_the_operating_point_is_where_sensitivity_and_specificity_are_highest() 
     labels_N = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     point = choose_operating_point(labels_N, np.stack([cancer_N, 1 - cancer_N], 1), classes, np.arange(8), "test")
     assert point is not None and point.threshold == pytest.approx(0.76) and point.chosen_on.groups == 8
+    assert point.at_95_specificity == pytest.approx(0.76)
+    overlapping_N = np.array([1, 0, 0, 0, 0, 1, 1, 1])  # the highest score is of a normal image
+    strict = choose_operating_point(overlapping_N, np.stack([cancer_N, 1 - cancer_N], 1), classes, np.arange(8), "test")
+    assert strict is not None and strict.at_95_specificity == 0.95 and strict.threshold < 0.72
     easy = choose_operating_point(labels_N, np.eye(2)[labels_N], classes, np.arange(8), "test")
     assert easy is not None and easy.threshold == 0.5
     assert choose_operating_point(labels_N, np.eye(2)[labels_N], ("a", "b"), np.arange(8), "test") is None
@@ -286,4 +290,7 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(finished: Path, patien
     assert config["operating_point"]["chosen_on"]["images"] == 24
     metrics = json.loads((bundle / "metrics.json").read_text())
     assert metrics["test"]["cancer_vs_normal"]["threshold"] == config["operating_point"]["threshold"]
+    high = metrics["test"]["cancer_vs_normal"]["at_95_specificity"]
+    assert high["threshold"] == config["operating_point"]["at_95_specificity"]
+    assert {"sensitivity", "specificity"} < high.keys()
     assert local["unlike_training"].dropna().mean() <= 0.1

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from lungct_tune.config.search_space import parse_space
+from lungct_tune.experiment import study as study_module
 from lungct_tune.experiment import study_journal, study_mirror
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import load_study
-from lungct_tune.experiment.study_journal import JournalError, StudyStorage, opened_journal
+from lungct_tune.experiment.study import StudyError, load_study, open_study, sqlite_storage, told_as_user_errors
+from lungct_tune.experiment.study_journal import JournalError, opened_journal
 from lungct_tune.experiment.study_mirror import PARTS, JournalMirror, copy_study
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Lock = Callable[[float], subprocess.Popen[str]]
+SMALL_SPACE = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
 
 
 def add_trial(study: optuna.Study, value: float = 0.5) -> None:
@@ -134,31 +144,6 @@ def test_what_was_synced_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
     assert [trial.number for trial in trials] == list(range(len(trials)))
 
 
-def test_a_full_disk_stops_the_study_with_a_sentence_and_keeps_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "study.journal"
-    storage = StudyStorage(file)
-    study = optuna.create_study(storage=storage, study_name="one")
-    add_trial(study)
-    storage.sync()
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(study_journal.os, "fsync", full)
-    add_trial(study)
-    with pytest.raises(JournalError, match=r"study.journal cannot be written: .*No space left.*--resume"):
-        storage.sync()
-    with pytest.raises(JournalError):
-        add_trial(study)
-    with pytest.raises(JournalError):
-        storage.close()
-    monkeypatch.undo()
-    with opened_journal(file) as storage:
-        assert len(optuna.load_study(storage=storage, study_name="one").trials) >= 1
-
-
 def test_a_journal_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="cannot be opened"), opened_journal(tmp_path / "nowhere" / "study.journal"):
         pass
@@ -246,3 +231,114 @@ def test_files_of_other_names_among_the_parts_are_ignored(remote: Experiment, tm
     trials: list[Any] = search(remote, tmp_path / "study.journal", 2)
     remote.write(f"{PARTS}/notes.txt", b"x")
     assert copied(remote, tmp_path / "copy") == trials
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Fills a file system to its last byte; returns the file that does."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return folder / "filler"
+
+
+def test_a_study_waits_for_a_full_disk_and_has_every_change_after_it(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = small_disk / "study.journal"
+    with opened_journal(file) as storage:
+        study = optuna.create_study(storage=storage, study_name="one")
+        add_trial(study)
+        storage.sync()
+        filler = fill(small_disk)
+        for _ in range(20):  # more than the page that the file has already
+            add_trial(study)
+        assert len(study.trials) == 21  # the search goes on meanwhile
+        time.sleep(1)
+        assert len(read(file)) < 21
+        filler.unlink()
+        storage.sync()
+        assert read(file) == study.trials
+    full, again = (record.getMessage() for record in caplog.records)
+    assert full.startswith(f"the study {file} cannot be written: the disk is full.") and again.endswith("written again")
+
+
+def test_a_study_on_a_disk_that_stays_full_is_an_error_in_one_sentence(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_journal, "FULL_S", 1.0)
+    file = small_disk / "study.journal"
+
+    def search() -> None:
+        with opened_journal(file) as storage:
+            study = optuna.create_study(storage=storage, study_name="one")
+            storage.sync()
+            fill(small_disk)
+            for _ in range(20):
+                add_trial(study)
+            storage.sync()
+
+    with pytest.raises(JournalError) as stop:
+        search()
+    assert str(stop.value).startswith(f"the study {file} cannot be written: the disk is full. The search stops")
+    assert "\n" not in str(stop.value)
+    (small_disk / "filler").unlink()
+    with opened_journal(file) as storage:  # what was written before can be continued
+        add_trial(optuna.load_study(storage=storage, study_name="one"))
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Iterator[Lock]:
+    """Locks a SQLite file in another process for some seconds, as a browser of databases does with a change in work."""
+    program = """
+import sqlite3, sys, time
+held = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
+held.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+held.execute("ROLLBACK")
+"""
+    with contextlib.ExitStack() as held:
+
+        def hold(seconds: float) -> subprocess.Popen[str]:
+            words = [sys.executable, "-c", program, str(tmp_path / "study.db"), str(seconds)]
+            process = held.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+            held.callback(process.kill)
+            assert process.stdout is not None and process.stdout.readline() == "locked\n"
+            return process
+
+        yield hold
+
+
+def test_a_study_in_sqlite_waits_until_another_program_unlocks_it(tmp_path: Path, lock: Lock) -> None:
+    study = open_study(f"sqlite:///{tmp_path}/study.db", "one", SMALL_SPACE, 4, new=True)
+    holder = lock(5.5)  # sqlite3 by itself waits for 5 s
+    study.set_user_attr("wall_s", 1.0)
+    assert holder.wait(5) == 0 and study.user_attrs["wall_s"] == 1.0
+
+
+@pytest.mark.parametrize("as_url", [True, False])
+def test_a_study_in_sqlite_that_stays_locked_is_an_error_in_one_sentence(
+    tmp_path: Path, lock: Lock, as_url: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "LOCKED_S", 1.0)
+    file = tmp_path / "study.db"
+    where = f"sqlite:///{file}"
+    study = open_study(where if as_url else sqlite_storage(file), "one", SMALL_SPACE, 4, new=True)
+    lock(60)
+    with pytest.raises(StudyError) as stop, told_as_user_errors(where):
+        study.set_user_attr("wall_s", 2.0)
+    assert str(stop.value) == (
+        f"the study in {where} cannot be used: database is locked for 1 s; close the program that has it open"
+    )

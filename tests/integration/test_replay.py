@@ -59,7 +59,13 @@ def test_the_winners_seeds_are_in_the_bundle(searched: Path) -> None:
     assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
     assert metrics["seeds"]["mean"] == pytest.approx(np.mean(scores))
     assert metrics["test"]["calibration"]["fitted_on"]["what"] == "the winner's out-of-fold predictions"
-    assert metrics["test"]["references"]["shortcut"]["name"]
+    assert metrics["test"]["references"]["shortcut: histogram"]["balanced_difference"]
+    if metrics["best_trial"]["trial"] != 0:
+        published = metrics["seeds"]["published"][OBJECTIVE]
+        assert len(published) == 2
+        assert metrics["seeds"]["difference"]["value"] == pytest.approx(np.mean(scores) - np.mean(published))
+    else:
+        assert metrics["seeds"]["published"] is None and metrics["seeds"]["difference"] is None
     assert "with 2 other seeds" in (searched / "best" / "report.html").read_text()
     assert not (searched / "folded-seeds").exists()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import subprocess
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import pytest
@@ -21,9 +23,6 @@ from studies import epochs_of, trials_in
 from lungct_tune.pull import main as pull
 from lungct_tune.search import main
 
-if TYPE_CHECKING:
-    import subprocess
-
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 
 EPOCHS = 8
@@ -32,13 +31,14 @@ SLOW = ["--image-size", "96", "--epochs", str(EPOCHS)]  # seconds a trial, so th
 EVERY_EPOCH = ["--checkpoint-interval", "0"]
 
 
-def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
+def test_a_search_goes_on_from_a_lost_worker_from_signals_and_the_loss_of_its_process(
     tmp_path: Path, phantoms: Path, space: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL for a worker, Ctrl-C in the search, SIGKILL in the retraining, then left alone: as many trials as asked.
+    """SIGKILL for a worker, SIGTERM in the search, SIGHUP and SIGKILL in the retraining, then left alone.
 
-    Two slots of two workers run its trials. A copy is pulled while it runs, its best model when it has been stopped.
-    What SIGKILL in the search leaves is seen in test_failing_store and test_watching.
+    It has as many trials as asked then. Two slots of two workers run its trials. A copy is pulled while it runs, its
+    best model when it has been stopped. What SIGKILL in the search leaves is seen in test_failing_store and
+    test_watching.
     """
     experiment = tmp_path / "killed"
     with command(tmp_path, phantoms, space, *TWO_SLOTS, "--trials", "3", *SLOW, *EVERY_EPOCH) as run:
@@ -50,16 +50,29 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
         assert list(experiment.glob("trials/*/state-*.pt")), "a state was there for the slot that took over"
         pull_all_while_it_runs(experiment, tmp_path / "copy", capsys)
         wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
-        run.send_signal(signal.SIGINT)
+        run.send_signal(signal.SIGTERM)
         output, _ = run.communicate(timeout=120)
     assert run.returncode == 130
-    assert f"--resume killed --storage {tmp_path}" in output
+    assert re.search(r"^stopping; trial \d keeps its epoch \d", output, re.MULTILINE)
+    again = f" -m lungct_tune.search --resume killed --storage {tmp_path}"
+    assert re.search(rf"^stopped\. To continue: \S+{re.escape(again)}$", output, re.MULTILINE)
+    assert "Traceback" not in output
     assert nothing_held()
     after_stop = trials_of(experiment)
     assert 1 <= ended_trials(experiment) < 3
     running = [n for n, t in after_stop.items() if t.state == TrialState.RUNNING and t.user_attrs.get("history")]
     assert running
     pull_the_best_so_far(experiment, tmp_path / "model", capsys)
+
+    with command(tmp_path, None, None) as run:
+        assert run.stdout is not None
+        while not (line := run.stdout.readline()).startswith("retraining"):
+            assert line, "it ended before the retraining"
+        run.send_signal(signal.SIGHUP)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert "stopping; the retraining continues from the last state" in output and "To continue: " in output
+    assert "Traceback" not in output and nothing_held()
 
     with command(tmp_path, None, None) as run:
         wait_for(lambda: list(experiment.glob("final/*/last.pt")), run)
@@ -86,6 +99,34 @@ def test_a_search_goes_on_from_a_lost_worker_ctrl_c_and_the_loss_of_its_process(
     assert (experiment / "best" / "checksums.txt").exists() and nothing_held()
     metrics = json.loads((experiment / "best" / "metrics.json").read_text())
     assert metrics["search"]["trials"] == 3
+
+
+def test_a_search_whose_disk_is_full_for_a_while_goes_on_and_ends(tmp_path: Path, phantoms: Path, space: Path) -> None:
+    """The disk is a real file system of 60 MB. It is full from the first epoch on, until the search has said so."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        with command(disk, phantoms, space, "--trials", "4", "--epochs", "3", *EVERY_EPOCH) as run:
+            assert run.stdout is not None
+            wait_for(lambda: epochs_of_running_trials(disk / "killed") or ended_trials(disk / "killed"), run)
+            with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(2**16))
+            said = ""
+            while "the disk is full" not in said:
+                line = run.stdout.readline()
+                assert line, said
+                said += line
+            (disk / "filler").unlink()
+            output, _ = run.communicate(timeout=600)
+        assert run.returncode == 0, said + output
+        assert "Traceback" not in said + output
+        assert len(finished_numbers(trials_of(disk / "killed"))) == 4
+        assert (disk / "killed" / "best" / "checksums.txt").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def pull_all_while_it_runs(experiment: Path, storage: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from conftest import SMALL
 from optuna.trial import TrialState
 from studies import epochs_of, trials_in
 
+from lungct_tune.experiment.looks import FOLDER as LOOKS
 from lungct_tune.search import main
 from lungct_tune.training.objective import OBJECTIVE
 
@@ -151,7 +152,8 @@ def test_the_report_in_the_bundle_and_one_made_again_say_the_same(finished: Path
 
     def said(page: Path) -> list[str]:
         without_pictures = re.sub(r"data:image/[^\"]+", "", page.read_text())
-        return [line for line in without_pictures.splitlines() if '<p class="soft small">lungct_tune' not in line]
+        dated = ('<p class="soft small">lungct_tune', "Research software, made 20")
+        return [line for line in without_pictures.splitlines() if not any(date in line for date in dated)]
 
     assert report([str(finished), "--out", str(tmp_path / "again.html")]) == 0
     assert said(finished / "best" / "report.html") == said(tmp_path / "again.html")
@@ -245,6 +247,31 @@ def test_a_crash_between_judging_and_the_bundle_is_mended_by_resuming(finished: 
     shutil.rmtree(experiment / "best")
     assert main(["--storage", str(experiment.parent), "--resume", "one", "--slots", "1"]) == 0
     assert json.loads((experiment / "best" / "metrics.json").read_bytes())["test"] == json.loads(judged)["test"]
+    (looked,) = (experiment.parent / LOOKS).iterdir()
+    assert [mark.name for mark in looked.iterdir()] == ["one"], "a search counts once"
+
+
+def test_a_held_search_takes_more_trials_until_it_is_judged(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The finished search as it was before it looked at its test split, in a copy of its storage."""
+    import shutil
+
+    shutil.copytree(finished.parent, tmp_path / "storage")
+    experiment = tmp_path / "storage" / "one"
+    for made_with_test in (experiment / "best", experiment / "final", experiment.parent / LOOKS):
+        shutil.rmtree(made_with_test)
+    where = ["--storage", str(experiment.parent)]
+    assert main([*where, "--resume", "one", "--hold-test", "--trials", "7", "--slots", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the test split has not been looked at" in said and "--judge one" in said
+    assert not {"best", "final"} & {path.name for path in experiment.iterdir()}
+    assert not (experiment.parent / LOOKS).exists()
+    assert main([*where, "--judge", "one", "--slots", "1"]) == 0
+    metrics = json.loads((experiment / "best" / "metrics.json").read_text())
+    assert metrics["search"]["trials"] == 7 and metrics["looks"] == 1 and metrics["test"]["n"] > 0
+    assert main([*where, "--resume", "one", "--trials", "8"]) == 2
+    assert "Its test split has been used" in capsys.readouterr().err
 
 
 def test_a_search_is_run_by_one_process_at_a_time(

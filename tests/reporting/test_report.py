@@ -24,10 +24,11 @@ from lungct_tune.experiment.metrics import Figure, ReferenceAccuracy, WithoutOve
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
+from lungct_tune.reporting.mistakes_section import MOST_SHOWN
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
-from lungct_tune.reporting.search_section import about_the_search, edge
-from lungct_tune.reporting.test_section import MOST_SHOWN, Pictures, find_pictures
+from lungct_tune.reporting.search_section import about_the_search, edge, over_seeds
+from lungct_tune.reporting.test_section import Pictures, find_pictures
 from lungct_tune.reporting.verdict import verdict
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Page(HTMLParser):
     def __init__(self, content: bytes) -> None:
         super().__init__()
         self.text, self.fetched, self.open, self.images = "", [], [], 0
+        self.scripts = self.uncaptioned = 0
         self.sections: list[str] = []
         self.feed(content.decode())
         self.text = " ".join(self.text.split())
@@ -51,7 +53,9 @@ class Page(HTMLParser):
             self.sections.append(given["id"] or "")
         if tag == "svg":
             assert given["aria-label"] and given["role"] == "img"
-        assert tag not in ("script", "iframe", "link")
+        assert tag not in ("iframe", "link")
+        self.scripts += tag == "script"
+        self.uncaptioned += (tag == "table") - (tag == "caption")
         self.fetched += [given[key] for key in ("src", "href") if key in given]
         if tag not in ("meta", "br", "hr", "img"):
             self.open.append(tag)
@@ -64,7 +68,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "title"):
+        if self.open and self.open[-1] not in ("style", "title", "script"):
             self.text += data + " "
 
 
@@ -95,7 +99,12 @@ def test_a_page_stands_alone_and_is_well_formed(content: bytes) -> None:
     assert page.open == []
     assert all(address.startswith(("#", "data:image/")) for address in page.fetched)
     assert b"url(http" not in content and b"@import" not in content
-    assert page.sections == ["verdict", "data", "search", "winner", "test", "mistakes", "again"]
+    assert page.sections == ["verdict", "data", "search", "winner", "test", "mistakes", "checklist", "card", "again"]
+    assert page.scripts == 1, "that which sorts the trials"
+    ours, _, card = content.partition(b'<section id="card">')
+    assert page.uncaptioned == card.count(b"<table"), "tables of the model card are Markdown's, which has no captions"
+    assert not re.search(rb"<th(?! scope)[ >]", ours)
+    assert b"<title>Report of the search one</title>" in content
     for number, svg in enumerate(content.decode().split("<svg")[1:]):
         drawn = "<svg" + svg.split("</svg>")[0] + "</svg>"
         ElementTree.fromstring(drawn.replace("xlink:href", "href")), number
@@ -168,7 +177,12 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
         (3, [lambda s: s.run(), lambda s: s.run(1)], "has not ended: 1 of 3", ["winner"]),
         (2, [lambda s: s.run(0, "no <room>")] * 2, "The search failed", []),
         (1, [lambda s: s.run()], "has not been retrained and evaluated", ["winner"]),
-        (1, [lambda s: s.run(), Search.finish], "no other was tried", ["winner", "test", "mistakes"]),
+        (
+            1,
+            [lambda s: s.run(), Search.finish],
+            "no other was tried",
+            ["winner", "test", "mistakes", "checklist", "card"],
+        ),
     ],
     ids=["no trial completed yet", "interrupted", "failed", "not judged", "one trial"],
 )
@@ -209,7 +223,8 @@ def test_names_of_files_cannot_become_part_of_the_page(found: SearchResults) -> 
     said = found.bundle.predictions
     evil = replace(said, paths_N=np.array([path + "<script>alert(1)</script>.png" for path in said.paths_N]))
     page = report_page("<img src=x>", replace(found, bundle=replace(found.bundle, predictions=evil)), Pictures())
-    assert b"<script" not in page and b"<img" not in page and b"&lt;script&gt;" in page
+    assert page.count(b"<script") == 1 and b"<script>alert" not in page
+    assert b"<img" not in page and b"&lt;script&gt;" in page
     assert b"<script" not in model_card("<script>", found)
 
 
@@ -288,40 +303,101 @@ def with_test(found: SearchResults, **more: Any) -> SearchResults:
     return replace(found, bundle=replace(found.bundle, metrics=metrics))
 
 
-def test_the_verdict_names_the_gravest_objection(found: SearchResults) -> None:
+def compared(name: str, low: float, high: float = 0.5) -> ReferenceAccuracy:
+    """Another prediction, and the interval of the paired difference to it."""
+    return ReferenceAccuracy(name, Figure(0.3, None), Figure((low + high) / 2, (low, high)))
+
+
+def others(**lower_ends: float) -> dict[str, Any]:
+    """All that a model is compared with: majority class, shortcuts by their rule, the published configuration."""
+    ends = {"majority": 0.3, "file": 0.2, "histogram": 0.2, "border": 0.2, "pixels": 0.2, "published": 0.1} | lower_ends
+    kinds = {"majority": "majority class", "published": "published"}
+    return {kinds.get(name, f"shortcut: {name}"): compared(name, low) for name, low in ends.items()}
+
+
+def conclusion(found: SearchResults, **more: Any) -> str:
+    return verdict(with_test(found, **more))[2]
+
+
+@pytest.fixture(scope="module")
+def gained(found: SearchResults) -> SearchResults:
+    """Its winner is another than the published configuration."""
+    assert found.winner is not None and found.winner.number != 0
+    return found
+
+
+def test_the_verdict_takes_the_hardest_comparison_by_its_paired_difference(gained: SearchResults) -> None:
+    """Whatever the intervals of the single accuracies are: those of the fixture reach below all others."""
+    clear = conclusion(gained, references=others())
+    assert "better than every simple rule" in clear and "It is better than the published" in clear
+    assert "no diagnosis" in clear
+    for rule, title in (
+        ("histogram", "the histogram of greys"),
+        ("pixels", "the most similar image at 32 x 32 pixels"),
+    ):
+        easy = conclusion(gained, references=others(**{rule: -0.02}))
+        assert f"not shown to be better than a rule that sees only {title}: +24.0 points of balanced" in easy
+        assert "(95 % interval -2.0 to +50.0)" in easy and "do not show that the model recognises disease" in easy
+        assert "hold for images" not in easy
+    both = conclusion(gained, references=others(majority=-0.1, border=-0.05))
+    assert both.startswith("The model is not shown to be better than always predicting majority: +20.0 points")
+
+
+def test_the_verdict_says_when_the_search_found_nothing_better_than_the_published(gained: SearchResults) -> None:
     from dataclasses import replace
 
-    good = Figure(0.9, (0.8, 0.95))
-    majority = {"majority class": ReferenceAccuracy("normal", Figure(0.3, None))}
-    better = with_test(found, accuracy=good, references=majority)
-    assert "no diagnosis" in verdict(better)[2]
-    chance = with_test(found, accuracy=Figure(0.5, (0.2, 0.7)), references=majority)
-    assert verdict(chance)[2] == "The model is not shown to be better than always predicting normal."
-    both = majority | {"shortcut": ReferenceAccuracy("file", Figure(0.85, None))}
-    easy = with_test(found, accuracy=good, references=both)
-    assert (
-        "recognises disease: a rule that sees only the size, mode and bytes per pixel of the file is right on 85"
-        in (verdict(easy)[2])
+    nothing = conclusion(gained, references=others(published=-0.01))
+    assert "found nothing that is shown to be better than the published configuration" in nothing
+    assert "+24.5 points of balanced accuracy (95 % interval -1.0 to +50.0)" in nothing
+    without = {kind: other for kind, other in others().items() if kind != "published"}
+    assert "not retrained, so the gain over it is not measured" in conclusion(gained, references=without)
+    published = replace(gained, trials=gained.trials[:1], settings=gained.settings | {"trials": 5})
+    assert "published" not in conclusion(published, references=without), "no other was tried"
+    worse = replace(gained.trials[1], history=gained.trials[0].history)
+    published = replace(gained, trials=[gained.trials[0], worse])
+    assert "The search found nothing better than the published configuration." in conclusion(
+        published, references=without
     )
-    leaking = found.split.assign(group=found.split["path"].where(found.split["path"].rank() % 2 == 0, "one"))
-    n = replace(found, split=leaking).seen
-    for accuracy, references, said in (
-        (good, majority, "The accuracy is too high. "),
-        (Figure(0.7, (0.4, 0.8)), both, "The accuracy does not show that the model recognises disease: a rule that"),
-        (
-            Figure(0.5, (0.2, 0.7)),
-            majority,
-            "The model is not shown to be better than always predicting normal without",
-        ),
+
+
+def test_the_verdict_on_phantoms_is_a_verdict_too(gained: SearchResults) -> None:
+    from dataclasses import replace
+
+    drawn = replace(gained, settings=gained.settings | {"data": None})
+    easy = conclusion(drawn, references=others(histogram=-0.1, published=-0.1))
+    assert easy.startswith("These are PHANTOMS")
+    assert "not shown to be better than a rule that sees only the histogram of greys" in easy
+    assert "found nothing that is shown to be better than the published configuration" in easy
+    assert "disease" not in easy.removeprefix("These are PHANTOMS") and "hold for images" not in easy
+    card = model_card("one", with_test(drawn, references=gained.test.references)).decode()
+    assert verdict(drawn)[2] in card
+
+
+def test_with_group_overlap_the_verdict_is_of_the_images_without(gained: SearchResults) -> None:
+    from dataclasses import replace
+
+    leaking = gained.split.assign(group=gained.split["path"].where(gained.split["path"].rank() % 2 == 0, "one"))
+    n = replace(gained, split=leaking).seen
+    for references, said, too_high in (
+        (others(), "The model is better than every simple rule", True),
+        (others(file=-0.1), "The figures do not show that the model recognises disease", False),
+        (others(majority=-0.1), "The model is not shown to be better than always predicting majority", False),
     ):
-        clean = WithoutOverlap(16 - n, accuracy, references)
-        seen = replace(with_test(found, accuracy=good, references=both, without_overlap=clean), split=leaking)
-        assert verdict(seen)[2].startswith(said)
-        assert f"For {n} of the 16 test images an image of the same group (a copy, or of the same" in verdict(seen)[2]
-        assert f"on the {16 - n} others the accuracy is {100 * accuracy.value:.1f}" in verdict(seen)[2]
-    nothing = WithoutOverlap(0, Figure(None, None), both)
-    all_seen = replace(with_test(found, without_overlap=nothing), split=found.split.assign(group=0))
+        clean = WithoutOverlap(16 - n, Figure(0.7, (0.4, 0.8)), references, Figure(0.6, (0.3, 0.7)))
+        seen = replace(with_test(gained, references=others(), without_overlap=clean), split=leaking)
+        told = verdict(seen)[2]
+        assert told.startswith(said)
+        assert ("The figures on all test images are too high." in told) == too_high
+        assert f"For {n} of the 16 test images an image of the same group (a copy, or of the same" in told
+        assert f"On the {16 - n} others the accuracy is 70.0" in told
+    nothing = WithoutOverlap(0, Figure(None, None), others())
+    all_seen = replace(with_test(gained, without_overlap=nothing), split=gained.split.assign(group=0))
     assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 16 of the 16 ")
+
+
+def test_a_bundle_without_paired_differences_says_so(gained: SearchResults) -> None:
+    old = {"majority class": ReferenceAccuracy("normal", Figure(0.3, None))}
+    assert "an earlier version of lungct_tune made this bundle" in conclusion(gained, references=old)
 
 
 def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -> None:
@@ -332,6 +408,16 @@ def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -
         said for said in about_the_search(replace(found, split=split)) if said.startswith("Trials were evaluated")
     ]
     assert "There was no image of normal." in judged and "has 0 of them" not in judged
+
+
+def test_seeds_compare_winner_and_published_configuration() -> None:
+    of_winner = {"balanced_accuracy": [0.8, 0.7], "mean": 0.75, "sd": 0.07}
+    alone = over_seeds(of_winner | {"published": None, "difference": None})
+    assert "2 other seeds, the winner reached 75.0" in alone and "published" not in alone
+    published = {"balanced_accuracy": [0.7, 0.65], "mean": 0.675, "sd": 0.035}
+    both = over_seeds(of_winner | {"published": published, "difference": {"value": 0.075, "ci95": [-0.2, 0.35]}})
+    assert "published configuration reached 67.5" in both
+    assert "paired by seed: +7.5 points of balanced accuracy (95 % interval -20.0 to +35.0)" in both
 
 
 @given(st.floats(1e-4, 1e-2))

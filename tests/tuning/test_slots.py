@@ -260,6 +260,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     from rich.console import Console
 
     from lungct_tune.config.search_space import parse_space
+    from lungct_tune.display import Display
     from lungct_tune.filesystem import NodeRefused
     from lungct_tune.tuning.tuner import run_search
 
@@ -269,7 +270,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     (slot.folder / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir()
     space = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
     with pytest.raises(NodeRefused, match=rf"^node [\d.]+: {slot.folder}: cannot write \.probe-"):
-        run_search(study, space, slot.plan, trials=2, slots=1, seed=0, console=Console())
+        run_search(study, space, slot.plan, trials=2, slots=1, seed=0, display=Display(Console()))
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert "ended" not in study.trials[0].user_attrs
 

@@ -27,9 +27,10 @@ class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
     def __enter__(self) -> SlotTimeCallback:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self._count()
-        self._keep()
+        if error is None:  # else the study may be what cannot be written
+            self._keep()
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         if time.monotonic() - self._counted >= COUNT_EVERY_S:

@@ -1,92 +1,194 @@
-"""Shows the progress of a search: a live display in a terminal, elsewhere a line for each finished trial."""
+"""Shows the progress of a search: a table of its trials in a terminal, elsewhere a line for each finished trial."""
 
 from __future__ import annotations
 
-import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
-from lungct_tune.experiment.trial import EpochReport
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.display import Display
+from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
+from lungct_tune.tuning.time_left import TimeLeft
 
-SAY_WAITING_AFTER_S = 30.0
+OTHER_LINES = 16
+"""Lines of the terminal that are not for trials: the table's own, the summary, the steps, and some of what is above."""
+
+FEWEST_ROWS, MOST_ROWS = 4, 40
+
+BAR_WIDTH, BAR_WIDTH_WHERE_NARROW = 20, 8
+"""Of the bar of a trial: the second in a terminal of 80 columns."""
+
+NARROW = 100
+
+
+@dataclass
+class _Running:
+    """A trial that runs, as far as it has reported, or one that an interruption left running."""
+
+    hyperparameters: Hyperparameters
+    epoch: int = 0
+    score: float | None = None
+    state: str = "starting"
+
+
+def _interrupted(record: TrialRecord) -> _Running:
+    last = record.last
+    score = last.balanced_accuracy if last else None
+    return _Running(record.hyperparameters, len(record.history), score, "continues")
 
 
 class ProgressCallback(tune.Callback):  # type: ignore[misc]
-    """Shows the number of finished trials, the best trial so far, epochs per second and the time left."""
+    """Shows the trials of a search, how many have ended, the best one, and the time left.
 
-    def __init__(self, tally: SearchTally, trials: int, clock: SlotTimeCallback, console: Console) -> None:
-        self._tally, self._trials, self._clock, self._console = tally, trials, clock, console
-        self._said_waiting = False
-        self._began, self._epochs = time.monotonic(), 0
-        self._done_before = tally.finished
-        self._live = Live(console=console, refresh_per_second=2, get_renderable=self._render)
+    Args:
+        records: the trials that have begun before this run.
+        trials: how many the search will have.
+        epochs: of a trial that is not stopped.
+    """
+
+    def __init__(
+        self,
+        tally: SearchTally,
+        records: Sequence[TrialRecord],
+        trials: int,
+        epochs: int,
+        clock: SlotTimeCallback,
+        left: TimeLeft,
+        display: Display,
+    ) -> None:
+        self._tally, self._trials, self._epochs = tally, trials, epochs
+        self._clock, self._left, self._display = clock, left, display
+        self._running: dict[int, _Running] = {}
+        self._published: TrialRecord | None = None
+        self._last: deque[TrialRecord] = deque(maxlen=MOST_ROWS)
+        for record in records:
+            if record.is_finished:
+                self._add(record)
+            else:
+                self._running[record.number] = _interrupted(record)
+                left.add(record.number, len(record.history), ())
+        self._held = ExitStack()
 
     def __enter__(self) -> ProgressCallback:
-        if self._console.is_terminal:
-            self._live.start()
+        self._held.enter_context(self._display.showing(self._render))
+        self._starting = self._held.enter_context(ExitStack())
+        self._starting.enter_context(self._display.step("starting workers"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
+        self._held.close()
+        if self._display.console.is_terminal:
+            self._display.console.print(self._table(MOST_ROWS))
 
-    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        if self._clock.waiting and not self._said_waiting and time.monotonic() - self._began > SAY_WAITING_AFTER_S:
-            self._said_waiting = True
-            self._console.print(
-                f"{self._clock.waiting} slots wait for room on the cluster; `ray status` says what it is waiting for",
-                style="yellow",
-            )
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        order = TrialOrder.from_dict(trial.config)
+        self._running.setdefault(order.number, _Running(order.hyperparameters))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self._starting.close()
         report: EpochReport = result[REPORT]
-        self._epochs += len(report.trained)
+        number = trial.config["number"]
+        if report.epochs and number in self._running:
+            last, running = report.epochs[-1], self._running[number]
+            running.epoch, running.score, running.state = last.epoch, last.balanced_accuracy, "running"
+            self._left.add(number, last.epoch, [figures.seconds for figures in report.trained])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._print(trial)
+        self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._print(trial)
+        self._end(trial)
 
-    def _print(self, trial: Any) -> None:
-        this = self._tally.last
-        if self._console.is_terminal or this is None or this.number != trial.config["number"]:
+    def say_stopping(self) -> None:
+        """Says that the search stops, and what the trials that run have."""
+        kept = [f"trial {n} its epoch {trial.epoch}" for n, trial in list(self._running.items()) if trial.epoch]
+        first, *others = [*kept[:3], f"{len(kept) - 3} others theirs"] if len(kept) > 3 else kept or [""]
+        keeps = f"; {first.replace(' its', ' keeps its')}" if first else "; no trial has an epoch to keep"
+        text = ", ".join([f"stopping{keeps}", *others])
+        self._display.console.print(f"{text}. Ctrl-C again ends it without waiting", style="yellow", soft_wrap=True)
+        self._held.enter_context(self._display.step("saving the states of the trials that run"))
+
+    def _end(self, trial: Any) -> None:
+        this, number = self._tally.last, trial.config["number"]
+        self._running.pop(number, None)
+        if this is None or this.number != number:
             return
-        figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
-        self._console.print(
-            f"trial {this.number} {this.ended}{figure}; {self._summary()}; best {self._best()}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        self._add(this)
+        self._left.end(this)
+        if not self._display.console.is_terminal:
+            figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
+            best = self._tally.best
+            best_so_far = (
+                f", best {best.last.balanced_accuracy:.3f} (trial {best.number})" if best and best.last else ""
+            )
+            text = f"trial {number} {this.ended}{figure}; {self._counts()}{best_so_far}; {self._left}"
+            self._display.console.print(text, soft_wrap=True)
 
-    def _best(self) -> str:
-        best = self._tally.best
-        if best is None or best.last is None:
-            return "none yet"
-        return f"{best.last.balanced_accuracy:.3f} (trial {best.number}: {best.hyperparameters})"
+    def _add(self, record: TrialRecord) -> None:
+        self._last.append(record)
+        if record.number == BASELINE:
+            self._published = record
 
-    def _summary(self) -> str:
-        elapsed = time.monotonic() - self._began
-        done = self._tally.finished
-        done_now = done - self._done_before
-        left = f"{elapsed / done_now * (self._trials - done) / 60:.1f} min left" if done_now else "time left unknown"
-        waiting = f", {self._clock.waiting} slots without room" if self._clock.waiting else ""
-        return f"{done} of {self._trials} trials, {self._epochs / elapsed:.2f} epochs/s, {left}{waiting}"
+    def _counts(self) -> str:
+        return f"{self._tally.finished} of {self._trials}"
 
-    def _render(self) -> Group:
-        return Group(
-            ProgressBar(total=self._trials, completed=self._tally.finished, width=60),
-            Text(f" {self._summary()}"),
-            Text(f"best balanced accuracy on validation: {self._best()}"),
-        )
+    def _render(self) -> RenderableType:
+        rows = min(MOST_ROWS, max(FEWEST_ROWS, self._display.console.height - OTHER_LINES))
+        waiting = f"; {self._clock.waiting} slots wait for room (`ray status`)" if self._clock.waiting else ""
+        summary = Text(f"{self._counts()} trials{waiting}")
+        return Group(self._table(rows), summary, self._left.bar())
+
+    def _table(self, rows: int) -> Table:
+        """The trials that run, the published configuration, the best, and the last that have ended, as far as fit."""
+        table = Table(box=None, pad_edge=False, title_justify="left", header_style="dim")
+        for title in ("trial", "depth", "dropout", "rotation", "epochs", "balanced\naccuracy"):
+            table.add_column(title, justify="right", no_wrap=True, min_width=max(map(len, title.splitlines())))
+        table.add_column("", no_wrap=True, ratio=1, overflow="ellipsis")
+        running, best = dict(self._running), self._tally.best
+        marked = [record for record in (self._published, best) if record is not None]
+        latest = [record for record in reversed(list(self._last)) if record not in marked]
+        ended = [*marked, *latest][: max(len(marked), rows - len(running))]
+        shown: dict[int, TrialRecord | _Running] = {record.number: record for record in ended}
+        shown |= dict(list(running.items())[: max(1, rows - len(shown))])
+        for number, trial in sorted(shown.items()):
+            names = ["published"] * (number == BASELINE) + ["best"] * (best is not None and number == best.number)
+            if isinstance(trial, TrialRecord):
+                epoch, score = len(trial.history), trial.last and trial.last.balanced_accuracy
+                how = trial.outcome.value if trial.outcome is Outcome.STOPPED else trial.ended
+                end: RenderableType = Text(", ".join([*names, how]))
+            else:
+                epoch, score = trial.epoch, trial.score
+                end = Table.grid(padding=(0, 1))
+                width = BAR_WIDTH_WHERE_NARROW if self._display.console.width < NARROW else BAR_WIDTH
+                state = ", ".join([*names, trial.state])
+                end.add_row(ProgressBar(total=self._epochs, completed=epoch, width=width), Text(state))
+            values = trial.hyperparameters
+            table.add_row(
+                *(
+                    str(number),
+                    str(values.truncation_depth),
+                    f"{values.dropout:.2f}",
+                    f"{values.resolved.rotation:.0f}°",
+                ),
+                *(f"{epoch}/{self._epochs}", "" if score is None else f"{score:.3f}", end),
+                style="bold green" if "best" in names else None,
+            )
+        hidden = self._tally.finished + len(running) - len(shown)
+        if hidden > 0:
+            table.caption, table.caption_justify = f"{hidden} other trials are not shown", "left"
+        return table
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its configuration, but a display cannot be moved to another process

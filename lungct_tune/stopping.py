@@ -1,0 +1,105 @@
+"""Ctrl-C, SIGTERM and SIGHUP: each of them ends a command in the same way.
+
+Schedulers and containers send SIGTERM. SIGHUP comes when a terminal is closed or a connection is lost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_libc = ctypes.CDLL(None)
+
+_asked = threading.Event()
+"""Whether the command has been asked to end."""
+
+
+@contextmanager
+def at_stop(act: Callable[[], None]) -> Iterator[None]:
+    """Calls `act` in the main thread when one of the `SIGNALS` comes. Outside of the main thread this does nothing.
+
+    A signal that this process was started to ignore stays ignored: `nohup` sets that for SIGHUP, a shell for SIGINT of
+    what it runs in the background. After the first signal only Ctrl-C calls `act` again: a terminal that closes and a
+    system that shuts down send several.
+    """
+    _asked.clear()
+
+    def handle(number: int, frame: Any) -> None:
+        _leave_lost_terminal()
+        if number == signal.SIGINT or not _asked.is_set():
+            _asked.set()
+            act()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt() -> None:
+    """Raises what Python raises at Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    raise KeyboardInterrupt
+
+
+def was_asked() -> bool:
+    """Whether the command has been asked to end. Errors after that are likely its consequences."""
+    return _asked.is_set()
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Around the start of Ray: its processes do not get SIGHUP, and this process keeps its handler of SIGTERM.
+
+    A terminal that closes sends SIGHUP to all processes that were started from it. Those of Ray must live until this
+    process has ended its search. Ray's library replaces the handler of SIGTERM by one that ends the process with a
+    dump. Python can change handlers only in the main thread, and Ray may start in another one.
+    """
+    action = ctypes.create_string_buffer(1024)  # more than a struct sigaction
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # of this thread, and processes inherit it
+    in_python = signal.getsignal(signal.SIGTERM)
+    _libc.sigaction(signal.SIGTERM, None, action)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, in_python)
+        _libc.sigaction(signal.SIGTERM, action, None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def without_reader(stream: int) -> None:
+    """Sends what is written to a file descriptor from now on nowhere, because nobody can read it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
+def _leave_lost_terminal() -> None:
+    """Stops writing to a terminal that has been closed, which would be an error."""
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # what is no terminal has another code
+                without_reader(stream)

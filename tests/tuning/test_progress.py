@@ -1,0 +1,152 @@
+"""What a search shows of its trials: a table that fits the terminal, elsewhere a short line for each."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.display import Display
+from lungct_tune.experiment.trial import (
+    EpochCost,
+    EpochFigures,
+    EpochReport,
+    Outcome,
+    TrialOrder,
+    TrialRecord,
+)
+from lungct_tune.tuning.callbacks.progress import ProgressCallback
+from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.tally import SearchTally
+from lungct_tune.tuning.time_left import TimeLeft
+
+EPOCHS = 9
+
+
+class Shown:
+    """A search of 60 trials, two at a time, whose display is in a text."""
+
+    def __init__(self, width: int, height: int = 40, *, terminal: bool = True, earlier: tuple[TrialRecord, ...] = ()):
+        self.console = Console(
+            file=io.StringIO(), width=width, height=height, force_terminal=terminal, color_system=None
+        )
+        self.tally = SearchTally(record for record in earlier if record.is_finished)
+        left = TimeLeft(60, (1, 3), EPOCHS, 2, 1, 0, earlier)
+        clock: Any = SimpleNamespace(waiting=0)
+        display = Display(self.console)
+        self.progress = ProgressCallback(self.tally, earlier, 60, EPOCHS, clock, left, display)
+
+    def start(self, number: int, hyperparameters: Hyperparameters = PUBLISHED) -> Any:
+        trial = SimpleNamespace(config=TrialOrder(number, 0, hyperparameters).as_dict())
+        self.progress.on_trial_start(0, [], trial)
+        return trial
+
+    def train(self, trial: Any, epochs: int, score: float) -> None:
+        figures = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.5) for epoch in range(1, epochs + 1))
+        report = EpochReport(Outcome.RUNNING, figures, EpochCost(epochs, 8, 0, 0.0))
+        self.progress.on_trial_result(0, [], trial, {REPORT: report})
+
+    def end(self, trial: Any, record: TrialRecord) -> None:
+        self.tally.add(record)
+        self.progress.on_trial_complete(0, [], trial)
+
+    def lines(self) -> list[str]:
+        with self.console.capture() as text:
+            self.console.print(self.progress._render())
+        return [line.rstrip() for line in text.get().splitlines()]
+
+
+def record(number: int, epochs: int, score: float, outcome: Outcome, ended: str = "") -> TrialRecord:
+    history = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.5) for epoch in range(1, epochs + 1))
+    return TrialRecord(number, PUBLISHED, history, outcome, ended or outcome.value)
+
+
+def row(lines: list[str], number: int) -> str:
+    (found,) = [line for line in lines if line.split()[:1] == [str(number)] and "°" in line]
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_and_marks_the_published_the_best_and_those_that_run(width: int) -> None:
+    shown = Shown(width)
+    with shown.progress:
+        trials = [shown.start(number) for number in range(3)]
+        assert "starting" in row(shown.lines(), 1)
+        for trial, epochs, score in zip(trials, (9, 9, 3), (0.5, 0.8125, 0.25), strict=True):
+            shown.train(trial, epochs, score)
+        shown.end(trials[0], record(0, 9, 0.5, Outcome.COMPLETED))
+        shown.end(trials[1], record(1, 9, 0.8125, Outcome.COMPLETED))
+        shown.end(shown.start(3), record(3, 1, 0.1, Outcome.STOPPED, "stopped early after epoch 1"))
+        lines = shown.lines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    assert row(lines, 0).split() == ["0", "20", "0.50", "72°", "9/9", "0.500", "published,", "completed"]
+    assert row(lines, 1).endswith("0.812  best, completed")
+    assert row(lines, 2).endswith("running") and "━" in row(lines, 2) and "3/9" in row(lines, 2)
+    assert row(lines, 3).endswith("stopped early")
+    assert any(line.startswith("3 of 60 trials") for line in lines) and any("min left" in line for line in lines)
+
+
+def test_of_many_trials_those_that_run_the_marked_and_the_last_are_shown() -> None:
+    earlier = [record(number, 1, 0.3, Outcome.STOPPED) for number in range(2, 50)]
+    earlier += [record(0, 9, 0.4, Outcome.COMPLETED), record(1, 9, 0.7, Outcome.COMPLETED)]
+    shown = Shown(80, 24, earlier=tuple(earlier))
+    shown.start(50), shown.start(51)
+    lines = shown.lines()
+    assert len(lines) <= 24 - 4
+    for number in (0, 1, 49, 50, 51):
+        assert row(lines, number)
+    assert any("other trials are not shown" in line for line in lines)
+
+
+def test_after_a_resume_what_is_known_is_shown_before_anything_has_run() -> None:
+    earlier = (record(0, 4, 0.6, Outcome.RUNNING), record(1, 1, 0.2, Outcome.STOPPED))
+    shown = Shown(80, earlier=earlier)
+    lines = shown.lines()
+    assert "4/9" in row(lines, 0) and row(lines, 0).endswith("published, continues")
+    assert row(lines, 1).endswith("stopped early")
+    assert any("left" in line and "known after" not in line for line in lines)
+    shown.start(0)
+    assert "4/9" in row(shown.lines(), 0)  # until it reports
+
+
+def test_without_a_terminal_an_ended_trial_is_one_short_line() -> None:
+    shown = Shown(80, terminal=False)
+    with shown.progress:
+        trial = shown.start(7)
+        shown.train(trial, 3, 0.25)
+        shown.end(trial, record(7, 3, 0.25, Outcome.STOPPED, "stopped early after epoch 3"))
+    text = shown.console.file.getvalue()  # type: ignore[attr-defined]
+    first, line = text.splitlines()
+    assert first == "starting workers"
+    assert line.startswith("trial 7 stopped early after epoch 3 at 0.250; 1 of 60; ") and line.endswith("min left")
+    assert len(line) < 100
+
+
+def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
+    shown = Shown(200, terminal=False)
+    with shown.progress:
+        for number in (7, 8, 9):
+            shown.train(shown.start(number), number - 6, 0.3)
+        shown.start(10)
+        shown.progress.say_stopping()
+    text = shown.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "stopping; trial 7 keeps its epoch 1, trial 8 its epoch 2, trial 9 its epoch 3. Ctrl-C again" in text
+
+
+def test_a_display_shows_steps_that_overlap_with_their_time_and_hides_itself_for_others() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Display(console) as display, display.step("reading"), display.step("starting Ray"):
+        with console.capture() as text:
+            console.print(display._render())
+        assert [line.split(maxsplit=1)[1].rstrip() for line in text.get().splitlines() if line.strip()] == [
+            "reading, 0 s",
+            "starting Ray, 0 s",
+        ]
+        with display.hidden():
+            assert not display._live.is_started
+        assert display._live.is_started
+    assert not display._live.is_started
