@@ -77,13 +77,10 @@ def decode(path: Path, size: int, window: Window | None = None) -> Decoded:
         length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise ValueError("empty file")
-    if is_dicom(path):
-        (grey, mode), format = read_dicom(path, window), "DICOM"
-    else:
+    if not (is_in_dicom := is_dicom(path)):
         with open_image(path) as image:
             image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
-        with open_image(path) as image:
-            (grey, mode), format = read_grey(image), image.format or ""
+    grey, mode, format = read_file(path, window, is_in_dicom)
     properties = FileProperties(*grey.size, mode, format, length)
     image_HW, thumbnail_HW, fingerprint_HW = (
         np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
@@ -92,6 +89,14 @@ def decode(path: Path, size: int, window: Window | None = None) -> Decoded:
     pixel_digest.update(grey.tobytes())
     is_plain = max(grey.histogram()) >= PLAIN * grey.width * grey.height
     return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest.hexdigest(), is_plain)
+
+
+def read_file(path: Path, window: Window | None, is_in_dicom: bool) -> tuple[Image.Image, str, str]:
+    """The image in a file as 8-bit grey at its own size, how it is stored, and its format, see `FileProperties`."""
+    if is_in_dicom:
+        return *read_dicom(path, window), "DICOM"
+    with open_image(path) as image:
+        return *read_grey(image), image.format or ""
 
 
 def open_image(path: Path) -> Image.Image:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
-from lungct_tune.data.decode import open_image
-from lungct_tune.data.grey import to_grey
+from lungct_tune.data.decode import read_file
+from lungct_tune.data.dicom import is_dicom
 from lungct_tune.reporting.format import figure, interval, percent
 from lungct_tune.reporting.output_file import GENERATOR
 
@@ -91,8 +91,8 @@ def _thumbnail(root: Path, name: str) -> str:
     path = root / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
         return ""
-    with warnings.catch_warnings(), open_image(path) as image:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the file has been decoded before
-        grey = to_grey(image)
+        grey, _, _ = read_file(path, None, is_dicom(path))
     grey.thumbnail((THUMBNAIL, THUMBNAIL))
     return data_uri(grey, quality=70)

@@ -26,6 +26,7 @@ from lungct_tune.data.decode import decode
 from lungct_tune.data.dicom import ANNOTATED, CAPTURES, LOCALISERS, NO_IMAGES, is_dicom
 from lungct_tune.data.dicom_headers import pseudonyms, read_header
 from lungct_tune.data.inputs import find_inputs
+from lungct_tune.reporting.audit_page import audit_page
 
 FILES = Path(pydicom.__file__).parent / "data"
 
@@ -122,6 +123,14 @@ def test_the_audit_says_how_many_groups_come_from_patient_ids(series: Path) -> N
     groups = audit_images(images, split_images(images, "grouped", 0), "grouped")["groups"]
     assert groups["images_with_patient_id"] == 60
     assert groups["groups_from_patient_ids"] == groups["groups"] == images.table["group"].nunique()
+
+
+def test_copies_in_dicom_are_shown_on_the_audits_page(tmp_path: Path) -> None:
+    root = slices(tmp_path)
+    (root / "normal/again").write_bytes((root / "normal/0").read_bytes())
+    images = read_images(root, 32)
+    page = audit_page(audit_images(images, split_images(images, "grouped", 0), "grouped"), root).decode()
+    assert "normal/again" in page and page.count("data:image/webp") == 2
 
 
 def slices(root: Path, **tags: Any) -> Path:
