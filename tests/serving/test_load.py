@@ -119,7 +119,7 @@ def test_ctrl_c_ends_the_command_and_its_ray(bundle: Path, how: signal.Signals) 
     def serves() -> bool:
         try:
             return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
-        except requests.ConnectionError:
+        except requests.RequestException:  # it is not there yet, or not yet ready
             return False
 
     try:
