@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
-import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,8 @@ def serving(
     """
     _check_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
-    # at its end Ray Serve kills its controller, which still has a task, and Ray would print that
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with joined(address, False, "serve"):
+    silence = ExitStack()
+    with silence, joined(address, False, "serve"):
         if serve.status().proxies:
             raise ServeError(
                 "Ray Serve runs already on this cluster; end it (`serve shutdown`), or leave --address out and unset "
@@ -96,6 +95,8 @@ def serving(
         except RuntimeError as error:
             raise ServeError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
         finally:
+            # Ray Serve kills its controller, which still has a task, and Ray would print that
+            silence.enter_context(redirect_stdout(io.StringIO()))
             serve.shutdown()
 
 
