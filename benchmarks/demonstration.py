@@ -32,6 +32,8 @@ def searched(storage: Path, seed: int, more: list[str]) -> tuple[dict[str, Any],
 
 
 def in_words(figure: dict[str, Any], style: str = ".3f") -> str:
+    if figure["ci95"] is None:
+        return f"{figure['value']:{style}}, no interval"
     low, high = figure["ci95"]
     return f"{figure['value']:{style}} ({low:{style}} to {high:{style}})"
 
@@ -56,7 +58,8 @@ def main() -> int:
             cells = [in_words(gain, "+.3f") if gain else "is the winner" for gain in gains]
             table.add_row(str(seed), in_words(figures["balanced_accuracy"]), *cells, f"{seconds:.0f}")
             pairs = zip(kinds, gains, strict=True)
-            below += [f"seed {seed}, {kind}" for kind, gain in pairs if not gain or gain["ci95"][0] <= 0]
+            unsure = [kind for kind, gain in pairs if not (gain and gain["ci95"] and gain["ci95"][0] > 0)]
+            below += [f"seed {seed}, {kind}" for kind in unsure]
     console.print(table)
     console.print("every interval is above 0" if not below else f"not above 0: {'; '.join(below)}", soft_wrap=True)
     return int(bool(below))

@@ -86,7 +86,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
 
     files = {REPORT: page, METRICS: metrics_json(metrics), PREDICTIONS: predictions.as_csv()}
     _write(out, files)
-    print_judged(images, metrics, console)
+    print_judged(images, metrics, console, phantoms=phantoms)
     console.print(f"written: {', '.join(f'{out}/{name}' for name in files)}", soft_wrap=True, markup=False)
 
 

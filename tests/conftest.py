@@ -28,8 +28,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of two processes on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell ignores Ctrl-C for what it starts in the background, and the processes that tests start would inherit that
+# A shell ignores Ctrl-C for what it starts in the background, and nohup ignores SIGHUP. The processes that tests start
+# would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).parents[1]
 CT_IMAGES = REPOSITORY.parent / "shared" / "chest-ctscan"

@@ -35,7 +35,7 @@ from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import planned_and_taken
 from lungct_tune.experiment.trial import TrialRecord
-from lungct_tune.reporting.format import in_words, looks_in_words
+from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, in_words, looks_in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
 
 if TYPE_CHECKING:
@@ -244,8 +244,12 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         )
 
 
-def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console) -> None:
-    """Prints the result of `evaluate`: the images that were evaluated or left out, and the figures."""
+def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console, *, phantoms: bool) -> None:
+    """Prints the result of `evaluate`: the images that were evaluated or left out, and the figures.
+
+    Args:
+        phantoms: whether the model was trained on phantoms.
+    """
     counts = ", ".join(f"{name} {figures.n}" for name, figures in metrics.test.per_class.items())
     console.print(f"evaluated: {counts}", soft_wrap=True)
     if others := metrics.left_out.other:
@@ -259,6 +263,8 @@ def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console)
             soft_wrap=True,
         )
     print_figures(metrics.test, console, title="accuracy")
+    if phantoms:
+        console.print(TRAINED_ON_PHANTOMS, style="bold yellow", soft_wrap=True)
 
 
 def _print_worth(metrics: BundleMetrics, console: Console) -> None:

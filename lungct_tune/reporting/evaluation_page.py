@@ -7,16 +7,12 @@ from pathlib import PurePath
 from lungct_tune.data import ImageSet
 from lungct_tune.experiment.metrics import EvaluationMetrics, TestMetrics, WithoutOverlap
 from lungct_tune.experiment.predictions import Predictions
-from lungct_tune.reporting.format import figure
+from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, figure
 from lungct_tune.reporting.html import render
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
 from lungct_tune.reporting.verdict import against_the_simple, hardest, is_above_zero
 from lungct_tune.training.objective import OBJECTIVE_NAME
-
-TRAINED_ON_PHANTOMS = (
-    "The model was trained on PHANTOMS, drawn by a program, not on patients: no figure here says anything about CT."
-)
 
 
 def evaluation_page(

@@ -8,6 +8,10 @@ from lungct_tune.experiment.results import SearchResults
 SAME_GROUP = "an image of the same group (a copy, or of the same series or patient)"
 """The image in train or validation that makes a group overlap."""
 
+TRAINED_ON_PHANTOMS = (
+    "The model was trained on PHANTOMS, drawn by a program, not on patients: no figure here says anything about CT."
+)
+
 
 def percent(share: float | None) -> str:
     """A share in percent, with a no-break space."""

@@ -125,9 +125,9 @@ def divide_for_retraining(
 ) -> RetrainingResources:
     """Computes `plan_retraining_resources` from present nodes and from future ones, `to_come`.
 
-    By default as many workers as a slot has, so that the batch is divided as in the search; with folds one, because a
-    slot's workers then train a fold each. More workers seldom pay: a batch of 32 images takes a GPU some ms, and two
-    nodes with 10 Gb/s between them 60 ms to add up the gradients of the whole ResNet50.
+    By default as many workers as a slot has; with folds one, because a slot's workers then train a fold each. More
+    workers seldom pay: a batch of 32 images takes a GPU some ms, and two nodes with 10 Gb/s between them 60 ms to add
+    up the gradients of the whole ResNet50.
 
     Raises:
         ClusterError: there will never be room for the number that the settings ask for.

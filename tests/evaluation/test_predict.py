@@ -287,7 +287,8 @@ def test_a_cluster_gives_the_rows_that_this_machine_gives(finished: Path, patien
     np.testing.assert_allclose(remote[numbers].astype(float), local[numbers].astype(float), atol=1e-5)
     pd.testing.assert_frame_equal(remote.drop(columns=numbers), local.drop(columns=numbers), check_dtype=False)
     config = json.loads((bundle / "config.json").read_text())
-    assert config["operating_point"]["chosen_on"]["images"] == 24
+    validation = (pd.read_csv(finished / "split.csv")["split"] == "valid").sum()
+    assert config["operating_point"]["chosen_on"]["images"] == validation
     metrics = json.loads((bundle / "metrics.json").read_text())
     assert metrics["test"]["cancer_vs_normal"]["threshold"] == config["operating_point"]["threshold"]
     high = metrics["test"]["cancer_vs_normal"]["at_95_specificity"]

@@ -87,7 +87,7 @@ def test_what_leaks_into_test_is_judged_apart_and_said_wherever_the_figures_are(
         assert "in 2-fold cross-validation" in text and "on validation" not in text
     assert f"For {seen} of them an image of the same group" in page
     assert "None of these groups is in train" not in page and "The test figures are too high as well" in card
-    assert "Of 1 test images" not in card and "groups.csv names those of" in card
+    assert "Of 1 test images" not in card and "images only are known" in card
 
 
 def replayed(searched: Path, trial: int, *more: str) -> int:
