@@ -13,8 +13,8 @@ def nothing_held(within_s: float = 90) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         alive = [a for a in list_actors(limit=10_000) if a.state in ("ALIVE", "PENDING_CREATION", "RESTARTING")]
-        # Ray Train's own, without resources: one for the whole cluster, and one that stays when the state API is slow; and
-        # Ray Data's, one each for the whole cluster
+        # Ray Train's own, without resources: one for the whole cluster, and one that stays when the state API is slow;
+        # and Ray Data's, one each for the whole cluster
         own = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner", "_StatsActor", "ActorLocationTracker")
         actors = [a for a in alive if a.class_name not in own]
         groups = [g for g in list_placement_groups(limit=10_000) if g.state != "REMOVED"]

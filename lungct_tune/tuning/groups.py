@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -12,6 +13,7 @@ import ray
 from lungct_tune.experiment.trial import EpochReport, TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.mailbox import ORDER, REPORT
+from lungct_tune.tuning.ray_compat import PlacementGroups
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Group:
         self.id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
         self._error: Exception | None = None
+        self._placement_groups = PlacementGroups(self.id)
         mailbox.open.remote(self.id)
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
@@ -95,6 +98,7 @@ class Group:
         self._mailbox.close.remote(self.id)
         self._run.join(timeout=10 if self._has_reported else 1)
         if self._run.is_alive():
+            self._placement_groups.close()
             remove_placement_groups(self.id)
 
     def _loss(self) -> Exception:
@@ -109,7 +113,8 @@ class Group:
 
         plan = self._plan
         in_actor = ray.get_runtime_context().get_actor_id() is not None
-        trainer = (SlotTrainer if in_actor else GroupTrainer)(
+        trainer_class = partial(SlotTrainer, self._placement_groups) if in_actor else GroupTrainer
+        trainer = trainer_class(
             run_worker,
             {"plan": plan, "mailbox": self._mailbox, "group": self.id, "slot": slot},
             plan.workers,

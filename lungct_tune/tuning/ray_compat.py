@@ -10,9 +10,10 @@ not import Optuna.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from contextvars import ContextVar
 from importlib import import_module
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -178,18 +179,52 @@ def without_ending_actors_that_start() -> Iterator[None]:
         controller._maybe_reuse_cached_actor = reuse
 
 
-def prepare_controller(name: str) -> None:
-    """Changes how Train controllers in this process start groups of workers.
+class PlacementGroups:
+    """Makes the placement groups of one Train controller, until it is closed.
 
-    They start no `SYNCHRONIZATION_ACTOR`. Their placement groups get a name, so that another process can remove those
-    of a dead one.
+    A controller whose placement group was removed makes another one. It would do so also while its process is being
+    killed, and nobody would remove that one: Ray removes those of a job at the job's end, and not later ones.
+
+    Args:
+        name: of all of them, so that another process can remove those of a dead one.
     """
-    from ray.util import placement_group
 
+    def __init__(self, name: str) -> None:
+        self._name, self._is_closed, self._lock = name, False, threading.Lock()
+
+    def make(self, *args: Any, **options: Any) -> Any:
+        """Reserves room for workers.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
+        from ray.util import placement_group
+
+        with self._lock:  # so that after `close` none is being made
+            if self._is_closed:
+                raise RuntimeError(f"{self._name} has been released")
+            return placement_group(*args, **options | {"name": self._name})
+
+    def close(self) -> None:
+        """From now on no placement group is made. Ray knows all that were made before."""
+        with self._lock:
+            self._is_closed = True
+
+
+_groups_of_controller: ContextVar[PlacementGroups] = ContextVar("_groups_of_controller")
+"""Of the controller that runs in this thread."""
+
+
+def prepare_controller(groups: PlacementGroups) -> None:
+    """Changes how the Train controller that is to run in this thread starts groups of workers.
+
+    It starts no `SYNCHRONIZATION_ACTOR`, and it makes its placement groups with `groups`.
+    """
+    _groups_of_controller.set(groups)
     for private_name, replacement in (
         (SYNCHRONIZATION_ACTOR, _NoActor()),
         (SHUT_DOWN_SYNCHRONIZATION_ACTOR, lambda actor: None),
-        (PLACEMENT_GROUP, partial(placement_group, name=name)),
+        (PLACEMENT_GROUP, lambda *args, **options: _groups_of_controller.get().make(*args, **options)),
     ):
         module, _, attribute = private_name.partition(":")
         setattr(import_module(module), attribute, replacement)

@@ -19,6 +19,7 @@ from lungct_tune.tuning.ray_compat import (
     SCALING_POLICY,
     TORCH_BACKEND,
     TRAIN_CONTROLLER,
+    PlacementGroups,
     prepare_controller,
     private,
 )
@@ -62,14 +63,22 @@ class SlotTrainer(GroupTrainer):
 
     This saves three processes for each slot: the controller, the actor that would remove the placement group if the
     controller died, and the actor for `ray.train.report`, which a slot's workers do not call.
+
+    Args:
+        groups: makes its placement groups.
+        arguments: see `GroupTrainer`.
     """
+
+    def __init__(self, groups: PlacementGroups, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._groups = groups
 
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()
         return [callback for callback in made if not isinstance(callback, private(CLEANER_CALLBACK))]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        prepare_controller(self.run_config.name or "")
+        prepare_controller(self._groups)
         # otherwise it starts an actor that asks the autoscaler for what the placement group asks for too
         arguments["scaling_policy"] = _FixedSize(arguments["scaling_policy"].scaling_config)
         controller = private(TRAIN_CONTROLLER)(**arguments)

@@ -20,6 +20,7 @@ import lungct_tune
 from lungct_tune.tuning.ray_compat import (
     HEAD_NODE,
     PRIVATE_NAMES,
+    PlacementGroups,
     private,
     reopen_trial,
     suggest_value,
@@ -103,3 +104,11 @@ class Nothing(Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass
+
+
+def test_a_released_slot_makes_no_placement_group() -> None:
+    """Found: a controller made one while its process was being killed, and it stayed for good."""
+    groups = PlacementGroups("released")
+    groups.close()
+    with pytest.raises(RuntimeError, match="released has been released"):
+        groups.make([{"CPU": 1}])
