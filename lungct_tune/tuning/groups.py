@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,9 @@ class Group:
         self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
         self._error: Exception | None = None
         self._placement_groups = PlacementGroups(self.id)
-        mailbox.open.remote(self.id)
+        # the calls of an actor with asyncio may overtake each other, and orders to a group that is not open are dropped
+        with suppress(ray.exceptions.RayError):  # `run` finds out that the mailbox is lost
+            ray.get(mailbox.open.remote(self.id))
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -363,3 +364,25 @@ def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) 
     report = step(slot_of_folds)
     assert report.outcome is Outcome.COMPLETED
     assert [*map(comparable, report.epochs)] == [*map(comparable, whole)]
+
+
+def test_an_order_does_not_overtake_the_opening_of_its_group(
+    tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found under load: the first order was dropped, and slot and workers waited for each other without an end."""
+    from lungct_tune.tuning import mailbox
+    from lungct_tune.tuning.slots import Slot
+
+    class SlowToOpen(mailbox.Mailbox):
+        async def open(self, group: str) -> None:
+            await asyncio.sleep(2)
+            await super().open(group)
+
+    monkeypatch.setattr(mailbox, "Mailbox", SlowToOpen)
+    plan = slot_plan(tmp_path, phantoms, epochs=1)
+    with mailbox.opened_mailbox(plan.experiment.name):
+        slot = Slot(plan)
+        try:
+            assert slot.run(order(0)).is_last
+        finally:
+            slot.release()
