@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from io import BufferedReader
 from pathlib import Path
 
@@ -37,6 +38,19 @@ def read_text(path: Path) -> str:
     """
     with open_file(path, MOST_TEXT) as file:
         return file.read().decode("utf-8-sig")
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Writes a file that only the user may read. A reader finds the earlier content or this, never a part of it.
+
+    Raises:
+        OSError: its folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        new = Path(scratch, file.name)
+        new.touch(0o600)
+        new.write_bytes(content)
+        new.replace(file)
 
 
 def is_text(name: str) -> bool:

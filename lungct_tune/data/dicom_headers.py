@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ from rich.progress import track
 
 from lungct_tune.data import dicom
 from lungct_tune.data.cache import require_space
+from lungct_tune.files import replace_file
 
 Pseudonym = Callable[[str, str], str]
 """Hashes an identifier, given its kind ("patient" or "series") and its value."""
@@ -51,9 +50,7 @@ def pseudonyms(cache: Path) -> Pseudonym:
     require_space(cache, _KEY_BYTES)
     file = cache / _KEY
     if not file.exists() or file.stat().st_size != _KEY_BYTES:
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as new:  # only the user may read it
-            new.write(secrets.token_bytes(_KEY_BYTES))
-        os.replace(new.name, file)
+        replace_file(file, secrets.token_bytes(_KEY_BYTES))
     key = file.read_bytes()
 
     def pseudonym(kind: str, value: str) -> str:
@@ -112,7 +109,5 @@ def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: 
             disable=not (progress and sys.stderr.isatty()),
         )
         kept = [read_header(root / path, pseudonym) for path in shown]
-        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as new:
-            json.dump(kept, new)
-        os.replace(new.name, entry)
+        replace_file(entry, json.dumps(kept).encode())
     return dict(zip(paths, kept, strict=True))

@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any, Self
 
 from lungct_tune.data.cache import default_cache
+from lungct_tune.files import replace_file
 
 KNOTS = (10, 22, 40)
 """The last depths of ResNet50's first three stages. Between them the time of a step is nearly linear in the depth."""
@@ -189,9 +190,7 @@ def measured_pace(order: PaceOrder) -> Pace | None:
     pace = Pace.mean(paces)
     try:
         order.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = order.file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(pace)))
-        temporary.replace(order.file)
+        replace_file(order.file, json.dumps(asdict(pace)).encode())
     except OSError:
         pass  # without a cache it is measured again
     return pace

@@ -71,19 +71,18 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
     lines = {"cluster": f"{resources}; the final retraining on {retraining}; {head}"}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
-    here = len(nodes) <= 1
     order = _pace_order(plan, resources)
-    pace = measured_pace(order) if here else _pace_of_worker(order, resources)
+    on_worker = _pace_of_worker(order, resources) if len(nodes) > 1 else None
+    pace = on_worker or measured_pace(order)
     prices = read_prices()
     if pace is None:
         return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, None, None)
     work = _workload(plan, split, resources, max(1, len(nodes)))
     processes = min(work.cpus, work.slots_of_machine * work.workers)
-    slowdown = min(MOST_SLOWDOWN, measured_slowdown(processes)) if here else 1.0
+    slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
     forecast = Forecast(work, plan.space, pace, slowdown)
     seconds = forecast.total()
-    where = f"measured on this machine: {pace.device}" if here else f"measured on a worker: {pace.device}"
-    text = f"{as_range(*seconds)} ({where})"
+    text = f"{as_range(*seconds)} (measured on {'a worker' if on_worker else 'this machine'}: {pace.device})"
     if plan.settings.resume:
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
@@ -121,16 +120,18 @@ def _shallowest(space: SearchSpace) -> int:
 
 
 def _pace_of_worker(order: PaceOrder, resources: ResourcePlan) -> Pace | None:
-    """The pace on a node that has room for a worker now; on this machine, if none has."""
+    """The pace on a node that has room for a worker now; None if none has, or if it cannot be measured there."""
+    if not resources.capacity:
+        return None
     each = resources.resources_per_worker
-    if resources.capacity:
-        measure = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_retries=0)(_measure_there)
-        try:
-            pace: Pace | None = ray.get(measure.remote(order), timeout=MOST_WAITING_S)
-            return pace
-        except ray.exceptions.RayError:
-            pass
-    return measured_pace(order)
+    measure = ray.remote(num_cpus=each["CPU"], num_gpus=each.get("GPU", 0), max_retries=0)(_measure_there)
+    measuring = measure.remote(order)
+    try:
+        pace: Pace | None = ray.get(measuring, timeout=MOST_WAITING_S)
+    except ray.exceptions.RayError:
+        ray.cancel(measuring, force=True)  # else it would go on in the room of a slot
+        return None
+    return pace
 
 
 def _measure_there(order: PaceOrder) -> Pace | None:
