@@ -173,6 +173,20 @@ def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | N
     return [group_of.get(path) for path in paths]
 
 
+def read_rows(file: Path) -> pd.DataFrame:
+    """Reads a CSV that a user has written, all of it as text.
+
+    Raises:
+        DataError: it cannot be read, or is no CSV.
+    """
+    try:
+        return pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not a CSV file: {error}") from error
+
+
 def read_listing(
     file: Path, columns: list[str], paths: Collection[str], folder: Path, root: Path, also: Iterable[str] = ()
 ) -> pd.DataFrame:
@@ -191,11 +205,10 @@ def read_listing(
     Raises:
         DataError: it is malformed, has one path twice, or names a path that is not among `paths`.
     """
-    try:
-        rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
-        rows = rows[[*columns, *rows.columns.intersection(list(also))]]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file} is not a CSV file with the columns {','.join(columns)}: {error}") from error
+    rows = read_rows(file)
+    if missing := [name for name in columns if name not in rows]:
+        raise DataError(f"{file} is not a CSV file with the columns {','.join(columns)}: it has no {missing[0]}")
+    rows = rows[[*columns, *rows.columns.intersection(list(also))]]
     inside = folder.relative_to(root).as_posix()
     path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
     found, line_of = [], dict[str, int]()

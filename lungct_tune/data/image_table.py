@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
 from lungct_tune.data.dicom_headers import Header, Pseudonym
-from lungct_tune.data.folders import DataError, Found, ImageFile, class_named, count_aside, known_groups, read_listing
+from lungct_tune.data.folders import (
+    DataError,
+    Found,
+    ImageFile,
+    class_named,
+    count_aside,
+    known_groups,
+    read_listing,
+    read_rows,
+)
 from lungct_tune.data.scan import GROUPS, Scan
-from lungct_tune.files import read_text
 
 UNLISTED = "files that the table does not name"
 
@@ -42,7 +49,7 @@ def find_listed(
     Raises:
         DataError: the table is malformed, names an image twice or one that is not there, or has fewer than two classes.
     """
-    if SERIES in _read(table):
+    if SERIES in read_rows(table):
         rows = _images_of_series(root, table, headers, pseudonym)
     else:
         rows = read_listing(table, ["path", CLASS], found.files, root, root, also=[GROUP])
@@ -61,7 +68,7 @@ def find_listed(
 
 def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], pseudonym: Pseudonym) -> pd.DataFrame:
     """The class and perhaps the group of each image of the series in the table. The index is the images' paths."""
-    rows = _read(table)
+    rows = read_rows(table)
     if CLASS not in rows:
         raise DataError(f"{table} is not a CSV file with the columns {SERIES},{CLASS} and perhaps {GROUP}")
     rows = rows[[SERIES, CLASS, *rows.columns.intersection([GROUP])]]
@@ -80,10 +87,3 @@ def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], ps
             raise DataError(f"{where} names its series again; remove one of the lines")
         lines |= dict.fromkeys(paths, row)
     return pd.DataFrame(list(lines.values()), index=list(lines), columns=rows.columns)
-
-
-def _read(table: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(StringIO(read_text(table)), dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the table {table} cannot be read: {getattr(error, 'strerror', None) or error}") from error

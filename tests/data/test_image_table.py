@@ -71,7 +71,7 @@ def test_a_table_of_series_takes_all_their_images(root: Path) -> None:
         ("path,class", ["a/0.png,normal", "a/1.png,Normal"], "has images of fewer than two classes"),
         ("path,class", [], "has images of fewer than two classes"),
         ("file,class", ["a/0.png,normal"], "not a CSV file with the columns path,class"),
-        ("path,class", ['"a/0.png,normal'], "cannot be read"),
+        ("path,class", ['"a/0.png,normal'], "is not a CSV file"),
         ("SeriesInstanceUID,kind", ["1.2.SECRET,normal"], "not a CSV file with the columns SeriesInstanceUID,class"),
         ("SeriesInstanceUID,class", ["1.2.SECRET,normal"], "line 2: .* has no file of this series"),
         ("SeriesInstanceUID,class", ["1.2.SECRET,"], "line 2 has an empty class"),
@@ -89,5 +89,5 @@ def test_a_table_that_cannot_be_used_is_an_error_with_its_line(
 
 
 def test_a_table_that_is_not_there_is_an_error(root: Path) -> None:
-    with pytest.raises(DataError, match=r"the table .*no\.csv cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"no\.csv cannot be read: No such file"):
         read_images(root, 16, table=root / "no.csv")
