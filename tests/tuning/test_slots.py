@@ -305,6 +305,28 @@ def test_groups_of_workers_wait_for_nodes_for_a_week_in_slots_as_in_the_retraini
     assert WORKER_GROUP_START_TIMEOUT_S_ENV_VAR in ENV_VARS_TO_PROPAGATE  # which Tune tells the slots' actors
 
 
+def test_an_order_does_not_overtake_the_opening_of_its_group(
+    tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found under load: the first order was dropped, and slot and workers waited for each other without an end."""
+    from lungct_tune.tuning import mailbox
+    from lungct_tune.tuning.slots import Slot
+
+    class SlowToOpen(mailbox.Mailbox):
+        async def open(self, group: str) -> None:
+            await asyncio.sleep(2)
+            await super().open(group)
+
+    monkeypatch.setattr(mailbox, "Mailbox", SlowToOpen)
+    plan = slot_plan(tmp_path, phantoms, epochs=1)
+    with mailbox.opened_mailbox(plan.experiment.name):
+        slot = Slot(plan)
+        try:
+            assert slot.run(order(0)).is_last
+        finally:
+            slot.release()
+
+
 @pytest.fixture(scope="module")
 def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
     slot.stop()  # its worker's CPU is needed
@@ -364,25 +386,3 @@ def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) 
     report = step(slot_of_folds)
     assert report.outcome is Outcome.COMPLETED
     assert [*map(comparable, report.epochs)] == [*map(comparable, whole)]
-
-
-def test_an_order_does_not_overtake_the_opening_of_its_group(
-    tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Found under load: the first order was dropped, and slot and workers waited for each other without an end."""
-    from lungct_tune.tuning import mailbox
-    from lungct_tune.tuning.slots import Slot
-
-    class SlowToOpen(mailbox.Mailbox):
-        async def open(self, group: str) -> None:
-            await asyncio.sleep(2)
-            await super().open(group)
-
-    monkeypatch.setattr(mailbox, "Mailbox", SlowToOpen)
-    plan = slot_plan(tmp_path, phantoms, epochs=1)
-    with mailbox.opened_mailbox(plan.experiment.name):
-        slot = Slot(plan)
-        try:
-            assert slot.run(order(0)).is_last
-        finally:
-            slot.release()
