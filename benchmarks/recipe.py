@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from lungct_tune.data.dataset import ImageSet, read_images
-from lungct_tune.data.decode import open_image, to_grey
+from lungct_tune.data.decode import open_image
+from lungct_tune.data.grey import to_grey
 from lungct_tune.data.split import fold_images
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.models.preprocessing import as_grey, forward
