@@ -79,8 +79,8 @@ def _in_folds(split: DataSplit, seed: int) -> DataSplit | None:
 
 def _taking(forecast: Forecast | None, split: DataSplit) -> str:
     """The time of the search with the folds of another split, as the end of a sentence."""
-    if forecast is None:
-        return ""
+    if forecast is None:  # the pace could not be measured
+        return f", and takes about {len(split.folds)} times as long" if split.fold is not None else ""
     train_rows, valid_rows = split.folds[0]
     work = replace(forecast.work, folds=len(split.folds), train_images=len(train_rows), valid_images=len(valid_rows))
     return f", and takes {as_range(*replace(forecast, work=work).total())}"

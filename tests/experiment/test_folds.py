@@ -114,4 +114,5 @@ def test_the_plan_says_what_folds_cost(split: DataSplit, tmp_path: Path) -> None
     times = forecast(one).total(), forecast(five).total()
     assert times[1][0] > 2 * times[0][0], "five models take longer than one"
     assert made.endswith(f"takes {as_range(*times[0])}") and offered.endswith(f"takes {as_range(*times[1])}")
+    assert folds_line(without, one, None).endswith("and takes about 5 times as long")
     assert folds_line(planned(tmp_path, data=None), one, forecast(one)) == ""
