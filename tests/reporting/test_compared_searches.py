@@ -99,9 +99,10 @@ def test_an_ended_and_a_running_search_are_compared(ended: Path, running: Path, 
 
 def test_final_models_of_searches_are_compared_too(ended: Path, copy: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    status, said, complained = run(ended, copy, "--html", page)
+    status, said, complained = run(f"file://{ended}", copy, "--html", page)
     assert status == 0, complained
-    assert "16 test images" in said and f"{copy} is shown to be neither more nor less accurate than {ended}" in said
+    assert "16 test images" in said
+    assert f"{copy} is shown to be neither more nor less accurate than file://{ended}" in said
     assert "McNemar" in page.read_text()
 
 
