@@ -13,6 +13,7 @@ cluster instead of these two. It takes about 3 minutes on 2 CPU cores.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import tempfile
@@ -107,6 +108,8 @@ def started(nodes: int) -> Iterator[str]:
     """Starts a cluster whose nodes share the CPUs of this machine; yields its address."""
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # as `map_on_cluster` does, which joins too late here
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
     cpus = max(1, (os.cpu_count() or 1) // nodes)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     try:
