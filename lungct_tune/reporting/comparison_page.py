@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from lungct_tune.errors import number_of
 from lungct_tune.evaluation.comparison import Comparison, Judged
 from lungct_tune.evaluation.search_curves import SearchCurve, time_steps, trial_steps
 from lungct_tune.experiment.metrics import Figure
@@ -97,16 +98,18 @@ def search_rows(curves: Sequence[SearchCurve]) -> list[tuple[str, list[str]]]:
     def cells(scores: Sequence[float | None]) -> list[str]:
         return ["" if score is None else percent(score) for score in scores]
 
-    rows = [(f"after {_trials(n)}", [curve.after_trials(n) for curve in curves]) for n in trial_steps(curves)]
+    steps = trial_steps(curves)
+    rows = [(f"after {number_of(n, 'trial')}", [curve.after_trials(n) for curve in curves]) for n in steps]
     rows += [(f"after {_time(s)}", [curve.after_seconds(s) for curve in curves]) for s in time_steps(curves)]
-    ends = [f"{percent(curve.best[-1])}\n{_trials(curve.trials)}{_until(curve)}" for curve in curves]
+    ends = [f"{percent(curve.best[-1])}\n{number_of(curve.trials, 'trial')}{_until(curve)}" for curve in curves]
     return [*[(title, cells(scores)) for title, scores in rows], ("at the end, or now", ends)]
 
 
 def about_searches(curves: Sequence[SearchCurve]) -> list[str]:
     """What the table says at equal trials and at equal times, and how far it holds."""
     n = min(curve.trials for curve in curves)
-    said = [f"After {_trials(n)}, which all have: {_each(curves, [c.after_trials(n) for c in curves])}."]
+    each = _each(curves, [curve.after_trials(n) for curve in curves])
+    said = [f"After {number_of(n, 'trial')}, which all have: {each}."]
     if all(curve.seconds for curve in curves):
         s = min(curve.seconds[-1] for curve in curves if curve.seconds)
         said.append(f"After {_time(s)}, which all took: {_each(curves, [c.after_seconds(s) for c in curves])}.")
@@ -189,10 +192,6 @@ def _about(found: SearchResults) -> str:
 
 def _until(curve: SearchCurve) -> str:
     return f", {_time(curve.seconds[-1])}" if curve.seconds else ""
-
-
-def _trials(n: int) -> str:
-    return "1 trial" if n == 1 else f"{n} trials"
 
 
 def _time(seconds: float) -> str:
