@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("more", nargs="*", help="for every search")
     asked = parser.parse_args()
-    ways = {"validation split": [], f"{asked.folds} folds": ["--folds", str(asked.folds)]}
+    ways = {"validation split": ["--folds", "1"], f"{asked.folds} folds": ["--folds", str(asked.folds)]}
     table = Table("seed", "trials judged on", "validation", "test", "validation - test", "seconds")
     gaps: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:

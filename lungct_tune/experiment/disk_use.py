@@ -15,7 +15,7 @@ from lungct_tune.experiment.trial import KEPT_TRIALS
 NOT_NEEDED = {
     r"trials/\d+/(model\.safetensors|valid\.npy|best\.safetensors)": "weights and predictions of the best trials",
     r"trials/\d+/(state-[\d-]+|last(-\d+)?)\.pt": "states of trials that had not ended",
-    r"final/[\w.]+/(last\.pt|model\.safetensors|test_probabilities\.npy)": "files of the final retraining",
+    r"final/[\w.]+/(last\.pt|model\.safetensors|test_probabilities\.npy|features\.npz)": "files of the retraining",
     r"so_far/\d+/[^/]+": "bundles that were made while it ran",
     r"(search|test)-images\.npy": "images for the workers",
     r"slots/.+|[\w.-]+-seeds/.+": "folders of Ray Train",

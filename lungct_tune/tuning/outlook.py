@@ -99,7 +99,7 @@ def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:
     threads = max(1, int(each["CPU"]))
     workers = resources.slots * resources.workers
     most = round(1 / min(1.0, each["GPU"])) if gpu else (os.cpu_count() or 1) // threads
-    together = 1 if settings.folds else settings.workers
+    together = 1 if settings.cross_validates else settings.workers
     return PaceOrder(
         image_size=settings.image_size,
         images=settings.batch_size // together,
@@ -155,6 +155,7 @@ def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, nodes: int)
         batch_size=settings.batch_size,
         workers=resources.workers,
         folds=len(split.folds),
+        ensemble=settings.ensemble,
         retrains=not settings.hold_test,
         compares=settings.compare_baseline or settings.data is None,
         seeds=2 * (settings.seeds or 0),  # also of the published configuration

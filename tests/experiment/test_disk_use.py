@@ -22,7 +22,10 @@ OF_A_USER = ["notes.txt", "trials/notes.txt", "trials/0007/my.pt", "final/plot.p
 REMOVABLE = {
     "weights and predictions of the best trials": ["trials/0007/model.safetensors", "trials/0012/valid.npy"],
     "states of trials that had not ended": ["trials/0007/state-0012.pt", "trials/0009/state-0012-1.pt"],
-    "files of the final retraining": ["final/trial_0007_012_epochs/last.pt"],
+    "files of the retraining": [
+        "final/trial_0007_012_epochs/last.pt",
+        "final/trial_0007_012_epochs_without_fold_1/features.npz",
+    ],
     "bundles that were made while it ran": ["so_far/000012/model.safetensors"],
     "images for the workers": ["search-images.npy", "test-images.npy"],
     "folders of Ray Train": ["slots/one-slot-1-6066baac/.validate_storage_marker"],
@@ -45,7 +48,7 @@ def test_what_is_not_needed_is_said_and_removed_and_nothing_else(
     assert sizes_by_kind(not_needed(experiment)) == {what: 1000 * len(files) for what, files in REMOVABLE.items()}
     assert clean([experiment.uri]) == 0
     said = capsys.readouterr().out
-    assert all(what in said for what in REMOVABLE) and "11 files, 11 kB; 14 kB are left" in " ".join(said.split())
+    assert all(what in said for what in REMOVABLE) and "12 files, 12 kB; 14 kB are left" in " ".join(said.split())
     assert set(experiment.files()) == {*NEEDED, *OF_A_USER}
     assert not experiment.exists("slots/one-slot-1-6066baac") and not experiment.exists("trials/0009")
     assert clean([experiment.uri]) == 0
