@@ -53,13 +53,12 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     seen = _with_scores(trials)
+    for trial, score in seen:
+        colour, mark = _colour(trial.number, winner), _MARKS[trial.outcome]
+        (point,) = axes.plot([trial.number], [score], mark, color=colour, markersize=6 if colour == OTHER else 9)
+        point.set_gid(chart.tip(_tip(trial)))
     for outcome, mark in _MARKS.items():
-        of_kind = [(trial, score) for trial, score in seen if trial.outcome is outcome]
-        for trial, score in of_kind:
-            colour = _colour(trial.number, winner)
-            (point,) = axes.plot([trial.number], [score], mark, color=colour, markersize=6 if colour == OTHER else 9)
-            point.set_gid(chart.tip(_tip(trial)))
-        if of_kind:
+        if any(trial.outcome is outcome for trial, _ in seen):
             axes.plot([], [], mark, color=OTHER, label=outcome.value)
     if done := [(trial.number, score) for trial, score in seen if trial.outcome is Outcome.COMPLETED]:
         numbers, scores = zip(*done, strict=True)
