@@ -35,6 +35,7 @@ class Mailbox:
         self._avoided: set[str] = set()
         self._warnings: list[str] = []
         self._epochs: defaultdict[int, int] = defaultdict(int)
+        self._ended, self._another_ended = 0, asyncio.Condition()
 
     async def take_number(self, slot: Any) -> int:
         """The lowest number that no living slot of the search has.
@@ -134,6 +135,17 @@ class Mailbox:
     async def epoch_of(self, trial: int) -> int:
         """The last epoch of a trial's retraining; 0 if none has ended."""
         return self._epochs[trial]
+
+    async def note_ended(self, trials: int) -> None:
+        """Notes how many trials of the search have ended."""
+        async with self._another_ended:
+            self._ended = trials
+            self._another_ended.notify_all()
+
+    async def await_ended(self, trials: int) -> None:
+        """Returns when so many trials of the search have ended."""
+        async with self._another_ended:
+            await self._another_ended.wait_for(lambda: self._ended >= trials)
 
     async def exchange(self, draining: set[str]) -> list[str]:
         """Tells workers that their nodes will be lost; returns the sentences for the user since the last call."""
