@@ -230,7 +230,8 @@ def _shown_greys(profile: bytes) -> np.ndarray | None:
     except (OSError, ImageCms.PyCMSError) as error:
         raise ValueError(f"its colour profile cannot be used ({error}); save it without") from error
     assert shown is not None  # only a change in place returns nothing
-    return np.asarray(shown.convert("L"))[0] / 255
+    shown_V: np.ndarray = np.asarray(shown.convert("L"))[0] / 255
+    return shown_V
 
 
 def scaled(values_HW: np.ndarray, curve: Curve | None = None) -> np.ndarray:

@@ -153,7 +153,7 @@ def _are_separated(weights_BN: np.ndarray, logits_N: np.ndarray, is_N: np.ndarra
         warnings.simplefilter("ignore", RuntimeWarning)  # of rows without a class, which are nan
         overlap_B = np.nanmin(positive_BN, axis=1) < np.nanmax(negative_BN, axis=1)
         overlap_B &= np.nanmin(negative_BN, axis=1) < np.nanmax(positive_BN, axis=1)
-    return ~overlap_B
+    return np.asarray(~overlap_B)
 
 
 def logistic_regression(
