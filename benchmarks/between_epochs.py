@@ -219,7 +219,7 @@ def memory(folder: Path, console: Console) -> None:
     for number in range(1, TRIALS[-1] + 1):
         _free_memory()
         order = TrialOrder(number, 0, Hyperparameters(truncation_depth=49), weights_from=(1.0, 0.0))
-        trial = _start_trial({"plan": plan, "slot": 1, "mailbox": None}, order, CPU)
+        trial = _start_trial({"plan": plan, "slot": 1, "mailbox": None}, order, CPU, warn=print)
         assert trial.run().is_last
         used = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         del trial

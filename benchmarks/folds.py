@@ -24,7 +24,7 @@ from lungct_tune.training.trainer import Trainer
 WORKERS, IMAGES, BATCH = 2, 160, 16
 
 
-def worker(rank: int, asked: argparse.Namespace, timings: multiprocessing.SimpleQueue) -> None:
+def worker(rank: int, asked: argparse.Namespace, timings: multiprocessing.SimpleQueue[tuple[str, float]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORKERS)
     random = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
-    timings: multiprocessing.SimpleQueue = multiprocessing.get_context("spawn").SimpleQueue()
+    timings: multiprocessing.SimpleQueue[tuple[str, float]] = multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing.spawn(worker, args=(asked, timings), nprocs=WORKERS)
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
     while not timings.empty():

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from lungct_tune.data.dataset import ImageSet, read_images
-from lungct_tune.data.decode import open_image, to_grey
+from lungct_tune.data.decode import open_image
+from lungct_tune.data.grey import to_grey
 from lungct_tune.data.split import fold_images
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -305,15 +306,16 @@ def figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> tuple[float, 
     return float(recall), float(surprise), float(error)
 
 
-def print_table(images: ImageSet, results: Results, seeds: int) -> None:
+def print_table(rows: dict[str, Recipe], images: ImageSet, results: Results, seeds: int) -> None:
     labels_N, groups_N = images.table["label"].to_numpy(), images.table["group"].to_numpy()
     bootstrap, weight_N = ClusterBootstrap(groups_N), 1 / np.bincount(labels_N)[labels_N]
     print(
         "\n| recipe | seeds | balanced accuracy | difference, 95 % | NLL | ECE | time |\n|---|---|---|---|---|---|---|"
     )
-    for name, recipe in ROWS.items():
-        pairs = [(results.get(recipe, seed), results.get(REFERENCE, seed)) for seed in range(seeds)]
-        pairs = [(row, reference) for row, reference in pairs if row and reference]
+    for name, recipe in rows.items():
+        reference = rows["f89f17a"]
+        pairs = [(results.get(recipe, seed), results.get(reference, seed)) for seed in range(seeds)]
+        pairs = [(row, old) for row, old in pairs if row and old]
         if not pairs:
             continue
         mean = np.mean([figures(labels_N, row[0]) for row, _ in pairs], axis=0)
@@ -341,19 +343,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="a file of JSON lines; it is continued")
     parser.add_argument("--only", nargs="*", default=list(ROWS), help="names of rows; none prints the table")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--size", type=int, default=REFERENCE.size, help="pixels, for every row that names none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     images, state = read_images(asked.data, REFERENCE.size), read_weights(asked.weights)
+    rows = {
+        name: replace(recipe, size=asked.size) if recipe.size == REFERENCE.size else recipe
+        for name, recipe in ROWS.items()
+    }
     results = Results(asked.results)
     for seed in range(asked.seeds):
         for name in asked.only:
-            if results.get(ROWS[name], seed) is None:
-                found, seconds = out_of_fold(ROWS[name], images, state, seed)
-                results.add(ROWS[name], seed, found, seconds)
-                recall, surprise, error = figures(images.table["label"].to_numpy(), found[ROWS[name].judged])
+            if results.get(rows[name], seed) is None:
+                found, seconds = out_of_fold(rows[name], images, state, seed)
+                results.add(rows[name], seed, found, seconds)
+                recall, surprise, error = figures(images.table["label"].to_numpy(), found[rows[name].judged])
                 print(f"{name}, seed {seed}: {recall:.3f} {surprise:.3f} {error:.3f}, {seconds:.0f} s", flush=True)
-    print_table(images, results, asked.seeds)
+    print_table(rows, images, results, asked.seeds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 
 if TYPE_CHECKING:
     from lungct_tune.experiment.folder import Experiment
@@ -76,7 +76,7 @@ def clean(experiment: Experiment, console: Console, *, unfinished: bool = False)
         for what, size in sizes_by_kind(files).items():
             console.print(f"{as_size(size):>8}  {what}")
         remove(experiment, files)
-    done = f"removed {len(files)} files, {as_size(sum(files.values()))}" if files else "nothing to remove"
+    done = f"removed {number_of(len(files), 'file')}, {as_size(sum(files.values()))}" if files else "nothing to remove"
     console.print(f"{experiment.uri}: {done}; {as_size(kept)} are left", soft_wrap=True)
 
 

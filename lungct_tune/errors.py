@@ -1,4 +1,4 @@
-"""The base class of errors that a user can fix."""
+"""The base class of errors that a user can fix, and a word for their messages."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class UserError(Exception):
 
 class SearchStopped(UserError):
     """A search has ended before all of its trials. What it has is kept, and it can continue."""
+
+
+def number_of(n: int, what: str) -> str:
+    """A number and a noun, such as "1 slot" or "2 slots"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -77,6 +77,7 @@ print(render("page.css", {}).decode())
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.long
 def test_the_installed_command_plans_a_search_from_another_folder(installed: Path, tmp_path: Path) -> None:
     assert run(installed / "lungct-tune", "--version", within=tmp_path) == f"lungct-tune {lungct_tune.__version__}\n"
     said = run(installed / "lungct-tune", "search", "--plan", within=tmp_path)

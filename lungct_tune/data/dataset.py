@@ -27,6 +27,7 @@ from lungct_tune.data.folders import (
 )
 from lungct_tune.data.groups import join_groups
 from lungct_tune.data.image_table import find_listed
+from lungct_tune.errors import number_of
 
 _READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
@@ -133,8 +134,8 @@ def read_images(
     if lost := [name for label, name in enumerate(classes) if label not in rows["label"].to_numpy()]:
         raise DataError(
             f"no usable image of {', '.join(lost)} is left in {root}: "
-            f"{len(unreadable)} files are unreadable, and {sum(map(len, found.conflicts))} have a copy "
-            "under another class"
+            f"unreadable: {number_of(len(unreadable), 'file')}; with a copy under another class: "
+            f"{number_of(sum(map(len, found.conflicts)), 'file')}"
         )
     conflicts = [tuple(files[i].path for i in twins) for twins in found.conflicts]
     copies = [
@@ -204,7 +205,7 @@ def _unreadable_message(root: Path, unreadable: list[tuple[str, str]]) -> str:
         lines.append(f"  … and {len(unreadable) - _LISTED} more")
     return "\n".join(
         [
-            f"{len(unreadable)} files in {root} cannot be read as images:",
+            f"{number_of(len(unreadable), 'file')} in {root} cannot be read as images:",
             *lines,
             "Repair or remove them, or leave them out with --skip-unreadable",
         ]

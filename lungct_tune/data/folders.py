@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from lungct_tune.data.scan import DOCUMENTS, OTHER_FORMATS, OUTSIDE, Scan, scan
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 from lungct_tune.files import read_text
 
 CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
@@ -275,7 +275,7 @@ def _take_loose_files(root: Path, folder: str, inside: list[str], found: Scan) -
             found.put_aside(OTHER_FORMATS, path)
     if images := sorted(posixpath.basename(path) for path in loose if _suffix(path) not in _NO_PICTURES):
         raise DataError(
-            f"{len(images)} files in {root / folder} are in no class folder, such as {images[0]!r}; "
+            f"{number_of(len(images), 'file')} in {root / folder} in no class folder, such as {images[0]!r}; "
             "move each file into the folder of its class, or out of the data folder"
         )
 
@@ -333,7 +333,7 @@ def _class_of(folder_name: str, spellings: Mapping[str, str]) -> str | None:
 
 
 def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
-    lines = [f"  {folder}/ ({count} images)" for folder, count in list(unknown.items())[:_LISTED]]
+    lines = [f"  {folder}/ ({number_of(count, 'image')})" for folder, count in list(unknown.items())[:_LISTED]]
     if len(unknown) > _LISTED:
         lines.append(f"  … and {len(unknown) - _LISTED} more")
     listing = "\n".join(lines)

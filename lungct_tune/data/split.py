@@ -13,6 +13,7 @@ import pandas as pd
 from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.folders import DataError, read_listing
 from lungct_tune.data.tables import read_table, write_table
+from lungct_tune.errors import number_of
 
 SPLITS = ("train", "valid", "test")
 
@@ -103,7 +104,9 @@ def _deal(table: pd.DataFrame, shares: Mapping[Any, float], seed: int) -> np.nda
 def _official(image_set: ImageSet) -> np.ndarray:
     counts = image_set.table["folder"].value_counts()
     if missing := [name for name in SPLITS if name not in counts]:
-        found = ", ".join(f"{name or 'no split folder'} ({count} images)" for name, count in counts.items())
+        found = ", ".join(
+            f"{name or 'no split folder'} ({number_of(count, 'image')})" for name, count in counts.items()
+        )
         raise DataError(
             f"the official split needs the folders train/, valid/ and test/ in {image_set.root}; "
             f"missing: {', '.join(missing)}; found: {found}. Add the missing folders, or choose --split grouped"

@@ -32,7 +32,7 @@ MOST_TRIALS_PLAYED, FEWEST_TIMES = 20_000, 8
 PERCENTILES = (8, 92)
 """The ends of the range."""
 
-PACE_ERROR, MOST_ERROR = 0.1, 0.4
+PACE_ERROR, MOST_ERROR = 0.08, 0.4
 """Standard deviation of the logarithm of all that the measured pace does not show. It grows with the slowdown."""
 
 NORM_IMAGES = 256
@@ -47,7 +47,7 @@ REPORTS_SHARE = 0.04
 START_S, ACTOR_SHARE = 3.0, 0.6
 """Seconds of Ray when slots start, and the share of a worker's start that a slot's actor takes before."""
 
-BUNDLE_S, IMAGE_S = 6.5, 0.15
+BUNDLE_S, IMAGE_S = 9.0, 0.15
 """Seconds for the bundle and its report, and for each wrong test image in it."""
 
 MOST_IMAGES = 300

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lungct_tune.data import tables
 from lungct_tune.data.seen_images import NEW
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.evaluation.metrics import are_cancer_and_normal
 from lungct_tune.experiment.predictions import probability_columns
@@ -69,7 +69,7 @@ def print_predictions(
     if patients is not None:
         console.print("a patient's probabilities are those of the mean logits of its images", soft_wrap=True)
     if len(unread):
-        console.print(f"unreadable: {len(unread)} files", style="yellow")
+        console.print(f"unreadable: {number_of(len(unread), 'file')}", style="yellow")
         for path, reason in zip(unread["path"], unread["unreadable"], strict=True):
             console.print(f"  {path}: {reason}", soft_wrap=True, markup=False)
     for reason, n in sorted(left_aside.items()):

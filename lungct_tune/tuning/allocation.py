@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lungct_tune.config.settings import Settings
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 from lungct_tune.tuning.ray_compat import HEAD_NODE
 
 
@@ -52,11 +52,6 @@ class RetrainingResources:
 
     def __str__(self) -> str:
         return f"{number_of(self.workers, 'worker')} with {describe_resources(self.resources_per_worker)} each"
-
-
-def number_of(n: int, what: str) -> str:
-    """A number and a noun, such as "1 slot" or "2 slots"."""
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def describe_resources(resources: Mapping[str, float]) -> str:

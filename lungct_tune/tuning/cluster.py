@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.config.settings import Settings
 from lungct_tune.display import Display
+from lungct_tune.errors import number_of
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.stopping import own_signals
@@ -28,7 +29,6 @@ from lungct_tune.tuning.allocation import (
     describe_resources,
     divide,
     divide_for_retraining,
-    number_of,
     workers_of,
 )
 from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster, local_resources

@@ -16,11 +16,12 @@ import ray
 from lungct_tune.config.prices import PRICES, PricedCluster, Prices, priced_cluster, read_prices, without_price
 from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
+from lungct_tune.errors import number_of
 from lungct_tune.experiment.forecast import Forecast, Workload, as_range
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
-from lungct_tune.tuning.allocation import ResourcePlan, number_of
+from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.cluster import machines, plan_resources, plan_retraining_resources
 from lungct_tune.tuning.ray_compat import autoscaling_config
 

@@ -111,7 +111,7 @@ def test_files_that_are_clearly_no_images_are_ignored(root: Path) -> None:
 def test_unknown_classes_are_refused_with_what_was_found_and_how_to_map(root: Path) -> None:
     two_classes(root)
     save(root / "Malignant cases" / "1.png", 7)
-    with pytest.raises(DataError, match=r"Malignant cases/ \(1 images\)[\s\S]*--class-map"):
+    with pytest.raises(DataError, match=r"Malignant cases/ \(1 image\)[\s\S]*--class-map"):
         read_images(root, 16)
 
 
@@ -132,8 +132,8 @@ def test_class_map_opens_the_door_to_other_data_sets(root: Path) -> None:
         ([], "found no images"),
         (["normal/1.png"], "only the class 'normal'"),
         (["normal/1.png", "adenocarcinoma/"], "adenocarcinoma/ in .* holds no images"),
-        (["normal/1.png", "adenocarcinoma/1.png", "2.png"], "are in no class folder, such as '2.png'"),
-        (["train/normal/1.png", "train/adenocarcinoma/1.png", "train/2.png"], "are in no class folder"),
+        (["normal/1.png", "adenocarcinoma/1.png", "2.png"], "in no class folder, such as '2.png'"),
+        (["train/normal/1.png", "train/adenocarcinoma/1.png", "train/2.png"], "in no class folder"),
         (["train/normal/1.png", "adenocarcinoma/1.png"], "keep either split folders or class folders"),
     ],
 )

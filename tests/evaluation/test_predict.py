@@ -132,7 +132,7 @@ def test_unreadable_files_are_rows_too_and_give_status_1(bundle: Path, patients:
     (tmp_path / "in" / "notes.txt").write_text("not an image, and not taken for one")
     status, said, _ = run(bundle, tmp_path / "in", "--out", tmp_path / "out.json", "--heatmaps", tmp_path / "maps")
     assert status == 1
-    assert "classified: 1 images" in said and "unreadable: 1 files" in said and "a.png: " in said
+    assert "classified: 1 images" in said and "unreadable: 1 file" in said and "a.png: " in said
     assert "left aside: 1 text, tables" in said
     broken, whole = json.loads((tmp_path / "out.json").read_text())
     assert broken["class"] is None and broken["unreadable"] and whole["unreadable"] == ""

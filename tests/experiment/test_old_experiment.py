@@ -74,6 +74,7 @@ def test_an_old_bundle_is_pulled_and_verified(
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.long
 def test_an_old_interrupted_search_is_pulled_with_all_that_it_needs_and_goes_on(results: Path, tmp_path: Path) -> None:
     before = trials_of(results / "interrupted")
     copy = tmp_path / "interrupted"

@@ -22,7 +22,7 @@ from lungct_tune.training.objective import OBJECTIVE
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

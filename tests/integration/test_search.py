@@ -251,6 +251,7 @@ def test_a_crash_between_judging_and_the_bundle_is_mended_by_resuming(finished: 
     assert [mark.name for mark in looked.iterdir()] == ["one"], "a search counts once"
 
 
+@pytest.mark.long
 def test_a_held_search_takes_more_trials_until_it_is_judged(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

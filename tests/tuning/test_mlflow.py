@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.long
 def test_a_search_that_mlflow_cannot_track_is_refused_before_it_begins(
     tmp_path: Path, phantoms: Path, cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

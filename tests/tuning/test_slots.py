@@ -225,6 +225,7 @@ def test_a_storage_is_tried_twice_before_a_node_is_refused(
     late.join()
 
 
+@pytest.mark.long
 def test_a_mailbox_that_is_started_again_learns_which_nodes_are_left_alone(slot: Any) -> None:
     import ray
 
