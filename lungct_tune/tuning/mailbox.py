@@ -23,6 +23,10 @@ MANY = 100_000
 CLOSED = "this group of workers has been closed"
 
 
+_UNLISTED: Any = ray.method(enable_task_events=False)
+"""Calls that Ray's dashboard does not list: there are so many that the trials could not be found among them."""
+
+
 class Mailbox:
     """Passes letters on, each to all who ask for it. Whoever asks first waits until the letter is there."""
 
@@ -68,6 +72,7 @@ class Mailbox:
                 return False
         return True
 
+    @_UNLISTED
     async def put(self, address: Address, letter: Any) -> None:
         """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
         group, kind, number = address
@@ -136,17 +141,20 @@ class Mailbox:
         """The last epoch of a trial's retraining; 0 if none has ended."""
         return self._epochs[trial]
 
+    @_UNLISTED
     async def note_ended(self, trials: int) -> None:
         """Notes how many trials of the search have ended."""
         async with self._another_ended:
             self._ended = trials
             self._another_ended.notify_all()
 
+    @_UNLISTED
     async def await_ended(self, trials: int) -> None:
         """Returns when so many trials of the search have ended."""
         async with self._another_ended:
             await self._another_ended.wait_for(lambda: self._ended >= trials)
 
+    @_UNLISTED
     async def exchange(self, draining: set[str]) -> list[str]:
         """Tells workers that their nodes will be lost; returns the sentences for the user since the last call."""
         for node in draining:
