@@ -2,19 +2,23 @@
 
     python benchmarks/predict.py
 
-A bundle with random weights classifies copies of drawn slices (512 x 512 pixels, PNG) in four ways: the model alone in
+A bundle with random weights classifies copies of drawn slices (512 x 512 pixels, PNG) in these ways: the model alone in
 a loop over ready batches on one thread, the same with all threads, the command's own loop (reading, decoding, hashing,
-likeness and distance included) with all threads, and Ray Data on a local cluster of one worker for each CPU, with the
-start of its workers and without it (a second pass on the same cluster). `--address` measures a running cluster instead.
-It takes about 3 minutes on 2 CPU cores.
+likeness and distance included) with all threads, and `predict --address` on a cluster: Ray Data with a worker for each
+CPU, once with the start of its workers, and again. One cluster is this machine as a single node. The other one is two
+nodes with half of its CPUs each, as processes on this machine (`ray.cluster_utils`). `--address` measures a running
+cluster instead of these two. It takes about 3 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -41,8 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Images per second of predict.")
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--px", type=int, default=224)
-    parser.add_argument("--images", type=int, default=480)
-    parser.add_argument("--address", help="of a running Ray cluster; without it one is started here")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--address", help="of a running Ray cluster; without it two are started here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         classifier, sources = prepare(Path(scratch), args.depth, args.px, args.images)
@@ -52,7 +56,13 @@ def main() -> None:
             torch.set_num_threads(n)
             report(title, args.images, bare_loop(classifier, args.images))
         report("predict", args.images, timed(lambda: list(classify_in_parts(classifier, sources))))
-        on_cluster(args.address, classifier, sources)
+        classifier.model.cpu()
+        if args.address:
+            on_cluster("that cluster", args.address, classifier, sources)
+            return
+        for nodes in (1, 2):
+            with started(nodes) as address:
+                on_cluster(f"{nodes} node{'s' * (nodes > 1)}", address, classifier, sources)
 
 
 def prepare(folder: Path, depth: int, px: int, n: int) -> tuple[Classifier, list[str]]:
@@ -89,19 +99,35 @@ def bare_loop(classifier: Classifier, n: int) -> float:
             for _ in range(n // BATCH):
                 forward(model, as_grey(images_NHW.to(device)), "imagenet").softmax(dim=1).cpu()
 
-    loop()
+    forward(model, as_grey(images_NHW.to(device)), "imagenet")  # the first batch takes longer
     return timed(loop)
 
 
-def on_cluster(address: str | None, classifier: Classifier, sources: list[str]) -> None:
+@contextmanager
+def started(nodes: int) -> Iterator[str]:
+    """Starts a cluster whose nodes share the CPUs of this machine; yields its address."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # as `map_on_cluster` does, which joins too late here
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    cpus = max(1, (os.cpu_count() or 1) // nodes)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(num_cpus=cpus)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def on_cluster(title: str, address: str, classifier: Classifier, sources: list[str]) -> None:
     from lungct_tune.tuning.batch_inference import map_on_cluster
     from lungct_tune.tuning.cluster import joined
 
-    classifier.model.cpu()
     with joined(address, False, "benchmark"):
-        for title in ("Ray Data, with its start", "Ray Data, again"):
+        for which in ("with its start", "again"):
             seconds = timed(lambda: list(map_on_cluster(address, classifier.classify_files, sources)))
-            report(title, len(sources), seconds)
+            report(f"Ray Data on {title}, {which}", len(sources), seconds)
 
 
 def timed(run: object) -> float:
@@ -111,7 +137,7 @@ def timed(run: object) -> float:
 
 
 def report(title: str, n: int, seconds: float) -> None:
-    print(f"{title:28} {n / seconds:7.1f}   ({seconds:.1f} s)", flush=True)
+    print(f"{title:36} {n / seconds:7.1f}   ({seconds:.1f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ COMMANDS = {
     "predict": "Classify images with a bundle's model, with heat maps and warnings.",
     "serve": "Serve a bundle's model over HTTP: a page for people, /predict for programs.",
     "export": "Write a bundle's model as one file for ONNX Runtime or PyTorch.",
-    "compare": "Compare bundles on the same test images.",
+    "compare": "Compare searches, or models on the same test images.",
     "report": "Make the report of a search again, or of a search that has not ended.",
     "replay": "Train one trial of a search again, and compare its figures with the recorded ones.",
     "clean": "Remove what a finished search does not need any more, after saying what and how much.",

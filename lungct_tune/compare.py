@@ -1,4 +1,4 @@
-"""Compares bundles, or what `evaluate` has written, on the same test images, paired by image.
+"""Compares searches on the same validation images, and models on the same test images.
 
 python -m lungct_tune.compare --help
 """
@@ -10,30 +10,42 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.cli import command_line, exit_status, printable, terminal
 from lungct_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from lungct_tune.evaluation.comparison import Judged
+    from lungct_tune.evaluation.search_curves import SearchCurve
 
 EXAMPLES = """\
 examples:
-  python -m lungct_tune.compare results/ONE/best results/TWO/best
-  python -m lungct_tune.compare one-judged two-judged three-judged --html compared.html
+  python -m lungct_tune.compare results/ONE results/TWO                    two searches, finished or not
+  python -m lungct_tune.compare results/ONE s3://bucket/lungct_tune/TWO --html compared.html
+  python -m lungct_tune.compare results/ONE/best results/TWO/best          two models
+  python -m lungct_tune.compare one-judged two-judged three-judged         what evaluate has written
+
+Searches are compared by their best validation figure after as many trials and after as many hours. Their trials must
+have been evaluated on the same images: the same data, --image-size, --split, --split-seed and --folds.
 
 Each model is compared with the first. All must have been judged on the same test images: bundles of searches with the
-same images, --split and --seed, or folders that lungct_tune.evaluate has written for the same images.
+same images, --split and --split-seed, or folders that lungct_tune.evaluate has written for the same images.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line("compare", EXAMPLES)
-    parser.add_argument("first", metavar="A", type=Path, help="the folder of the model that others are compared with")
-    parser.add_argument("others", metavar="B", type=Path, nargs="+", help="the folder of another model")
+    parser.add_argument("first", metavar="A", help="the folder or URI of a search, or the folder of a model")
+    parser.add_argument("others", metavar="B", nargs="+", help="others of the same kind, which are compared with A")
+    parser.add_argument("--study", metavar="URL", help="the studies' database, if the searches had a --study")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the comparison as a page")
     words = sys.argv[1:] if argv is None else argv
-    asked, command = parser.parse_args(words), shlex.join(["python", "-m", "lungct_tune.compare", *words])
+    asked = parser.parse_args(words)
+    command = printable(shlex.join(["python", "-m", "lungct_tune.compare", *words]))  # without a database's password
     return exit_status(lambda: compare(asked, command, terminal()), "Nothing was written.")
 
 
@@ -41,31 +53,67 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     """Reads the figures, compares them, prints the tables and writes the page.
 
     Raises:
-        CompareError: the models were not judged on the same images.
+        CompareError: trials or models were not evaluated on the same images.
         BundleError: a bundle is altered, or its metrics.json cannot be read.
+        NothingHeld, StorageError: a search cannot be read.
         UserError: the page cannot be written.
     """
     # imported only after the command line is checked, so that --help answers at once
-    from lungct_tune.evaluation.comparison import compare_models, read_judged
-    from lungct_tune.experiment.bundle import CHECKSUMS, verify
-    from lungct_tune.reporting.comparison_page import comparison_page, print_comparison
+    from lungct_tune.evaluation.comparison import CompareError, compare_models
+    from lungct_tune.reporting.comparison_page import comparison_page, print_comparison, print_searches
     from lungct_tune.reporting.output_file import check_free
 
     if asked.html:
         check_free(asked.html, "--html")
-    folders = [asked.first, *asked.others]
-    for folder in folders:
-        if (folder / CHECKSUMS).exists():  # a bundle; what evaluate writes has no checksums
-            verify(folder)
-    judged = [read_judged(folder) for folder in folders]
-    compared = compare_models(judged)
-    print_comparison(judged, compared, console)
+    sources = [asked.first, *asked.others]
+    are_searches = ["://" in source or (Path(source) / "settings.yaml").exists() for source in sources]
+    curves: list[SearchCurve] = []
+    if all(are_searches):
+        curves, judged = _read_searches(sources, asked.study)
+        print_searches(curves, console)
+    elif any(are_searches):
+        search, model = (sources[are_searches.index(kind)] for kind in (True, False))
+        raise CompareError(f"{search} is a search and {model} is not; to compare the models, give {search}/best")
+    else:
+        judged = _read_models(sources)
+    compared = compare_models(judged) if len(judged) > 1 else []
+    if compared:
+        print_comparison(judged, compared, console)
     if asked.html:
         try:
-            asked.html.write_bytes(comparison_page(judged, compared, command))
+            asked.html.write_bytes(comparison_page(curves, judged, compared, command))
         except OSError as error:
             raise UserError(f"{asked.html} cannot be written ({error}); choose another --html") from error
         console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
+
+
+def _read_searches(sources: Sequence[str], study: str | None) -> tuple[list[SearchCurve], list[Judged]]:
+    """The curves of searches, and the final models of those that have ended."""
+    from lungct_tune.evaluation.comparison import judged_model
+    from lungct_tune.evaluation.search_curves import check_comparable, search_curve
+    from lungct_tune.experiment.folder import locate
+    from lungct_tune.experiment.results import read_results
+
+    found = [(source, read_results(locate(source, "."), study)) for source in sources]
+    curves = [search_curve(name, results) for name, results in found]
+    check_comparable(curves)
+    judged = [
+        judged_model(name, results.bundle.predictions, results.test)
+        for name, results in found
+        if results.bundle and results.bundle.predictions and results.test
+    ]
+    return curves, judged
+
+
+def _read_models(sources: Sequence[str]) -> list[Judged]:
+    """Models from bundles, which are verified, and from folders that `evaluate` has written."""
+    from lungct_tune.evaluation.comparison import read_judged
+    from lungct_tune.experiment.bundle import CHECKSUMS, verify
+
+    for folder in map(Path, sources):
+        if (folder / CHECKSUMS).exists():  # a bundle; what evaluate writes has no checksums
+            verify(folder)
+    return [read_judged(Path(source)) for source in sources]
 
 
 if __name__ == "__main__":

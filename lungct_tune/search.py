@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from lungct_tune.display import Display
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
+    from concurrent.futures import Future
+
     import optuna
     import torch
 
@@ -71,11 +73,11 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
         address, verbose = plan.settings.address, plan.settings.verbose
         with plan.resumable():
             if plan.settings.plan and starts_here(address):
-                split, _ = load_and_audit(plan, display)
+                plan, split, _ = load_and_audit(plan, display)
                 announce(plan, split, "", display)
                 return
             with joined_meanwhile(address, verbose, plan.experiment.name, display) as dashboard:
-                split, audit = load_and_audit(plan, display)
+                plan, split, audit = load_and_audit(plan, display, dashboard)
                 weights = plan.read_weights()
                 outlook = announce(plan, split, dashboard.result(), display)
                 if plan.settings.plan:
@@ -92,30 +94,35 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                         run.write_bundle(winner, retrained, published, seeds)
 
 
-def load_and_audit(plan: Plan, display: Display) -> tuple[DataSplit, dict[str, Any]]:
-    """Reads, groups, splits and audits the images.
+def load_and_audit(
+    plan: Plan, display: Display, joining: Future[str] | None = None
+) -> tuple[Plan, DataSplit, dict[str, Any]]:
+    """Reads, groups, splits and audits the images; the plan that it returns has the number of folds.
 
     Raises:
+        ClusterError: the number depends on the cluster that is joined, see `workers_have_gpus`.
         DataError: they cannot be used, or the settings are strict and the split leaks.
         PlanError: they are not the images that the search started with.
     """
     from lungct_tune.auditing.audit import audit_images, refuse_leaks
     from lungct_tune.data.phantoms import PHANTOMS
+    from lungct_tune.experiment.folds import decide_folds
     from lungct_tune.reporting.console import print_data, print_verdict
+    from lungct_tune.tuning.cluster import workers_have_gpus
 
     settings, console = plan.settings, display.console
     if settings.data is None:
         console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
     console.print("reading the images", style="dim")
     with display.hidden():  # decoding has a bar of its own
-        split = plan.load_and_split()
+        plan, split = decide_folds(plan, plan.load_and_split(), lambda: workers_have_gpus(settings, joining))
     print_data(split.images, split.split, console)
     with display.step("comparing the images"):
         audit = audit_images(split.images, split.parts, "file" if settings.split_file else settings.split)
     print_verdict(audit, settings, console)
     if settings.strict:
         refuse_leaks(audit)
-    return split, audit
+    return plan, split, audit
 
 
 def announce(plan: Plan, split: DataSplit, dashboard: str, display: Display) -> Outlook:
@@ -125,12 +132,14 @@ def announce(plan: Plan, split: DataSplit, dashboard: str, display: Display) -> 
         ClusterError: the cluster is too small.
         PricesError: clusters/prices.yaml cannot be used.
     """
+    from lungct_tune.experiment.folds import folds_line
     from lungct_tune.reporting.console import print_plan, print_space
     from lungct_tune.tuning.outlook import look_ahead
 
     with display.step("measuring the pace"):
         outlook = look_ahead(plan, split)
-    print_plan(plan, outlook.resources.slots, outlook.lines, dashboard, display.console)
+        folds = {"folds": line} if (line := folds_line(plan, split, outlook.forecast)) else {}
+    print_plan(plan, outlook.resources.slots, outlook.lines | folds, dashboard, display.console)
     if plan.settings.plan:
         print_space(plan.space, display.console)
     return outlook
@@ -247,72 +256,62 @@ class SearchRun:
 
     def early_slot(self) -> EarlySlot:
         """The slot of the retraining, which may start before the search has ended."""
-        from lungct_tune.tuning.cluster import plan_retraining_resources
-        from lungct_tune.tuning.retrain import EarlySlot
-
-        settings = self.plan.settings
-        assert settings.trials is not None  # decided by the plan
-        resources = plan_retraining_resources(settings)
-        plan = replace(self.slot_plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
-
-        def trials_so_far() -> tuple[int, int]:
-            states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
-            return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
+        from lungct_tune.tuning.tuner import make_early_slot
 
         def import_pages() -> None:
             import lungct_tune.reporting.report_page  # noqa: F401
 
-        last = (settings.trials, max(1, settings.trials - self.outlook.resources.slots))
-        return EarlySlot(plan, trials_so_far, last, import_pages, self._warn)
+        settings, slots = self.plan.settings, self.outlook.resources.slots
+        return make_early_slot(settings, self.slot_plan, self.study, slots, import_pages, self._warn)
 
-    def retrain(self, trial: TrialRecord, slot: EarlySlot) -> RetrainedModel:
+    def retrain(self, trial: TrialRecord, slot: EarlySlot) -> list[RetrainedModel]:
         """Retrains a trial's hyperparameters on train and validation, and predicts the test split once.
+
+        An ensemble has several models, each of them trained without one of the folds.
 
         Raises:
             RetrainingFailed: see `retrain_and_predict`.
         """
-        from lungct_tune.tuning.retrain import RetrainOrder, retrain_and_predict
+        from lungct_tune.tuning.retrain import RetrainOrder, retrain_all
 
         settings, epochs = self.plan.settings, len(trial.history)
-        self._announce(f"retraining trial {trial.number} on train and validation, {epochs} epochs")
-        hyperparameters, interval = trial.hyperparameters, settings.checkpoint_interval
-        order = RetrainOrder(trial.number, hyperparameters, settings.seed, epochs, self.test, interval)
-        self._left.retrain(trial.number, epochs)
+        folds = range(settings.folds) if settings.ensemble and settings.folds else [None]
+        how = f"for an ensemble of {len(folds)} models" if settings.ensemble else "on train and validation"
+        self._announce(f"retraining trial {trial.number} {how}, {epochs} epochs")
+        what = trial.number, trial.hyperparameters, settings.seed, epochs, self.test, settings.checkpoint_interval
+        orders = [RetrainOrder(*what, fold) for fold in folds]
+        self._left.retrain(trial.number, len(orders) * epochs)
         try:
             with (
                 self._shown(f"retraining trial {trial.number}", announced=True),
                 self.display.showing(self._left.retraining_bar),
             ):
-                return retrain_and_predict(
-                    self.plan.experiment, order, slot, self._prepare_bundle, self._left.retrained
-                )
+                return retrain_all(self.plan.experiment, orders, slot, self._prepare_bundle, self._left.retrained)
         except KeyboardInterrupt:
             self._warn("stopping; the retraining continues from the last state that it has saved")
             raise
 
-    def retrain_published(self, winner: TrialRecord, slot: EarlySlot) -> tuple[TrialRecord, RetrainedModel] | None:
-        """Retrains the published configuration too; returns its trial and the model. None if there is no comparison."""
+    def retrain_published(
+        self, winner: TrialRecord, slot: EarlySlot
+    ) -> tuple[TrialRecord, list[RetrainedModel]] | None:
+        """Retrains the published configuration too; returns its trial and models. None if there is no comparison."""
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import BASELINE, best_trial
 
         if not (self.plan.settings.compare_baseline or self.plan.settings.data is None):
             return None
-        if winner.number == BASELINE:
-            self.display.console.print("the winner is the published configuration, so it is not compared with that")
-            return None
         published = best_trial(trial for trial in finished_trials(self.study) if trial.number == BASELINE)
-        if published is None:
-            self.display.console.print(
-                "the published configuration did not run to its end, so there is no comparison with it"
-            )
+        if published is None or published.number == winner.number:
+            why = "is the winner" if published else "did not run to its end"
+            self.display.console.print(f"the published configuration {why}, so there is no comparison with it")
             return None
         return published, self.retrain(published, slot)
 
     def write_bundle(
         self,
         winner: TrialRecord,
-        retrained: RetrainedModel,
-        published: tuple[TrialRecord, RetrainedModel] | None,
+        retrained: list[RetrainedModel],
+        published: tuple[TrialRecord, list[RetrainedModel]] | None,
         seeds: dict[str, Any] | None,
     ) -> None:
         """Evaluates the final model, writes the bundle with its pages, and prints the outcome."""

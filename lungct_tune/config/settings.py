@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from lungct_tune.cli import command_line, suggestion
+from lungct_tune.config.addresses import check_database, check_server, without_secrets
 from lungct_tune.config.window import Window, parse_window
 from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
 from lungct_tune.errors import UserError
@@ -32,8 +32,8 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
-SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
-"""Pattern for options of a database URL that may hold a password; drivers have many, such as sslpassword."""
+FOLDS = 5
+"""The number of folds where the user gives none and the search has some, see `experiment/folds.py`."""
 
 _LONGEST = 300  # characters of a value in a message
 
@@ -74,11 +74,6 @@ def _place(value: Any) -> Any:
     return place if "://" in place else Path(place)
 
 
-def without_secrets(text: str) -> str:
-    """Hides NAME:PASSWORD@ and ?OPTIONS of URLs in a user's text, so that a message can quote it."""
-    return re.sub(r"[^/'\n]*:.*@|(?<=\?).*", "***", text)
-
-
 def _flag(help: str, metavar: str = "N") -> Any:
     return Field(None, description=help, json_schema_extra={"metavar": metavar})
 
@@ -115,8 +110,13 @@ class Settings(BaseModel):
         0, description="the seed of the grouped split and of the folds (0)", json_schema_extra={"metavar": "N"}
     )
     split_file: Path | None = _flag("instead, a split of your own: CSV of path, split and, if known, group", "FILE")
-    folds: Annotated[int, Field(ge=2, le=50)] | None = _flag(
-        "evaluate each trial by cross-validation over train and validation (off)", "K"
+    folds: Annotated[int, Field(ge=1, le=50)] | None = _flag(
+        "evaluate each trial by cross-validation over train and validation; 1 is off (5 for fewer than 2,000 images "
+        "of yours on GPUs, else 1)",
+        "K",
+    )
+    ensemble: bool = Field(
+        False, description="instead of retraining the best trial, ship its folds' models, which predict together"
     )
     seeds: Annotated[int, Field(ge=2, le=100)] | None = _flag(
         "train winner and published configuration again with the same N other seeds, and compare (off)", "N"
@@ -175,9 +175,12 @@ class Settings(BaseModel):
             )
         if self.resume and self.judge:
             raise ValueError("resume and judge are two things to do with a search; give one of them")
-        if self.folds is not None and self.folds < self.workers:
+        folds = self.folds or (FOLDS if self.ensemble else 1)
+        if self.ensemble and folds == 1:
+            raise ValueError("ensemble with folds 1: an ensemble has the models of several folds; give more folds")
+        if 1 < folds < self.workers:
             raise ValueError(
-                f"workers {self.workers} with folds {self.folds}: a worker trains whole folds, so some workers would "
+                f"workers {self.workers} with folds {folds}: a worker trains whole folds, so some workers would "
                 "have none; use fewer workers and more slots"
             )
         if self.gpus_per_worker and self.gpus_per_worker < 1 and self.workers > 1:
@@ -218,35 +221,15 @@ class Settings(BaseModel):
     @field_validator("study")
     @classmethod
     def _a_database(cls, url: str | None) -> str | None:
-        if not url:
-            return url
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
-
-        try:
-            database = make_url(url)
-        except (ArgumentError, ValueError):
-            raise ValueError("expected a database URL, such as sqlite:///FILE or postgresql://USER@HOST/NAME") from None
-        if database.password is not None or any(re.search(SECRETS, key, re.IGNORECASE) for key in database.query):
-            raise ValueError(
-                "others can read a password in a command, for example in Ray's dashboard; put it where the "
-                "database driver looks for it (PostgreSQL: PGPASSWORD or ~/.pgpass)"
-            )
+        if url is not None:
+            check_database(url)
         return url
 
     @field_validator("track")
     @classmethod
     def _a_server(cls, track: str | None) -> str | None:
-        if track is None:
-            return None
-        uri = urlsplit(track.removeprefix("mlflow:"))
-        if "@" in uri.netloc:
-            raise ValueError(
-                "it must not contain a name or password, since it is stored and shown; set MLFLOW_TRACKING_USERNAME "
-                "and MLFLOW_TRACKING_PASSWORD instead"
-            )
-        if not track.startswith("mlflow:") or uri.scheme not in ("http", "https") or not uri.hostname:
-            raise ValueError("expected mlflow:http://HOST:PORT, or https")
+        if track is not None:
+            check_server(track)
         return track
 
     @model_validator(mode="after")
@@ -259,6 +242,11 @@ class Settings(BaseModel):
     def ct_window(self) -> Window | None:
         """The window of CT values in DICOM files; None is each file's own."""
         return None if self.window is None else parse_window(self.window)
+
+    @property
+    def cross_validates(self) -> bool:
+        """Whether trials have several folds, as far as that is decided."""
+        return self.folds is not None and self.folds > 1
 
     def for_data(self) -> Settings:
         """These settings, with defaults filled in that depend on the images: small and quick for phantoms."""

@@ -174,6 +174,16 @@ class DataSplit:
             for k in range(self.fold.max() + 1)
         ]
 
+    def in_folds(self, folds: int, seed: int) -> DataSplit:
+        """This split with train and validation divided into folds.
+
+        Raises:
+            DataError: see `fold_images`.
+        """
+        fold = np.full(len(self.split), -1)
+        fold[self.searched_rows] = fold_images(self.images, self.searched_rows, folds, seed)
+        return replace(self, fold=fold)
+
     def as_csv(self) -> bytes:
         """split.csv: path, label, group and split of every image, and its fold if there are folds."""
         label = [self.images.classes[label] for label in self.images.table["label"]]
@@ -187,7 +197,7 @@ class DataSplit:
 def split_and_fold(
     images: ImageSet, how: Literal["grouped", "official"], folds: int | None, seed: int, file: Path | None = None
 ) -> DataSplit:
-    """Splits the images of a search and, if `folds` is given, divides train and validation into folds.
+    """Splits the images of a search and, if there are several `folds`, divides train and validation into them.
 
     Args:
         file: a split that was made elsewhere, see `read_split`; `how` is not used then.
@@ -195,13 +205,9 @@ def split_and_fold(
     Raises:
         DataError: see `split_images`, `read_split` and `fold_images`.
     """
-    fold = None
-    images, split = read_split(images, file) if file else (images, split_images(images, how, seed))
-    if folds:
-        searched = np.flatnonzero(split != "test")
-        fold = np.full(len(split), -1)
-        fold[searched] = fold_images(images, searched, folds, seed)
-    return DataSplit(images, split, fold)
+    images, parts = read_split(images, file) if file else (images, split_images(images, how, seed))
+    split = DataSplit(images, parts, fold=None)
+    return split.in_folds(folds, seed) if folds and folds > 1 else split
 
 
 def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
+import safetensors.torch
 import yaml
 
 from lungct_tune.auditing.shortcuts import predict_by_shortcuts
@@ -41,6 +42,7 @@ from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
 from lungct_tune.experiment.study import effort, finished_trials
 from lungct_tune.experiment.trial import BASELINE, TrialRecord
+from lungct_tune.models.ensemble import joined_states
 from lungct_tune.models.gradcam import evidence_scale
 from lungct_tune.models.preprocessing import NORMALISATIONS
 from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
@@ -74,15 +76,16 @@ class BundleFiles:
     def final(
         self,
         best: TrialRecord,
-        retrained: RetrainedModel,
-        published: tuple[TrialRecord, RetrainedModel] | None = None,
+        retrained: Sequence[RetrainedModel],
+        published: tuple[TrialRecord, Sequence[RetrainedModel]] | None = None,
         seeds: dict[str, Any] | None = None,
     ) -> Bundle:
         """The final bundle of the search, with its test figures.
 
         Args:
-            retrained: the best trial's configuration, retrained.
-            published: the trial of the published configuration, and its retrained model.
+            retrained: the best trial's configuration, retrained: one model, or the members of an ensemble, whose
+                calibrated probabilities are averaged.
+            published: the trial of the published configuration, and its retrained models.
             seeds: of `over_seeds`.
 
         Raises:
@@ -91,8 +94,12 @@ class BundleFiles:
         images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
         labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
-        (scaling, point), uncalibrated_NC = self._calibrate(best), retrained.probabilities_NC
-        probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature) if scaling else uncalibrated_NC
+        scaling, point = self._calibrate(best)
+        temperature = scaling.temperature if scaling else 1.0
+        probabilities_NC = np.mean([calibrated(model.probabilities_NC, temperature) for model in retrained], axis=0)
+        uncalibrated_NC = retrained[0].probabilities_NC
+        if len(retrained) > 1:  # as the bundle's model gives them, see `Ensemble`
+            uncalibrated_NC = calibrated(probabilities_NC, 1 / temperature)
         figures = evaluate_predictions(
             labels_N,
             probabilities_NC,
@@ -107,8 +114,10 @@ class BundleFiles:
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
         looks = count_look(self.plan.experiment, self.split)
-        bundle = self._bundle(best, retrained.weights, scaling, point, figures, predictions, seeds, looks)
-        return replace(bundle, features=self._training_features(bundle, retrained.features))
+        bundle = self._bundle(
+            best, _weights(retrained), scaling, point, figures, predictions, seeds, looks, len(retrained)
+        )
+        return replace(bundle, features=self._training_features(bundle, retrained[0].features))
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:
         """All files of a bundle by name, without its pages."""
@@ -119,15 +128,18 @@ class BundleFiles:
             "trials.csv": trials.to_csv(index=False).encode(),
         }
 
-    def _references(self, published: tuple[TrialRecord, RetrainedModel] | None) -> dict[str, tuple[str, np.ndarray]]:
+    def _references(
+        self, published: tuple[TrialRecord, Sequence[RetrainedModel]] | None
+    ) -> dict[str, tuple[str, np.ndarray]]:
         """Other predictions for the test images, by kind: a name and the predictions."""
         images, test, searched = self.split.images, self.split.test_rows, self.split.searched_rows
         majority = int(np.bincount(images.table["label"].to_numpy()[searched]).argmax())
         references = {"majority class": (images.classes[majority], np.full(len(test), majority))}
         references |= {f"{SHORTCUT}: {rule}": (rule, predicted_N) for rule, predicted_N in self._shortcuts.items()}
         if published:
-            name, other = str(published[0].hyperparameters), published[1]
-            references["published"] = name, other.probabilities_NC.argmax(axis=1)
+            name, others = str(published[0].hyperparameters), published[1]
+            averaged_NC = np.mean([other.probabilities_NC for other in others], axis=0)
+            references["published"] = name, averaged_NC.argmax(axis=1)
         return references
 
     def _training_features(self, bundle: Bundle, kept: bytes | None) -> bytes | None:
@@ -149,7 +161,7 @@ class BundleFiles:
         if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
             return None, None
         table = self.split.images.table.iloc[self.split.validation_rows]
-        what = f"the winner's {'out-of-fold' if self.plan.settings.folds else 'validation'} predictions"
+        what = f"the winner's {'out-of-fold' if self.plan.settings.cross_validates else 'validation'} predictions"
         labels_N, groups_N, uncalibrated_NC = table["label"].to_numpy(), table["group"].to_numpy(), _array(kept)
         scaling = fit_temperature(labels_N, uncalibrated_NC, groups_N, what)
         probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature)
@@ -166,6 +178,7 @@ class BundleFiles:
         predictions: Predictions | None = None,
         seeds: dict[str, Any] | None = None,
         looks: int | None = None,
+        members: int = 1,
     ) -> Bundle:
         settings, trials = self.plan.settings, finished_trials(self.study)
         metrics = BundleMetrics(
@@ -177,7 +190,9 @@ class BundleFiles:
             looks=looks,
             seeds=seeds,
         )
-        config = describe_model(settings, self.split.images, best.hyperparameters, len(best.history), scaling, point)
+        config = describe_model(
+            settings, self.split.images, best.hyperparameters, len(best.history), scaling, point, members
+        )
         return Bundle(weights, config, metrics, predictions)
 
     @cached_property
@@ -187,6 +202,13 @@ class BundleFiles:
     @cached_property
     def _learned(self) -> bytes:
         return list_learned(self.split.images, self.split.searched_rows)
+
+
+def _weights(models: Sequence[RetrainedModel]) -> bytes:
+    """model.safetensors of one model, or of an ensemble of several."""
+    if len(models) == 1:
+        return models[0].weights
+    return safetensors.torch.save(joined_states(safetensors.torch.load(model.weights) for model in models))
 
 
 def _array(npy: bytes) -> np.ndarray:
@@ -200,12 +222,14 @@ def describe_model(
     epochs: int,
     scaling: TemperatureScaling | None,
     point: OperatingPoint | None = None,
+    members: int = 1,
 ) -> dict[str, Any]:
     """The content of config.json: the model, its preprocessing, and how the model was made.
 
     Args:
         scaling: None if the network's probabilities are not scaled.
         point: the operating point; None if the classes are not normal and cancers.
+        members: how many such networks the model has; several are an ensemble.
     """
     mean, deviation = NORMALISATIONS[settings.normalisation]
     window = settings.ct_window
@@ -214,6 +238,7 @@ def describe_model(
             "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
             "truncation_depth": hyperparameters.truncation_depth,
             "dropout": hyperparameters.dropout,
+            "members": members,
             "head_widths": list(HEAD_WIDTHS),
         },
         "classes": list(images.classes),

@@ -24,10 +24,10 @@ from lungct_tune.experiment.bundle import FEATURES, LEARNED
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.metrics import HALF, FittedOn, TemperatureScaling
 from lungct_tune.experiment.predictions import probability_columns
-from lungct_tune.models.features import recorded_features
+from lungct_tune.models.ensemble import Model
+from lungct_tune.models.features import feature_channels, recorded_features
 from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 BATCH = 32
 """Images that a GPU computes together."""
@@ -43,7 +43,7 @@ class Classified:
 
     classes: tuple[str, ...]
     uncalibrated_NC: np.ndarray
-    """The network's own probabilities."""
+    """The network's own probabilities; of an ensemble the averaged ones with the temperature undone."""
     probabilities_NC: np.ndarray
     """Calibrated, float64, in the order of `classes`; rows sum to 1."""
     threshold: float
@@ -81,7 +81,7 @@ class Classifier:
     """The model of a bundle, with all that its answers depend on. It can be pickled."""
 
     folder: Path
-    model: TruncatedResNet50
+    model: Model
     """On the CPU until it has classified images; from then on on the GPU, if there is one."""
     config: dict[str, Any]
     """config.json."""
@@ -112,7 +112,7 @@ class Classifier:
             model,
             config,
             learned_images,
-            TrainingFeatures.read(features.read_bytes(), model.backbone.channels) if features.exists() else None,
+            TrainingFeatures.read(features.read_bytes(), feature_channels(model)) if features.exists() else None,
             device,
         )
 
@@ -194,7 +194,10 @@ class Classifier:
                 outputs = list(pool.map(compute, range(0, len(images_NHW), at_once)))
         finally:
             torch.set_num_threads(threads)  # what the pool's threads have set is the default of new threads
-        none = np.empty((0, len(self.classes)), np.float32), np.empty((0, self.model.backbone.channels), np.float32)
+        none = (
+            np.empty((0, len(self.classes)), np.float32),
+            np.empty((0, feature_channels(self.model)), np.float32),
+        )
         uncalibrated_NC, features_ND = map(np.concatenate, zip(none, *outputs, strict=True))
         return uncalibrated_NC, features_ND
 

@@ -71,13 +71,18 @@ def read_judged(folder: Path) -> Judged:
     files = {name: folder / name for name in (METRICS, PREDICTIONS)}
     if missing := [name for name, file in files.items() if not file.is_file()]:
         raise CompareError(
-            f"{folder} has no {missing[0]}; give the bundle of a search that has ended (results/NAME/best), or a "
-            "folder that lungct_tune.evaluate has written"
+            f"{folder} has no {missing[0]}; give the bundle of a search that has ended (results/NAME/best), a folder "
+            "that lungct_tune.evaluate has written, or the folder of a search (results/NAME)"
         )
     metrics = read_test_metrics(files[METRICS].read_bytes())
     if metrics is None:
         raise CompareError(f"{folder} has no test figures: its search has not ended")
-    unordered = read_predictions(files[PREDICTIONS].read_bytes(), list(metrics.per_class))
+    predictions = read_predictions(files[PREDICTIONS].read_bytes(), list(metrics.per_class))
+    return judged_model(str(folder), predictions, metrics)
+
+
+def judged_model(name: str, unordered: Predictions, metrics: TestMetrics) -> Judged:
+    """A model's predictions, sorted by path."""
     order = np.argsort(unordered.paths_N, kind="stable")
     predictions = Predictions(
         unordered.classes,
@@ -86,7 +91,7 @@ def read_judged(folder: Path) -> Judged:
         unordered.probabilities_NC[order],
         unordered.groups_N[order],
     )
-    return Judged(str(folder), predictions, metrics)
+    return Judged(name, predictions, metrics)
 
 
 def check_same_images(judged: Sequence[Judged]) -> None:

@@ -74,7 +74,8 @@ def expected_bytes(settings: Settings, space: SearchSpace, slots: int) -> tuple[
     weights = weight_bytes(space.deepest)
     kept = min(settings.trials or KEPT_TRIALS, KEPT_TRIALS) * weights
     retrainings = 2 if settings.compare_baseline or settings.data is None else 1
-    at_end = kept + weights * (1 + retrainings * (1 + STATE_SIZE))
+    models = settings.folds if settings.ensemble and settings.folds else 1
+    at_end = kept + weights * models * (1 + retrainings * (1 + STATE_SIZE))
     return at_end + weights * (2 + slots * 2 * STATE_SIZE), at_end
 
 

@@ -74,6 +74,8 @@ class Workload:
     workers: int = 1
     """Of a slot."""
     folds: int = 1
+    ensemble: bool = False
+    """Whether the models of the winner's folds are the final model."""
     retrains: bool = True
     """Whether the winner is retrained and evaluated, and not held back."""
     compares: bool = False
@@ -82,6 +84,11 @@ class Workload:
     cpus: int = 1
     """Of the machine that a slot starts on; slots that start on it share them."""
     slots_of_machine: int = 1
+
+    @property
+    def final_models(self) -> int:
+        """How many models are trained for the final one."""
+        return self.folds if self.ensemble else 1
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,8 @@ class Progress:
         slowness: the measured seconds of the epochs so far, divided by those that `epoch_s` has for them; None as long
             as there are none.
         started: whether the slots' workers have started.
-        retraining: for each retraining that has not ended, its hyperparameters and its last epoch; None as long as the
-            search has not ended.
+        retraining: for each retraining that has not ended, its hyperparameters and its last epoch, counted over all
+            models of an ensemble; None as long as the search has not ended.
         seeds: how many trainings with other seeds are left; None for all.
     """
 
@@ -146,8 +153,9 @@ class Forecast:
 
     def retraining_s(self, hyperparameters: Hyperparameters, epochs: int) -> float:
         """Seconds of so many epochs of the final retraining, and of the prediction of test."""
-        epoch = self._training_s(hyperparameters, self.work.searched_images, 1)
-        return epochs * epoch + self.work.test_images * self.pace.predict(hyperparameters.truncation_depth)
+        work, predict_s = self.work, self.pace.predict(hyperparameters.truncation_depth)
+        epoch = self._training_s(hyperparameters, work.train_images if work.ensemble else work.searched_images, 1)
+        return epochs * epoch + work.final_models * work.test_images * predict_s
 
     @property
     def start_s(self) -> float:
@@ -181,7 +189,7 @@ class Forecast:
         else:
             winner = retraining[0][0] if retraining else winner
         for hyperparameters, done in retraining:
-            after_s += self.retraining_s(hyperparameters, work.epochs - done)
+            after_s += self.retraining_s(hyperparameters, work.final_models * work.epochs - done)
         if seeds and work.retrains:
             turns = math.ceil(seeds / work.slots)
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)

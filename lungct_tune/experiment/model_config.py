@@ -26,6 +26,7 @@ def _known(values: Mapping[str, Any], form: type[Any]) -> Mapping[str, Any]:
 class _Model(BaseModel):
     truncation_depth: Annotated[int, Field(ge=1, le=49)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
+    members: Annotated[int, Field(ge=1, le=50)] = 1
 
 
 class _Window(BaseModel):

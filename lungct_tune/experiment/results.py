@@ -94,6 +94,11 @@ class SearchResults:
         return self.bundle.metrics.test if self.bundle else None
 
     @property
+    def members(self) -> int:
+        """How many networks the final model has; several are an ensemble."""
+        return self.settings["folds"] or 1 if self.settings.get("ensemble") else 1
+
+    @property
     def seeds(self) -> dict[str, Any] | None:
         """The winner's results with other seeds; None where it was not trained with other seeds."""
         return self.bundle.metrics.seeds if self.bundle else None
@@ -177,9 +182,8 @@ class SearchResults:
     @property
     def searched_on(self) -> dict[str, int]:
         """Images of each class that trials are evaluated on: validation, or with folds train and validation."""
-        return {
-            name: valid + train * bool(self.settings.get("folds")) for name, (train, valid, _) in self.counts.items()
-        }
+        pooled = (self.settings.get("folds") or 1) > 1
+        return {name: valid + train * pooled for name, (train, valid, _) in self.counts.items()}
 
     @property
     def totals(self) -> list[int]:

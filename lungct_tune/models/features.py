@@ -10,21 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lungct_tune.models.ensemble import Model, members_of
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 _BATCH = 32
 
 
 @contextmanager
-def recorded_features(model: TruncatedResNet50) -> Iterator[Callable[[], Tensor]]:
+def recorded_features(model: Model) -> Iterator[Callable[[], Tensor]]:
     """Yields a function for the `with` block: the pooled features (N, channels), float32, of the last forward pass.
 
-    Of the calling thread's last one: threads may compute with the same model.
+    Of the calling thread's last one: threads may compute with the same model. An ensemble's are those of its first
+    member.
     """
     last = threading.local()
-    hook = model.get_submodule("head.float32").register_forward_hook(
-        lambda _, inputs, pooled_ND: setattr(last, "pooled_ND", pooled_ND.detach())
+    hook = (
+        members_of(model)[0]
+        .get_submodule("head.float32")
+        .register_forward_hook(lambda _, inputs, pooled_ND: setattr(last, "pooled_ND", pooled_ND.detach()))
     )
     try:
         yield lambda: last.pooled_ND
@@ -32,8 +35,13 @@ def recorded_features(model: TruncatedResNet50) -> Iterator[Callable[[], Tensor]
         hook.remove()
 
 
+def feature_channels(model: Model) -> int:
+    """How many pooled features a model has."""
+    return members_of(model)[0].backbone.channels
+
+
 @torch.inference_mode()
-def pooled_features(model: TruncatedResNet50, images_NHW: Tensor, rows: np.ndarray, normalisation: str) -> np.ndarray:
+def pooled_features(model: Model, images_NHW: Tensor, rows: np.ndarray, normalisation: str) -> np.ndarray:
     """The pooled features of some images, float32 (len(rows), channels), computed on the model's device.
 
     Args:

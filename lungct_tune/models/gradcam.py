@@ -5,22 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 from captum.attr import LayerGradCam
-from torch import Tensor
+from torch import Tensor, nn
 
+from lungct_tune.models.ensemble import Model, members_of
 from lungct_tune.models.preprocessing import as_grey, forward
-from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 _BATCH = 16
 
 
 def grad_cam(
-    model: TruncatedResNet50,
+    model: Model,
     images_NHW: np.ndarray,
     classes_NK: np.ndarray,
     normalisation: str,
     scale: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grad-CAM maps (Selvaraju et al., ICCV 2017) of the features that the head pools.
+
+    An ensemble's map is the mean of its members' maps.
 
     Args:
         model: on any device, where the maps are computed.
@@ -40,7 +42,7 @@ def grad_cam(
     return np.minimum(maps_NKhw / scale, 1), probabilities_NC
 
 
-def evidence_scale(model: TruncatedResNet50, images_NHW: np.ndarray, labels_N: np.ndarray, normalisation: str) -> float:
+def evidence_scale(model: Model, images_NHW: np.ndarray, labels_N: np.ndarray, normalisation: str) -> float:
     """A scale for the maps of all images: the most evidence for its true class that one of these images has.
 
     Args:
@@ -52,26 +54,40 @@ def evidence_scale(model: TruncatedResNet50, images_NHW: np.ndarray, labels_N: n
 
 
 def _evidence(
-    model: TruncatedResNet50, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
+    model: Model, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Maps (N, K, h, w) that are not scaled, and the probabilities (N, C)."""
     model.eval()
-    pool = model.get_submodule("head.pool")
-    method = LayerGradCam(model.head, pool)
+    heads = [member.head for member in members_of(model)]
     device = next(model.parameters()).device
     maps, probabilities = [], []
     for start in range(0, len(images_NHW), _BATCH):
         batch = slice(start, start + _BATCH)
         pooled: list[Tensor] = []
-        hook = pool.register_forward_pre_hook(lambda _, inputs, pooled=pooled: pooled.append(inputs[0]))
+        hooks = [
+            head.get_submodule("pool").register_forward_pre_hook(
+                lambda _, inputs, pooled=pooled: pooled.append(inputs[0])
+            )
+            for head in heads
+        ]
         with torch.no_grad():
             grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])).to(device))
             probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).cpu().numpy())
-        hook.remove()
-        features_NCHW = pooled[0].float()
-        of_classes = [
-            method.attribute(features_NCHW, target_N, attribute_to_layer_input=True, relu_attributions=True)
-            for target_N in torch.as_tensor(classes_NK[batch], dtype=torch.int64, device=device).T
+        for hook in hooks:
+            hook.remove()
+        targets_KN = torch.as_tensor(classes_NK[batch], dtype=torch.int64, device=device).T
+        of_members = [
+            _maps(head, features_NCHW.float(), targets_KN) for head, features_NCHW in zip(heads, pooled, strict=True)
         ]
-        maps.append(torch.cat(of_classes, dim=1).detach().cpu().numpy())
+        maps.append(torch.stack(of_members).mean(dim=0).cpu().numpy())
     return np.concatenate(maps), np.concatenate(probabilities)
+
+
+def _maps(head: nn.Sequential, features_NCHW: Tensor, targets_KN: Tensor) -> Tensor:
+    """Maps (N, K, h, w) of one network."""
+    method = LayerGradCam(head, head.get_submodule("pool"))
+    of_classes = [
+        method.attribute(features_NCHW, target_N, attribute_to_layer_input=True, relu_attributions=True)
+        for target_N in targets_KN
+    ]
+    return torch.cat(of_classes, dim=1).detach()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lungct_tune.config.settings import without_secrets
+from lungct_tune.config.addresses import without_secrets
 from lungct_tune.errors import UserError
 from lungct_tune.files import open_file
 from lungct_tune.models.truncated_resnet import ACTIVATIONS, TruncatedResNet50, truncate

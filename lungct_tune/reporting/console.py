@@ -203,7 +203,9 @@ def print_bundle(folder: Path, console: Console) -> None:
     best = metrics.best_trial
     score = best.get(OBJECTIVE, best.get(f"best_{OBJECTIVE}"))  # the second in bundles of version 0.1
     configuration = Hyperparameters(**config["training"]["configuration"])
-    console.print(f"trial {best['trial']}: {configuration}", soft_wrap=True)
+    members = config["model"].get("members", 1)
+    ensemble = f"an ensemble of {members} models of " if members > 1 else ""
+    console.print(f"{ensemble}trial {best['trial']}: {configuration}", soft_wrap=True)
     if metrics.test is None:
         held = config["settings"].get("hold_test")
         console.print(

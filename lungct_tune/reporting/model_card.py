@@ -26,7 +26,7 @@ def model_card(name: str, found: SearchResults) -> bytes:
         "found": found,
         "phantoms": PHANTOMS,
         "configuration": configuration,
-        "sums": network.totals,
+        "sums": tuple(found.members * total for total in network.totals),
         "groups": found.split["group"].nunique(),
         "verdict": verdict.verdict(found),
         "same_group": SAME_GROUP,

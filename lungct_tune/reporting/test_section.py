@@ -21,7 +21,7 @@ from lungct_tune.experiment.metrics import (
 )
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import SearchResults
-from lungct_tune.models.truncated_resnet import TruncatedResNet50
+from lungct_tune.models.ensemble import Model
 from lungct_tune.reporting import test_charts
 from lungct_tune.reporting.cancer_section import cancer_section
 from lungct_tune.reporting.format import percent, points
@@ -41,7 +41,7 @@ class Pictures:
 class Network:
     """A bundle's model, for the Grad-CAM maps."""
 
-    model: TruncatedResNet50
+    model: Model
     classes: tuple[str, ...]
     normalisation: str
 

@@ -45,8 +45,11 @@ def _found_out(found: SearchResults) -> str:
             f"{sum(found.searched_on.values())} images that trials are evaluated on."
         )
     majority = found.test.references[MAJORITY]
+    how = "retrained on train and validation"
+    if found.members > 1:
+        how = f"as an ensemble of the models of its {found.members} folds"
     return (
-        f"The winner, {what}, retrained on train and validation, is right on {percent(found.test.accuracy.value)} of "
+        f"The winner, {what}, {how}, is right on {percent(found.test.accuracy.value)} of "
         f"{found.test.n} test images (95 % interval {interval(found.test.accuracy)}). Its balanced accuracy, the mean "
         f"over the classes of the share that is right, is {figure(found.test.balanced_accuracy)}. Always predicting "
         f"{majority.name} is right on {percent(majority.accuracy.value)}."

@@ -33,6 +33,9 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
     baseline = found.baseline.last if found.baseline else None
     is_published = found.baseline is None or found.baseline.number == found.winner.number
     published_history = () if is_published or found.baseline is None else found.baseline.history
+    ensemble = []
+    if (members := found.members) > 1:
+        ensemble = [(f"the ensemble of {members}", *(members * total for total in network.totals))]
     bars, labels = _activations(ours.truncation_depth, ours.frozen_depth)
     return {
         "compared": compared(ours),
@@ -51,6 +54,7 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
         "stages": [
             *((stage, network.parameters[stage], network.flops[stage]) for stage in network.parameters),
             ("this network", *network.totals),
+            *ensemble,
             ("published, 20 activations", *published.totals),
             ("all 49 activations", *whole.totals),
         ],

@@ -86,18 +86,23 @@ def serving(
         web = serve.deployment(
             max_ongoing_requests=WAITING, max_queued_requests=2 * WAITING, ray_actor_options={"num_cpus": 0}
         )(Web).bind(model, about, hashlib.sha256(token.encode()).digest() if token else None)
-        quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
         try:
-            serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
-            serve.run(web, name=APPLICATION, logging_config=quiet)
+            _start(web, host, port)
             each = f"{gpus:g} GPU" if gpus else "1 CPU"
             yield f"{least} to {most} replicas, each with {each}" if most > least else f"{least} replicas with {each}"
-        except RuntimeError as error:
-            raise ServeError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
         finally:
             # Ray Serve kills its controller, which still has a task, and Ray would print that
             silence.enter_context(redirect_stdout(io.StringIO()))
             serve.shutdown()
+
+
+def _start(web: serve.Application, host: str, port: int) -> None:
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    try:
+        serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
+        serve.run(web, name=APPLICATION, logging_config=quiet)
+    except RuntimeError as error:
+        raise ServeError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
 
 
 def _why() -> str:

@@ -30,7 +30,7 @@ def validation_figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> di
 
 def judged(folds: int | None) -> str:
     """How a trial's figures were measured, as text for axes, tables and sentences."""
-    return f"in {folds}-fold cross-validation" if folds else "on validation"
+    return f"in {folds}-fold cross-validation" if folds and folds > 1 else "on validation"
 
 
 OBJECTIVE_NAME = OBJECTIVE.replace("_", " ")

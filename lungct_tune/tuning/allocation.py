@@ -129,7 +129,7 @@ def divide_for_retraining(
     """
     each = _each(settings, nodes, to_come)
     asked = settings.final_workers
-    workers = asked or (1 if settings.folds else settings.workers)
+    workers = asked or (1 if settings.cross_validates else settings.workers)
     if workers > 1 and "GPU" in each:  # all workers are one group, and NCCL does not allow two of a group on one GPU
         each["GPU"] = max(1.0, each["GPU"])
     most = _most_workers(nodes, to_come, each)

@@ -171,6 +171,20 @@ def plan_resources(settings: Settings) -> ResourcePlan:
     return divide(settings, *_cluster())
 
 
+def workers_have_gpus(settings: Settings, joining: Future[str] | None) -> bool:
+    """Whether the workers of a search get GPUs.
+
+    Args:
+        joining: of `joined_meanwhile`: waits for the cluster; None if none is joined.
+
+    Raises:
+        ClusterError: the cluster cannot be joined, or is too small.
+    """
+    if joining is not None:
+        joining.result()
+    return "GPU" in plan_resources(settings).resources_per_worker
+
+
 def plan_retraining_resources(settings: Settings) -> RetrainingResources:
     """The workers of the final retraining, see `divide_for_retraining`.
 

@@ -38,7 +38,7 @@ class Mailbox:
         self._losses: defaultdict[str, set[int]] = defaultdict(set)
         self._avoided: set[str] = set()
         self._warnings: list[str] = []
-        self._epochs: defaultdict[int, int] = defaultdict(int)
+        self._epochs: defaultdict[str, int] = defaultdict(int)
         self._ended, self._another_ended = 0, asyncio.Condition()
 
     async def take_number(self, slot: Any) -> int:
@@ -133,13 +133,13 @@ class Mailbox:
         """Leaves a sentence for the user."""
         self._warnings.append(sentence)
 
-    async def note_epoch(self, trial: int, epoch: int) -> None:
-        """Notes the last epoch of a trial's retraining."""
-        self._epochs[trial] = epoch
+    async def note_epoch(self, retraining: str, epoch: int) -> None:
+        """Notes the last epoch of a retraining."""
+        self._epochs[retraining] = epoch
 
-    async def epoch_of(self, trial: int) -> int:
-        """The last epoch of a trial's retraining; 0 if none has ended."""
-        return self._epochs[trial]
+    async def epoch_of(self, retraining: str) -> int:
+        """The last epoch of a retraining; 0 if none has ended."""
+        return self._epochs[retraining]
 
     @_UNLISTED
     async def note_ended(self, trials: int) -> None:

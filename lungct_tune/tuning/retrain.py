@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -52,7 +52,8 @@ class RetrainingFailed(UserError):
 class RetrainOrder:
     """What the workers of a slot get to retrain a trial's hyperparameters on train and validation together.
 
-    The schedule has as many epochs as that of the trial.
+    The schedule has as many epochs as that of the trial. For an ensemble, an order has a fold, and its model is trained
+    without that fold's images: with the trial's seed, so that it is the model that the trial had.
     """
 
     number: int
@@ -64,9 +65,15 @@ class RetrainOrder:
     """The images of test. No order of the search has them."""
     checkpoint_interval: float
     """Seconds of training between two states."""
+    fold: int | None = None
+
+    @property
+    def folder(self) -> str:
+        without = "" if self.fold is None else f"_without_fold_{self.fold}"
+        return f"final/trial_{self.number:04d}_{self.epochs:03d}_epochs{without}"
 
     def file(self, name: str) -> str:
-        return f"final/trial_{self.number:04d}_{self.epochs:03d}_epochs/{name}"
+        return f"{self.folder}/{name}"
 
 
 class EarlySlot:
@@ -121,7 +128,7 @@ class EarlySlot:
             while not ray.wait([retraining], timeout=WATCH_S)[0]:
                 self._exchange_news()
                 with suppress(ray.exceptions.RayError):
-                    note_epoch(ray.get(self._mailbox.epoch_of.remote(order.number), timeout=NEWS_S))
+                    note_epoch(ray.get(self._mailbox.epoch_of.remote(order.folder), timeout=NEWS_S))
             report: EpochReport = ray.get(retraining)
         finally:
             self._exchange_news()
@@ -209,6 +216,33 @@ def retrain_and_predict(
     return result
 
 
+def retrain_all(
+    experiment: Experiment,
+    orders: Sequence[RetrainOrder],
+    slot: EarlySlot,
+    meanwhile: Callable[[], None] = lambda: None,
+    note_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[RetrainedModel]:
+    """Retrains the members of an ensemble, or a single model, one after the other.
+
+    Args:
+        meanwhile: see `EarlySlot.run`.
+        note_epoch: is called with the number of epochs of all of them that have ended.
+
+    Raises:
+        RetrainingFailed, StorageError: see `retrain_and_predict`.
+    """
+    models: list[RetrainedModel] = []
+    for order in orders:
+        before = len(models) * order.epochs
+
+        def note(epoch: int, before: int = before) -> None:
+            note_epoch(before + epoch)
+
+        models.append(retrain_and_predict(experiment, order, slot, meanwhile, note))
+    return models
+
+
 def _read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel | None:
     predictions = experiment.read(order.file(PREDICTIONS))
     weights = experiment.read(order.file(WEIGHTS)) if predictions else None
@@ -222,6 +256,7 @@ def retrain(
     dataset: SharedDataset,
     order: RetrainOrder,
     device: torch.device,
+    rows: np.ndarray | None = None,
     must_save: Callable[[], bool] = lambda: False,
     warn: Callable[[str], None] = lambda sentence: None,
     note_epoch: Callable[[int], None] = lambda epoch: None,
@@ -229,14 +264,16 @@ def retrain(
     """Trains to the last epoch, predicts the test images, and writes the files. All workers call it together.
 
     Args:
-        dataset: the images of train and validation; all are trained on.
+        dataset: the images of train and validation.
+        rows: those of them that are trained on; by default all.
         must_save: whether a state is to be saved as soon as possible, because the first worker may be lost.
         warn: is called with a sentence if the storage refuses a state.
         note_epoch: is called with the number of each epoch that has ended.
     """
     import safetensors.torch
 
-    trainer = dataset.trainer(order.hyperparameters, dataset.rows, order.seed, device, epochs=order.epochs)
+    rows = dataset.rows if rows is None else rows
+    trainer = dataset.trainer(order.hyperparameters, rows, order.seed, device, epochs=order.epochs)
     _resume(experiment, order, trainer)
     writer, saved_at = StateWriter(experiment, lambda epoch: order.file(STATE)), time.monotonic()
     while trainer.epoch < order.epochs:
@@ -256,19 +293,20 @@ def retrain(
         predictions = io.BytesIO()
         np.save(predictions, probabilities_NC)
         experiment.write(order.file(WEIGHTS), safetensors.torch.save(trainer.model_state()))
-        experiment.write(order.file(FEATURES), sample_features(trainer, dataset, order.seed))
+        experiment.write(order.file(FEATURES), sample_features(trainer, dataset, rows, order.seed))
         experiment.write(order.file(PREDICTIONS), predictions.getbuffer())
     writer.wait()
 
 
-def sample_features(trainer: Trainer, dataset: SharedDataset, seed: int) -> bytes:
+def sample_features(trainer: Trainer, dataset: SharedDataset, train_rows: np.ndarray, seed: int) -> bytes:
     """The features of up to `SAMPLE` training images, as a .npz file of their rows (N,) and their features (N, D)."""
     from lungct_tune.models.features import pooled_features
 
-    drawn = np.random.default_rng(seed).permutation(len(dataset.rows))[:SAMPLE]
-    kept, positions = io.BytesIO(), np.sort(drawn)
+    drawn = np.random.default_rng(seed).permutation(len(train_rows))[:SAMPLE]
+    kept, rows = io.BytesIO(), train_rows[np.sort(drawn)]
+    positions = dataset.positions(rows)
     features_ND = pooled_features(trainer.average.model, trainer.images_NHW, positions, trainer.normalisation)
-    np.savez(kept, rows=dataset.rows[positions], features=features_ND)
+    np.savez(kept, rows=rows, features=features_ND)
     return kept.getvalue()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -14,6 +15,7 @@ import optuna
 from ray import tune
 
 from lungct_tune.config.search_space import SearchSpace
+from lungct_tune.config.settings import Settings
 from lungct_tune.data.split import DataSplit
 from lungct_tune.display import Display
 from lungct_tune.errors import SearchStopped, UserError
@@ -31,6 +33,7 @@ from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
 from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
 from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
+from lungct_tune.tuning.cluster import plan_retraining_resources
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
@@ -39,6 +42,7 @@ from lungct_tune.tuning.ray_compat import (
     without_ending_actors_that_start,
     without_files_of_tune,
 )
+from lungct_tune.tuning.retrain import EarlySlot
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
@@ -80,6 +84,32 @@ def make_slot_plan(
         rungs=rungs(plan.settings.epochs),
         checkpoint_interval=plan.settings.checkpoint_interval,
     )
+
+
+def make_early_slot(
+    settings: Settings,
+    plan: SlotPlan,
+    study: optuna.Study,
+    slots: int,
+    prepare: Callable[[], None],
+    warn: Callable[[str], None],
+) -> EarlySlot:
+    """The slot of a search's retraining, which may start while the last trials run.
+
+    Args:
+        slots: of the search.
+        prepare, warn: see `EarlySlot`.
+    """
+    assert settings.trials is not None  # decided by the plan
+    resources = plan_retraining_resources(settings)
+    plan = replace(plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
+
+    def trials_so_far() -> tuple[int, int]:
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
+
+    last = (settings.trials, max(1, settings.trials - slots))
+    return EarlySlot(plan, trials_so_far, last, prepare, warn)
 
 
 def run_search(

@@ -148,8 +148,9 @@ def run_worker(config: dict[str, Any]) -> None:
                 trial = None
                 _free_memory()
             if isinstance(order, RetrainOrder):
-                note = partial(mailbox.note_epoch.remote, order.number)
-                retrain(plan.experiment, plan.dataset, order, device, must_save, warn, note)
+                note = partial(mailbox.note_epoch.remote, order.folder)
+                rows = None if order.fold is None else plan.folds[order.fold].train_rows
+                retrain(plan.experiment, plan.dataset, order, device, rows, must_save, warn, note)
                 report = EpochReport(Outcome.COMPLETED)
             else:
                 trial = trial or _start_trial(config, order, device, warn)

@@ -134,6 +134,15 @@ def test_an_epoch_is_its_steps_its_norms_and_its_validation() -> None:
     assert it.epoch_s(Hyperparameters(truncation_depth=10)) == pytest.approx(4 * 0.1 + 64 * 0.002 + 10 * 0.002)
 
 
+def test_an_ensemble_takes_a_training_for_each_fold() -> None:
+    work = Workload(8, 5, (2,), 1, train_images=64, valid_images=16, searched_images=80, test_images=20, batch_size=16)
+    plain, ensemble = forecast(replace(work, folds=5)), forecast(replace(work, folds=5, ensemble=True))
+    assert ensemble.retraining_s(PUBLISHED, 25) == pytest.approx(5 * 0.8 * plain.retraining_s(PUBLISHED, 5), rel=0.1)
+    assert not_above(plain.total(), ensemble.total())
+    last_epoch = Progress(ended=8, started=True, retraining=[(PUBLISHED, 24)])
+    assert not_above(ensemble.left(last_epoch), plain.total())
+
+
 def test_folds_train_one_model_after_the_other_on_each_worker() -> None:
     work = Workload(1, 1, (), 1, 64, 10, 74, 20, 16)
     one = forecast(work).epoch_s(PUBLISHED)

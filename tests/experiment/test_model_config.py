@@ -32,6 +32,7 @@ def test_values_within_bounds_are_read_as_they_are() -> None:
         ({"preprocessing": {"image_size": 64, "window": "lung"}}, "preprocessing.window"),
         ({"model": {"truncation_depth": 50, "dropout": 0.5}}, "model.truncation_depth"),
         ({"model": {"truncation_depth": 20, "dropout": 1.0}}, "model.dropout"),
+        ({"model": {"truncation_depth": 20, "dropout": 0.5, "members": 1000}}, "model.members"),
         ({"classes": [f"class {n}" for n in range(1001)]}, "classes"),
         ({"classes": ["normal", "normal"]}, "classes: .*same name"),
         ({"classes": ["a" * 201, "normal"]}, "classes.0"),

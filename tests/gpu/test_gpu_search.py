@@ -47,7 +47,7 @@ def own_ray(**more: str) -> dict[str, str]:
 
 def begin(folder: Path, phantoms: Path, space: str, *arguments: str) -> list[str]:
     (folder / "space.yaml").write_text(space)
-    small = ["--weights", "none", "--image-size", "32", "--batch-size", "8", "--final-workers", "1"]
+    small = ["--weights", "none", "--image-size", "32", "--batch-size", "8", "--final-workers", "1", "--folds", "1"]
     where = ["--storage", str(folder), "--name", "one", "--data", str(phantoms), "--space", str(folder / "space.yaml")]
     return [*where, *small, *arguments]
 

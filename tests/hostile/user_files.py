@@ -172,7 +172,7 @@ def settings_cases() -> Iterator[Case]:
         "class_map": ["3", "[a]", "{a: [b]}", "{a: {b: c}}"],
         "data": ["/nowhere", "3", "[a]", "''", f"'file:///nowhere?token={SECRET}'"],
         "space": ["/nowhere", "3", "/dev/zero", "''"],
-        "folds": ["1", "yes", "999"],
+        "folds": ["0", "yes", "999"],
         "trails": ["3"],
         "verbose": ["maybe", "3"],
     }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import http.client
 import io
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import requests
+from dicom_files import PATIENT_ID, PLANTED, UID_ROOT, WAYS, as_dicom, write_slice
 from PIL import Image
 from served import TOKEN, Server, server  # noqa: F401
 
@@ -40,6 +44,33 @@ def test_answers_are_those_of_predict_to_the_last_digit_alone_and_together(
     with ThreadPoolExecutor(8) as clients:
         alone = list(clients.map(lambda path: server.predict(read(path)).json()["images"], paths))
     assert [row for rows in alone for row in rows] == rows_of(expected)
+
+
+def test_dicom_files_have_the_answers_of_predict_and_no_identifier_is_written(
+    server: Server, bundle: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    series = as_dicom(phantoms, tmp_path / "series")
+    listed = pd.read_csv(phantoms / "groups.csv")["path"][: len(WAYS)]
+    paths = [(series / path).with_suffix("") for path in listed]
+    black_HW = np.zeros((32, 32), np.uint8)
+    frames = write_slice(tmp_path / "frames.dcm", black_HW, NumberOfFrames=3, PatientID=f"{PATIENT_ID}7")
+    cut = tmp_path / "cut.dcm"
+    cut.write_bytes(paths[0].read_bytes()[:-500])
+    paths += [frames, cut]
+    expected = Classifier.load(bundle, "cpu").classify_files(paths)
+    expected["path"] = [path.name for path in paths]
+    several = server.predict(*map(read, paths))
+    assert several.status_code == 200 and several.json()["images"] == rows_of(expected)
+    assert [bool(row["unreadable"]) for row in several.json()["images"]] == [False] * len(WAYS) + [True, True]
+    one = server.predict(read(paths[0]))
+    assert one.status_code == 200 and one.json()["images"] == rows_of(expected.iloc[:1])
+
+    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/session_latest/logs").resolve()
+    written = [path.read_text(errors="replace") for path in logs.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    for identifier in [PATIENT_ID, UID_ROOT, *(part for value in PLANTED.values() for part in value.split("^"))]:
+        assert identifier.encode() in paths[0].read_bytes(), "it would be found"
+        assert not any(identifier in text for text in (several.text, one.text, *written)), identifier
 
 
 def test_files_that_cannot_be_read_have_the_reason(server: Server, phantoms: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from lungct_tune.config.settings import validate
 from lungct_tune.tuning.allocation import ClusterError, divide, divide_for_retraining, workers_of
-from lungct_tune.tuning.cluster import connect
+from lungct_tune.tuning.cluster import connect, workers_have_gpus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +91,19 @@ def test_the_retraining_has_the_workers_of_a_slot_and_several_get_a_whole_gpu_ea
     assert (final.workers, final.resources_per_worker["GPU"]) == (2, 1)
     assert divide_for_retraining(settings(workers=2), node, FIXED).workers == 2
     assert divide_for_retraining(settings(workers=2, folds=4), node, FIXED).workers == 1
+    assert divide_for_retraining(settings(workers=2, folds=1), node, FIXED).workers == 2
+
+
+def test_gpus_count_once_the_cluster_is_joined_and_if_workers_get_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, joining = list(LAPTOP), Future[str]()
+    monkeypatch.setattr("lungct_tune.tuning.cluster._cluster", lambda: (nodes, FIXED))
+    assert not workers_have_gpus(settings(), None)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(workers_have_gpus, settings(), joining)
+        nodes[:] = GPU_NODES
+        joining.set_result("")
+        assert answer.result()
+    assert not workers_have_gpus(settings(gpus_per_worker=0), joining)
 
 
 def test_no_more_slots_than_trials() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +18,12 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import validate
 from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.trial import TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.models.features import pooled_features
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
-from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.retrain import (
     FEATURES,
     PREDICTIONS,
@@ -145,6 +147,20 @@ def test_a_damaged_state_is_not_continued_from(images: ImageSet, whole: dict[str
     experiment.write(one.file(STATE), b"half a state")
     retrain(experiment, searched(images), one, CPU)
     assert files(experiment, one)[WEIGHTS] == whole[WEIGHTS]
+
+
+def test_a_member_of_an_ensemble_is_the_model_that_the_trial_had(images: ImageSet, tmp_path: Path) -> None:
+    experiment, data, one = Experiment.at(str(tmp_path), "one"), searched(images), replace(order(images), fold=1)
+    fold = Fold(np.delete(data.rows, np.s_[::3]), data.rows[::3])
+    retrain(experiment, data, one, CPU, fold.train_rows)
+    trial = FoldModel(data, fold, TrialOrder(one.number, one.seed, one.hyperparameters), CPU, each_alone=True)
+    for _ in range(one.epochs):
+        trial.train_and_validate()
+    written, expected = safetensors.torch.load(files(experiment, one)[WEIGHTS]), trial.trainer.model_state()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    with np.load(io.BytesIO(files(experiment, one)[FEATURES])) as kept:
+        assert set(kept["rows"]) == set(fold.train_rows)
+    assert not files(experiment, order(images)) and not files(experiment, replace(one, fold=0)), "each has its own"
 
 
 def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
