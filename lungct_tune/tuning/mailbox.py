@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,7 +23,8 @@ MANY = 100_000
 CLOSED = "this group of workers has been closed"
 
 
-_UNLISTED: Any = ray.method(enable_task_events=False)
+_Call = TypeVar("_Call")
+_UNLISTED: Callable[[_Call], _Call] = ray.method(enable_task_events=False)
 """Calls that Ray's dashboard does not list: there are so many that the trials could not be found among them."""
 
 
