@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -24,8 +24,13 @@ CLOSED = "this group of workers has been closed"
 
 
 _Call = TypeVar("_Call")
-_UNLISTED: Callable[[_Call], _Call] = ray.method(enable_task_events=False)
-"""Calls that Ray's dashboard does not list: there are so many that the trials could not be found among them."""
+
+
+def _unlisted(call: _Call) -> _Call:
+    """Marks a call that Ray's dashboard does not list: there are so many that trials could not be found among them."""
+    decorate: Any = ray.method(enable_task_events=False)
+    marked: _Call = decorate(call)
+    return marked
 
 
 class Mailbox:
@@ -73,7 +78,7 @@ class Mailbox:
                 return False
         return True
 
-    @_UNLISTED
+    @_unlisted
     async def put(self, address: Address, letter: Any) -> None:
         """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
         group, kind, number = address
@@ -142,20 +147,20 @@ class Mailbox:
         """The last epoch of a retraining; 0 if none has ended."""
         return self._epochs[retraining]
 
-    @_UNLISTED
+    @_unlisted
     async def note_ended(self, trials: int) -> None:
         """Notes how many trials of the search have ended."""
         async with self._another_ended:
             self._ended = trials
             self._another_ended.notify_all()
 
-    @_UNLISTED
+    @_unlisted
     async def await_ended(self, trials: int) -> None:
         """Returns when so many trials of the search have ended."""
         async with self._another_ended:
             await self._another_ended.wait_for(lambda: self._ended >= trials)
 
-    @_UNLISTED
+    @_unlisted
     async def exchange(self, draining: set[str]) -> list[str]:
         """Tells workers that their nodes will be lost; returns the sentences for the user since the last call."""
         for node in draining:
