@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL
-TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
+# for tests of separate hosts, of what Prometheus sees, of a study in PostgreSQL, and of pages in a browser
+TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql chromium
 
 .PHONY: search test test-all test-gpu test-packages lint setup lock
 
@@ -53,7 +53,7 @@ lock:
 	$(COMPILE) --extra dev pyproject.toml -o requirements.lock
 	echo uv | $(COMPILE) - -o requirements-uv.lock
 
-# The docs: the page of settings from the settings model, pictures from phantoms (needs chromium), and the site.
+# The docs: the page of settings from the settings model, pictures from phantoms (needs Debian's chromium), and the site.
 .PHONY: docs pictures settings-page
 
 docs: .venv/.ready

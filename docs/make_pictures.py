@@ -235,33 +235,23 @@ async def until(terminal: Terminal, pattern: str) -> re.Match[str]:
 
 UNFOLD = """
 (() => {
-  const leaves = [...document.querySelectorAll("a, button, p, span")].filter(element => !element.children.length);
-  let at = %s;
+  let at = document.querySelector("[data-testid=progress-bar-segment]");
   if (!at) return false;
   while (!at.querySelector("svg")) at = at.parentElement;
   at.querySelector("svg").dispatchEvent(new MouseEvent("click", {bubbles: true}));
   return true;
 })()
 """
-"""Clicks the arrow beside an element of Ray's dashboard; false while the element is not there."""
+"""Clicks the arrow beside the progress bar in Ray's dashboard; false while it is not there."""
 
 
 async def job_page(page: Page, dashboard: str) -> None:
-    """The search's page in Ray's dashboard, with the trials of a slot unfolded."""
+    """The search's page in Ray's dashboard, with its progress bar unfolded."""
     async with aiohttp.ClientSession() as session, session.get(f"{dashboard}/api/jobs/") as answer:
         job = (await answer.json())[0]["job_id"]
     await page.show(f"{dashboard}/#/jobs/{job}", height=1130)
-    arrows = ["document.querySelector('[data-testid=progress-bar-segment]')"]
-    names = ("phantoms slot 1", "ResourceTrainable.__init__", "Mailbox")
-    arrows += [f"leaves.find(leaf => leaf.textContent == {json.dumps(name)})" for name in names]
-    for arrow, below in zip(arrows, (*names, "trial "), strict=True):
-        for _ in range(10):  # a page that is still loading may not hear a click
-            await page.wait_for(UNFOLD % arrow, 120)
-            try:
-                await page.wait_for(f"document.body.innerText.includes({json.dumps(below)})", 12)
-                break
-            except TimeoutError:
-                continue
+    await page.wait_for(UNFOLD, 120)
+    await page.wait_for("document.body.innerText.includes('trials done')", 60)
 
 
 @contextmanager
@@ -336,7 +326,7 @@ async def make(wanted: set[str], folder: Path) -> None:
                 save_terminal(terminal.screen.replace(str(folder), SHOWN_FOLDER).replace(str(Path.home()), SHOWN_HOME))
             if "dashboard" in wanted:
                 await job_page(page, dashboard)
-                save("dashboard", await page.picture())
+                save("dashboard", await page.picture(), height=760)
             await until(terminal, "bundle: ")
         experiment = folder / "results" / "phantoms"
         if "report" in wanted:

@@ -1,18 +1,20 @@
 """Turns an image of any mode into 8-bit grey, as its file says that its pixels are meant.
 
-Followed: orientation (EXIF), colours, palettes, transparency, gamma (PNG), white as zero and separate planes (TIFF), 8
-to 32 bits. An image with several frames is refused, since each slice needs a file of its own. Colour profiles are not
-applied.
+Followed: orientation (EXIF), colours, palettes, transparency, gamma (PNG), colour profiles (ICC) of grey and RGB, white
+as zero and separate planes (TIFF), 8 to 32 bits. An image with several frames is refused, since each slice needs a file
+of its own.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageFile, ImageOps, TiffImagePlugin
 
 MOST_PIXELS = 20_000_000
 """Of an image's file. CT slices have a quarter of a million; a small compressed file can hold very many more."""
@@ -29,6 +31,9 @@ _FULL = 65535
 _SCREEN_GAMMA = 2.2
 _NEW_SUBFILE_TYPE, _REDUCED = 254, 1  # a TIFF tag, and its bit for a thumbnail of another page
 _MOST_THUMBNAILS = 16
+
+Curve = Callable[[np.ndarray | float], np.ndarray | float]
+"""From a stored value, 0 to 1, to what a screen shows, 0 to 1."""
 
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 """Of a colour of 16 bits Pillow keeps the high byte only. Read in the opposite byte order, it keeps the low one."""
@@ -60,7 +65,7 @@ def read_grey(image: Image.Image) -> Grey:
     """
     _refuse_frames(image)
     stored = [image.mode]
-    curve, alpha_HW = _brightness(image), None
+    (curve, followed), alpha_HW = _brightness(image), None
     if (deep := _deep_colours(image)) is not None:
         stored[0] += ";16"
         values_HW, alpha_HW = deep
@@ -83,8 +88,8 @@ def read_grey(image: Image.Image) -> Grey:
         grey = ImageOps.invert(grey)
     if alpha is not None:
         grey = ImageChops.multiply(grey, alpha)
-    if curve is not None:
-        stored.append("gamma")
+    if followed:
+        stored.append(followed)
     if (orientation := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
         stored.append("turned")
         grey.getexif()[ExifTags.Base.Orientation] = orientation
@@ -185,25 +190,56 @@ def _numbers(image: Image.Image) -> np.ndarray:
     return values_HW.view(np.uint32) if unsigned and values_HW.dtype == np.int32 else values_HW
 
 
-def _brightness(image: Image.Image) -> Callable[[np.ndarray | float], np.ndarray | float] | None:
-    """The curve of a PNG whose pixels are not encoded for a screen (gAMA), from 0..1 to 0..1; None if there is none."""
+def _brightness(image: Image.Image) -> tuple[Curve | None, str]:
+    """The curve of an image whose pixels are not encoded for a screen, and what says so; None if there is none.
+
+    A PNG says it by gAMA. A colour profile counts by what it makes of greys, since CT slices are grey.
+    """
+    if profile := image.info.get("icc_profile"):
+        is_scaled = image.mode.startswith(("I", "F")) and not (image.mode.startswith("I;16"))
+        if is_scaled or _white_is_zero(image) or (shown_V := _shown_greys(profile)) is None:
+            return None, "profile not applied"
+        greys_V = np.linspace(0, 1, len(shown_V))
+        if np.abs(shown_V - greys_V).max() < 0.01:  # as sRGB
+            return None, ""
+        return lambda value: np.interp(value, greys_V, shown_V), "profile"
     gamma = image.info.get("gamma")
-    if gamma is None or "srgb" in image.info or "icc_profile" in image.info:
-        return None
+    if gamma is None or "srgb" in image.info:
+        return None, ""
     if not 0.01 <= gamma <= 100:
         raise ValueError(f"the file's gamma is {gamma}")
     exponent = 1 / (gamma * _SCREEN_GAMMA)
-    return None if abs(exponent - 1) < 0.02 else lambda value: value**exponent
+    return (None, "") if abs(exponent - 1) < 0.02 else (lambda value: value**exponent, "gamma")
 
 
-def scaled(
-    values_HW: np.ndarray, curve: Callable[[np.ndarray | float], np.ndarray | float] | None = None
-) -> np.ndarray:
+@lru_cache(maxsize=16)
+def _shown_greys(profile: bytes) -> np.ndarray | None:
+    """What a screen shows of 256 greys under a colour profile, 0 to 1; None if it is neither of grey nor of RGB.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"GRAY": "L", "RGB": "RGB"}.get(opened.profile.xcolor_space.strip())
+        if mode is None:
+            return None
+        screen = ImageCms.createProfile("sRGB")
+        shown = ImageCms.profileToProfile(ramp.convert(mode), opened, screen, outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"its colour profile cannot be used ({error}); save it without") from error
+    assert shown is not None  # only a change in place returns nothing
+    shown_V: np.ndarray = np.asarray(shown.convert("L"))[0] / 255
+    return shown_V
+
+
+def scaled(values_HW: np.ndarray, curve: Curve | None = None) -> np.ndarray:
     """Scales deep values to 0..255 uint8, from their `PERCENTILES`.
 
     Args:
         values_HW: of any type.
-        curve: for values that are not encoded for a screen, from 0..1 to 0..1.
+        curve: for values of 16 bits that are not encoded for a screen.
 
     Raises:
         ValueError: some are not finite.

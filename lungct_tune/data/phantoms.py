@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from lungct_tune.data.cache import require_space
+
 SLICES = 2
 """Images of one phantom patient."""
 
@@ -52,13 +54,16 @@ def make_phantoms(root: Path, seed: int, *, patients: int = 240, size: int = 48)
 
     Returns:
         The folder with train/, valid/, test/, groups.csv (the patient of each image) and PHANTOMS.txt.
+
+    Raises:
+        DataError: `root` cannot be written.
     """
     if patients < 12:
         raise ValueError(f"patients={patients}: at least 12 are needed, 3 of each class, one for each split")
     folder = root / f"phantoms-v{_VERSION}-{patients}x{SLICES}-{size}px-seed{seed}"
     if folder.exists():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
+    require_space(root, 0)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         unfinished = Path(scratch, folder.name)
         groups = [

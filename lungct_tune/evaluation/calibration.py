@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit, softmax
-from sklearn.linear_model import LogisticRegression
 
-from lungct_tune.evaluation.bootstrap import ClusterBootstrap
-from lungct_tune.experiment.metrics import CalibrationErrors, FittedOn, ReliabilityBins, TemperatureScaling
+from lungct_tune.evaluation.bootstrap import RESAMPLES, ClusterBootstrap
+from lungct_tune.experiment.metrics import CalibrationErrors, Figure, FittedOn, ReliabilityBins, TemperatureScaling
 
 TEMPERATURES = (0.2, 5.0)
 """The range of the fitted temperature."""
@@ -27,6 +27,9 @@ From some fifty groups on the prior hardly matters.
 
 BINS = 10
 """Of equal width, for the calibration error and the reliability diagram."""
+
+NEWTON_STEPS = 60
+"""At most. Each changes a coefficient by 1 or less; some six are enough for most regressions."""
 
 _LEAST = 1e-45  # the smallest float32 above 0
 
@@ -94,12 +97,23 @@ def calibration_errors(
     return CalibrationErrors(brier=bootstrap.mean(((probabilities_NC - truth_NC) ** 2).sum(axis=1)), ece=ece)
 
 
-def calibration_line(is_N: np.ndarray, score_N: np.ndarray) -> tuple[float, float] | None:
+@dataclass(frozen=True)
+class CalibrationLine:
+    """Slope and intercept of the calibration of probabilities for two classes."""
+
+    slope: Figure
+    intercept: Figure
+
+
+def calibration_line(is_N: np.ndarray, score_N: np.ndarray, bootstrap: ClusterBootstrap) -> CalibrationLine | None:
     """Slope and intercept of the calibration of probabilities for two classes (Van Calster et al., BMC Medicine 2019).
 
     The slope is that of a logistic regression of the truth on the logit of the probability: 1 is right, less means
     probabilities that are too extreme. The intercept is that with a slope of 1 (calibration in the large): 0 is right,
     above 0 the probabilities are too low on average.
+
+    A resample whose probabilities separate the classes has no slope. If more than one in forty has none, the slope has
+    no interval, since its upper limit is not known.
 
     Args:
         is_N: bool, whether the image is positive.
@@ -108,15 +122,71 @@ def calibration_line(is_N: np.ndarray, score_N: np.ndarray) -> tuple[float, floa
     Returns:
         None where the probabilities separate the classes, or one of them has no image: the slope has no limit then.
     """
-    if is_N.all() or not is_N.any():
-        return None
-    positive, negative = score_N[is_N], score_N[~is_N]
-    if positive.min() >= negative.max() or positive.max() <= negative.min():
-        return None
     logits_N = logit(np.clip(score_N.astype(float), 1e-9, 1 - 1e-9))
-    line = LogisticRegression(C=np.inf, max_iter=1000).fit(logits_N[:, None], is_N)
-    intercept = brentq(lambda shift: expit(logits_N + shift).sum() - is_N.sum(), -50, 50)
-    return float(line.coef_[0, 0]), float(intercept)
+    everything_1N = np.ones((1, len(is_N)))
+    if _are_separated(everything_1N, logits_N, is_N)[0]:
+        return None
+    with_slope_2N = np.vstack([logits_N, everything_1N])
+    start_2 = logistic_regression(everything_1N, with_slope_2N, is_N)[0]
+    start_1 = logistic_regression(everything_1N, everything_1N, is_N, offset_N=logits_N)[0]
+    without_slope = 0
+
+    def slope(weights_BN: np.ndarray) -> np.ndarray:
+        nonlocal without_slope
+        slope_B = logistic_regression(weights_BN, with_slope_2N, is_N, start_K=start_2)[:, 0]
+        slope_B[_are_separated(weights_BN, logits_N, is_N)] = np.nan
+        without_slope += int(np.isnan(slope_B).sum())
+        return slope_B
+
+    def intercept(weights_BN: np.ndarray) -> np.ndarray:
+        return logistic_regression(weights_BN, everything_1N, is_N, offset_N=logits_N, start_K=start_1)[:, 0]
+
+    groups = min(bootstrap.count(is_N), bootstrap.count(~is_N))
+    line = CalibrationLine(bootstrap.figure(slope, groups), bootstrap.figure(intercept, groups))
+    return replace(line, slope=Figure(line.slope.value, None)) if without_slope > RESAMPLES / 40 else line
+
+
+def _are_separated(weights_BN: np.ndarray, logits_N: np.ndarray, is_N: np.ndarray) -> np.ndarray:
+    """Whether a threshold separates the two classes, (B,) bool; also where one of them is missing."""
+    positive_BN, negative_BN = (np.where(weights_BN * of_class_N > 0, logits_N, np.nan) for of_class_N in (is_N, ~is_N))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of rows without a class, which are nan
+        overlap_B = np.nanmin(positive_BN, axis=1) < np.nanmax(negative_BN, axis=1)
+        overlap_B &= np.nanmin(negative_BN, axis=1) < np.nanmax(positive_BN, axis=1)
+    return np.asarray(~overlap_B)
+
+
+def logistic_regression(
+    weights_BN: np.ndarray,
+    features_KN: np.ndarray,
+    is_N: np.ndarray,
+    *,
+    offset_N: np.ndarray | float = 0.0,
+    start_K: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """Coefficients (B, K) of logistic regressions of the same images with different weights, by Newton's method.
+
+    Args:
+        is_N: bool, whether the image is positive.
+        offset_N: is added to each image's logit.
+        start_K: coefficients to begin with.
+
+    Returns:
+        NaN where the method has not converged, for example since the classes are separated.
+    """
+    k = len(features_KN)
+    products_KKN = (features_KN[:, None] * features_KN).reshape(k * k, -1)
+    beta_BK = np.zeros((len(weights_BN), k)) + start_K
+    step_BK = np.zeros_like(beta_BK)
+    for _ in range(NEWTON_STEPS):
+        p_BN = expit(beta_BK @ features_KN + offset_N)
+        gradient_BK = (weights_BN * (is_N - p_BN)) @ features_KN.T
+        curvature_BKK = ((weights_BN * p_BN * (1 - p_BN)) @ products_KKN.T).reshape(-1, k, k) + 1e-9 * np.eye(k)
+        step_BK = np.clip(np.linalg.solve(curvature_BKK, gradient_BK[..., None])[..., 0], -1, 1)
+        beta_BK += step_BK
+        if np.abs(step_BK).max() < 1e-6:
+            break
+    return np.where((np.abs(step_BK) < 1e-5).all(axis=1, keepdims=True), beta_BK, np.nan)
 
 
 def reliability_bins(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> ReliabilityBins:

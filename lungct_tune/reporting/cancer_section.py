@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from lungct_tune.evaluation.calibration import calibration_line
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap
+from lungct_tune.evaluation.calibration import CalibrationLine, calibration_line
 from lungct_tune.evaluation.metrics import NORMAL, cancer_or_normal
 from lungct_tune.experiment.metrics import HALF, CancerMetrics, TestMetrics
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.reporting import test_charts
-from lungct_tune.reporting.format import percent
+from lungct_tune.reporting.format import in_words, percent
 
 
 def cancer_section(test: TestMetrics, predictions: Predictions) -> dict[str, Any] | None:
@@ -24,7 +23,7 @@ def cancer_section(test: TestMetrics, predictions: Predictions) -> dict[str, Any
     return {
         "rule": _rule(cancer),
         "difference": _difference(cancer, test.confusion_matrix, classes),
-        "calibration": _calibration(is_N, score_N),
+        "calibration": _calibration(calibration_line(is_N, score_N, ClusterBootstrap(predictions.groups_N))),
         "roc": test_charts.cancer_roc(is_N, score_N, cancer),
         "decision": test_charts.decision(is_N, score_N),
     }
@@ -54,14 +53,14 @@ def _difference(cancer: CancerMetrics, matrix: list[list[int]], classes: tuple[s
     )
 
 
-def _calibration(is_N: np.ndarray, score_N: np.ndarray) -> str:
-    line = calibration_line(is_N, score_N)
+def _calibration(line: CalibrationLine | None) -> str:
     if line is None:
         return (
             "The calibration slope of the probability of cancer is not defined: it separates the images of cancer from "
             "the normal ones, or one kind is missing."
         )
     return (
-        f"Calibration of the probability of cancer: slope {line[0]:.2f} (1 is right, less means too extreme), "
-        f"intercept {line[1]:+.2f} (0 is right, above 0 the probabilities are too low on average)."
+        f"Calibration of the probability of cancer: slope {in_words(line.slope, '.2f')} (1 is right, less means too "
+        f"extreme), intercept {in_words(line.intercept, '+.2f')} (0 is right, above 0 the probabilities are too low on "
+        "average)."
     )

@@ -53,13 +53,12 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     seen = _with_scores(trials)
+    for trial, score in seen:
+        colour, mark = _colour(trial.number, winner), _MARKS[trial.outcome]
+        (point,) = axes.plot([trial.number], [score], mark, color=colour, markersize=6 if colour == OTHER else 9)
+        point.set_gid(chart.tip(_tip(trial)))
     for outcome, mark in _MARKS.items():
-        of_kind = [(trial, score) for trial, score in seen if trial.outcome is outcome]
-        for trial, score in of_kind:
-            colour = _colour(trial.number, winner)
-            (point,) = axes.plot([trial.number], [score], mark, color=colour, markersize=6 if colour == OTHER else 9)
-            point.set_gid(chart.tip(_tip(trial)))
-        if of_kind:
+        if any(trial.outcome is outcome for trial, _ in seen):
             axes.plot([], [], mark, color=OTHER, label=outcome.value)
     if done := [(trial.number, score) for trial, score in seen if trial.outcome is Outcome.COMPLETED]:
         numbers, scores = zip(*done, strict=True)
@@ -103,7 +102,9 @@ def importances(importance: Mapping[str, float]) -> Markup:
     chart = Chart(4.9, 0.6 + 0.3 * len(importance))
     axes = chart.axes
     names = [parameter_name(name) for name in importance]
-    axes.barh(names, list(importance.values()), color=WINNER, height=0.6)
+    bars = axes.barh(names, list(importance.values()), color=WINNER, height=0.6)
+    for bar, name, share in zip(bars, names, importance.values(), strict=True):
+        bar.set_gid(chart.tip(f"{name}: {percent(share)}"))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", labelcolor=INK)
@@ -243,6 +244,10 @@ def validation(epochs: Sequence[EpochFigures], baseline: Sequence[EpochFigures],
     if baseline:
         xs, ys = [epoch.epoch for epoch in baseline], [epoch.balanced_accuracy for epoch in baseline]
         axes.plot(xs, ys, "--", color=PUBLISHED, linewidth=1.4, label="published, balanced")
+    for epoch in epochs:
+        (point,) = axes.plot([epoch.epoch], [epoch.balanced_accuracy], ".", color=WINNER)
+        figures = f"{OBJECTIVE_NAME} {percent(epoch.balanced_accuracy)}, accuracy {percent(epoch.accuracy)}"
+        point.set_gid(chart.tip(f"epoch {epoch.epoch}: {figures}"))
     axes.set(xlabel="epoch", ylabel=f"accuracy {judged}")
     in_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -259,6 +264,10 @@ def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
     learning = [epoch.train_loss for epoch in epochs]
     axes.plot(x, [epoch.log_loss for epoch in epochs], color=WINNER, linewidth=2, label=judged)
     axes.plot(x, learning, color=WINNER, linestyle=":", label="in training (smoothed labels)")
+    for epoch in epochs:
+        (point,) = axes.plot([epoch.epoch], [epoch.log_loss], ".", color=WINNER)
+        figures = f"{epoch.log_loss:.3f} {judged}, {epoch.train_loss:.3f} in training"
+        point.set_gid(chart.tip(f"epoch {epoch.epoch}: {figures}"))
     axes.set(xlabel="epoch", ylabel="negative log-likelihood")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()

@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER = (f"#0a0b{role:02x}" for role in range(1, 8))
+INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER, PAPER = (f"#0a0b{role:02x}" for role in range(1, 9))
 CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
 """A placeholder colour for each role. It is replaced by the page's CSS variable for that role."""
 
 _ROLES = {INK: "ink", SOFT: "soft", GRID: "line", WINNER: "winner", PUBLISHED: "published", BAD: "bad", OTHER: "other"}
+_ROLES |= {PAPER: "paper"}
 _ROLES |= {colour: f"class{c}" for c, colour in enumerate(CLASSES)}
 
 _STYLE: Any = {
@@ -39,7 +40,10 @@ _STYLE: Any = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
-    "legend.frameon": False,
+    "legend.facecolor": PAPER,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.75,
+    "legend.borderpad": 0.2,
     "legend.fontsize": 8.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",

@@ -11,6 +11,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lungct_tune.evaluation.decision_curve import benefit_of_all, net_benefit
 from lungct_tune.experiment.metrics import CancerMetrics, RatesAt, ReliabilityBins
+from lungct_tune.reporting.format import percent
 from lungct_tune.reporting.svg import BAD, CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
 
 
@@ -45,7 +46,8 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[st
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
     for c, name in _defined(labels_N, classes):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
+        (line,) = axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
+        line.set_gid(chart.tip(f"{name}, {(labels_N == c).sum()} images"))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
@@ -60,7 +62,8 @@ def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes
     axes = chart.axes
     for c, name in _defined(labels_N, classes):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
-        axes.plot(sensitivity, value, label=plain(name), **_line(c))
+        (line,) = axes.plot(sensitivity, value, label=plain(name), **_line(c))
+        line.set_gid(chart.tip(f"{name}, {(labels_N == c).sum()} images"))
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
@@ -95,7 +98,8 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
         if rates.sensitivity.value is not None and rates.specificity.value is not None:
             label = f"{name}: {100 * rates.threshold:.1f} %"
             x, y = 1 - rates.specificity.value, rates.sensitivity.value
-            axes.plot([x], [y], mark, color=BAD, markersize=8, label=label, clip_on=False)
+            (point,) = axes.plot([x], [y], mark, color=BAD, markersize=8, label=label, clip_on=False)
+            point.set_gid(chart.tip(f"{label}; sensitivity {percent(y)}, specificity {percent(1 - x)}"))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
@@ -133,7 +137,9 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
     for (name, bins), colour, dashes in zip(curves.items(), (SOFT, WINNER), ("--", "-"), strict=False):
         confidence, accuracy, n = np.array(bins).T
         axes.plot(confidence, accuracy, dashes, color=colour, linewidth=1.2, label=name)
-        axes.scatter(confidence, accuracy, s=12 + 160 * n / n.sum(), color=colour, alpha=0.7, linewidths=0)
+        for x, y, images in bins:
+            point = axes.scatter([x], [y], s=12 + 160 * images / n.sum(), color=colour, alpha=0.7, linewidths=0)
+            point.set_gid(chart.tip(f"{name}: {images} images, confidence {percent(x)}, accuracy {percent(y)}"))
     axes.set(xlabel="confidence", ylabel="accuracy", title="reliability diagram", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)
     in_percent(axes.xaxis)

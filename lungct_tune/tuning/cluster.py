@@ -95,6 +95,11 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             "RAY_AUTH_TOKEN); RAY_AUTH_MODE must be the same here as there."
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and Path(str(error.filename)).name in (".ray", "auth_token"):
+            raise ClusterError(
+                f"Ray cannot write its token to {error.filename}: {error.strerror}. Set HOME to a folder that you can "
+                "write to, or RAY_AUTH_TOKEN to a long secret of your own"
+            ) from error
         if not at and not has_local_cluster():
             raise ClusterError(
                 f"Ray cannot start on this machine: {str(error).partition(chr(10))[0]}\nIts files are in "

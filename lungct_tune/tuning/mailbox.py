@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,6 +23,16 @@ MANY = 100_000
 CLOSED = "this group of workers has been closed"
 
 
+_Call = TypeVar("_Call")
+
+
+def _unlisted(call: _Call) -> _Call:
+    """Marks a call that Ray's dashboard does not list: there are so many that trials could not be found among them."""
+    decorate: Any = ray.method(enable_task_events=False)
+    marked: _Call = decorate(call)
+    return marked
+
+
 class Mailbox:
     """Passes letters on, each to all who ask for it. Whoever asks first waits until the letter is there."""
 
@@ -35,6 +45,7 @@ class Mailbox:
         self._avoided: set[str] = set()
         self._warnings: list[str] = []
         self._epochs: defaultdict[str, int] = defaultdict(int)
+        self._ended, self._another_ended = 0, asyncio.Condition()
 
     async def take_number(self, slot: Any) -> int:
         """The lowest number that no living slot of the search has.
@@ -67,6 +78,7 @@ class Mailbox:
                 return False
         return True
 
+    @_unlisted
     async def put(self, address: Address, letter: Any) -> None:
         """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
         group, kind, number = address
@@ -135,6 +147,20 @@ class Mailbox:
         """The last epoch of a retraining; 0 if none has ended."""
         return self._epochs[retraining]
 
+    @_unlisted
+    async def note_ended(self, trials: int) -> None:
+        """Notes how many trials of the search have ended."""
+        async with self._another_ended:
+            self._ended = trials
+            self._another_ended.notify_all()
+
+    @_unlisted
+    async def await_ended(self, trials: int) -> None:
+        """Returns when so many trials of the search have ended."""
+        async with self._another_ended:
+            await self._another_ended.wait_for(lambda: self._ended >= trials)
+
+    @_unlisted
     async def exchange(self, draining: set[str]) -> list[str]:
         """Tells workers that their nodes will be lost; returns the sentences for the user since the last call."""
         for node in draining:

@@ -31,6 +31,7 @@ from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
+from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
 from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
 from lungct_tune.tuning.cluster import plan_retraining_resources
 from lungct_tune.tuning.fold_model import Fold
@@ -162,6 +163,7 @@ def run_search(
             callbacks.append(BestSoFarCallback(tally, plan.experiment, storage_threads, so_far))
         with ExitStack() as held:
             mailbox = held.enter_context(opened_mailbox(plan.experiment.name))
+            callbacks.append(ScoreboardCallback(mailbox, tally, trials))
             progress = ProgressCallback(tally, earlier, trials, epochs, clock, left, display)
             held.enter_context(progress)
             held.enter_context(clock)

@@ -11,7 +11,7 @@ from PIL import Image
 from test_dataset import FOUR
 
 from lungct_tune.auditing.shortcuts import measure_shortcuts
-from lungct_tune.data import ImageSet, make_phantoms, read_images, split_images
+from lungct_tune.data import DataError, ImageSet, make_phantoms, read_images, split_images
 from lungct_tune.data.phantoms import SLICES
 
 if TYPE_CHECKING:
@@ -85,6 +85,12 @@ def test_twelve_patients_are_enough_for_every_split_and_fewer_are_refused(tmp_pa
     assert pd.crosstab(smallest.table["label"], split_images(smallest, "official", 0)).to_numpy().min() == SLICES
     with pytest.raises(ValueError, match="patients=8"):
         make_phantoms(tmp_path, 0, patients=8)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cache folder .*file/cache cannot be used: .*; set XDG_CACHE_HOME"):
+        make_phantoms(tmp_path / "file" / "cache", 0, patients=12, size=32)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from lungct_tune.data.decode import PLAIN, decode
 from lungct_tune.data.grey import to_grey
@@ -124,6 +124,21 @@ def big(values: np.ndarray) -> bytes:
     return values.astype(">u2").tobytes()
 
 
+def gamma_profile(gamma: float, space: bytes = b"GRAY") -> bytes:
+    """An ICC profile (version 2) of greys with one power as its curve."""
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)  # D50
+    table = struct.pack(">I4sII4sII", 2, b"kTRC", 156, len(curve), b"wtpt", 156 + len(curve), len(white))
+    size = 128 + len(table) + len(curve) + len(white)
+    head = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02200000, b"mntr", space, b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + curve + white
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SHOWN = SLICE / 255.0
+IN_LIGHT = np.where(SHOWN <= 0.04045, SHOWN / 12.92, ((SHOWN + 0.055) / 1.055) ** 2.4)
+IN_LIGHT_OF_1_8 = np.round(255 * IN_LIGHT ** (1 / 1.8)).astype(np.uint8)  # with 8 bits a power of 1 loses dark greys
 RGB16 = np.stack([DEEP] * 3, axis=2)
 LINEAR = np.round(65535 * (SLICE / 255.0) ** 2.2)
 READ: dict[str, Callable[[Path], None]] = {
@@ -157,6 +172,19 @@ READ: dict[str, Callable[[Path], None]] = {
         *(path, 8, 0, [row.tobytes() for row in SLICE]),
         (b"sRGB", b"\0"),
         (b"gAMA", struct.pack(">I", 100000)),
+    ),
+    "PNG, profile of the screen": save("RGB", "PNG", icc_profile=SRGB),
+    "PNG, grey with a profile of the screen's colours": save("L", "PNG", icc_profile=SRGB),
+    "PNG, profile": lambda path: Image.fromarray(IN_LIGHT_OF_1_8).save(path, "PNG", icc_profile=gamma_profile(1.8)),
+    "PNG, 16 bits, profile": lambda path: Image.fromarray(
+        np.round(65535 * IN_LIGHT ** (1 / 1.8)).astype(np.uint16)
+    ).save(path, "PNG", icc_profile=gamma_profile(1.8)),
+    "TIFF, profile": lambda path: Image.fromarray(IN_LIGHT_OF_1_8).save(path, "TIFF", icc_profile=gamma_profile(1.8)),
+    "JPEG, profile": lambda path: Image.fromarray(IN_LIGHT_OF_1_8).save(
+        path, "JPEG", quality=100, icc_profile=gamma_profile(1.8)
+    ),
+    "TIFF, floats with a profile": lambda path: Image.fromarray(SLICE.astype(np.float32)).save(
+        path, "TIFF", icc_profile=gamma_profile(1.8)
     ),
     "JPEG, grey": save("L", "JPEG", quality=100),
     "JPEG, colours": save("RGB", "JPEG", quality=100, subsampling=0),
@@ -226,6 +254,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "CMYK;16L are not read",
     ),
+    "PNG, damaged profile": (save("L", "PNG", icc_profile=b"no profile"), "colour profile cannot be used"),
     "JPEG 2000": (save("L", "JPEG2000"), "not an image in one of the formats"),
 }
 
@@ -236,6 +265,15 @@ def test_a_file_that_would_be_read_in_part_or_wrongly_is_refused(tmp_path: Path,
     write(tmp_path / "x")
     with pytest.raises(ValueError, match=message):
         decode(tmp_path / "x", SIDE)
+
+
+def test_a_profile_that_is_not_applied_is_named(tmp_path: Path) -> None:
+    values = SLICE.astype(np.float32)
+    for name, profile, mode in (("none", None, "F"), ("grey", gamma_profile(1.8), "F profile not applied")):
+        Image.fromarray(values).save(tmp_path / name, "TIFF", icc_profile=profile)
+        assert decode(tmp_path / name, SIDE).properties.mode == mode
+    Image.fromarray(SLICE).save(tmp_path / "lab", "PNG", icc_profile=gamma_profile(1.8, b"Lab "))
+    assert decode(tmp_path / "lab", SIDE).properties.mode == "L profile not applied"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""The task that says in Ray's dashboard how far a search is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from processes import wait_for
+
+from lungct_tune.config.hyperparameters import PUBLISHED
+from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
+from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
+from lungct_tune.tuning.mailbox import opened_mailbox
+from lungct_tune.tuning.tally import SearchTally
+
+
+def trial(number: int, reached: float) -> TrialRecord:
+    last = EpochFigures(1, reached, reached, 1.0, 1.0, train_s=1.0, valid_s=0.1)
+    return TrialRecord(number, PUBLISHED, (last,), Outcome.COMPLETED)
+
+
+def test_rays_dashboard_has_one_running_task_that_says_how_many_trials_are_done_and_which_is_best(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util.state import list_tasks
+
+    def running() -> list[str]:
+        tasks = list_tasks(filters=[("type", "=", "NORMAL_TASK")], detail=True, limit=10_000)
+        return [task.name for task in tasks if "trials done" in task.name and task.state.startswith("RUNNING")]
+
+    def shows(name: str) -> Callable[[], bool]:
+        return lambda: running() == [name]
+
+    monkeypatch.setattr("lungct_tune.tuning.callbacks.scoreboard.PERIOD_S", 0.0)
+    tally = SearchTally([])
+    with opened_mailbox("scored") as mailbox:
+        board = ScoreboardCallback(mailbox, tally, 8)
+        board.on_step_end(1, [])
+        wait_for(shows("0 of 8 trials done"))
+        tally.add(trial(0, 0.5))
+        tally.add(trial(1, 0.612))
+        board.on_step_end(2, [])
+        wait_for(shows("2 of 8 trials done, best so far 61.2 % in trial 1"))
+        board.on_step_end(3, [])
+        tally.add(trial(2, 0.4))
+        board.on_experiment_end([])
+        wait_for(shows("3 of 8 trials done, best so far 61.2 % in trial 1"))
+    wait_for(lambda: not running())  # the search has ended, and nothing has failed
+    failed = list_tasks(filters=[("type", "=", "NORMAL_TASK"), ("state", "=", "FAILED")], detail=True, limit=10_000)
+    assert not [task.name for task in failed if "trials done" in task.name]
