@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# for tests of separate hosts, of what Prometheus sees, of a study in PostgreSQL, and of pages in a browser
-TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql chromium
+# for tests of separate hosts, of what Prometheus sees, and of a study in PostgreSQL; those of pages need chromium
+TEST_PACKAGES := iproute2 openssh-server rsync prometheus postgresql
 
 .PHONY: search test test-all test-gpu test-packages lint setup lock
 
