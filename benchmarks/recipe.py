@@ -1,6 +1,7 @@
 """What each part of the training recipe is worth on real images, in grouped cross-validation.
 
 python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--only ROW …] [--seeds 2] [--size 64]
+  [--epochs 12]
 
 Each row of the table is one change, made to the reference, or to the reference with mild augmentation. Every model is
 evaluated on the fold that it was not trained on. Balanced accuracy, negative log-likelihood and calibration error are
@@ -344,13 +345,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ROWS), help="names of rows; none prints the table")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--size", type=int, default=REFERENCE.size, help="pixels, for every row that names none")
+    parser.add_argument("--epochs", type=int, default=REFERENCE.epochs, help="the same")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     images, state = read_images(asked.data, REFERENCE.size), read_weights(asked.weights)
+    common = {"size": asked.size, "epochs": asked.epochs}
     rows = {
-        name: replace(recipe, size=asked.size) if recipe.size == REFERENCE.size else recipe
-        for name, recipe in ROWS.items()
+        name: replace(row, **{key: n for key, n in common.items() if getattr(row, key) == getattr(REFERENCE, key)})
+        for name, row in ROWS.items()
     }
     results = Results(asked.results)
     for seed in range(asked.seeds):
