@@ -149,9 +149,9 @@ class Mailbox:
 
     @_unlisted
     async def note_ended(self, trials: int) -> None:
-        """Notes how many trials of the search have ended."""
+        """Notes how many trials of the search have ended. A later note may overtake an earlier one."""
         async with self._another_ended:
-            self._ended = trials
+            self._ended = max(self._ended, trials)
             self._another_ended.notify_all()
 
     @_unlisted

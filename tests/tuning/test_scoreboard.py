@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from processes import wait_for
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
-from lungct_tune.tuning.mailbox import opened_mailbox
+from lungct_tune.tuning.mailbox import Mailbox, opened_mailbox
 from lungct_tune.tuning.tally import SearchTally
 
 
@@ -48,3 +49,15 @@ def test_rays_dashboard_has_one_running_task_that_says_how_many_trials_are_done_
     wait_for(lambda: not running())  # the search has ended, and nothing has failed
     failed = list_tasks(filters=[("type", "=", "NORMAL_TASK"), ("state", "=", "FAILED")], detail=True, limit=10_000)
     assert not [task.name for task in failed if "trials done" in task.name]
+
+
+def test_a_note_that_was_overtaken_takes_no_trial_back() -> None:
+    """The calls of an actor with asyncio may overtake each other: a task would wait, and Ray's dashboard show two."""
+
+    async def notes() -> None:
+        mailbox = Mailbox()
+        await mailbox.note_ended(3)
+        await mailbox.note_ended(2)
+        await asyncio.wait_for(mailbox.await_ended(3), timeout=5)
+
+    asyncio.run(notes())
