@@ -275,7 +275,7 @@ def _take_loose_files(root: Path, folder: str, inside: list[str], found: Scan) -
             found.put_aside(OTHER_FORMATS, path)
     if images := sorted(posixpath.basename(path) for path in loose if _suffix(path) not in _NO_PICTURES):
         raise DataError(
-            f"{number_of(len(images), 'file')} in {root / folder} in no class folder, such as {images[0]!r}; "
+            f"{root / folder} has {number_of(len(images), 'file')} in no class folder, such as {images[0]!r}; "
             "move each file into the folder of its class, or out of the data folder"
         )
 
