@@ -20,12 +20,13 @@ from lungct_tune.errors import UserError
 if TYPE_CHECKING:
     from lungct_tune.evaluation.comparison import Judged
     from lungct_tune.evaluation.search_curves import SearchCurve
+    from lungct_tune.experiment.folder import Experiment
 
 EXAMPLES = """\
 examples:
   python -m lungct_tune.compare results/ONE results/TWO                    two searches, finished or not
   python -m lungct_tune.compare results/ONE s3://bucket/lungct_tune/TWO --html compared.html
-  python -m lungct_tune.compare results/ONE/best results/TWO/best          two models
+  python -m lungct_tune.compare results/ONE/best s3://bucket/TWO/best      two models
   python -m lungct_tune.compare one-judged two-judged three-judged         what evaluate has written
 
 Searches are compared by their best validation figure after as many trials and after as many hours. Their trials must
@@ -39,7 +40,7 @@ same images, --split and --split-seed, or folders that lungct_tune.evaluate has 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
     parser = command_line("compare", EXAMPLES)
-    parser.add_argument("first", metavar="A", help="the folder or URI of a search, or the folder of a model")
+    parser.add_argument("first", metavar="A", help="the folder or URI of a search, or of a model")
     parser.add_argument("others", metavar="B", nargs="+", help="others of the same kind, which are compared with A")
     parser.add_argument("--study", metavar="URL", help="the studies' database, if the searches had a --study")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the comparison as a page")
@@ -59,23 +60,26 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
         UserError: the page cannot be written.
     """
     # imported only after the command line is checked, so that --help answers at once
-    from lungct_tune.evaluation.comparison import CompareError, compare_models
+    from lungct_tune.evaluation.comparison import CompareError, compare_models, read_judged
+    from lungct_tune.experiment.folder import Experiment
+    from lungct_tune.experiment.kept_settings import SETTINGS
     from lungct_tune.reporting.comparison_page import comparison_page, print_comparison, print_searches
     from lungct_tune.reporting.output_file import check_free
 
     if asked.html:
         check_free(asked.html, "--html")
     sources = [asked.first, *asked.others]
-    are_searches = ["://" in source or (Path(source) / "settings.yaml").exists() for source in sources]
+    folders = [Experiment.from_uri(source) for source in sources]
+    are_searches = [folder.exists(SETTINGS) for folder in folders]
     curves: list[SearchCurve] = []
     if all(are_searches):
-        curves, judged = _read_searches(sources, asked.study)
+        curves, judged = _read_searches(sources, folders, asked.study)
         print_searches(curves, console)
     elif any(are_searches):
         search, model = (sources[are_searches.index(kind)] for kind in (True, False))
         raise CompareError(f"{search} is a search and {model} is not; to compare the models, give {search}/best")
     else:
-        judged = _read_models(sources)
+        judged = [read_judged(source, folder) for source, folder in zip(sources, folders, strict=True)]
     compared = compare_models(judged) if len(judged) > 1 else []
     if compared:
         print_comparison(judged, compared, console)
@@ -87,14 +91,15 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
         console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
 
 
-def _read_searches(sources: Sequence[str], study: str | None) -> tuple[list[SearchCurve], list[Judged]]:
+def _read_searches(
+    sources: Sequence[str], folders: Sequence[Experiment], study: str | None
+) -> tuple[list[SearchCurve], list[Judged]]:
     """The curves of searches, and the final models of those that have ended."""
     from lungct_tune.evaluation.comparison import judged_model
     from lungct_tune.evaluation.search_curves import check_comparable, search_curve
-    from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
 
-    found = [(source, read_results(locate(source, "."), study)) for source in sources]
+    found = [(source, read_results(folder, study)) for source, folder in zip(sources, folders, strict=True)]
     curves = [search_curve(name, results) for name, results in found]
     check_comparable(curves)
     judged = [
@@ -103,17 +108,6 @@ def _read_searches(sources: Sequence[str], study: str | None) -> tuple[list[Sear
         if results.bundle and results.bundle.predictions and results.test
     ]
     return curves, judged
-
-
-def _read_models(sources: Sequence[str]) -> list[Judged]:
-    """Models from bundles, which are verified, and from folders that `evaluate` has written."""
-    from lungct_tune.evaluation.comparison import read_judged
-    from lungct_tune.experiment.bundle import CHECKSUMS, verify
-
-    for folder in map(Path, sources):
-        if (folder / CHECKSUMS).exists():  # a bundle; what evaluate writes has no checksums
-            verify(folder)
-    return [read_judged(Path(source)) for source in sources]
 
 
 if __name__ == "__main__":

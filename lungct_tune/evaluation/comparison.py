@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
@@ -13,7 +12,8 @@ from lungct_tune.errors import UserError
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap, Statistic
 from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, cancer_or_normal
 from lungct_tune.evaluation.ranking import auroc
-from lungct_tune.experiment.bundle import METRICS, PREDICTIONS
+from lungct_tune.experiment.bundle import CHECKSUMS, METRICS, PREDICTIONS, check_sums
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import HALF, Figure, TestMetrics, read_test_metrics
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 
@@ -61,24 +61,31 @@ class Comparison:
     """McNemar's exact two-sided test (1947) on these images. It assumes that images are independent."""
 
 
-def read_judged(folder: Path) -> Judged:
-    """Reads a bundle, or a folder that `lungct_tune.evaluate` has written.
+def read_judged(name: str, folder: Experiment) -> Judged:
+    """Reads a bundle, or a folder that `lungct_tune.evaluate` has written. The two files of a bundle are verified.
+
+    Args:
+        name: what the model is called.
+        folder: the bundle's own folder, or the one that was written.
 
     Raises:
         CompareError: it has no test predictions.
-        BundleError: its metrics.json or its predictions.csv cannot be read.
+        BundleError: its metrics.json or its predictions.csv is altered, or cannot be read.
+        StorageError: the storage refuses.
     """
-    files = {name: folder / name for name in (METRICS, PREDICTIONS)}
-    if missing := [name for name, file in files.items() if not file.is_file()]:
+    figures, rows, listing = (folder.read(file) for file in (METRICS, PREDICTIONS, CHECKSUMS))
+    if listing is not None:  # a bundle; what evaluate writes has no checksums
+        check_sums(folder.uri, listing, {METRICS: figures, PREDICTIONS: rows})
+    if figures is None or rows is None:
         raise CompareError(
-            f"{folder} has no {missing[0]}; give the bundle of a search that has ended (results/NAME/best), a folder "
-            "that lungct_tune.evaluate has written, or the folder of a search (results/NAME)"
+            f"{name} has no {METRICS if figures is None else PREDICTIONS}{folder.similar()}; give the bundle of a "
+            "search that has ended (results/NAME/best), a folder that lungct_tune.evaluate has written, or the folder "
+            "of a search (results/NAME)"
         )
-    metrics = read_test_metrics(files[METRICS].read_bytes())
+    metrics = read_test_metrics(figures)
     if metrics is None:
-        raise CompareError(f"{folder} has no test figures: its search has not ended")
-    predictions = read_predictions(files[PREDICTIONS].read_bytes(), list(metrics.per_class))
-    return judged_model(str(folder), predictions, metrics)
+        raise CompareError(f"{name} has no test figures: its search has not ended")
+    return judged_model(name, read_predictions(rows, list(metrics.per_class)), metrics)
 
 
 def judged_model(name: str, unordered: Predictions, metrics: TestMetrics) -> Judged:

@@ -67,6 +67,12 @@ class Experiment:
             storage = str(Path(path).expanduser().resolve())
         return cls(f"{storage.rstrip('/')}/{name}")
 
+    @classmethod
+    def from_uri(cls, source: str) -> Experiment:
+        """The experiment, or the bundle, in the folder at a path or URI."""
+        path = source.removeprefix("file://")
+        return cls(source.rstrip("/") if "://" in path else str(Path(path).expanduser().resolve()))
+
     @property
     def name(self) -> str:
         return self.uri.rpartition("/")[2]
@@ -261,9 +267,6 @@ def locate(source: str, storage: str) -> Experiment:
     from lungct_tune.experiment.bundle import FOLDER
 
     source = source.rstrip("/").removesuffix(f"/{FOLDER}")
-    if "://" not in source:
-        if Path(source).name == source:
-            return Experiment.at(storage, source)
-        source = str(Path(source).expanduser().resolve())
-    storage, _, name = source.rpartition("/")
-    return Experiment.at(storage, name)
+    if Path(source).name == source:
+        return Experiment.at(storage, source)
+    return Experiment.from_uri(source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ from markupsafe import Markup
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lungct_tune.evaluation.decision_curve import benefit_of_all, net_benefit
-from lungct_tune.experiment.metrics import CancerMetrics, RatesAt, ReliabilityBins
-from lungct_tune.reporting.format import percent
+from lungct_tune.experiment.metrics import CancerMetrics, ClassMetrics, Figure, RatesAt, ReliabilityBins
+from lungct_tune.reporting.format import interval, percent
 from lungct_tune.reporting.svg import BAD, CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
 
 
@@ -25,10 +25,10 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], of: s
     """
     chart = Chart(4.4, 0.4 + 0.5 * len(rows))
     axes = chart.axes
-    for row, (name, value, interval, ours) in enumerate(rows):
+    for row, (name, value, ends, ours) in enumerate(rows):
         colour = WINNER if ours else SOFT
-        if interval:
-            axes.plot(interval, [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+        if ends:
+            axes.plot(ends, [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
         axes.plot([value], [row], "o" if ours else "D", color=colour, markersize=8 if ours else 6)
         axes.text(0, row - 0.3, f"{plain(name)}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal")
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.6, -0.8), yticks=[])
@@ -39,15 +39,15 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], of: s
 
 
 @styled
-def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
+def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[str, ClassMetrics]) -> Markup:
     """Each class against the rest: sensitivity against 1 - specificity."""
     chart = Chart(4.4, 3.6)
     axes = chart.axes
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
-    for c, name in _defined(labels_N, classes):
+    for c, name in _defined(labels_N, per_class):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
         (line,) = axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
-        line.set_gid(chart.tip(f"{name}, {(labels_N == c).sum()} images"))
+        line.set_gid(chart.tip(f"{name}, {per_class[name].n} images: AUROC {_with_interval(per_class[name].auroc)}"))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
@@ -56,14 +56,17 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[st
 
 
 @styled
-def precision_recall(labels_N: np.ndarray, probabilities_NC: np.ndarray, classes: Sequence[str]) -> Markup:
+def precision_recall(
+    labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[str, ClassMetrics]
+) -> Markup:
     """Each class against the rest: precision against recall."""
     chart = Chart(4.4, 3.6)
     axes = chart.axes
-    for c, name in _defined(labels_N, classes):
+    for c, name in _defined(labels_N, per_class):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
         (line,) = axes.plot(sensitivity, value, label=plain(name), **_line(c))
-        line.set_gid(chart.tip(f"{name}, {(labels_N == c).sum()} images"))
+        area = _with_interval(per_class[name].average_precision)
+        line.set_gid(chart.tip(f"{name}, {per_class[name].n} images: average precision {area}"))
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
@@ -76,7 +79,11 @@ def _line(c: int) -> dict[str, Any]:
     return {"color": CLASSES[c % len(CLASSES)], "linestyle": ("-", "--", "-.", ":")[c % 4]}
 
 
-def _defined(labels_N: np.ndarray, classes: Sequence[str]) -> list[tuple[int, str]]:
+def _with_interval(f: Figure) -> str:
+    return percent(f.value) + (f" (95 % interval {interval(f)})" if f.ci95 else "")
+
+
+def _defined(labels_N: np.ndarray, classes: Iterable[str]) -> list[tuple[int, str]]:
     """Index and name of each class that has a curve: some images are of the class, and some are not."""
     return [(c, name) for c, name in enumerate(classes) if 0 < (labels_N == c).sum() < len(labels_N)]
 
@@ -89,7 +96,9 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
     if is_N.any() and not is_N.all():
         false_alarms, sensitivity, _ = roc_curve(is_N, score_N)
-        axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
+        (line,) = axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
+        images = f"{cancer.n_cancer} images of cancer, {cancer.n_normal} normal images"
+        line.set_gid(chart.tip(f"{images}: AUROC {_with_interval(cancer.auroc)}"))
     at = cancer.at_95_specificity
     points: list[tuple[str, str, CancerMetrics | RatesAt]] = [("o", "operating point", cancer)]
     if at is not None:
@@ -99,7 +108,8 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
             label = f"{name}: {100 * rates.threshold:.1f} %"
             x, y = 1 - rates.specificity.value, rates.sensitivity.value
             (point,) = axes.plot([x], [y], mark, color=BAD, markersize=8, label=label, clip_on=False)
-            point.set_gid(chart.tip(f"{label}; sensitivity {percent(y)}, specificity {percent(1 - x)}"))
+            hit, spared = _with_interval(rates.sensitivity), _with_interval(rates.specificity)
+            point.set_gid(chart.tip(f"{label}; sensitivity {hit}, specificity {spared}"))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)

@@ -67,8 +67,8 @@ def test_section(
         "tiles": _tiles(test),
         "confusion": _confusion(test.confusion_matrix, classes),
         "test_charts": {
-            "roc": test_charts.roc(labels_N, probabilities_NC, classes),
-            "precision_recall": test_charts.precision_recall(labels_N, probabilities_NC, classes),
+            "roc": test_charts.roc(labels_N, probabilities_NC, test.per_class),
+            "precision_recall": test_charts.precision_recall(labels_N, probabilities_NC, test.per_class),
             "reliability": test_charts.reliability(curves),
         },
         "calibration": about_calibration(test.calibration),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from s3 import put
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -18,6 +19,7 @@ from lungct_tune.compare import main
 from lungct_tune.evaluation.comparison import Comparison, compare_models, read_judged
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment.bundle import METRICS, PREDICTIONS
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import BundleMetrics, metrics_json
 from lungct_tune.experiment.predictions import Predictions
 
@@ -67,7 +69,7 @@ def poor(tmp_path: Path) -> Path:
 
 
 def compared(*folders: Path) -> list[Comparison]:
-    return compare_models([read_judged(folder) for folder in folders])
+    return compare_models([read_judged(str(folder), Experiment(str(folder))) for folder in folders])
 
 
 def test_differences_are_those_of_the_figures(good: Path, poor: Path) -> None:
@@ -148,4 +150,17 @@ def test_bundles_are_verified(bundle: Path, tmp_path: Path) -> None:
     assert run(bundle, tmp_path / "bundle")[0] == 0
     (tmp_path / "bundle" / PREDICTIONS).write_bytes(b"path")
     status, _, complained = run(bundle, tmp_path / "bundle")
-    assert status == 2 and "its sha256 differs" in complained
+    assert status == 2 and f"{tmp_path}/bundle/{PREDICTIONS}: not the file that was written" in complained
+
+
+def test_models_may_be_at_uris(bundle: Path, s3: object) -> None:
+    for file in bundle.iterdir():
+        put(f"bucket/compared/best/{file.name}", file.read_bytes())
+    status, said, complained = run(f"file://{bundle}", "s3://bucket/compared/best", bundle)
+    assert status == 0, complained
+    for one in ("s3://bucket/compared/best", bundle):
+        assert f"{one} is shown to be neither more nor less accurate than file://{bundle}" in said.replace("\n", " ")
+    put(f"bucket/compared/best/{PREDICTIONS}", b"path")
+    status, _, complained = run(bundle, "s3://bucket/compared/best")
+    assert status == 2 and f"s3://bucket/compared/best/{PREDICTIONS}: not the file that was written" in complained
+    assert "s3://bucket/nothing has no metrics.json" in run(bundle, "s3://bucket/nothing")[2]

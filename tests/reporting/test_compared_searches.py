@@ -143,8 +143,11 @@ def test_a_search_without_a_completed_trial_is_refused(ended: Path, tmp_path: Pa
 
 
 def test_a_search_and_a_model_are_not_compared(ended: Path) -> None:
-    status, _, complained = run(ended, ended / "best")
-    assert status == 2 and f"give {ended}/best" in complained
+    for model in (ended / "best", f"file://{ended}/best"):
+        status, _, complained = run(f"file://{ended}", model)
+        assert status == 2 and f"file://{ended} is a search and {model} is not" in complained
+        assert f"give file://{ended}/best" in complained
+    assert run(ended / "best", f"file://{ended}/best")[0] == 0, "both are models"
 
 
 def test_a_folder_with_nothing_to_compare_says_what_to_give(ended: Path, tmp_path: Path) -> None:

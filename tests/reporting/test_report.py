@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 from recorded_search import Search, finished_search
 
+from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
@@ -219,9 +220,10 @@ def test_names_of_files_cannot_become_part_of_the_page(found: SearchResults) -> 
 def test_names_of_classes_are_drawn_as_they_are() -> None:
     from lungct_tune.reporting.test_charts import precision_recall, roc, worth
 
-    names = ["$\\frac{a$ & <b>", "plain"]
+    names = ("$\\frac{a$ & <b>", "plain")
     labels_N, probabilities_NC = np.array([0, 1, 1]), np.array([[0.6, 0.4], [0.3, 0.7], [0.7, 0.3]])
-    drawn = [draw(labels_N, probabilities_NC, names) for draw in (roc, precision_recall)]
+    per_class = evaluate_predictions(labels_N, probabilities_NC, names, np.arange(3)).per_class
+    drawn = [draw(labels_N, probabilities_NC, per_class) for draw in (roc, precision_recall)]
     for svg in [*drawn, worth([(names[0], 0.5, None, True)])]:
         text = "".join(ElementTree.fromstring(svg).itertext())
         assert names[0] in text

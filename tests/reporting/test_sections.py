@@ -13,6 +13,7 @@ from recorded_search import finished_search
 
 from lungct_tune.evaluation.inference import build_model
 from lungct_tune.evaluation.metrics import evaluate_predictions
+from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.experiment.trial import Outcome
@@ -74,10 +75,32 @@ def test_a_page_states_the_rule_for_cancer_and_why_it_differs_from_the_confusion
     assert "slope" in section["calibration"]
     for svg in (section["roc"], section["decision"]):
         ElementTree.fromstring(svg)
-    assert "operating point: 55.0 %" in section["roc"]
+    assert (
+        "<title>operating point: 55.0 %; sensitivity 100.0" in section["roc"] and "specificity 50.0" in section["roc"]
+    )
+    assert "<title>2 images of cancer, 2 normal images: AUROC 87.5" in section["roc"]
     same = evaluate_predictions(labels_N, np.eye(4)[labels_N], classes, np.arange(4))
     agreeing = cancer_section(same, replace(predictions, probabilities_NC=np.eye(4)[labels_N]))
     assert agreeing is not None and agreeing["difference"] == "" and "is one half" in agreeing["rule"]
+
+
+def test_a_curve_has_a_text_with_its_area_and_its_interval(found: SearchResults, content: bytes) -> None:
+    assert found.test is not None
+    drawn = html.unescape(content.decode())
+
+    def shown(f: Figure) -> str:
+        assert f.value is not None and f.ci95 is not None
+        low, high = (f"{100 * end:.1f}" for end in f.ci95)
+        return f"{100 * f.value:.1f}\N{NO-BREAK SPACE}% (95 % interval {low} to {high}\N{NO-BREAK SPACE}%)"
+
+    for name, rates in found.test.per_class.items():
+        for area, f in (("AUROC", rates.auroc), ("average precision", rates.average_precision)):
+            assert f"<title>{name}, {rates.n} images: {area} {shown(f)}</title>" in drawn
+    cancer = found.test.cancer_vs_normal
+    assert cancer is not None
+    assert f"normal images: AUROC {shown(cancer.auroc)}</title>" in drawn
+    rates = f"sensitivity {shown(cancer.sensitivity)}, specificity {shown(cancer.specificity)}"
+    assert f"<title>operating point: {100 * cancer.threshold:.1f} %; {rates}</title>" in drawn
 
 
 def test_slices_of_a_group_share_a_card_and_many_mistakes_are_folded(found: SearchResults) -> None:
