@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lungct_tune.cli import exit_status, terminal
 from lungct_tune.config.settings import Settings, read_settings
-from lungct_tune.display import Display
+from lungct_tune.display import Display, print_prose
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
@@ -112,9 +112,8 @@ def load_and_audit(
 
     settings, console = plan.settings, display.console
     if settings.data is None:
-        console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
-    console.print("reading the images", style="dim")
-    with display.hidden():  # decoding has a bar of its own
+        print_prose(console, PHANTOMS, "bold yellow")
+    with display.step("reading the images"):
         plan, split = decide_folds(plan, plan.load_and_split(), lambda: workers_have_gpus(settings, joining))
     print_data(split.images, split.split, console)
     with display.step("comparing the images"):
@@ -389,7 +388,7 @@ class SearchRun:
         return f"{self.plan.experiment.name}-seeds"
 
     def _warn(self, sentence: str) -> None:
-        self.display.console.print(sentence, style="yellow", soft_wrap=True, markup=False)
+        print_prose(self.display.console, sentence, "yellow")
 
     def _announce(self, step: str) -> None:
         self.display.console.print(f"\n{step}", style="bold")

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,8 +21,6 @@ import numpy as np
 import PIL
 import psutil
 from numpy.lib.format import open_memmap
-from rich.console import Console
-from rich.progress import track
 
 from lungct_tune.config.window import Window
 from lungct_tune.data import copies, dicom
@@ -32,6 +29,7 @@ from lungct_tune.data.decode import DECODER_VERSION, MEMORY, THUMBNAIL, FileProp
 from lungct_tune.data.folders import DataError
 from lungct_tune.data.grey import MOST_BYTES
 from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_likeness, label_conflicts, merge
+from lungct_tune.display import tracked
 from lungct_tune.files import open_file
 
 _COPY_BLOCK = 1024  # images copied at a time
@@ -205,15 +203,7 @@ def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool)
     """The results of `decode_row` for 0 to n - 1. Threads are enough, since Pillow decodes without the GIL."""
     with ThreadPoolExecutor(decoding_threads()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # files that cannot be used are reported anyway
-        reasons = track(
-            pool.map(decode_row, range(n)),
-            description="Decoding images",
-            total=n,
-            console=Console(stderr=True),
-            transient=True,
-            disable=not (progress and sys.stderr.isatty()),
-        )
-        return list(reasons)
+        return list(tracked(pool.map(decode_row, range(n)), "Decoding images", n, shown=progress))
 
 
 def decoding_threads() -> int:

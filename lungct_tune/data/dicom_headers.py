@@ -10,17 +10,14 @@ import hashlib
 import hmac
 import json
 import secrets
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import track
-
 from lungct_tune.data import dicom
 from lungct_tune.data.cache import require_space
+from lungct_tune.display import tracked
 from lungct_tune.files import replace_file
 
 Pseudonym = Callable[[str, str], str]
@@ -101,13 +98,7 @@ def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: 
     except (OSError, ValueError, TypeError):
         kept = []
     if len(kept) != len(paths):
-        shown = track(
-            paths,
-            description="Reading DICOM headers",
-            console=Console(stderr=True),
-            transient=True,
-            disable=not (progress and sys.stderr.isatty()),
-        )
-        kept = [read_header(root / path, pseudonym) for path in shown]
+        read = tracked(paths, "Reading DICOM headers", len(paths), shown=progress)
+        kept = [read_header(root / path, pseudonym) for path in read]
         replace_file(entry, json.dumps(kept).encode())
     return dict(zip(paths, kept, strict=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow.fs
-from rich.console import Console
-from rich.progress import track
 
 from lungct_tune.data.cache import default_cache, require_space
 from lungct_tune.data.folders import DataError
+from lungct_tune.display import tracked
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 DOWNLOADS = 16
@@ -68,14 +66,8 @@ def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool =
                 path.unlink()
         pool = ThreadPoolExecutor(DOWNLOADS)
         try:
-            fetched = track(
-                pool.map(fetch, missing),
-                description=f"Fetching {len(missing)} of {len(remote_files)} files",
-                total=len(missing),
-                console=Console(stderr=True),
-                transient=True,
-                disable=not (progress and missing and sys.stderr.isatty()),
-            )
+            what = f"Fetching {len(missing)} of {len(remote_files)} files"
+            fetched = tracked(pool.map(fetch, missing), what, len(missing), shown=progress and bool(missing))
             deque(fetched, maxlen=0)
         except Exception as error:
             raise DataError(f"--data {refusal(uri, 'fetch it', error)}") from error

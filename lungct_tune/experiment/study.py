@@ -24,9 +24,6 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import FiniteFloat
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, is_within
@@ -56,8 +53,13 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 FEWEST = 4
 """The fewest completed trials from which parameter importance is computed."""
 
-STUDY_ERRORS = (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError)
-"""What is raised when a database that holds a study does not answer, is locked or is full."""
+
+def study_errors() -> tuple[type[Exception], ...]:
+    """What is raised when a database that holds a study does not answer, is locked or is full."""
+    from sqlalchemy.exc import SQLAlchemyError  # here, and below, because a plan needs no database
+
+    return SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError
+
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -90,8 +92,11 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
     Raises:
         StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
     """
+    from sqlalchemy.engine import make_url
+
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(epochs)[0], reduction_factor=REDUCTION)
     where = repr(name)
+    refusals: tuple[type[Exception], ...] = (*study_errors(), ImportError, ValueError)
     try:
         if isinstance(storage, str):
             where += f" in {make_url(storage).render_as_string(hide_password=True)}"
@@ -106,7 +111,7 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
         raise StudyError(f"there is a study {where} already; choose another --name") from error
     except KeyError as error:
         raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
-    except (SQLAlchemyError, ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
+    except refusals as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -132,7 +137,7 @@ def told_as_user_errors(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except STUDY_ERRORS as error:
+    except study_errors() as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # Optuna's error does not say more than that there is one
             cause = cause.__cause__
@@ -154,6 +159,8 @@ def load_study(file: Path, name: str) -> optuna.Study:
 
 def sqlite_storage(file: Path) -> BaseStorage:
     """Opens a SQLite database, in a folder of any name: in a URL, % and ? and { would mean something else."""
+    from sqlalchemy.pool import NullPool
+
     return RDBStorage(
         "sqlite://",
         {"creator": lambda: sqlite3.connect(file, timeout=LOCKED_S, check_same_thread=False), "poolclass": NullPool},

@@ -18,6 +18,7 @@ from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
+from lungct_tune.display import print_prose
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
 from lungct_tune.experiment.folder import Experiment
@@ -59,13 +60,13 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
     if images.unreadable:
         console.print(f"left out, unreadable: {len(images.unreadable)} files", style="yellow")
         for path, reason in images.unreadable:
-            console.print(f"  {path}: {reason}", soft_wrap=True, markup=False)
+            print_prose(console, f"  {path}: {reason}", hang=4)
     if images.conflicts:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
     for aside in images.left_aside:
-        console.print(_left_aside(aside._asdict()), soft_wrap=True, markup=False)
+        print_prose(console, _left_aside(aside._asdict()), hang=2)
 
 
 def _left_aside(aside: Mapping[str, Any]) -> str:
@@ -77,9 +78,9 @@ def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console
     verdict = audit["verdict"]
     if verdict["level"] == "clean":
         return
-    console.print(verdict["headline"], style="bold yellow", soft_wrap=True, markup=False)
+    print_prose(console, verdict["headline"], "bold yellow")
     for reason in verdict["reasons"]:
-        console.print(f"  - {reason}", soft_wrap=True, markup=False)
+        print_prose(console, f"  - {reason}", hang=4)
     how = [] if settings.split_file else ["--split", audit["split"]["how"]]
     names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
     same = flags(settings.model_dump(), names)
@@ -107,10 +108,10 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
     }
     if settings.track:
         lines["tracking"] = settings.track
-    if not settings.plan:  # printed now, since nothing can print it if the machine fails
-        lines["if stopped"] = plan.resume_command
     for name, value in lines.items():
-        console.print(f"  {name:<11}{value}", soft_wrap=True, markup=False)
+        print_prose(console, f"  {name:<11}{value}", hang=13)
+    if not settings.plan:  # printed now, since nothing can print it if the machine fails
+        console.print(f"  if stopped {plan.resume_command}", soft_wrap=True)
 
 
 def print_disk_use(experiment: Experiment, console: Console) -> None:
@@ -126,7 +127,7 @@ def print_space(space: SearchSpace, console: Console) -> None:
     """Prints the fixed trials, and the parameters that Optuna varies."""
     console.print("\nfixed trials, which run first:")
     for configuration in space.fixed_trials:
-        console.print(f"  {configuration}", soft_wrap=True)
+        print_prose(console, f"  {configuration}", hang=4)
     console.print("Optuna varies:")
     for name, distribution in space.distributions.items():
         console.print(f"  {name}: {in_range(distribution)}", soft_wrap=True)
@@ -157,29 +158,27 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, conso
     effort = metrics.search
     ended = ", ".join(f"{count} {how}" for how, count in effort["ended"].items())
     ratio = f", overhead ratio {effort['overhead_ratio']:.2f}" if effort["overhead_ratio"] else ""
-    console.print(
-        f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}",
-        soft_wrap=True,
-    )
+    said = f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}"
+    print_prose(console, said)
     if (seeds := metrics.seeds) is not None:
         scores = ", ".join(f"{score:.3f}" for score in seeds[OBJECTIVE])
-        console.print(
+        print_prose(
+            console,
             f"the best found with other seeds: {scores}; mean {seeds['mean']:.3f}, standard deviation "
             f"{seeds['sd']:.3f}",
-            soft_wrap=True,
         )
         if published := seeds["published"]:
             gain = in_words(Figure(**seeds["difference"]), "+.3f")
-            console.print(
+            print_prose(
+                console,
                 f"the published configuration with the same seeds: mean {published['mean']:.3f}, standard deviation "
                 f"{published['sd']:.3f}; gain of the best found, paired by seed {gain}",
-                soft_wrap=True,
             )
     if planned := planned_and_taken(study):
         console.print(f"time: {as_time(planned['took_s'])}, planned {as_range(*planned['planned_s'])}")
     _print_worth(metrics, console)
     if said := looks_in_words(metrics.looks):
-        console.print(said, style="bold yellow", soft_wrap=True)
+        print_prose(console, said, "bold yellow")
     console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
 
 
@@ -205,7 +204,7 @@ def print_bundle(folder: Path, console: Console) -> None:
     configuration = Hyperparameters(**config["training"]["configuration"])
     members = config["model"].get("members", 1)
     ensemble = f"an ensemble of {members} models of " if members > 1 else ""
-    console.print(f"{ensemble}trial {best['trial']}: {configuration}", soft_wrap=True)
+    print_prose(console, f"{ensemble}trial {best['trial']}: {configuration}")
     if metrics.test is None:
         held = config["settings"].get("hold_test")
         console.print(
@@ -213,7 +212,7 @@ def print_bundle(folder: Path, console: Console) -> None:
             f"{metrics.search['trials']} trials of {config['settings']['trials']}, chosen by its balanced accuracy of "
             f"{score:.3f} {judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. "
             + ("--judge does that. Pull again afterwards." if held else "Pull again when the search has ended."),
-            soft_wrap=True,
+            soft_wrap=not console.is_terminal,
             markup=True,
         )
     _print_worth(metrics, console)
@@ -227,7 +226,7 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
     console.print(
         f"[bold]{title} {in_words(test.accuracy)}[/], {test.n} images in {test.groups} groups; "
         f"balanced accuracy {in_words(test.balanced_accuracy)}",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
         markup=True,
     )
     if any(other.balanced_difference for other in test.references.values()):
@@ -239,11 +238,9 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         console.print(table)
     if (two := test.cancer_vs_normal) is not None:
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
-        console.print(f"cancer against normal: {rates}", soft_wrap=True)
+        print_prose(console, f"cancer against normal: {rates}", hang=2)
     if (clean := test.without_overlap) is not None:
-        console.print(
-            f"accuracy on the {clean.n} images without group overlap: {in_words(clean.accuracy)}", soft_wrap=True
-        )
+        print_prose(console, f"accuracy on the {clean.n} images without group overlap: {in_words(clean.accuracy)}")
 
 
 def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console, *, phantoms: bool) -> None:
@@ -253,27 +250,27 @@ def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console,
         phantoms: whether the model was trained on phantoms.
     """
     counts = ", ".join(f"{name} {figures.n}" for name, figures in metrics.test.per_class.items())
-    console.print(f"evaluated: {counts}", soft_wrap=True)
+    print_prose(console, f"evaluated: {counts}")
     if others := metrics.left_out.other:
         console.print(f"left out, mapped to other: {others} images", style="yellow")
     _print_left_out(images, console)
     if metrics.learned_from.total:
-        console.print(
+        print_prose(
+            console,
             f"the model was trained on {metrics.learned_from.same_file} of these files, and on images that look like "
             f"{metrics.learned_from.looks_alike} more: the accuracy is too high",
-            style="bold yellow",
-            soft_wrap=True,
+            "bold yellow",
         )
     print_figures(metrics.test, console, title="accuracy")
     if phantoms:
-        console.print(TRAINED_ON_PHANTOMS, style="bold yellow", soft_wrap=True)
+        print_prose(console, TRAINED_ON_PHANTOMS, "bold yellow")
 
 
 def _print_worth(metrics: BundleMetrics, console: Console) -> None:
     if metrics.test is not None:
         print_figures(metrics.test, console)
     if metrics.data == PHANTOMS:
-        console.print(PHANTOMS, style="bold yellow", soft_wrap=True)
+        print_prose(console, PHANTOMS, "bold yellow")
 
 
 STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
@@ -284,7 +281,7 @@ def print_audit(audit: Mapping[str, Any], console: Console) -> None:
     verdict, copies, groups, shortcuts = (audit[name] for name in ("verdict", "copies", "groups", "shortcuts"))
 
     def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, markup=False)
+        print_prose(console, text, style, hang=4 if text.startswith("  ") else 0)
 
     say(verdict["headline"], STYLES[verdict["level"]])
     for reason in verdict["reasons"]:

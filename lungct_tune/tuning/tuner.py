@@ -21,7 +21,7 @@ from lungct_tune.display import Display
 from lungct_tune.errors import SearchStopped, UserError
 from lungct_tune.experiment.bundle import versions
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import STUDY_ERRORS, read_trials, rungs
+from lungct_tune.experiment.study import read_trials, rungs, study_errors
 from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.stopping import at_stop
 from lungct_tune.tuning.allocation import ResourcePlan
@@ -225,7 +225,7 @@ def _fit(tuner: tune.Tuner, say_stopping: Callable[[], None]) -> bool:
             tuner.fit()
     except tune.TuneError as error:  # Tune wraps the exceptions of scheduler and searcher in it
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, (UserError, *STUDY_ERRORS)):
+        while cause is not None and not isinstance(cause, (UserError, *study_errors())):
             cause = cause.__context__
         raise cause or error from None
     finally:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
-from lungct_tune.display import Display
+from lungct_tune.display import Display, print_prose, tracked
 from lungct_tune.experiment.trial import (
     EpochCost,
     EpochFigures,
@@ -137,7 +137,8 @@ def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
     assert "stopping; trial 7 keeps its epoch 1, trial 8 its epoch 2, trial 9 its epoch 3. Ctrl-C again" in text
 
 
-def test_a_display_shows_steps_that_overlap_with_their_time_and_hides_itself_for_others() -> None:
+def test_a_display_shows_steps_that_overlap_with_their_time_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     with Display(console) as display, display.step("reading"), display.step("starting Ray"):
         with console.capture() as text:
@@ -146,7 +147,29 @@ def test_a_display_shows_steps_that_overlap_with_their_time_and_hides_itself_for
             "reading, 0 s",
             "starting Ray, 0 s",
         ]
-        with display.hidden():
-            assert not display._live.is_started
-        assert display._live.is_started
-    assert not display._live.is_started
+        items = tracked(iter("abcd"), "Decoding images", 4, shown=True)
+        assert next(items) == "a"
+        with console.capture() as text:
+            console.print(display._render())
+        assert "Decoding images" in text.get() and "reading" in text.get()
+        assert list(items) == ["b", "c", "d"]
+        with console.capture() as text:
+            console.print(display._render())
+        assert "Decoding images" not in text.get()
+    assert Display.open is None
+
+
+def test_prose_is_broken_between_words_in_a_terminal_and_nowhere_else() -> None:
+    path = "/a/folder/with-a-long-name" * 4
+    text = f"  cluster    two slots of one worker each; the final retraining on one worker; kept in {path}\nthe end"
+    shown, piped = (
+        Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None) for terminal in (True, False)
+    )
+    for console in (shown, piped):
+        print_prose(console, text, hang=13)
+    lines = shown.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[-2].strip() == path and lines[-1] == "the end"
+    assert all(len(line) <= 80 for line in lines if path not in line)
+    assert all(line.startswith(" " * 13) for line in lines[1:-1])
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert piped.file.getvalue() == f"{text}\n"  # type: ignore[attr-defined]
