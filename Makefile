@@ -1,5 +1,5 @@
 # make search: the main job on phantoms.  make test: lint and the fast tests.  All set up .venv on first use.
-# make test-all: the same, and the tests that need hosts, services and long searches.
+# make test-all: the same, and the tests that need hosts, services, long searches or much time.
 # make test-gpu: the tests and the benchmark that need a GPU.
 # make test-packages: what of Debian some tests need; without it they are skipped.
 
@@ -19,7 +19,8 @@ test: .venv/.ready lint
 	$(BIN)/python -m pytest -m "ray and not long and not gpu"
 
 test-all: test
-	$(BIN)/python -m pytest -m "long and not gpu"
+	$(BIN)/python -m pytest -m "long and not ray and not gpu" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "long and ray and not gpu"
 
 # on a machine with a GPU; the benchmark's figures go into docs/benchmarks.md
 test-gpu: .venv/.ready

@@ -1,11 +1,12 @@
 """What tests share: one Ray, one small data set, one finished search.
 
-Tests run in four lanes. The Makefile says how; which test is in which lane is decided here:
+The Makefile says how tests run; which of them run together is decided by their marks:
 
-- A test marked `long` needs hosts, services, a failing store or a long search. `make test-all` runs it.
-- A test that uses the fixture `cluster` is marked `ray`. All of them share one Ray, in one process.
+- A test marked `long` needs hosts, services, a failing store, a long search, or much time. `make test-all` runs it.
+- A test that uses the fixture `cluster` is marked `ray` here. All of them share one Ray, in one process. A test that
+  starts a Ray of its own is marked `ray` in its module, since no other test may run beside it.
 - A test marked `gpu` needs a CUDA GPU. `make test-gpu` runs it; the other commands leave it out.
-- All others need no Ray. They run in two processes, each with one thread for torch.
+- All others need no Ray. They run in two processes, each with one thread for torch, also those that are `long`.
 """
 
 from __future__ import annotations

@@ -118,9 +118,8 @@ def print_disk_use(experiment: Experiment, console: Console) -> None:
     """Prints the size of a finished search, and the command that removes what it does not need any more."""
     size, removable = sum(experiment.files().values()), sum(not_needed(experiment).values())
     where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
-    command = shlex.join([*command_words("clean"), where])
-    text = f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove them: {command}"
-    console.print(text, soft_wrap=True)
+    print_prose(console, f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove:")
+    console.print(f"  {shlex.join([*command_words('clean'), where])}", soft_wrap=True)
 
 
 def print_space(space: SearchSpace, console: Console) -> None:

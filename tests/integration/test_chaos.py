@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 SEED = 1
 TRIALS = 40

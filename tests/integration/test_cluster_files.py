@@ -363,6 +363,7 @@ machine = pytest.mark.skipif(no_machine() is not None, reason=no_machine() or ""
 
 
 @pytest.mark.long
+@pytest.mark.ray
 @machine
 def test_the_head_of_cluster_yaml_asks_for_a_token_and_grows_the_cluster(tmp_path: Path) -> None:
     said = on_a_machine_of_its_own([sys.executable, str(Path(__file__).parent / "aws_head.py")], tmp_path / "home")
@@ -373,6 +374,7 @@ def test_the_head_of_cluster_yaml_asks_for_a_token_and_grows_the_cluster(tmp_pat
 
 
 @pytest.mark.long
+@pytest.mark.ray
 @machine
 def test_a_slurm_job_is_one_cluster_of_all_its_nodes_and_ends_as_its_search(tmp_path: Path) -> None:
     (tmp_path / "srun").write_text(SRUN)

@@ -27,7 +27,7 @@ from lungct_tune.search import main
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 TRIALS = ["--trials", "3", "--epochs", "4"]
 

@@ -35,7 +35,7 @@ from lungct_tune.experiment.trial import EpochFigures
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.callbacks.mlflow import MLflowTracker, TrackingError
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 SPACE = """
 truncation_depth: {low: 1, high: 8}

@@ -21,7 +21,7 @@ from processes import free_port, running, wait_for
 from served import TOKEN, Server, server  # noqa: F401
 from user_files import image_cases
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 NAMES = (
     "a.png",
