@@ -135,6 +135,12 @@ def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
         shown.progress.say_stopping()
     text = shown.console.file.getvalue()  # type: ignore[attr-defined]
     assert "stopping; trial 7 keeps its epoch 1, trial 8 its epoch 2, trial 9 its epoch 3. Ctrl-C again" in text
+    shown = Shown(80)
+    with shown.progress:
+        shown.train(shown.start(7), 1, 0.3)
+        assert any("min left" in line for line in shown.lines())
+        shown.progress.say_stopping()
+        assert not any("min left" in line for line in shown.lines()), "that is the time of a search that goes on"
 
 
 def test_a_display_shows_steps_that_overlap_with_their_time_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.display import Display
+from lungct_tune.display import Display, print_prose
 from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
@@ -79,7 +79,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             else:
                 self._running[record.number] = _interrupted(record)
                 left.add(record.number, record.hyperparameters, len(record.history), ())
-        self._held = ExitStack()
+        self._held, self._stops = ExitStack(), False
 
     def __enter__(self) -> ProgressCallback:
         self._held.enter_context(self._display.showing(self._render))
@@ -118,7 +118,8 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         first, *others = [*kept[:3], f"{len(kept) - 3} others theirs"] if len(kept) > 3 else kept or [""]
         keeps = f"; {first.replace(' its', ' keeps its')}" if first else "; no trial has an epoch to keep"
         text = ", ".join([f"stopping{keeps}", *others])
-        self._display.console.print(f"{text}. Ctrl-C again ends it without waiting", style="yellow", soft_wrap=True)
+        self._stops = True
+        print_prose(self._display.console, f"{text}. Ctrl-C again ends it without waiting", "yellow")
         self._held.enter_context(self._display.step("saving the states of the trials that run"))
 
     def _end(self, trial: Any) -> None:
@@ -149,7 +150,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         rows = min(MOST_ROWS, max(FEWEST_ROWS, self._display.console.height - OTHER_LINES))
         waiting = f"; {self._clock.waiting} slots wait for room (`ray status`)" if self._clock.waiting else ""
         summary = Text(f"{self._counts()} trials{waiting}")
-        return Group(self._table(rows), summary, self._left.bar())
+        return Group(self._table(rows), summary, *([] if self._stops else [self._left.bar()]))
 
     def _table(self, rows: int) -> Table:
         """The trials that run, the published configuration, the best, and the last that have ended, as far as fit."""
