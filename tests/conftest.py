@@ -11,12 +11,15 @@ The Makefile says how tests run; which of them run together is decided by their 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from lungct_tune.cli import OBJECTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +31,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of two processes on two cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.set_threshold(OBJECTS)  # as every command does
 
 # A shell ignores Ctrl-C for what it starts in the background, and nohup ignores SIGHUP. The processes that tests start
 # would inherit that

@@ -129,7 +129,7 @@ def test_without_a_terminal_an_ended_trial_is_one_short_line() -> None:
 def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
     shown = Shown(200, terminal=False)
     with shown.progress:
-        for number in (7, 8, 9):
+        for number in (9, 8, 7):
             shown.train(shown.start(number), number - 6, 0.3)
         shown.start(10)
         shown.progress.say_stopping()
@@ -141,6 +141,7 @@ def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
         assert any("min left" in line for line in shown.lines())
         shown.progress.say_stopping()
         assert not any("min left" in line for line in shown.lines()), "that is the time of a search that goes on"
+    assert row(shown.console.file.getvalue().splitlines(), 7).endswith("interrupted")  # type: ignore[attr-defined]
 
 
 def test_a_display_shows_steps_that_overlap_with_their_time_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,9 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+        if self._stops:
+            for trial in self._running.values():
+                trial.state = "interrupted"
         if self._display.console.is_terminal:
             self._display.console.print(self._table(MOST_ROWS))
 
@@ -114,7 +117,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def say_stopping(self) -> None:
         """Says that the search stops, and what the trials that run have."""
-        kept = [f"trial {n} its epoch {trial.epoch}" for n, trial in list(self._running.items()) if trial.epoch]
+        kept = [f"trial {n} its epoch {trial.epoch}" for n, trial in sorted(self._running.items()) if trial.epoch]
         first, *others = [*kept[:3], f"{len(kept) - 3} others theirs"] if len(kept) > 3 else kept or [""]
         keeps = f"; {first.replace(' its', ' keeps its')}" if first else "; no trial has an epoch to keep"
         text = ", ".join([f"stopping{keeps}", *others])
