@@ -89,7 +89,7 @@ def test_known_groups_are_joined_to_those_found(tmp_path: Path, place: str) -> N
     two_classes(tmp_path / "Data")
     inside = "" if place else "Data/"
     (tmp_path / place / "groups.csv").write_text(
-        f"path,group\n{inside}normal/0.png,patient 1\n{inside}adenocarcinoma/1.png,patient 1\n"
+        f"path,group\n{inside}normal/0.png,patient 1\n{inside}adenocarcinoma/1.png, patient 1 \n"
     )
     group_of = read_images(tmp_path, 16).table.set_index("path")["group"]
     assert group_of["Data/normal/0.png"] == group_of["Data/adenocarcinoma/1.png"]
