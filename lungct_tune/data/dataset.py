@@ -121,6 +121,11 @@ def read_images(
     if unreadable and not skip_unreadable:
         raise DataError(_unreadable_message(root, unreadable))
     classes = tuple(sorted(set(labels)))
+    if len(classes) < 2:
+        raise DataError(
+            f"without the {number_of(len(unreadable), 'file')} that cannot be read, {root} has images of fewer than "
+            f"two classes; repair or rename {unreadable[0][0]}"
+        )
     rows = pd.DataFrame(
         {
             "path": [files[i].path for i in found.kept],
