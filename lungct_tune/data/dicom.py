@@ -276,7 +276,10 @@ def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
     from pydicom.pixels.processing import apply_rescale, apply_windowing
 
     # where a window begins and ends in what apply_windowing returns depends on how the values are stored
-    black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    try:
+        black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    except ValueError:  # a width below 1
+        black = white = 0.0
     if not np.isfinite([black, white]).all() or black == white:
         raise _Refused("its rescale slope, intercept or window cannot be used")
     grey_HW = np.empty(values_HW.shape, np.uint8)
@@ -290,10 +293,10 @@ def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
 
 def _without_padding(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
     """Gives the pixels outside of the scanned circle, which have a value of their own, the darkest of the others."""
-    if (padding := dataset.get("PixelPaddingValue")) is None:
+    if not isinstance(padding := dataset.get("PixelPaddingValue"), int):
         return values_HW
     # as stored: scanners write -2000 also as 63536, its bits without sign
-    is_padding_HW = values_HW == np.array(int(padding)).astype(values_HW.dtype)
+    is_padding_HW = values_HW == np.array(padding).astype(values_HW.dtype)
     if is_padding_HW.all():
         return values_HW
     others_M = values_HW[~is_padding_HW]

@@ -182,7 +182,7 @@ def read_rows(file: Path) -> pd.DataFrame:
     """
     try:
         rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
-        return rows.apply(lambda column: column if column.name == "path" else column.str.strip())
+        return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -267,6 +267,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "huge": ({"Rows": 60_000, "Columns": 60_000}, "at most 20,000,000 pixels"),
     "more rows than pixels": ({"Rows": 2 * SIDE}, "pixels cannot be decoded"),
     "no number": ({"WindowCenter": "1e999"}, "cannot be used|cannot be decoded"),
+    "no width": ({"WindowWidth": 0}, "rescale slope, intercept or window cannot be used"),
     "no slope": ({"RescaleSlope": "0"}, "rescale slope, intercept or window cannot be used"),
     "unknown colours": ({"PhotometricInterpretation": "PLANTED"}, "photometric interpretation is not read"),
     "one sample of colours": ({"PhotometricInterpretation": "RGB"}, "samples per pixel|cannot be decoded"),
