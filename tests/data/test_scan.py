@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import unicodedata
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from test_dataset import save, two_classes
 
 from lungct_tune.data import DataError, read_images, scan
 from lungct_tune.data.folders import find_images
-from lungct_tune.data.scan import CLUTTER, DOCUMENTS, LOOPS, OTHER_FORMATS, OUTSIDE, Scan
+from lungct_tune.data.scan import CLUTTER, DOCUMENTS, LOOPS, OTHER_FORMATS, OUTSIDE
 
 
 @pytest.fixture
@@ -145,22 +144,6 @@ def test_class_folders_are_found_inside_the_folders_of_an_archive(tmp_path: Path
     image_set = read_images(tmp_path, 16)
     assert len(image_set.table) == 4 and inner.name in image_set.table["path"][0]
     assert {left.reason: left.files for left in image_set.left_aside} == {OUTSIDE: 1}
-
-
-def test_the_time_to_find_images_grows_with_their_number_not_with_its_square(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def seconds(patients: int) -> float:
-        paths = [f"patient {i}/{k}.png" for i in range(patients) for k in range(10)]
-        found = Scan(paths, ["", *dict.fromkeys(path.partition("/")[0] for path in paths)])
-        monkeypatch.setattr("lungct_tune.data.folders.scan_folder", lambda root: found)
-        begun = time.process_time()
-        with pytest.raises(DataError, match="the classes of these folders"):
-            find_images(tmp_path)
-        return time.process_time() - begun
-
-    seconds(10)
-    assert seconds(2_000) < 30 * seconds(200), "100 times, if it were the square"
 
 
 def test_class_folders_in_two_places_are_refused(tmp_path: Path) -> None:
