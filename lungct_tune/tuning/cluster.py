@@ -38,7 +38,7 @@ WORKER_START_TIMEOUT_S = 7 * 24 * 3600
 """How long a group of workers waits for room. The autoscaler starts nodes only for groups that wait."""
 
 POLL_S = 0.25
-"""Seconds between Ray Train's checks of a group of workers. The final retraining waits for one in each epoch."""
+"""Seconds between Ray Train's checks of a group of workers. A slot learns so soon that they were lost."""
 
 
 STORAGE_CHECK_TIMEOUT_S = 120.0
@@ -69,7 +69,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # run_search has its own, for all signals
     # Trials use absolute paths; a change of the working folder would break the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # a slot has some seven processes, most of them idle. More of them start at once than there are CPUs, so Ray warns
+    # the processes of slots wait most of the time. More of them start at once than there are CPUs, so Ray would warn
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * (os.cpu_count() or 1)))
     if not verbose:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter prints even at verbose=0
