@@ -15,6 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lungct_tune.tuning.ray_compat import storage_of
 
+MOST_AT_RANDOM = 10
+
 ALL_UP_TO = 500
 """TPE gets all ended trials up to this number."""
 
@@ -27,6 +29,11 @@ GOOD = 25
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """The states of ended trials that TPE learns from."""
+
+
+def startup_trials(trials: int) -> int:
+    """How many trials of a search are drawn at random before TPE starts: a third, at least 3, at most 10."""
+    return max(3, min(MOST_AT_RANDOM, trials // 3))
 
 
 class SearchSampler(BaseSampler):

@@ -43,14 +43,12 @@ from lungct_tune.tuning.ray_compat import (
     without_files_of_tune,
 )
 from lungct_tune.tuning.retrain import EarlySlot
+from lungct_tune.tuning.sampler import startup_trials
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.time_left import TimeLeft
 from lungct_tune.tuning.workers import SlotPlan
-
-MOST_AT_RANDOM = 10
-"""The most trials that Optuna draws at random before TPE starts. In a small search it is a third of the trials."""
 
 MAX_FAILURES = 10
 """How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""
@@ -136,7 +134,6 @@ def run_search(
         NodeRefused: a node that joined later cannot use the storage; the study and the states are kept.
         JournalError, StudyError: the study cannot be written; what was written before is kept.
     """
-    startup = max(3, min(MOST_AT_RANDOM, trials // 3))
     earlier = read_trials(study)
     with BackgroundThreads(STORAGE_THREADS) as storage_threads, TemporaryDirectory() as scratch:
         searcher = OptunaSearcher(
@@ -145,7 +142,7 @@ def run_search(
             plan.experiment,
             epochs=plan.dataset.epochs,
             seed=seed,
-            startup=startup,
+            startup=startup_trials(trials),
             storage_threads=storage_threads,
             provenance=provenance(plan),
         )
