@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.config.settings import Settings
 from lungct_tune.display import Display
-from lungct_tune.errors import number_of
+from lungct_tune.errors import first_line, number_of
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.stopping import own_signals
@@ -102,7 +102,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             ) from error
         if not at and not has_local_cluster():
             raise ClusterError(
-                f"Ray cannot start on this machine: {str(error).partition(chr(10))[0]}\nIts files are in "
+                f"Ray cannot start on this machine: {first_line(error)}\nIts files are in "
                 f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray. Set RAY_TMPDIR to a folder with a short path, below 50 "
                 "characters, that you can write to and that has space; or give the --address of a cluster"
             ) from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from lungct_tune.errors import first_line
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
@@ -164,7 +165,7 @@ def run_worker(config: dict[str, Any]) -> None:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            reason = f"{device}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+            reason = f"{device}: {first_line(error)}"
             if plan.workers > 1 or isinstance(error.__context__, torch.OutOfMemoryError):  # the GPU may be unusable
                 raise OutOfMemory(reason) from None
             if trial is not None:
