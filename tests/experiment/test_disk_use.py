@@ -97,10 +97,11 @@ def test_the_size_of_weights_is_known_without_a_network(depth: int) -> None:
     assert weight_bytes(depth) == pytest.approx(sum(tensor.nbytes for tensor in state), rel=0.02)
 
 
-def test_the_space_of_a_running_search_counts_the_models_of_all_folds() -> None:
+def test_the_space_of_a_running_search_counts_the_models_of_all_folds(tmp_path: Path) -> None:
     space = parse_space("truncation_depth: {low: 4, high: 22}", "space")
     (one, one_left), (five, five_left) = (
-        expected_bytes(validate({"trials": 40, "folds": folds, "data": "images"}), space, slots=3) for folds in (1, 5)
+        expected_bytes(validate({"trials": 40, "folds": folds, "data": str(tmp_path)}), space, slots=3)
+        for folds in (1, 5)
     )
     assert one_left == five_left, "only the first fold's weights are kept"
     assert five - one == 4 * 3 * 2 * STATE_SIZE * weight_bytes(22)
