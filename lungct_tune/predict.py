@@ -116,6 +116,9 @@ def _classify(
     from lungct_tune.reporting.heat_maps import HeatMapFolder
 
     sources = [image.source for image in images]
+    if not sources:
+        yield classifier.classify_files([])
+        return
     if not asked.address:
         heat_maps = HeatMapFolder(asked.heatmaps, classifier, sources) if asked.heatmaps else None
         yield from classify_in_parts(classifier, sources, heat_maps)

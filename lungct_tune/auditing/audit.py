@@ -31,7 +31,7 @@ from lungct_tune.auditing.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.dataset import CopyOf, ImageSet
 from lungct_tune.data.folders import DataError
-from lungct_tune.data.groups import SERIES_CORRELATION, merge
+from lungct_tune.data.groups import SERIES_CORRELATION
 from lungct_tune.data.split import POOLED, SPLITS, UNSPLIT
 
 KINDS = ("byte-identical", "pixel-identical", "near-identical")
@@ -42,7 +42,7 @@ PROOF = 0.001
 TOO_ALIKE = 0.01
 """Probability of a false alarm when a part is called more similar to the training images than unseen groups are."""
 
-_SUFFIXES = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm", ".pnm"}}
+_SUFFIXES = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "TIFF": {".tif", ".tiff"}}
 
 
 def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: bool = False) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) 
         in_other_N = pd.Series(keys_N).map(pd.Series(keys_N[is_other_N]).value_counts()).fillna(0).to_numpy()
         return np.asarray(is_part_N & (in_other_N > (is_part_N & is_other_N)))
 
-    with_copy_N = found(copy_numbers(images))
+    with_copy_N = found(images.copy_numbers())
     return {
         "images": int(is_part_N.sum()),
         "with_copy": int(with_copy_N.sum()),
@@ -164,13 +164,6 @@ def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) 
 
 def _by_class(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
-
-
-def copy_numbers(images: ImageSet) -> np.ndarray:
-    """(N,) int: images with the same number are copies of one another."""
-    row_of = {path: row for row, path in enumerate(images.table["path"])}
-    pairs = [(row_of[c.path], row_of[c.other]) for c in images.copies if c.path in row_of and c.other in row_of]
-    return merge(np.arange(len(row_of)), *np.array(pairs, dtype=np.intp).reshape(-1, 2).T)
 
 
 def _change(files: pd.DataFrame, pair: CopyOf) -> str:

@@ -121,7 +121,7 @@ def priced_cluster(file: Path) -> PricedCluster | None:
     and Google (Compute Engine's instances).
     """
     try:
-        config = yaml.safe_load(file.read_text())  # Ray's file, with aliases
+        config = yaml.safe_load(file.read_text("utf-8"))  # Ray's file, with aliases
         types = config["available_node_types"]
         head = config["head_node_type"]
         of_workers = [kind for name, kind in types.items() if kind.get("max_workers", name != head)]

@@ -139,7 +139,7 @@ class Settings(BaseModel):
         "GPUs a worker reserves, fractions share one (1 if there are GPUs)", "F"
     )
     slots: Positive | None = _flag("trials at the same time (as many as the cluster holds)")
-    checkpoint_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    checkpoint_interval: Annotated[float, Field(ge=0)] = Field(
         30.0,
         description="seconds of training between two saved states of a trial (30)",
         json_schema_extra={"metavar": "S"},

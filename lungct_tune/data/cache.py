@@ -107,7 +107,7 @@ def decode_all(
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             found = _decode_into(Path(scratch), paths, digests, labels, size, window, progress)
             new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
-            new_findings.write_text(json.dumps({"sha256": file_digest(new_pixels), **asdict(found)}))
+            new_findings.write_text(json.dumps({"sha256": _digest(new_pixels), **asdict(found)}))
             new_pixels.replace(pixels)
             new_findings.replace(findings)
     entry = json.loads(findings.read_text())
@@ -119,9 +119,14 @@ def decode_all(
 
 def _is_intact(pixels: Path, findings: Path) -> bool:
     try:
-        return bool(json.loads(findings.read_text())["sha256"] == file_digest(pixels))
+        return bool(json.loads(findings.read_text())["sha256"] == _digest(pixels))
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _digest(pixels: Path) -> str:
+    with pixels.open("rb") as file:  # larger than any image's file
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_space(cache: Path, needed: int) -> None:

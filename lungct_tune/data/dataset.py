@@ -25,7 +25,7 @@ from lungct_tune.data.folders import (
     known_groups,
     scan_folder,
 )
-from lungct_tune.data.groups import join_groups
+from lungct_tune.data.groups import join_groups, merge
 from lungct_tune.data.image_table import find_listed
 from lungct_tune.errors import number_of
 
@@ -76,6 +76,12 @@ class ImageSet:
     left_aside: tuple[LeftAside, ...] = ()
     """The files in the folder that are no images, by reason."""
 
+    def copy_numbers(self) -> np.ndarray:
+        """(N,) int: images with the same number are copies of one another."""
+        row_of = {path: row for row, path in enumerate(self.table["path"])}
+        pairs = [(row_of[c.path], row_of[c.other]) for c in self.copies if c.path in row_of and c.other in row_of]
+        return merge(np.arange(len(row_of)), *np.array(pairs, dtype=np.intp).reshape(-1, 2).T)
+
 
 def read_images(
     root: Path,
@@ -115,6 +121,11 @@ def read_images(
     if unreadable and not skip_unreadable:
         raise DataError(_unreadable_message(root, unreadable))
     classes = tuple(sorted(set(labels)))
+    if len(classes) < 2:
+        raise DataError(
+            f"without the {number_of(len(unreadable), 'file')} that cannot be read, {root} has images of fewer than "
+            f"two classes; repair or rename {unreadable[0][0]}"
+        )
     rows = pd.DataFrame(
         {
             "path": [files[i].path for i in found.kept],

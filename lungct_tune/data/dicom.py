@@ -28,7 +28,7 @@ from lungct_tune.files import open_file
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-VERSION = 1
+VERSION = 2
 """Part of every cache key. Raise it when a change gives other pixels, groups or reasons for the same file."""
 
 NO_IMAGES = "DICOM objects without an image: reports, plans, doses, segmentations, directories"
@@ -276,7 +276,10 @@ def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
     from pydicom.pixels.processing import apply_rescale, apply_windowing
 
     # where a window begins and ends in what apply_windowing returns depends on how the values are stored
-    black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    try:
+        black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    except ValueError:  # a width below 1
+        black = white = 0.0
     if not np.isfinite([black, white]).all() or black == white:
         raise _Refused("its rescale slope, intercept or window cannot be used")
     grey_HW = np.empty(values_HW.shape, np.uint8)
@@ -289,13 +292,16 @@ def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
 
 
 def _without_padding(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Gives the pixels outside of the scanned circle, which have a value of their own, the lowest of the others."""
-    if (padding := dataset.get("PixelPaddingValue")) is None:
+    """Gives the pixels outside of the scanned circle, which have a value of their own, the darkest of the others."""
+    if not isinstance(padding := dataset.get("PixelPaddingValue"), int):
         return values_HW
-    is_padding_HW = values_HW == padding
+    # as stored: scanners write -2000 also as 63536, its bits without sign
+    is_padding_HW = values_HW == np.array(padding).astype(values_HW.dtype)
     if is_padding_HW.all():
         return values_HW
-    return np.where(is_padding_HW, values_HW[~is_padding_HW].min(), values_HW)
+    others_M = values_HW[~is_padding_HW]
+    darkest = others_M.max() if dataset.PhotometricInterpretation == "MONOCHROME1" else others_M.min()
+    return np.where(is_padding_HW, darkest, values_HW)
 
 
 def _luma(values: np.ndarray, dataset: Dataset) -> Image.Image:

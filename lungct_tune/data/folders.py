@@ -118,8 +118,9 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
     files: list[ImageFile] = []
     unknown: Counter[str] = Counter()
     for folder in split_folders or [base]:
+        below = _by_child(inside, folder)
         for class_folder in _children(found, folder):
-            images = [path for path in inside if _is_below(path, class_folder)]
+            images = below.get(class_folder, [])
             class_name = _class_of(posixpath.basename(class_folder), spellings)
             if class_name is not None:
                 if not images and not any(_is_below(path, class_folder) for path, _ in found.unreadable):
@@ -174,13 +175,14 @@ def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | N
 
 
 def read_rows(file: Path) -> pd.DataFrame:
-    """Reads a CSV that a user has written, all of it as text.
+    """Reads a CSV that a user has written, all of it as text, without spaces around the values. Paths keep theirs.
 
     Raises:
         DataError: it cannot be read, or is no CSV.
     """
     try:
-        return pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
+        rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
+        return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -282,6 +284,15 @@ def _take_loose_files(root: Path, folder: str, inside: list[str], found: Scan) -
 
 def _children(found: Scan, folder: str) -> list[str]:
     return sorted(path for path in found.folders if path and posixpath.dirname(path) == folder)
+
+
+def _by_child(files: list[str], folder: str) -> dict[str, list[str]]:
+    """The files below each folder that is directly in this one."""
+    start, below = len(folder) + 1 if folder else 0, dict[str, list[str]]()
+    for path in files:
+        if _is_below(path, folder) and (end := path.find("/", start)) >= 0:
+            below.setdefault(path[:end], []).append(path)
+    return below
 
 
 def _is_below(path: str, folder: str) -> bool:

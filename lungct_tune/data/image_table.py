@@ -78,9 +78,9 @@ def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], ps
     lines: dict[str, dict[Hashable, str]] = {}
     for number, row in enumerate(rows.to_dict("records"), start=2):
         where = f"{table}, line {number}"  # the series is not in a message, since it identifies a patient
-        if empty := [name for name, value in row.items() if not value.strip()]:
+        if empty := [name for name, value in row.items() if not value]:
             raise DataError(f"{where} has an empty {empty[0]}; fill it, or remove the line")
-        paths = paths_of.get(pseudonym("series", row[SERIES].strip()), [])
+        paths = paths_of.get(pseudonym("series", row[SERIES]), [])
         if not paths:
             raise DataError(f"{where}: {root} has no file of this series; correct or remove the line")
         if paths[0] in lines:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow.fs
@@ -19,8 +20,14 @@ from lungct_tune.data.decode import decode
 from lungct_tune.data.dicom import is_dicom
 from lungct_tune.data.dicom_headers import Header, pseudonyms, read_header
 from lungct_tune.data.folders import DataError, known_groups
+from lungct_tune.data.grey import MOST_BYTES
 from lungct_tune.data.scan import scan, why_aside
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
+
+_PLAIN = "/!$&'()*+,;=:@~"  # what a URI's path may have beside letters and digits (RFC 3986)
+_CHUNK = 1_000_000  # bytes of a file that are fetched at a time
+
+_pseudonyms = lru_cache(maxsize=1)(pseudonyms)
 
 
 class InputImage(NamedTuple):
@@ -66,14 +73,16 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
     not read here, so its patient is its folder.
 
     Raises:
-        DataError: there is nothing at one of the inputs, a storage refuses, a groups.csv is malformed, or there are
-            DICOM files and pydicom is not installed.
+        DataError: there is nothing at one of the inputs, no file is an image, a storage refuses, a groups.csv is
+            malformed, or there are DICOM files and pydicom is not installed.
     """
     found: dict[str, InputImage] = {}
     left_aside: Counter[str] = Counter()
     for name in inputs:
         for image in _images_at(name, left_aside):
             found.setdefault(image.source, image)
+    if not found:
+        raise DataError(f"there are no images; left aside: {', '.join(f'{n} {why}' for why, n in left_aside.items())}")
     return Inputs(list(found.values()), left_aside)
 
 
@@ -91,7 +100,8 @@ def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unr
         filesystem, folder, name = _located(source)
         with tempfile.NamedTemporaryFile(suffix=PurePosixPath(name).suffix) as copy:
             with filesystem.open_input_stream(f"{folder}/{name}") as file:
-                copy.write(file.read())
+                while copy.tell() <= MOST_BYTES and (chunk := file.read(_CHUNK)):
+                    copy.write(chunk)
             copy.flush()
             place = copy.name
             return ReadImage(decode(Path(copy.name), size, window).image_HW, file_digest(Path(copy.name)))
@@ -150,11 +160,20 @@ def _images_at_uri(uri: str, left_aside: Counter[str]) -> list[InputImage]:
     if not images:
         raise DataError(f"{uri}: there are no images")
     left_aside.update(filter(None, map(why_aside, inside)))
-    return [_alone(f"{uri.rstrip('/')}/{path}") for path in sorted(images)]
+    return [_alone(f"{uri.rstrip('/')}/{_quoted(uri, path)}") for path in sorted(images)]
+
+
+def _quoted(uri: str, path: str) -> str:
+    return path if _is_literal(uri) else quote(path, safe=_PLAIN)
+
+
+def _is_literal(uri: str) -> bool:
+    """Whether paths are in it as they are, as fsspec takes them, and not with %20 for a space and the like."""
+    return uri.startswith("fsspec+")
 
 
 def _header(path: Path) -> Header | None:
-    return read_header(path, pseudonyms(default_cache())) if is_dicom(path) else None
+    return read_header(path, _pseudonyms(default_cache())) if is_dicom(path) else None
 
 
 def _alone(source: str) -> InputImage:
@@ -164,7 +183,7 @@ def _alone(source: str) -> InputImage:
 def _located(source: str) -> tuple[pyarrow.fs.FileSystem, str, str]:
     """The file system of a URI, the folder in it, and the file's name."""
     folder, _, name = source.rpartition("/")
-    return *_resolved(folder), name
+    return *_resolved(folder), name if _is_literal(source) else unquote(name)
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -30,7 +30,7 @@ SAME_FILE, ALIKE, NEW = "same file", "looks alike", "new"
 
 def list_learned(images: ImageSet, rows: np.ndarray) -> bytes:
     """Returns a CSV: the sha256 of each image's file and its thumbnail (uint8 grey, row by row, in hexadecimal)."""
-    thumbnails_ND = _thumbnails(images.images_NHW[rows])
+    thumbnails_ND = _thumbnails(images.images_NHW[i] for i in rows)  # one by one: they may not fit into memory
     digests = images.table["digest"].to_numpy()[rows]
     table = pd.DataFrame({"sha256": digests, "thumbnail": [row.tobytes().hex() for row in thumbnails_ND]})
     return table.drop_duplicates().to_csv(index=False).encode()
@@ -75,7 +75,7 @@ class LearnedImages:
         return np.select([same_N, correlation_N >= ALIKE_CORRELATION], [SAME_FILE, ALIKE], NEW)
 
 
-def _thumbnails(images_NHW: np.ndarray) -> np.ndarray:
+def _thumbnails(images_NHW: Iterable[np.ndarray]) -> np.ndarray:
     """(N, SIDE * SIDE) uint8."""
     small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images_NHW]
     return np.array([np.asarray(image).ravel() for image in small], dtype=np.uint8).reshape(-1, SIDE * SIDE)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.folders import DataError, read_listing
+from lungct_tune.data.groups import join_groups
 from lungct_tune.data.tables import read_table, write_table
 from lungct_tune.errors import number_of
 
@@ -218,7 +219,8 @@ def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
             groups are known too, group. It has a line for every image.
 
     Returns:
-        The images, with the groups of the file if it has them, and the split of each, (N,) str.
+        The images, with the groups of the file if it has them, and the split of each, (N,) str. Groups of the file
+        that have copies of one image are one group, and have the name of the first.
 
     Raises:
         DataError: it is malformed, an image is missing, a class is not in train, or a split has no image.
@@ -240,7 +242,9 @@ def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
         raise DataError(f"{file} puts no image into {' or '.join(empty)}; a search needs all of {', '.join(SPLITS)}")
     _check_train_has_all_classes(images, split == "train", f"{file}: train")
     if "group" in rows:
-        images = replace(images, table=images.table.assign(group=rows["group"].to_numpy()))
+        joined_N = join_groups(images.copy_numbers(), rows["group"].tolist())
+        group = rows["group"].groupby(joined_N).transform("first").to_numpy()
+        images = replace(images, table=images.table.assign(group=group))
     return images, split
 
 
@@ -258,6 +262,6 @@ def restore_split(images: ImageSet, csv: bytes, *, groups: bool) -> DataSplit:
     if not set(split) <= set(SPLITS):
         raise ValueError(f"a split is called {min(set(split) - set(SPLITS))!r}")
     if groups:
-        images = replace(images, table=images.table.assign(group=rows["group"].astype(str).to_numpy()))
+        images = replace(images, table=images.table.assign(group=rows["group"].to_numpy()))
     fold = rows["fold"].replace("", "-1").astype(float).to_numpy(dtype=int) if "fold" in rows else None
     return DataSplit(images, split, fold)

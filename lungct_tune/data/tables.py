@@ -6,8 +6,8 @@ from io import BytesIO
 
 import pandas as pd
 
-NAMES = ["path", "label", "class", "predicted", "patient", "first_image"]
-"""The columns with names that users have given. They stay text: a class may be called 1, None or NA."""
+NAMES = ["path", "label", "class", "predicted", "group", "patient", "first_image"]
+"""The columns with names that users have given. They stay text: a class may be called 1, None or NA, a group 007."""
 
 _SHIELD = "'"
 _SHIELDED = ("=", "+", "-", "@", "\t", "\r", _SHIELD)

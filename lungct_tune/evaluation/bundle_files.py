@@ -85,7 +85,7 @@ class BundleFiles:
         Args:
             retrained: the best trial's configuration, retrained: one model, or the members of an ensemble, whose
                 calibrated probabilities are averaged.
-            published: the trial of the published configuration, and its retrained models.
+            published: the trial of the published configuration, and its retrained models, averaged in the same way.
             seeds: of `over_seeds`.
 
         Raises:
@@ -95,11 +95,10 @@ class BundleFiles:
         rows = images.table.iloc[test]
         labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
         scaling, point = self._calibrate(best)
-        temperature = scaling.temperature if scaling else 1.0
-        probabilities_NC = np.mean([calibrated(model.probabilities_NC, temperature) for model in retrained], axis=0)
+        probabilities_NC = _averaged(retrained, scaling)
         uncalibrated_NC = retrained[0].probabilities_NC
-        if len(retrained) > 1:  # as the bundle's model gives them, see `Ensemble`
-            uncalibrated_NC = calibrated(probabilities_NC, 1 / temperature)
+        if len(retrained) > 1 and scaling:  # as the bundle's model gives them, see `Ensemble`
+            uncalibrated_NC = calibrated(probabilities_NC, 1 / scaling.temperature)
         figures = evaluate_predictions(
             labels_N,
             probabilities_NC,
@@ -137,9 +136,9 @@ class BundleFiles:
         references = {"majority class": (images.classes[majority], np.full(len(test), majority))}
         references |= {f"{SHORTCUT}: {rule}": (rule, predicted_N) for rule, predicted_N in self._shortcuts.items()}
         if published:
-            name, others = str(published[0].hyperparameters), published[1]
-            averaged_NC = np.mean([other.probabilities_NC for other in others], axis=0)
-            references["published"] = name, averaged_NC.argmax(axis=1)
+            trial, models = published
+            averaged_NC = _averaged(models, self._calibrate(trial)[0])
+            references["published"] = str(trial.hyperparameters), averaged_NC.argmax(axis=1)
         return references
 
     def _training_features(self, bundle: Bundle, kept: bytes | None) -> bytes | None:
@@ -202,6 +201,12 @@ class BundleFiles:
     @cached_property
     def _learned(self) -> bytes:
         return list_learned(self.split.images, self.split.searched_rows)
+
+
+def _averaged(models: Sequence[RetrainedModel], scaling: TemperatureScaling | None) -> np.ndarray:
+    """The mean of the models' calibrated probabilities, (N, C)."""
+    temperature = scaling.temperature if scaling else 1.0
+    return np.asarray(np.mean([calibrated(model.probabilities_NC, temperature) for model in models], axis=0))
 
 
 def _weights(models: Sequence[RetrainedModel]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from lungct_tune.errors import UserError
-from lungct_tune.evaluation.bootstrap import ClusterBootstrap, Statistic
-from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap, Statistic, share
+from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, balanced_difference, cancer_or_normal
 from lungct_tune.evaluation.ranking import auroc
 from lungct_tune.experiment.bundle import METRICS, PREDICTIONS
 from lungct_tune.experiment.metrics import HALF, Figure, TestMetrics, read_test_metrics
@@ -110,8 +110,8 @@ def check_same_images(judged: Sequence[Judged]) -> None:
             only = sorted(set(ours.paths_N) ^ set(theirs.paths_N))
             raise CompareError(
                 f"{between} their test images differ. {len(only)} images are in one of them only, such as {only[0]}. "
-                "Searches of the same images have the same test images if --seed and --split are the same. To judge "
-                "models on the same images, use lungct_tune.evaluate, and compare the folders that it writes"
+                "Searches of the same images have the same test images if --split and --split-seed are the same. To "
+                "judge models on the same images, use lungct_tune.evaluate, and compare the folders that it writes"
             )
         if (differ := ours.labels_N != theirs.labels_N).any():
             path = ours.paths_N[differ][0]
@@ -133,14 +133,27 @@ def compare_models(judged: Sequence[Judged]) -> list[Comparison]:
 
 
 def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Comparison:
+    ours, theirs = first.predictions, other.predictions
     gained, lost = int((other.right_N & ~first.right_N).sum()), int((~other.right_N & first.right_N).sum())
-    differences = {}
-    ours, theirs = _figures(first), _figures(other)
-    for name, (statistic, images_N) in ours.items():
-        differences[name] = bootstrap.figure(_difference(theirs[name][0], statistic), bootstrap.count(images_N))
+    differences = [
+        bootstrap.mean(other.right_N.astype(float) - first.right_N),
+        balanced_difference(ours.labels_N, theirs.predicted_N, ours.predicted_N, bootstrap),
+    ]
+    if are_cancer_and_normal(ours.classes):
+        is_N = ours.labels_N != ours.classes.index(NORMAL)
+        cancers, normals = bootstrap.count(is_N), bootstrap.count(~is_N)
+        differences += [
+            bootstrap.figure(_difference(that, this), groups)
+            for that, this, groups in zip(
+                _of_cancer(other, is_N),
+                _of_cancer(first, is_N),
+                (cancers, normals, min(cancers, normals)),
+                strict=True,
+            )
+        ]
     return Comparison(
         name=other.name,
-        differences=differences,
+        differences=dict(zip(DIFFERENCES, differences, strict=False)),
         gained=gained,
         lost=lost,
         mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
@@ -151,26 +164,8 @@ def _difference(one: Statistic, other: Statistic) -> Statistic:
     return lambda weights_BN: one(weights_BN) - other(weights_BN)
 
 
-def _figures(judged: Judged) -> dict[str, tuple[Statistic, np.ndarray]]:
-    """By the names in `DIFFERENCES`: a figure as a function of the images' weights, and which images it is of."""
-    predictions, right_N = judged.predictions, judged.right_N
-    of_class_KN = predictions.labels_N == np.unique(predictions.labels_N)[:, None]
-
-    def rate(hit_N: np.ndarray, among_N: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda weights_BN: weights_BN @ (hit_N & among_N) / (weights_BN @ among_N)
-
-    recalls = [rate(right_N, of_N) for of_N in of_class_KN]
-    every_N = np.ones_like(right_N)
-    figures: list[tuple[Statistic, np.ndarray]] = [
-        (rate(right_N, every_N), every_N),
-        (lambda weights_BN: np.asarray(np.mean([recall(weights_BN) for recall in recalls], axis=0)), every_N),
-    ]
-    if are_cancer_and_normal(predictions.classes):
-        score_N = cancer_or_normal(predictions.probabilities_NC, predictions.classes)[:, 0]
-        is_N, positive_N = predictions.labels_N != predictions.classes.index(NORMAL), score_N > judged.threshold
-        figures += [
-            (rate(positive_N, is_N), is_N),
-            (rate(~positive_N, ~is_N), ~is_N),
-            (auroc(is_N, score_N), every_N),
-        ]
-    return dict(zip(DIFFERENCES, figures, strict=False))
+def _of_cancer(judged: Judged, is_N: np.ndarray) -> tuple[Statistic, Statistic, Statistic]:
+    """Sensitivity and specificity for cancer at the model's operating point, and the AUROC."""
+    score_N = cancer_or_normal(judged.predictions.probabilities_NC, judged.predictions.classes)[:, 0]
+    positive_N = score_N > judged.threshold
+    return share(positive_N, is_N), share(~positive_N, ~is_N), auroc(is_N, score_N)

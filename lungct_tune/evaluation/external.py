@@ -47,7 +47,7 @@ def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
     if wrong := [f"{folder}={name}" for folder, name in given.items() if name not in allowed]:
         raise EvaluateError(f"--map: {', '.join(wrong)}: this bundle's images can be {', '.join(allowed)}")
     if CANCER in given.values() and CANCER not in classes:
-        given = dict.fromkeys(set(CANCERS) & set(classes), CANCER) | given
+        given = {name: CANCER for name in classes if name in CANCERS} | given
         given = {folder: CANCER if name in CANCERS else name for folder, name in given.items()}
     return given
 

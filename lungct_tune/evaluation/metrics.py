@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from lungct_tune.data.folders import CANONICAL_CLASSES
-from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap, Statistic
+from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap, Statistic, share
 from lungct_tune.evaluation.calibration import calibration_errors, reliability_bins
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
 from lungct_tune.experiment.metrics import (
@@ -108,13 +108,8 @@ def _balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap:
 
 
 def _mean_sensitivity(labels_N: np.ndarray, predicted_N: np.ndarray) -> Statistic:
-    right_N, of_class_KN = labels_N == predicted_N, labels_N == np.unique(labels_N)[:, None]
-
-    def mean(weights_BN: np.ndarray) -> np.ndarray:
-        rates_KB = [weights_BN @ (of_N & right_N) / (weights_BN @ of_N) for of_N in of_class_KN]
-        return np.asarray(np.mean(rates_KB, axis=0))
-
-    return mean
+    rates = [share(labels_N == predicted_N, labels_N == c) for c in np.unique(labels_N)]
+    return lambda weights_BN: np.asarray(np.mean([rate(weights_BN) for rate in rates], axis=0))
 
 
 def _least_groups(labels_N: np.ndarray, bootstrap: ClusterBootstrap) -> int:
@@ -141,20 +136,28 @@ def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterB
     return bootstrap.figure(macro, _least_groups(labels_N, bootstrap), is_rate=True)
 
 
-def _balanced_difference(
+def balanced_difference(
     labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
 ) -> Figure:
-    """The balanced accuracy of predictions minus that of others, paired by image."""
+    """The balanced accuracy of predictions minus that of others, paired by image.
+
+    No resample has an error of a model that makes none. So if one of the two makes none, the interval reaches as far as
+    that model's own (Clopper-Pearson) does.
+    """
     ours, theirs = _mean_sensitivity(labels_N, predicted_N), _mean_sensitivity(labels_N, other_N)
     groups = _least_groups(labels_N, bootstrap)
     difference = bootstrap.figure(lambda weights_BN: ours(weights_BN) - theirs(weights_BN), groups)
-    if (labels_N == predicted_N).all() and (labels_N != other_N).any():
-        # no resample has an error of the model, so its own limit (Clopper-Pearson) counts too
-        own, other = bootstrap.figure(ours, groups, is_rate=True), bootstrap.figure(theirs, groups).value
-        if own.ci95 and other is not None and difference.value is not None:
-            low, high = difference.ci95 or (difference.value, difference.value)
-            return Figure(difference.value, (min(low, own.ci95[0] - other), high))
-    return difference
+    is_perfect, other_is_perfect = (labels_N == predicted_N).all(), (labels_N == other_N).all()
+    if is_perfect == other_is_perfect:
+        return difference
+    limits = bootstrap.figure(ours if is_perfect else theirs, groups, is_rate=True).ci95
+    if limits is None or difference.value is None:
+        return difference
+    low, high = difference.ci95 or (difference.value, difference.value)
+    less = 1 - limits[0]
+    if is_perfect:
+        return Figure(difference.value, (min(low, difference.value - less), high))
+    return Figure(difference.value, (low, max(high, difference.value + less)))
 
 
 def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
@@ -259,7 +262,7 @@ def _without_overlap(
             kind: ReferenceAccuracy(
                 name,
                 bootstrap.rate(labels_N == other_N[new_N]),
-                _balanced_difference(labels_N, predicted_N, other_N[new_N], bootstrap),
+                balanced_difference(labels_N, predicted_N, other_N[new_N], bootstrap),
             )
             for kind, (name, other_N) in others.items()
         },
@@ -282,6 +285,6 @@ def _reference(
         accuracy=bootstrap.rate(others_N),
         balanced_accuracy=_balanced_accuracy(labels_N, other_N, bootstrap),
         difference=bootstrap.mean(right_N.astype(float) - others_N),
-        balanced_difference=_balanced_difference(labels_N, predicted_N, other_N, bootstrap),
+        balanced_difference=balanced_difference(labels_N, predicted_N, other_N, bootstrap),
         mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
     )

@@ -208,7 +208,7 @@ def _always(page: Response) -> Callable[[Request], Response]:
 
 def _as_page(template: str, **shown: Any) -> HTMLResponse:
     """One of this folder's pages, which the browser keeps from loading anything from elsewhere."""
-    text = files(__package__).joinpath(template).read_text()
+    text = files(__package__).joinpath(template).read_text("utf-8")
     html = Environment(autoescape=True, undefined=StrictUndefined).from_string(text).render(shown)
     allowed = {
         "style-src": re.findall(r"<style>(.*?)</style>", html, re.DOTALL),

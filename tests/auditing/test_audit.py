@@ -17,9 +17,9 @@ from PIL import Image
 
 from lungct_tune import search
 from lungct_tune.audit import main
-from lungct_tune.auditing.audit import audit_images, copy_numbers, refuse_leaks, too_alike
+from lungct_tune.auditing.audit import audit_images, refuse_leaks, too_alike
 from lungct_tune.data import DataError, fold_images, make_phantoms, read_images
-from lungct_tune.data.split import DataSplit
+from lungct_tune.data.split import DataSplit, read_split
 from lungct_tune.reporting.html import pairs_of_copies
 
 
@@ -166,9 +166,21 @@ def test_a_strict_search_ends_before_it_begins(clean: Path, capsys: pytest.Captu
 def test_copy_numbers_join_what_is_a_copy_of_the_same(clean: Path) -> None:
     copied = copy_across(clean, 2)
     images = read_images(clean, 32, cache=clean.parent)
-    numbers = pd.Series(copy_numbers(images), index=images.table["path"])
+    numbers = pd.Series(images.copy_numbers(), index=images.table["path"])
     assert numbers.nunique() == len(numbers) - 2
     assert all(numbers[path] == numbers[path.replace("valid", "train").replace("copy-", "")] for path in copied)
+
+
+def test_copies_across_a_split_file_are_a_leak_whatever_its_groups_say(clean: Path) -> None:
+    copied = copy_across(clean, 2)
+    images = read_images(clean, 32, cache=clean.parent)
+    split_file = clean.parent / "split.csv"
+    rows = pd.DataFrame({"path": images.table["path"], "split": images.table["folder"], "group": images.table["path"]})
+    rows.to_csv(split_file, index=False)
+    (health, _) = audited(clean, "--split-file", str(split_file))["split_health"]
+    assert (health["part"], health["seen"]) == ("valid", len(copied))
+    with pytest.raises(DataError, match="leaks"):
+        refuse_leaks(audit_images(*read_split(images, split_file), "file"))
 
 
 @pytest.mark.parametrize("folders", [("train", "valid"), ("train", "test")])

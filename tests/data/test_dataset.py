@@ -289,6 +289,17 @@ def test_a_damaged_cache_is_rebuilt(root: Path, cache: Path, suffix: str, damage
     np.testing.assert_array_equal(read_images(root, 16).images_NHW, expected)
 
 
+def test_a_cache_larger_than_an_images_file_may_be_is_checked_too(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungct_tune.data.cache.MOST_BYTES", 10_000)
+    expected = np.array(read_images(two_classes(root), 64).images_NHW)
+    (pixels,) = cache.glob("*.npy")
+    assert pixels.stat().st_size > 10_000
+    pixels.write_bytes(pixels.read_bytes()[:-5000])
+    np.testing.assert_array_equal(read_images(root, 64).images_NHW, expected)
+
+
 def test_pixels_are_memory_mapped_and_read_only(root: Path) -> None:
     images_NHW = read_images(two_classes(root), 16).images_NHW
     assert isinstance(images_NHW, np.memmap)

@@ -59,6 +59,24 @@ def test_without_any_window_deep_values_are_scaled_by_percentiles_and_padding_is
     assert np.abs(decode(path, SIDE).image_HW.astype(int) - SLICE).max() <= 4
 
 
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_also_if_its_value_is_written_without_sign(tmp_path: Path, photometric: str) -> None:
+    path = tmp_path / "x"
+    write_slice(path, SLICE, signed=True, bits=16, intercept=0, PhotometricInterpretation=photometric)
+    dataset = pydicom.dcmread(path)
+    del dataset.WindowCenter, dataset.WindowWidth
+    values_HW = dataset.pixel_array.copy()
+    is_black_HW = np.zeros((SIDE, SIDE), bool)
+    is_black_HW[:, : SIDE // 4] = True
+    values_HW[is_black_HW] = -2000
+    dataset.PixelData = values_HW.tobytes()
+    dataset.add_new("PixelPaddingValue", "US", 63536)  # -2000, as GE's scanners write it
+    dataset.save_as(path)
+    grey_HW = decode(path, SIDE).image_HW
+    assert (grey_HW[is_black_HW] == 0).all()
+    assert np.abs(grey_HW.astype(int) - SLICE)[~is_black_HW].max() <= 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     center=st.floats(-1500, 1500),
@@ -249,6 +267,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "huge": ({"Rows": 60_000, "Columns": 60_000}, "at most 20,000,000 pixels"),
     "more rows than pixels": ({"Rows": 2 * SIDE}, "pixels cannot be decoded"),
     "no number": ({"WindowCenter": "1e999"}, "cannot be used|cannot be decoded"),
+    "no width": ({"WindowWidth": 0}, "rescale slope, intercept or window cannot be used"),
     "no slope": ({"RescaleSlope": "0"}, "rescale slope, intercept or window cannot be used"),
     "unknown colours": ({"PhotometricInterpretation": "PLANTED"}, "photometric interpretation is not read"),
     "one sample of colours": ({"PhotometricInterpretation": "RGB"}, "samples per pixel|cannot be decoded"),

@@ -89,7 +89,7 @@ def test_known_groups_are_joined_to_those_found(tmp_path: Path, place: str) -> N
     two_classes(tmp_path / "Data")
     inside = "" if place else "Data/"
     (tmp_path / place / "groups.csv").write_text(
-        f"path,group\n{inside}normal/0.png,patient 1\n{inside}adenocarcinoma/1.png,patient 1\n"
+        f"path,group\n{inside}normal/0.png,patient 1\n{inside}adenocarcinoma/1.png, patient 1 \n"
     )
     group_of = read_images(tmp_path, 16).table.set_index("path")["group"]
     assert group_of["Data/normal/0.png"] == group_of["Data/adenocarcinoma/1.png"]
@@ -252,6 +252,9 @@ def test_a_split_file_gives_split_and_groups(tmp_path: Path) -> None:
     assert split.images.table["group"].tolist() == groups
     assert group_overlap(split.images, split.split).tolist() == [True, True], "the file's groups are in several splits"
     assert restore_split(images, split.as_csv(), groups=True).as_csv() == split.as_csv()
+    numbers = ["1", "01", "1.0", "=1", "-1", "NA", "7", "7"]
+    numbered = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT, group=numbers))
+    assert restore_split(images, numbered.as_csv(), groups=True).images.table["group"].tolist() == numbers
     without = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT))
     pd.testing.assert_series_equal(without.images.table["group"], images.table["group"])
 

@@ -97,6 +97,13 @@ def test_a_name_that_is_not_utf8_is_named(root: Path) -> None:
     assert len(read_images(root, 16, skip_unreadable=True).table) == 4
 
 
+def test_a_class_whose_files_have_no_usable_name_is_not_lost_without_a_word(root: Path) -> None:
+    for file in (root / "normal").iterdir():
+        file.rename(os.fsdecode(bytes(root / "normal") + b"/\xff" + bytes(file.name, "utf-8")))
+    with pytest.raises(DataError, match=r"without the 2 files that cannot be read, .* fewer than two classes"):
+        read_images(root, 32, skip_unreadable=True)
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_names_meet_composed_or_decomposed(root: Path, form: str) -> None:
     other = "NFD" if form == "NFC" else "NFC"

@@ -13,9 +13,10 @@ from lungct_tune.data.tables import read_table, write_table
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "'=1", "a=1", "NA", "1", 'a"b\nc', "ü,;"])
 def test_a_name_is_read_as_it_was_and_is_no_formula(name: str) -> None:
-    table = pd.DataFrame({"path": [name, "b"], "label": ["normal", name], "group": [1, 2], "p_normal": [-0.5, 1.0]})
+    names = {"path": [name, "b"], "label": ["normal", name], "group": ["007", name]}
+    table = pd.DataFrame(names | {"p_normal": [-0.5, 1.0]})
     content = write_table(table)
     pd.testing.assert_frame_equal(read_table(content), table)
     rows = list(csv.reader(io.StringIO(content.decode())))[1:]
     assert not any(cell.startswith(("=", "+", "@", "\t")) for row in rows for cell in row)
-    assert not rows[0][0].startswith("-") and not rows[1][1].startswith("-")
+    assert not any(cell.startswith("-") for cell in (rows[0][0], rows[1][1], rows[1][2]))

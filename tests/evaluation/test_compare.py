@@ -92,6 +92,22 @@ def test_differences_are_those_of_the_figures(good: Path, poor: Path) -> None:
     assert back.differences["accuracy"].value == pytest.approx(-expected["accuracy"])
 
 
+def test_a_model_without_an_error_is_no_surer_of_its_gain_than_in_the_report(good: Path, tmp_path: Path) -> None:
+    right = model(0.95, 1)
+    perfect = replace(right, probabilities_NC=np.eye(len(CLASSES))[LABELS])
+    (gain,), (loss,) = (compared(*folders) for folders in _both_orders(good, written(tmp_path / "perfect", perfect)))
+    figures = evaluate_predictions(
+        LABELS, perfect.probabilities_NC, CLASSES, right.groups_N, references={"other": ("", right.predicted_N)}
+    )
+    assert gain.differences["balanced accuracy"] == figures.references["other"].balanced_difference
+    (low, high), (other_low, other_high) = (c.differences["balanced accuracy"].ci95 or () for c in (gain, loss))
+    assert (low, high) == pytest.approx((-other_high, -other_low)) and low < 0
+
+
+def _both_orders(one: Path, other: Path) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    return (one, other), (other, one)
+
+
 def test_the_same_model_is_no_better_than_itself(good: Path, tmp_path: Path) -> None:
     again = written(tmp_path / "again", model(0.95, 1), threshold=0.3)
     (one,) = compared(good, again)

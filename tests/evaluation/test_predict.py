@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import skimage
 import sklearn
+from dicom_files import write_slice
 from PIL import Image, ImageDraw
 from scipy.special import softmax
 from trained import THRESHOLD, write_trained_bundle
@@ -174,12 +175,29 @@ def test_images_at_a_uri_are_those_of_the_folder(bundle: Path, patients: Path, s
     uri = f"s3://bucket/{folder.name}"
     filesystem, place = pyarrow.fs.FileSystem.from_uri(uri)
     pyarrow.fs.copy_files(str(folder), place, destination_filesystem=filesystem)
+    odd = "Großzellig 100%20 sicher? #1"
+    pyarrow.fs.copy_files(str(folder), f"{place}/{odd}", destination_filesystem=filesystem)
     found = find_inputs([uri]).images
-    assert [Path(image.source).name for image in found] == sorted(file.name for file in folder.iterdir())
+    assert len(found) == 2 * len(list(folder.iterdir()))
+    assert [Path(image.source).name for image in found[-2:]] == sorted(file.name for file in folder.iterdir())
     classifier = Classifier.load(bundle)
     there = classifier.classify_files([image.source for image in found])
-    here = classifier.classify_files(sorted(folder.iterdir()))
+    here = classifier.classify_files(2 * sorted(folder.iterdir()))
     pd.testing.assert_frame_equal(there.drop(columns="path"), here.drop(columns="path"))
+    (again,) = find_inputs([found[0].source]).images
+    assert "Gro%C3%9Fzellig%20100%2520" in again.source
+    assert classifier.classify_files([again.source])["unreadable"].tolist() == [""]
+
+
+def test_inputs_without_one_readable_image_end_in_a_sentence(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "in") + b"/\xff.png")).write_bytes(b"x")
+    status, said, _ = run(bundle, tmp_path / "in")
+    assert status == 1 and "not UTF-8" in said
+    (tmp_path / "reports").mkdir()
+    write_slice(tmp_path / "reports" / "one", np.zeros((32, 32), np.uint8), ImageType=["DERIVED", "LOCALIZER"])
+    status, _, complained = run(bundle, tmp_path / "reports")
+    assert status == 2 and "there are no images; left aside: 1 DICOM localisers" in complained
 
 
 def test_heat_maps_have_one_scale(bundle: Path, patients: Path, tmp_path: Path) -> None:
