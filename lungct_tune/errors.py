@@ -14,3 +14,8 @@ class SearchStopped(UserError):
 def number_of(n: int, what: str) -> str:
     """A number and a noun, such as "1 slot" or "2 slots"."""
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if it has none, as a bare `MemoryError`."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -31,6 +31,9 @@ def at_stop(act: Callable[[], None]) -> Iterator[None]:
     what it runs in the background. After the first signal only Ctrl-C calls `act` again: a terminal that closes and a
     system that shuts down send several.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _asked.clear()
 
     def handle(number: int, frame: Any) -> None:
@@ -39,9 +42,6 @@ def at_stop(act: Callable[[], None]) -> Iterator[None]:
             _asked.set()
             act()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:

@@ -25,7 +25,7 @@ NOT_NEEDED = {
 experiment, and what they are. The bundle has what of them is to stay. Files that match none are never removed."""
 
 STATE_SIZE = 5
-"""The size of a trial's state, in sizes of its weights: weights, two of Adam, averaged weights, predictions."""
+"""The size of a state of one model, in sizes of its weights: weights, two of Adam, averaged weights, predictions."""
 
 _STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # as in models/truncated_resnet.py, which imports torch
 
@@ -76,7 +76,8 @@ def expected_bytes(settings: Settings, space: SearchSpace, slots: int) -> tuple[
     retrainings = 2 if settings.compare_baseline or settings.data is None else 1
     models = settings.folds if settings.ensemble and settings.folds else 1
     at_end = kept + weights * models * (1 + retrainings * (1 + STATE_SIZE))
-    return at_end + weights * (2 + slots * 2 * STATE_SIZE), at_end
+    states = slots * 2 * STATE_SIZE * (settings.folds or 1)
+    return at_end + weights * (2 + states), at_end
 
 
 def weight_bytes(depth: int) -> int:

@@ -23,6 +23,9 @@ CHUNK = 4 * 2**20
 MOST_BYTES = 2**30
 """Of a file that is read whole. A bundle's model has 100 MB."""
 
+MOST_STATE_BYTES = 32 * 2**30
+"""Of a trial's state: up to 0.4 GB for each of at most 50 folds."""
+
 SPLIT = "split.csv"
 """The split and the fold of each image, see `lungct_tune.data.split.DataSplit.as_csv`."""
 
@@ -122,28 +125,37 @@ class Experiment:
                 return
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             part = f"{target}.{uuid4().hex[:8]}.part"
-            self._write(part, content)
-            if self.filesystem.type_name == "hdfs":  # its move silently does not replace an existing file
-                self.delete(path)
-            self.filesystem.move(part, target)
+            try:
+                self._write(part, content)
+                if self.filesystem.type_name == "hdfs":  # its move silently does not replace an existing file
+                    self.delete(path)
+                self.filesystem.move(part, target)
+            except BaseException:  # what is left of a state would keep a full disk full
+                with suppress(Exception):
+                    self.filesystem.delete_file(part)
+                raise
 
     def _write(self, target: str, content: bytes | memoryview) -> None:
         with self.filesystem.open_output_stream(target) as stream:
             stream.write(content)
 
-    def read(self, path: str) -> bytes | None:
+    def read(self, path: str, most: int | None = None) -> bytes | None:
         """Returns a file's content, or None if there is no such file.
 
+        Args:
+            most: bytes that are read; by default `MOST_BYTES`.
+
         Raises:
-            StorageError: the storage refuses, or it is no regular file of at most `MOST_BYTES`.
+            StorageError: the storage refuses, or it is no regular file of at most so many bytes.
         """
+        most = MOST_BYTES if most is None else most
         with self._refusals(f"read {path}"), suppress(FileNotFoundError):
             if self.is_local:
-                with open_file(Path(self.uri, path), MOST_BYTES) as file:
+                with open_file(Path(self.uri, path), most) as file:
                     return file.read()
             with self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
-                if stream.size() > MOST_BYTES:
-                    raise OSError(f"{stream.size():,} bytes; at most {MOST_BYTES:,} are read")
+                if stream.size() > most:
+                    raise OSError(f"{stream.size():,} bytes; at most {most:,} are read")
                 return bytes(stream.read())
         return None
 

@@ -198,8 +198,8 @@ class Forecast:
         slowness, error = self.slowdown, min(MOST_ERROR, PACE_ERROR * self.slowdown)
         if progress.slowness is not None:
             slowness, error = progress.slowness, PACE_ERROR
-        seconds: float = (search_s + after_s + page_s * work.retrains) * slowness * math.exp(error * random.error)
-        return seconds
+        seconds: float = (search_s + after_s) * slowness + page_s * work.retrains * self.slowdown
+        return seconds * math.exp(error * random.error)
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:
         """Seconds that a slot takes for an epoch of a trial."""

@@ -16,7 +16,7 @@ from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
 from lungct_tune.data.tables import read_table
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, first_line
 from lungct_tune.experiment.audit_file import read_audit
 from lungct_tune.experiment.bundle import (
     AUDIT,
@@ -293,7 +293,6 @@ def _open_study(experiment: Experiment, name: str, url: str | None, scratch: Pat
         raise
     except Exception as error:  # Optuna and SQLAlchemy raise any kind about a damaged study
         where = "its database" if url else experiment.uri
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise NothingHeld(
-            f"the study {name!r} cannot be read from {where}: {type(error).__name__}: {reason}"
+            f"the study {name!r} cannot be read from {where}: {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -81,13 +81,13 @@ class StudyMirror(ABC):
         copied = None
         while True:
             last = self._ended.wait(self._period)
-            written = self._study.stat().st_mtime_ns if self._study.exists() else None
-            if written is not None and (last or written != copied):
-                try:
+            try:
+                written = self._study.stat().st_mtime_ns if self._study.exists() else None
+                if written is not None and (last or written != copied):
                     self._copy()
                     copied, self._failure = written, None
-                except (sqlite3.Error, StorageError) as error:  # the next copy may succeed
-                    self._failure = error
+            except (sqlite3.Error, StorageError, OSError) as error:  # the next copy may succeed
+                self._failure = error
             if last:
                 return
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lungct_tune.config.settings import Settings
 from lungct_tune.errors import UserError, number_of
 from lungct_tune.tuning.ray_compat import HEAD_NODE
+
+if TYPE_CHECKING:
+    from lungct_tune.config.settings import Settings
 
 
 class ClusterError(UserError):
@@ -84,7 +86,7 @@ def divide(
             has too little memory for its part of the slots.
     """
     each = _each(settings, nodes, to_come)
-    now, most = _workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
+    now, most = workers_that_fit(nodes, each), _most_workers(nodes, to_come, each)
     slots = settings.slots or max(1, most // settings.workers)
     if to_come is not None and most < slots * settings.workers:
         have = "; ".join(describe_resources({kind: node.get(kind, 0) for kind in ("CPU", "GPU")}) for node in nodes)
@@ -158,10 +160,10 @@ def _most_workers(
 ) -> int:
     """How many workers will ever fit. `to_come` includes worker nodes that have already started, but not the head."""
     head = [node for node in nodes if HEAD_NODE in node]
-    return max(_workers_that_fit(nodes, each), _workers_that_fit([*head, *(to_come or ())], each))
+    return max(workers_that_fit(nodes, each), workers_that_fit([*head, *(to_come or ())], each))
 
 
-def _workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
+def workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> int:
     """How many workers fit. A group may span nodes, but a worker must be on one node, and a GPU fraction on one GPU."""
 
     def on(node: Mapping[str, float], kind: str, amount: float) -> int:

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.config.settings import Settings
 from lungct_tune.display import Display
-from lungct_tune.errors import number_of
+from lungct_tune.errors import first_line, number_of
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.stopping import own_signals
@@ -38,7 +38,7 @@ WORKER_START_TIMEOUT_S = 7 * 24 * 3600
 """How long a group of workers waits for room. The autoscaler starts nodes only for groups that wait."""
 
 POLL_S = 0.25
-"""Seconds between Ray Train's checks of a group of workers. The final retraining waits for one in each epoch."""
+"""Seconds between Ray Train's checks of a group of workers. A slot learns so soon that they were lost."""
 
 
 STORAGE_CHECK_TIMEOUT_S = 120.0
@@ -69,7 +69,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # run_search has its own, for all signals
     # Trials use absolute paths; a change of the working folder would break the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # a slot has some seven processes, most of them idle. More of them start at once than there are CPUs, so Ray warns
+    # the processes of slots wait most of the time. More of them start at once than there are CPUs, so Ray would warn
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(4 * (os.cpu_count() or 1)))
     if not verbose:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter prints even at verbose=0
@@ -102,7 +102,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             ) from error
         if not at and not has_local_cluster():
             raise ClusterError(
-                f"Ray cannot start on this machine: {str(error).partition(chr(10))[0]}\nIts files are in "
+                f"Ray cannot start on this machine: {first_line(error)}\nIts files are in "
                 f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray. Set RAY_TMPDIR to a folder with a short path, below 50 "
                 "characters, that you can write to and that has space; or give the --address of a cluster"
             ) from error

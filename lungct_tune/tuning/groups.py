@@ -74,7 +74,7 @@ class Group:
         while not ray.wait([waiting], timeout=1)[0]:
             if not self._run.is_alive():
                 raise self._loss()
-            if self._hangs(time.monotonic() - asked):
+            if isinstance(order, TrialOrder) and self._hangs(time.monotonic() - asked):
                 raise WorkersLost(f"the workers have not answered for {time.monotonic() - asked:.0f} s")
         try:
             report: EpochReport = ray.get(waiting)
@@ -85,7 +85,10 @@ class Group:
         return report
 
     def _hangs(self, silent_s: float) -> bool:
-        """Whether workers that are silent so long hang. Those that have not answered yet may wait for room."""
+        """Whether workers that are silent so long in a trial hang. Those that have not answered yet may wait for room.
+
+        A retraining is one step, however long, so it is not watched.
+        """
         return self._has_reported and silent_s > max(HANG_MIN_S, HANG_EPOCHS * self._epoch_s)
 
     def release(self, *, lost: bool = False) -> None:
@@ -157,7 +160,8 @@ def remove_placement_groups(name: str) -> None:
     for key, group in ray.util.placement_group_table().items():
         left = group["state"] != "REMOVED" and f"{group['name']}-".startswith(f"{_run_name(name)}-")
         if left and key.endswith(job):  # ids of a job's placement groups end with its id
-            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
+            with suppress(ValueError):  # it has just been removed
+                ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
 def waiting_for_room(plan: SlotPlan) -> int:

@@ -6,6 +6,8 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
+from math import inf
 from typing import Any, TypeVar
 
 import ray
@@ -41,9 +43,12 @@ class Mailbox:
         self._open: set[str] = set()
         self._slots: dict[int, Any] = {}
         self._nodes: defaultdict[str, set[str]] = defaultdict(set)
-        self._losses: defaultdict[str, set[int]] = defaultdict(set)
+        self._refusing: defaultdict[str, set[str]] = defaultdict(set)
+        self._losses: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+        """By node and slot: the trials that have been lost since workers reported last. With slot "": those of all."""
         self._avoided: set[str] = set()
         self._warnings: list[str] = []
+        self._warned: set[str] = set()
         self._epochs: defaultdict[str, int] = defaultdict(int)
         self._ended, self._another_ended = 0, asyncio.Condition()
 
@@ -53,9 +58,11 @@ class Mailbox:
         Args:
             slot: the slot's actor; None if it runs in the driver, where it always returns its number.
         """
-        number = 1
-        while number in self._slots and await self._lives(self._slots[number]):
-            number += 1
+        known = dict(self._slots)
+        lives = dict(zip(known, await asyncio.gather(*map(self._lives, known.values())), strict=True))
+        # others may have taken or returned numbers meanwhile
+        dead = {number for number in known if not lives[number] and self._slots.get(number) is known[number]}
+        number = next(number for number in count(1) if number not in self._slots or number in dead)
         self._slots[number] = slot
         return number
 
@@ -86,7 +93,8 @@ class Mailbox:
             return
         if kind == REPORT:
             for node in self._nodes[group]:
-                self._losses.pop(node, None)
+                for slot in ("", _slot_of(group)):
+                    self._losses.pop((node, slot), None)
         future = self._letters[address]
         if not future.done():
             future.set_result(letter)
@@ -119,16 +127,30 @@ class Mailbox:
         """Notes that a worker of the group has started on a node."""
         self._nodes[group].add(node)
 
-    async def lose(self, group: str, trial: int) -> dict[str, int]:
+    async def refuse(self, group: str, node: str) -> None:
+        """Notes that a node of the group cannot use the storage."""
+        self._refusing[group].add(node)
+
+    async def lose(self, group: str, trial: int | None) -> dict[str, float]:
         """Notes that the group has been lost in a trial.
 
+        Args:
+            trial: None if the nodes are not to blame.
+
         Returns:
-            For each of its nodes, how many trials have been lost there since workers there reported last.
+            For each of its nodes, how many trials have been lost there since workers there reported last: of all slots
+            or of this slot, whichever is more. If one of several GPUs of a node is broken, the slots on the others
+            report. Infinity for a node that has refused.
         """
-        nodes = self._nodes.pop(group, set())
+        nodes, refusing = self._nodes.pop(group, set()), self._refusing.pop(group, set())
+        lost: dict[str, float] = {}
         for node in nodes:
-            self._losses[node].add(trial)
-        return {node: len(self._losses[node]) for node in nodes}
+            counts = self._losses[node, ""], self._losses[node, _slot_of(group)]
+            if trial is not None:
+                for trials in counts:
+                    trials.add(trial)
+            lost[node] = inf if node in refusing else max(map(len, counts))
+        return lost
 
     async def avoid(self, nodes: set[str]) -> set[str]:
         """Adds nodes on which no worker of the search may start any more; returns all of them."""
@@ -136,8 +158,10 @@ class Mailbox:
         return self._avoided
 
     async def warn(self, sentence: str) -> None:
-        """Leaves a sentence for the user."""
-        self._warnings.append(sentence)
+        """Leaves a sentence for the user. The same sentence is said once: while a storage is away, it comes often."""
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            self._warnings.append(sentence)
 
     async def note_epoch(self, retraining: str, epoch: int) -> None:
         """Notes the last epoch of a retraining."""
@@ -167,6 +191,11 @@ class Mailbox:
             await self.put((node, DRAIN, 0), None)
         warnings, self._warnings = self._warnings, []
         return warnings
+
+
+def _slot_of(group: str) -> str:
+    """The slot of a group of workers, whose id is the slot's name and a random number."""
+    return group.rpartition("-")[0]
 
 
 @contextmanager

@@ -52,8 +52,8 @@ def rerun_trials(
             by_slot = list(pool.map(run, running, [orders[slot::at_once] for slot in range(at_once)]))
         finally:  # after an interruption the pool still waits for its threads, and these wait for workers
             stopped.set()
-            for slot in running:
-                slot.end()
+            with ThreadPoolExecutor(at_once) as ending:
+                list(ending.map(SlotActor.end, running))
             remove_placement_groups(f"{plan.experiment.name} slot")
     return [by_slot[i % at_once][i // at_once] for i in range(len(orders))]
 

@@ -166,16 +166,24 @@ class EarlySlot:
     def _start_early(self) -> None:
         from lungct_tune.tuning.groups import waiting_for_room
 
-        while not self._ended.wait(WATCH_S):
-            begun, ended = self._trials_so_far()
-            if ended:
-                self._prepare()
-            crowded = bool(waiting_for_room(self._plan))
-            if self._slot and crowded:  # a slot of the search has lost its workers, and needs the room
-                self._release()
-            are_last = begun >= self._last[0] and ended >= self._last[1]
-            if are_last and not self._slot and not crowded and self._has_room():
-                self._start()
+        crowded = 0  # how often in a row: workers that start wait for a moment
+        try:
+            while not self._ended.wait(WATCH_S):
+                begun, ended = self._trials_so_far()
+                if ended:
+                    self._prepare()
+                crowded = crowded + 1 if waiting_for_room(self._plan) else 0
+                if self._slot and crowded > 1:
+                    # a slot of the search has lost its workers and needs the room, or the free room is on several
+                    # nodes, and none of them holds a worker
+                    self._release()
+                    return
+                are_last = begun >= self._last[0] and ended >= self._last[1]
+                if are_last and not self._slot and not crowded and self._has_room():
+                    self._start()
+        except Exception as error:  # of the study or the cluster: the search goes on, and needs the room
+            self._warn(f"the workers of the retraining start only after the search: {error}")
+            self._release()
 
     def _has_room(self) -> bool:
         free = ray.available_resources()

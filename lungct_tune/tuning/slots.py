@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +24,7 @@ from ray import tune
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.allocation import workers_that_fit
 from lungct_tune.tuning.groups import OUT_OF_MEMORY, Group, MailboxLost, WorkersLost, remove_placement_groups
 from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import HEAD_NODE
@@ -155,7 +156,8 @@ class Slot:
         """Finds out what a loss says of the trial and of the nodes, and tells the user.
 
         A node is left alone if it cannot use the storage while the head can, or if several trials in a row have been
-        lost on it. The last node is not left alone.
+        lost on it, or in one slot there. The last nodes that hold a slot are not left alone. Nothing is counted while
+        the storage is away, whatever error it has led to.
 
         Returns:
             Whether the trial may be to blame, and the nodes that get no more workers of this search.
@@ -163,22 +165,24 @@ class Slot:
         Raises:
             NodeRefused: no other node is left, and this one cannot use the storage.
         """
-        trials = ray.get(self._mailbox.lose.remote(self._group.id, order.number))
+        refused = isinstance(loss.__cause__, NodeRefused)
+        is_storage = isinstance(loss.__cause__, StorageError)
+        is_away = (is_storage and not refused) or not self._head_can_write()
+        counted = None if is_storage or is_away else order.number
+        trials = ray.get(self._mailbox.lose.remote(self._group.id, counted))
         living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        refused = isinstance(loss.__cause__, NodeRefused) and self._head_can_write()
-        bad = {node for node, lost in trials.items() if refused or lost >= MAX_TRIALS_LOST}
-        others = [living[node] for node in living.keys() - self._avoided() - bad]
-        if bad and not any(_holds(node["Resources"], self._plan.resources_per_worker) for node in others):
+        bad = set() if is_away else {node for node, lost in trials.items() if lost >= MAX_TRIALS_LOST}
+        others = [living[node]["Resources"] for node in living.keys() - self._avoided() - bad]
+        if bad and workers_that_fit(others, self._plan.resources_per_worker) < self._plan.workers:
             if refused:
                 raise loss.__cause__ or loss
             bad = set()
         names = [living[node]["NodeManagerAddress"] for node in bad & living.keys()]
         consequence = f"; {' and '.join(names)} will get no more workers of this search" if names else ""
-        is_storage = isinstance(loss.__cause__, StorageError)
-        waits = f", which waits {PAUSE_S:.0f} s for it" if is_storage else ""
+        waits = f" and starts others in {PAUSE_S:.0f} s" if is_storage else ""
         self._mailbox.warn.remote(f"trial {order.number} has lost its workers{waits}: {loss}{consequence}")
         node_died = not trials.keys() <= living.keys()
-        return not (is_storage or node_died or isinstance(loss, MailboxLost)), self._avoided(bad)
+        return counted is not None and not (node_died or isinstance(loss, MailboxLost)), self._avoided(bad)
 
     def _avoided(self, more: Iterable[str] = ()) -> set[str]:
         """The nodes on which no worker of the search may start any more, after adding some."""
@@ -200,7 +204,3 @@ class Slot:
 
     def _new_group(self, avoid: Iterable[str] = ()) -> Group:
         return Group(self._plan, self.name, self.number, self._mailbox, set(avoid))
-
-
-def _holds(resources: Mapping[str, float], needed: Mapping[str, float]) -> bool:
-    return all(resources.get(kind, 0) >= amount for kind, amount in needed.items())

@@ -1,12 +1,10 @@
-"""How long a search will still take, as a range: counted in epochs, with the retraining and the report."""
+"""How long a search will still take, as a range, with the retraining and the report."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from math import sqrt
-from statistics import fmean, pstdev
 
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
@@ -14,27 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
-from lungct_tune.experiment.forecast import Forecast, Progress, as_range
+from lungct_tune.config.search_space import parse_space
+from lungct_tune.experiment.forecast import Forecast, Progress, Workload, as_range
 from lungct_tune.experiment.trial import BASELINE, TrialRecord
-
-REPORT_S = (5.0, 30.0)
-"""Seconds for the bundle and the report, at least and at most."""
+from lungct_tune.training.pace import Pace
 
 BAR_WIDTH = 24
-
-SPREAD = 2.0
-"""The range of the epochs of trials to come, in standard errors."""
 
 TIMES_PLAYED, REST = 30, 50
 """How often the rest of a search is played for a new forecast, and how many times as long none is made after that."""
 
 
 class TimeLeft:
-    """Estimates the time to the end of a search from the epochs that are left.
+    """Estimates the time to the end of a search.
 
-    The forecast of the plan says how long the rest takes, at the pace that was measured since. Without one, trials that
-    have ended say how many epochs the next ones take, since ASHA stops most of them early. The latest end is never put
-    off, unless even the earliest end would be after it.
+    The forecast says how long the rest takes, at the pace that was measured since. The latest end is never put off,
+    unless even the earliest end would be after it.
 
     Args:
         trials: of the whole search.
@@ -44,7 +37,7 @@ class TimeLeft:
         retrainings: how many trainings follow in the retraining's slot, one after the other.
         seeds: how many more follow, in all slots.
         earlier: the trials that have begun before this run.
-        forecast: of the whole search.
+        forecast: of the whole search; without one, a rough one is used as soon as an epoch has been timed.
         now: the clock, in seconds.
     """
 
@@ -60,36 +53,31 @@ class TimeLeft:
         forecast: Forecast | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._trials, self._rungs, self._epochs, self._slots = trials, rungs, epochs, slots
-        self._retrainings, self._seeds, self._now = retrainings, seeds, now
-        self._forecast, self._made = forecast, (-math.inf, 0.0, (0.0, 0.0))
+        self._trials, self._retrainings, self._seeds, self._now = trials, retrainings, seeds, now
+        self._is_rough = forecast is None
+        self._forecast = forecast or _rough_forecast(trials, rungs, epochs, slots, retrainings, seeds)
+        self._made = (-math.inf, 0.0, (0.0, 0.0))
         """The last forecast: from when on another is made, when it was made, and its range."""
         self._hyperparameters: dict[int, Hyperparameters] = {}
-        self._foreseen_s = 0.0
-        """What the forecast has for the epochs that were trained."""
+        self._training_s = self._foreseen_s = 0.0
+        """Of the epochs that were trained: how long they took, and what the forecast has for them."""
+        self._has_started = False
         self._reached = dict.fromkeys(rungs, 0)
         self._running: dict[int, int] = {}
-        self._lengths: list[int] = []
-        """Epochs of the trials that have ended, without the published configuration, which is never stopped."""
         self._ended = 0
-        self._epoch_s: dict[int, float] = {}
-        """Mean seconds of an epoch, by trial."""
-        self._trained, self._training_s = 0, 0.0
-        self._began: float | None = None
-        """When the first epoch of this run began."""
-        self._retrained: tuple[int, int, float] | None = None
+        self._retrained: tuple[int, int] | None = None
+        """The epochs of the retraining, and those that have ended."""
         self._retraining: Hyperparameters | None = None
         self._is_report = False
         self._latest: float | None = None
         """When the search will have ended, at the latest, by the clock."""
         for trial in earlier:
             self._hyperparameters[trial.number] = trial.hyperparameters
-            if trial.history:
-                self._epoch_s[trial.number] = trial.seconds / len(trial.history)
+            if self._is_rough:
+                self._time(trial.hyperparameters, [figures.seconds for figures in trial.history])
             if trial.is_finished:
                 self._reach(0, len(trial.history))
-                self._count(trial)
-        self._known_s = fmean(self._epoch_s.values()) if self._epoch_s else None
+                self._ended += 1
         self._earlier_s, self._start, self._share = sum(trial.seconds for trial in earlier) / slots, now(), 0.0
 
     def add(self, number: int, hyperparameters: Hyperparameters, epoch: int, seconds: Sequence[float]) -> None:
@@ -102,20 +90,13 @@ class TimeLeft:
         self._hyperparameters[number] = hyperparameters
         self._reach(self._running.get(number, 0), epoch)
         self._running[number] = epoch
-        if not seconds:
-            return
-        if self._forecast:
-            self._foreseen_s += len(seconds) * self._forecast.epoch_s(hyperparameters)
-        if self._began is None:
-            self._began = self._now() - sum(seconds)
-        self._trained += len(seconds)
-        self._training_s += sum(seconds)
-        self._epoch_s[number] = fmean(seconds)
+        self._time(hyperparameters, seconds)
+        self._has_started |= bool(seconds)
 
     def end(self, trial: TrialRecord) -> None:
         """Counts a trial that has ended."""
         self._running.pop(trial.number, None)
-        self._count(trial)
+        self._ended += 1
 
     def search_ended(self) -> None:
         """From now on only what follows the search is left."""
@@ -124,15 +105,13 @@ class TimeLeft:
     def retrain(self, number: int, epochs: int) -> None:
         """A retraining of a trial starts, the next one of `retrainings`."""
         self._retrainings = max(0, self._retrainings - 1) if number != BASELINE else 0  # it is not compared with itself
-        self._retrained = epochs, 0, self._epoch_s.get(number, self._epoch_seconds() or 1.0)
-        self._retraining = self._hyperparameters.get(number, PUBLISHED)
-        self._began = self._now()
+        self._retrained, self._retraining = (epochs, 0), self._hyperparameters.get(number, PUBLISHED)
         self._made = (-math.inf, 0.0, (0.0, 0.0))
 
     def retrained(self, epoch: int) -> None:
         """The retraining has trained so many epochs."""
-        if self._retrained and epoch and self._began is not None:
-            self._retrained = self._retrained[0], epoch, (self._now() - self._began) / epoch
+        if self._retrained:
+            self._retrained = self._retrained[0], epoch
 
     def report(self) -> None:
         """Only the bundle and the report are left."""
@@ -140,25 +119,12 @@ class TimeLeft:
         self._made = (-math.inf, 0.0, (0.0, 0.0))
 
     @property
-    def epochs_left(self) -> tuple[float, float]:
-        """Of the search's trials: at least and at most."""
-        low = high = 0.0
-        for number, epoch in list(self._running.items()):
-            rungs = self._rungs if number != BASELINE else ()
-            low += next((rung for rung in rungs if rung > epoch), self._epochs) - epoch
-            high += self._epochs - epoch
-        to_come = max(0, self._trials - self._ended - len(self._running))
-        least, most = self._expected_length(to_come)
-        return low + to_come * least, high + to_come * most
-
-    @property
     def seconds(self) -> tuple[float, float] | None:
-        """Seconds left, at least and at most; None without a forecast as long as no epoch has been trained."""
-        estimate = self._estimate() if self._forecast is None else self._from_forecast(self._forecast)
-        if estimate is None:
+        """Seconds left, at least and at most; None without a forecast as long as no epoch has been timed."""
+        if self._is_rough and not self._foreseen_s:
             return None
+        low, high = self._from_forecast()
         now = self._now()
-        low, high = estimate
         if self._latest is not None and now + low <= self._latest:
             high = min(high, self._latest - now)
         self._latest = now + high
@@ -180,7 +146,7 @@ class TimeLeft:
         """A bar of the retraining's epochs; empty if there is none."""
         if self._retrained is None:
             return Text("")
-        epochs, done, _ = self._retrained
+        epochs, done = self._retrained
         return _bar(done, epochs, f"epoch {done} of {epochs}")
 
     def __str__(self) -> str:
@@ -191,12 +157,16 @@ class TimeLeft:
         for rung in self._reached:
             self._reached[rung] += before < rung <= epoch
 
-    def _from_forecast(self, forecast: Forecast) -> tuple[float, float]:
+    def _time(self, hyperparameters: Hyperparameters, seconds: Sequence[float]) -> None:
+        self._training_s += sum(seconds)
+        self._foreseen_s += len(seconds) * self._forecast.epoch_s(hyperparameters)
+
+    def _from_forecast(self) -> tuple[float, float]:
         now = self._now()
         due, made, (low, high) = self._made
         if now >= due:
             began, made = time.perf_counter(), now
-            low, high = forecast.left(self._progress, TIMES_PLAYED)
+            low, high = self._forecast.left(self._progress, TIMES_PLAYED)
             self._made = now + REST * (time.perf_counter() - began), made, (low, high)
         return max(0.0, low - (now - made)), max(0.0, high - (now - made))
 
@@ -210,48 +180,30 @@ class TimeLeft:
             running=running,
             reached=self._reached,
             slowness=self._training_s / self._foreseen_s if self._foreseen_s else None,
-            started=self._trained > 0,
+            started=self._has_started,
             retraining=after if self._retraining or self._is_report else None,
             seeds=self._seeds,
         )
 
-    def _count(self, trial: TrialRecord) -> None:
-        self._ended += 1
-        if trial.number != BASELINE and trial.history:
-            self._lengths.append(len(trial.history))
 
-    def _expected_length(self, trials: int) -> tuple[float, float]:
-        """Epochs of a trial to come: the range in which the mean of so many will be."""
-        first = self._rungs[0] if self._rungs else self._epochs
-        n = len(self._lengths)
-        if n < 2 or not trials:
-            return first, self._epochs
-        mean = fmean(self._lengths)
-        # with few trials that happen to be alike the deviation is not believed: one more counts as far from them
-        deviation = sqrt((pstdev(self._lengths) ** 2 * n + (self._epochs / 3) ** 2) / (n + 1))
-        width = SPREAD * deviation * sqrt(1 / n + 1 / trials)
-        return max(first, mean - width), min(self._epochs, mean + width)
-
-    def _epoch_seconds(self) -> float | None:
-        return self._training_s / self._trained if self._trained else self._known_s
-
-    def _estimate(self) -> tuple[float, float] | None:
-        if (epoch_s := self._epoch_seconds()) is None:
-            return None
-        low, high = self.epochs_left
-        overhead = 1.0
-        if self._began is not None and self._training_s and not self._retrained:
-            overhead = max(1.0, (self._now() - self._began) * self._slots / self._training_s)
-        per_epoch = epoch_s / self._slots
-        times = list(self._epoch_s.values()) or [epoch_s]
-        fastest, slowest = self._epochs * min(times), self._epochs * max(times)
-        after = self._retrainings + self._seeds / self._slots
-        least = low * per_epoch + after * fastest + REPORT_S[0]
-        most = high * per_epoch * overhead + after * slowest + REPORT_S[1]
-        if self._retrained:
-            epochs, done, seconds = self._retrained
-            least, most = least + (epochs - done) * seconds * 0.9, most + (epochs - done) * seconds * 1.2
-        return least, most
+def _rough_forecast(
+    trials: int, rungs: Sequence[int], epochs: int, slots: int, retrainings: int, seeds: int
+) -> Forecast:
+    """A forecast where the pace could not be measured: epochs take time in proportion to their depth."""
+    work = Workload(
+        *(trials, epochs, tuple(rungs), slots),
+        train_images=4,
+        valid_images=1,
+        searched_images=5,
+        test_images=0,
+        batch_size=1,
+        retrains=retrainings > 0,
+        compares=retrainings > 1,
+        seeds=seeds,
+        cpus=2,  # the retraining's slot starts early
+    )
+    space = parse_space("truncation_depth: {low: 4, high: 49}", "")
+    return Forecast(work, space, Pace("", 0.0, 0.0, 1, (49,), (5.0,), (1.2,)))
 
 
 def _bar(done: float, total: float, text: str) -> RenderableType:

@@ -161,6 +161,10 @@ class TrialRunner:
         if (error := self._writer.take_error()) is not None:
             raise error
 
+    def drop(self) -> None:
+        """Notes that the trial has ended, so that no state of it stays on the storage."""
+        self._writer.drop()
+
     def _train_epoch(self, began: float, must_save: Callable[[], bool]) -> _WorkerEpoch:
         from lungct_tune.training.trainer import NotFiniteLoss
 

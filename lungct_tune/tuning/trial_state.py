@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lungct_tune.experiment.folder import Experiment, state_file, trial_folder
+from lungct_tune.experiment.folder import MOST_STATE_BYTES, Experiment, state_file, trial_folder
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def read_bytes(experiment: Experiment, file: str) -> bytes:
     Raises:
         StorageError: the storage refuses.
     """
-    kept = experiment.read(file) or b""
+    kept = experiment.read(file, MOST_STATE_BYTES) or b""
     content = memoryview(kept)[DIGEST_BYTES:]
     return kept if kept[:DIGEST_BYTES] == hashlib.sha256(content).digest() else b""
 
@@ -86,6 +86,7 @@ class StateWriter:
         self._copy: Any = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._is_dropped = False
         self.bytes, self.waited_s = 0, 0.0
 
     @property
@@ -107,7 +108,7 @@ class StateWriter:
 
         began = time.perf_counter()
         self._copy = _copy_to_host(state, self._copy)
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None  # training on CPUs makes no CUDA context
         if copied:
             copied.record()
         self._thread = threading.Thread(target=self._write, args=(epoch, self._copy, copied, complete), daemon=True)
@@ -118,6 +119,10 @@ class StateWriter:
         """Waits until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
+
+    def drop(self) -> None:
+        """Notes that the trial has ended: a state that is still being written is deleted once it is there."""
+        self._is_dropped = True
 
     def take_error(self) -> Exception | None:
         """Why the last state could not be written; None if it was, or if this has been told already."""
@@ -132,6 +137,8 @@ class StateWriter:
             self._experiment.write(self._file(epoch), content)
             self.bytes += len(content)
             self._written.append(epoch)
+            if self._is_dropped:  # after the driver has deleted the others
+                self._experiment.delete(self._file(epoch))
             while self._written[0] < complete:
                 self._experiment.delete(self._file(self._written[0]))
                 del self._written[0]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from lungct_tune.errors import first_line
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
@@ -123,7 +124,11 @@ def run_worker(config: dict[str, Any]) -> None:
     plan, mailbox, group = config["plan"], config["mailbox"], config["group"]
     node = ray.get_runtime_context().get_node_id()
     mailbox.start.remote(group, node)
-    check_from_here(plan.experiment)
+    try:
+        check_from_here(plan.experiment)
+    except NodeRefused:
+        ray.get(mailbox.refuse.remote(group, node))
+        raise
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # workers with one fold each gather their results there
@@ -145,6 +150,8 @@ def run_worker(config: dict[str, Any]) -> None:
             return
         try:
             if trial is None or trial.order != order:
+                if trial is not None:
+                    trial.drop()
                 trial = None
                 _free_memory()
             if isinstance(order, RetrainOrder):
@@ -158,9 +165,11 @@ def run_worker(config: dict[str, Any]) -> None:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            reason = f"{device}: {str(error).splitlines()[0]}"
+            reason = f"{device}: {first_line(error)}"
             if plan.workers > 1 or isinstance(error.__context__, torch.OutOfMemoryError):  # the GPU may be unusable
                 raise OutOfMemory(reason) from None
+            if trial is not None:
+                trial.drop()
             trial, report = None, EpochReport(Outcome.OUT_OF_MEMORY, reason=reason)
         if is_first:
             ray.get(mailbox.put.remote((group, REPORT, sequence), report))
@@ -200,5 +209,4 @@ def _free_memory() -> None:
 
     gc.collect()
     gc.freeze()  # what is left stays; the next collection looks only at what the next trial has made
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing in a worker that has not used a GPU

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lungct_tune.clean import main as clean
-from lungct_tune.experiment.disk_use import as_size, not_needed, sizes_by_kind, weight_bytes
+from lungct_tune.config.search_space import parse_space
+from lungct_tune.config.settings import validate
+from lungct_tune.experiment.disk_use import (
+    STATE_SIZE,
+    as_size,
+    expected_bytes,
+    not_needed,
+    sizes_by_kind,
+    weight_bytes,
+)
 from lungct_tune.experiment.folder import Experiment
 
 if TYPE_CHECKING:
@@ -86,6 +95,16 @@ def test_the_size_of_weights_is_known_without_a_network(depth: int) -> None:
 
     state = TruncatedResNet50(depth).state_dict().values()
     assert weight_bytes(depth) == pytest.approx(sum(tensor.nbytes for tensor in state), rel=0.02)
+
+
+def test_the_space_of_a_running_search_counts_the_models_of_all_folds(tmp_path: Path) -> None:
+    space = parse_space("truncation_depth: {low: 4, high: 22}", "space")
+    (one, one_left), (five, five_left) = (
+        expected_bytes(validate({"trials": 40, "folds": folds, "data": str(tmp_path)}), space, slots=3)
+        for folds in (1, 5)
+    )
+    assert one_left == five_left, "only the first fold's weights are kept"
+    assert five - one == 4 * 3 * 2 * STATE_SIZE * weight_bytes(22)
 
 
 def test_sizes_are_rounded_for_reading() -> None:

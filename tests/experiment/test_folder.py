@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from typing import TYPE_CHECKING
 
 import optuna
@@ -50,6 +51,19 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match=r"cannot write a\.txt"):
         Experiment.at(str(tmp_path / "file"), "one").write("a.txt", b"")
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
+    """States that do not fit a full disk would keep it full."""
+    experiment, before = Experiment.at(str(tmp_path), "one"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    experiment.write("states/1.pt", b"whole")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write states/1\.pt"):
+            experiment.write("states/1.pt", bytes(2**22))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert experiment.files() == {"states/1.pt": 5}
 
 
 def test_an_unknown_kind_of_storage_is_named() -> None:

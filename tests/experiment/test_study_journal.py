@@ -177,6 +177,25 @@ def search(experiment: Experiment, file: Path, trials: int) -> list[optuna.trial
         return study.trials
 
 
+def test_a_study_that_cannot_be_read_for_a_moment_is_copied_later(
+    remote: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread ended without a word."""
+    monkeypatch.setattr(study_mirror, "PERIOD_S", 0.01)
+    file, aside, folder = tmp_path / "study.journal", tmp_path / "aside", tmp_path / "copy"
+    file.write_bytes(b"1\n")
+    folder.mkdir()
+    with JournalMirror(remote, file):
+        file.rename(aside)
+        file.mkdir()
+        time.sleep(0.1)
+        file.rmdir()
+        aside.rename(file)
+        file.write_bytes(b"1\n2\n")
+    copy = copy_study(remote, folder)
+    assert copy is not None and copy.read_bytes() == b"1\n2\n"
+
+
 def test_the_copy_grows_in_parts_of_which_only_the_last_is_written_again(
     remote: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,11 +34,12 @@ def test_a_private_name_of_ray_is_where_it_was(name: str) -> None:
     assert private(name) is not None
 
 
-def test_a_torch_trainer_makes_its_callbacks_where_ours_leaves_one_out() -> None:
-    from lungct_tune.tuning.ray_trainer import GroupTrainer
+@pytest.mark.parametrize("method", ["_create_default_callbacks", "_initialize_and_run_controller"])
+def test_a_torch_trainer_has_the_private_methods_that_ours_overrides(method: str) -> None:
+    from lungct_tune.tuning.ray_trainer import SlotTrainer
 
-    assert callable(TorchTrainer._create_default_callbacks)
-    assert GroupTrainer._create_default_callbacks is not TorchTrainer._create_default_callbacks
+    assert callable(getattr(TorchTrainer, method))
+    assert getattr(SlotTrainer, method) is not getattr(TorchTrainer, method)
 
 
 def test_a_trial_of_optuna_that_was_left_running_can_be_reopened() -> None:

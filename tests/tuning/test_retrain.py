@@ -18,6 +18,7 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import validate
 from lungct_tune.data import read_images, split_images
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.models.features import pooled_features
@@ -183,6 +184,23 @@ def test_a_slot_that_starts_early_retrains_to_the_same_weights_and_gives_its_roo
     assert nothing_held()
     read = retrain_and_predict(plan.experiment, one, EarlySlot(plan, lambda: (0, 0), (1, 1)))  # starts no workers
     assert np.array_equal(read.probabilities_NC, result.probabilities_NC) and nothing_held()
+
+
+@pytest.mark.long
+def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_answer(
+    images: ImageSet, tmp_path: Path, cluster: None
+) -> None:
+    """Its thread ended, and kept the room for which the search may wait."""
+    warnings: list[str] = []
+
+    def trials_so_far() -> tuple[int, int]:
+        if train_workers():
+            raise StudyError("the database is locked")
+        return 2, 1
+
+    with EarlySlot(slot_plan(images, tmp_path), trials_so_far, last=(2, 1), warn=warnings.append):
+        wait_for(lambda: warnings and not train_workers(), within_s=120)
+        assert "the database is locked" in warnings[0]
 
 
 def test_slots_cannot_read_test_images_and_what_does_not_fit_is_refused_when_it_is_shared(

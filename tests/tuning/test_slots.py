@@ -188,6 +188,21 @@ def test_a_worker_that_hangs_is_replaced(slot: Any, monkeypatch: pytest.MonkeyPa
         os.kill(worker, signal.SIGCONT)
 
 
+def test_a_retraining_may_take_longer_than_workers_of_a_trial_may_be_silent(
+    slot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second retraining of a slot was ended after ten minutes."""
+    from lungct_tune.tuning.retrain import RetrainOrder
+
+    run(slot, 24)
+    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_MIN_S", 0.0)
+    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_EPOCHS", 0)
+    group, plan = slot._slot._group.id, slot.plan
+    long = RetrainOrder(24, SHALLOW, seed=3, epochs=100, test=plan.dataset, checkpoint_interval=3600)
+    assert slot._slot.run(long).outcome is Outcome.COMPLETED
+    assert slot._slot._group.id == group
+
+
 def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lungct_tune.experiment.folder import Experiment
     from lungct_tune.filesystem import StorageError
@@ -202,7 +217,8 @@ def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: 
 
     monkeypatch.setattr(Experiment, "write", refuse)
     monkeypatch.setattr("lungct_tune.tuning.slots.PAUSE_S", 0.1)
-    kill_a_worker()
+    monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
+    kill_a_worker()  # a consequence of the storage, as if the worker had waited for it for too long
     report = step(slot)
     assert report.outcome is Outcome.COMPLETED and [figures.epoch for figures in report.epochs] == [1, 2]
 

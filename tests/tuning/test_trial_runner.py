@@ -177,6 +177,15 @@ def test_a_state_of_another_study_is_not_taken_for_the_trials_own(plan: SlotPlan
     assert [figures.epoch for figures in runner(plan, other).run().epochs] == [1]
 
 
+def test_a_trial_goes_on_from_a_state_that_is_larger_than_other_files_may_be(
+    plan: SlotPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of five folds, trained by one worker, has a state of up to 2 GB."""
+    run_to(runner(plan, order(0)), 2)
+    monkeypatch.setattr("lungct_tune.experiment.folder.MOST_BYTES", 1000)
+    assert len(runner(plan, order(0))._history) == 2
+
+
 def test_a_damaged_state_costs_the_epochs_since_the_one_before(plan: SlotPlan) -> None:
     whole = epochs_of(run_all(runner(plan, order(0))))
     run_to(runner(plan, order(1)), 3)
@@ -227,7 +236,7 @@ def free_memory() -> Iterator[Callable[[], None]]:
     gc.unfreeze()  # this process has other things to collect
 
 
-def test_a_state_that_is_still_being_written_keeps_no_model_in_memory(
+def test_a_state_that_is_still_being_written_when_its_trial_has_ended_stays_nowhere(
     plan: SlotPlan, monkeypatch: pytest.MonkeyPatch, free_memory: Callable[[], None]
 ) -> None:
     may_write, write = threading.Event(), type(plan.experiment).write
@@ -241,11 +250,14 @@ def test_a_state_that_is_still_being_written_keeps_no_model_in_memory(
     trial.run()
     writer, left = trial._writer, weakref.ref(trial._models[0].trainer)
     assert not writer.is_idle
+    trial.drop()
     del trial
     free_memory()
     assert left() is None
+    delete_states(plan.experiment, 0)  # as the driver does when it hears of the end
     may_write.set()
     writer.wait()
+    assert states(plan, 0) == [], "and stays nowhere, because the trial has ended"
 
 
 def test_the_model_of_an_ended_trial_does_not_stay_in_memory(plan: SlotPlan, free_memory: Callable[[], None]) -> None:

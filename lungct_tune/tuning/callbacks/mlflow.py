@@ -14,7 +14,7 @@ import optuna
 from rich.console import Console
 
 from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, first_line
 from lungct_tune.experiment.metrics import TestMetrics
 from lungct_tune.experiment.study import read_trials
 from lungct_tune.experiment.trial import Outcome
@@ -77,7 +77,7 @@ class MLflowTracker:
             there = self._client.get_experiment_by_name(name)
         except MlflowException as error:
             raise TrackingError(
-                f"MLflow at {uri} cannot be used: {_first_line(error)}\nCheck --track, that its server runs, and, if "
+                f"MLflow at {uri} cannot be used: {first_line(error)}\nCheck --track, that its server runs, and, if "
                 "it asks for them, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from error
         if there and new:
@@ -122,7 +122,7 @@ class MLflowTracker:
                 self._runs = None  # it is not known which data have arrived
                 if not complained:
                     console.print(
-                        f"MLflow at {self._uri} does not accept the search's data ({_first_line(error)}). The search "
+                        f"MLflow at {self._uri} does not accept the search's data ({first_line(error)}). The search "
                         "continues and tries again",
                         style="yellow",
                         soft_wrap=True,
@@ -191,7 +191,3 @@ class MLflowTracker:
 def _milliseconds(when: datetime | None) -> int:
     """A time in MLflow's unit, milliseconds; now, if Optuna has none."""
     return int((when or datetime.now()).timestamp() * 1000)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
