@@ -116,6 +116,8 @@ ROWS: dict[str, Recipe] = {
     "default + batch 64": replace(DEFAULT, batch=64, horizon=8),
     "default + dropout 0.2": replace(DEFAULT, dropout=0.2),
     "default + 24 epochs": replace(DEFAULT, epochs=24),
+    "default + 24 epochs, batch 16": replace(DEFAULT, epochs=24, batch=16, horizon=32),
+    "default + 48 epochs": replace(DEFAULT, epochs=48),
     "default + 96 pixels": replace(DEFAULT, size=96),
     "default, depth 20": replace(DEFAULT, depth=20),
     "linear probe": replace(REFERENCE, frozen=22),

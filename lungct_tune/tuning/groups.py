@@ -53,6 +53,7 @@ class Group:
         self.id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
         self._error: Exception | None = None
+        self._reason = "without an error"
         self._placement_groups = PlacementGroups(self.id)
         # the calls of an actor with asyncio may overtake each other, and orders to a group that is not open are dropped
         with suppress(ray.exceptions.RayError):  # `run` finds out that the mailbox is lost
@@ -108,7 +109,7 @@ class Group:
             remove_placement_groups(self.id)
 
     def _loss(self) -> Exception:
-        loss = WorkersLost(f"the workers ended: {self._error or 'without an error'}")
+        loss = WorkersLost(f"the workers ended: {self._reason}")
         loss.__cause__ = self._error
         return loss
 
@@ -141,8 +142,16 @@ class Group:
             trainer.fit()
         except Exception as error:  # kept for run(), which raises it in the slot's thread
             of_workers = list(getattr(error, "worker_failures", {}).values())
-            telling = (StorageError, *OUT_OF_MEMORY)
-            self._error = next((each for each in of_workers if isinstance(each, telling)), error)
+            telling = [each for each in of_workers if isinstance(each, (StorageError, *OUT_OF_MEMORY))]
+            self._error = telling[0] if telling else error
+            self._reason = (
+                str(telling[0]) if telling else "; ".join(dict.fromkeys(map(_last_line, of_workers or [error])))
+            )
+
+
+def _last_line(error: Exception) -> str:
+    """The error itself, where its text has the traceback of a worker before it."""
+    return (str(error).strip() or type(error).__name__).rpartition("\n")[2]
 
 
 def _run_name(slot: str) -> str:
