@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import uuid
@@ -113,3 +114,11 @@ def test_a_released_slot_makes_no_placement_group() -> None:
     groups.close()
     with pytest.raises(RuntimeError, match="released has been released"):
         groups.make([{"CPU": 1}])
+
+
+def test_groups_of_workers_wait_for_nodes_for_a_week_in_slots_as_in_the_retraining(cluster: None) -> None:
+    from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    assert int(os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) == 7 * 24 * 3600
+    assert WORKER_GROUP_START_TIMEOUT_S_ENV_VAR in ENV_VARS_TO_PROPAGATE  # which Tune tells the slots' actors

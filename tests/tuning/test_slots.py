@@ -315,14 +315,6 @@ def test_only_the_searchs_own_groups_of_workers_are_counted_as_waiting(tmp_path:
         other.kill()
 
 
-def test_groups_of_workers_wait_for_nodes_for_a_week_in_slots_as_in_the_retraining() -> None:
-    from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
-
-    assert int(os.environ[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) == 7 * 24 * 3600
-    assert WORKER_GROUP_START_TIMEOUT_S_ENV_VAR in ENV_VARS_TO_PROPAGATE  # which Tune tells the slots' actors
-
-
 def test_an_order_does_not_overtake_the_opening_of_its_group(
     tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
