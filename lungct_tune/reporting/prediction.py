@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from lungct_tune.data import tables
 from lungct_tune.data.seen_images import NEW
+from lungct_tune.display import print_prose
 from lungct_tune.errors import UserError, number_of
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.evaluation.metrics import are_cancer_and_normal
 from lungct_tune.experiment.predictions import probability_columns
+from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS
 
 MOST_PRINTED = 30
 """The most rows that are printed; of more, only the counts are."""
@@ -45,7 +46,7 @@ def print_predictions(
     left_aside: Mapping[str, int],
     console: Console,
 ) -> None:
-    """Prints a table of few rows, the counts, what could not be read or was left aside, and the warnings.
+    """Prints each of few rows, the counts, what could not be read or was left aside, and the warnings.
 
     Args:
         rows: of all images, from `Classifier.classify_files`.
@@ -54,16 +55,18 @@ def print_predictions(
     """
     table = rows if patients is None else patients
     if len(table) <= MOST_PRINTED:
-        console.print(_as_table(table, classifier.classes))
+        for _, row in table.iterrows():
+            _print_row(row, classifier.classes, console)
     read, unread = rows[rows["unreadable"] == ""], rows[rows["unreadable"] != ""]
     counted = table[table["class"].notna()] if "class" in table else table.iloc[:0]
-    what = "images" if patients is None else "patients"
+    what = "image" if patients is None else "patient"
     counts = ", ".join(f"{name} {n}" for name, n in counted["class"].value_counts().items()) if len(counted) else "none"
-    console.print(f"classified: {len(counted)} {what} ({counts})", soft_wrap=True, markup=False)
+    console.print(f"classified: {number_of(len(counted), what)} ({counts})", soft_wrap=True, markup=False)
     if are_cancer_and_normal(classifier.classes) and len(counted):
         n = int((counted["cancer_or_normal"] == "cancer").sum())
         console.print(
-            f"cancer at the operating point (probability of cancer above {classifier.threshold:.3f}): {n} {what}",
+            f"cancer at the operating point (probability of cancer above {classifier.threshold:.3f}): "
+            + number_of(n, what),
             soft_wrap=True,
         )
     if patients is not None:
@@ -80,8 +83,10 @@ def print_predictions(
 
 def _print_warnings(classifier: Classifier, read: pd.DataFrame, console: Console) -> None:
     def warn(sentence: str) -> None:
-        console.print(sentence, style="bold yellow", soft_wrap=True, markup=False)
+        print_prose(console, sentence, "bold yellow")
 
+    if classifier.config["settings"].get("data", "") is None:
+        warn(TRAINED_ON_PHANTOMS)
     if classifier.learned is None:
         warn("The bundle does not list its training images, so nothing is known about images that it has seen.")
     elif seen := int((read["learned_from"] != NEW).sum()):
@@ -95,21 +100,21 @@ def _print_warnings(classifier: Classifier, read: pd.DataFrame, console: Console
         )
 
 
-def _as_table(table: pd.DataFrame, classes: tuple[str, ...]) -> Table:
-    columns = dict(zip(probability_columns(classes), classes, strict=True))
-    shown = [name for name in table if name != "unreadable" and not table[name].isna().all()]
-    printed = Table()
-    for name in shown:
-        title = f"p({columns[name]})" if name in columns else str(name).replace("_", " ")
-        printed.add_column(title, justify="right" if table[name].dtype.kind in "fi" else "left", overflow="fold")
-    for row in table[shown].itertuples(index=False):
-        printed.add_row(*(_text(value) for value in row))
-    return printed
+def _print_row(row: pd.Series, classes: tuple[str, ...], console: Console) -> None:
+    """Prints an image or a patient: its name, its class and the other classes with probabilities, the other columns."""
+    console.print(str(row.iloc[0]), style="bold", soft_wrap=True, markup=False)
+    if pd.isna(row.get("class")):
+        console.print("  no image that can be read")
+        return
+    probabilities = row[list(probability_columns(classes))]
+    by_class = sorted(zip(probabilities, classes, strict=True), key=lambda pair: (pair[1] != row["class"], -pair[0]))
+    print_prose(console, "  " + ", ".join(f"{other} {value:.3f}" for value, other in by_class), hang=4)
+    others = row.drop([row.index[0], "class", "unreadable", *probabilities.index]).dropna()
+    said = "; ".join(f"{str(column).replace('_', ' ')}: {_text(value)}" for column, value in others.items())
+    print_prose(console, f"  {said}", hang=4)
 
 
 def _text(value: object) -> str:
-    if pd.isna(value):  # type: ignore[call-overload]
-        return ""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

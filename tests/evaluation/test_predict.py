@@ -133,11 +133,26 @@ def test_unreadable_files_are_rows_too_and_give_status_1(bundle: Path, patients:
     (tmp_path / "in" / "notes.txt").write_text("not an image, and not taken for one")
     status, said, _ = run(bundle, tmp_path / "in", "--out", tmp_path / "out.json", "--heatmaps", tmp_path / "maps")
     assert status == 1
-    assert "classified: 1 images" in said and "unreadable: 1 file" in said and "a.png: " in said
+    assert "classified: 1 image (" in said and "unreadable: 1 file" in said and "a.png: " in said
     assert "left aside: 1 text, tables" in said
     broken, whole = json.loads((tmp_path / "out.json").read_text())
     assert broken["class"] is None and broken["unreadable"] and whole["unreadable"] == ""
     assert [file.name for file in (tmp_path / "maps").iterdir()] == ["b.png.heatmap.png"]
+
+
+def test_images_and_patients_are_printed_with_their_whole_names_the_likeliest_class_first(
+    bundle: Path, patients: Path, rows: pd.DataFrame
+) -> None:
+    """In a table of ten columns a terminal of 80 broke paths every five characters."""
+    first = rows.iloc[0]
+    _, said, _ = run(bundle, Path(first["path"]).parent)
+    lines = said.splitlines()
+    line = lines[lines.index(first["path"]) + 1]
+    printed = {name: float(value) for name, _, value in (part.rpartition(" ") for part in line.strip().split(", "))}
+    assert next(iter(printed)) == first["class"] and list(printed.values()) == sorted(printed.values(), reverse=True)
+    assert sorted(printed.values()) == pytest.approx(sorted(first[P].astype(float)), abs=6e-4)
+    _, said, _ = run(bundle, patients, "--by", "patient")
+    assert set(map(str, patients.iterdir())) <= set(said.splitlines())
 
 
 def test_a_patients_probabilities_are_those_of_the_mean_logits(
