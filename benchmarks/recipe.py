@@ -4,10 +4,9 @@ python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--on
   [--epochs 12]
 
 Each row of the table is one change, made to the reference, to the reference with mild augmentation, or to the default
-of the program. Every model is
-evaluated on the fold that it was not trained on. Balanced accuracy, negative log-likelihood and calibration error are
-means over the seeds. The difference to the reference is paired by image, with a 95 % cluster-bootstrap interval; the
-rows "default + …" are compared with the default.
+of the program. Every model is evaluated on the fold that it was not trained on. Balanced accuracy, negative
+log-likelihood and calibration error are means over the seeds. The difference to the reference is paired by image, with
+a 95 % cluster-bootstrap interval; the rows "default + …" are compared with the default.
 Trainings are kept in the results file, so an interrupted run goes on, and rows can be added.
 
 The reference is the recipe of commit f89f17a. The loop here is independent of `lungct_tune.training.trainer`, so that

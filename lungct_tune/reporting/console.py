@@ -19,6 +19,7 @@ from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.display import print_prose
+from lungct_tune.errors import number_of
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
 from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
 from lungct_tune.experiment.folder import Experiment
@@ -58,7 +59,7 @@ def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
 
 def _print_left_out(images: ImageSet, console: Console) -> None:
     if images.unreadable:
-        console.print(f"left out, unreadable: {len(images.unreadable)} files", style="yellow")
+        console.print(f"left out, unreadable: {number_of(len(images.unreadable), 'file')}", style="yellow")
         for path, reason in images.unreadable:
             print_prose(console, f"  {path}: {reason}", hang=4)
     if images.conflicts:
@@ -251,7 +252,7 @@ def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console,
     counts = ", ".join(f"{name} {figures.n}" for name, figures in metrics.test.per_class.items())
     print_prose(console, f"evaluated: {counts}")
     if others := metrics.left_out.other:
-        console.print(f"left out, mapped to other: {others} images", style="yellow")
+        console.print(f"left out, mapped to other: {number_of(others, 'image')}", style="yellow")
     _print_left_out(images, console)
     if metrics.learned_from.total:
         print_prose(
