@@ -9,6 +9,7 @@ organs, but other vessels and other noise. Memory grows with the number of image
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,8 @@ _NEIGHBOURS = 8
 _COARSE, _COARSE_CORRELATION = 32, 0.75  # width and height in pixels, and the least correlation of copies at that size
 _REACH = 1 / 16  # the largest shift, as a share of the width or height
 _LOW = 7  # the highest frequency in the descriptor, in cycles over the width or height
-_BLOCK = 512  # images or pairs in memory as float at the same time
+_BLOCK = 512  # images or pairs in memory as float at the same time, in each thread
+_THREADS = 2
 
 FLIPS = {"": (1, 1), "left-right": (1, -1), "top-bottom": (-1, 1), "turned by 180°": (-1, -1)}
 
@@ -87,14 +89,16 @@ def _near_copies(fingerprints_NHW: np.ndarray, distinct: np.ndarray) -> list[Cop
     coarse_NHW = np.concatenate([coarse_BHW for _, coarse_BHW in described])
     pairs_P2 = _neighbours(np.concatenate([description_BD for description_BD, _ in described]))
 
-    similar = []
-    for block in _blocks(len(pairs_P2)):
+    def similar_of(block: slice) -> list[tuple[int, int, int]]:
         left, right = pairs_P2[block].T
         flipped_FP = np.stack(
             [_aligned(coarse_NHW[left], coarse_NHW[right][:, ::y, ::x])[0] for y, x in FLIPS.values()]
         )
         kept = np.flatnonzero(flipped_FP.max(axis=0) >= _COARSE_CORRELATION)
-        similar += list(zip(left[kept], right[kept], flipped_FP.argmax(axis=0)[kept], strict=True))
+        return list(zip(left[kept], right[kept], flipped_FP.argmax(axis=0)[kept], strict=True))
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        similar = [pair for pairs in threads.map(similar_of, _blocks(len(pairs_P2))) for pair in pairs]
 
     copies = []
     for block in _blocks(len(similar), _BLOCK // 4):
@@ -193,8 +197,9 @@ def _aligned(left_PHW: np.ndarray, right_PHW: np.ndarray) -> tuple[np.ndarray, n
     """
     side = left_PHW.shape[1]
     reach = int(side * _REACH) + 1
-    product = fft.rfft2(left_PHW, workers=2) * fft.rfft2(right_PHW, workers=2).conj()
-    everywhere_PHW = fft.fftshift(fft.irfft2(product, s=left_PHW.shape[1:], workers=2), axes=(1, 2))
+    # Not with workers=2: a process that is forked meanwhile, as Ray's are, makes SciPy's threads raise an error.
+    product = fft.rfft2(left_PHW) * fft.rfft2(right_PHW).conj()
+    everywhere_PHW = fft.fftshift(fft.irfft2(product, s=left_PHW.shape[1:]), axes=(1, 2))
     middle, pairs = side // 2, np.arange(len(left_PHW))
     around_PHW = everywhere_PHW[:, middle - reach : middle + reach + 1, middle - reach : middle + reach + 1]
     inner_PHW = around_PHW[:, 1:-1, 1:-1]

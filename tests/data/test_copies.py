@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -161,3 +163,14 @@ def test_the_copies_of_the_published_images() -> None:
     assert at_series == 462
     between = [c for c in image_set.copies if c.class_name != c.other_class and c.kind == "near-identical"]
     assert between == []
+
+
+def test_copies_are_found_while_processes_are_forked() -> None:
+    """Found: a search ended with "Work item submitted after shutdown" when Ray started while images were compared."""
+    noise_NHW = np.random.default_rng(0).integers(0, 256, (40, PRINT, PRINT), dtype=np.uint8)
+    names = [str(number) for number in range(len(noise_NHW))]
+    with ThreadPoolExecutor(1) as thread:
+        comparing = [thread.submit(find_copies, noise_NHW, names, names) for _ in range(10)]
+        while not comparing[-1].done():  # Python forks only if there is a preexec_fn, as Ray has; else it calls vfork
+            subprocess.run(["true"], check=True, preexec_fn=lambda: None)
+    assert [future.result() for future in comparing] == [[]] * 10
