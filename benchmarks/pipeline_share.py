@@ -1,12 +1,13 @@
-"""Measures the speed of the training pipeline relative to a bare training loop, and the gain from freezing.
+"""Measures the speed of the training pipeline beside a bare training loop, and what freezing and precision gain.
 
     python benchmarks/pipeline_share.py
 
-There are three measurements for each truncation depth: an epoch of `lungct_tune.training` on random uint8 images
+There are four measurements for each truncation depth: an epoch of `lungct_tune.training` on random uint8 images
 (shuffled, augmented, normalised, with clipping and learning-rate schedule), a bare loop of forward,
-backward and optimizer step on one ready random batch of the same shape, and the same epoch with the whole backbone
-frozen. The three take turns, so that other load on the machine affects them equally; the result is their medians. The
-aim is a share of at least 0.95. It takes about 5 minutes on 2 CPU cores. On a GPU, add `--steps 50`.
+backward and optimizer step on one ready random batch of the same shape and in the same precision, the same epoch with
+the whole backbone frozen, and the same epoch in float32. They take turns, so that other load on the machine affects
+them equally; the result is their medians. The aim is a share of at least 0.95. It takes about 5 minutes on 2 CPU cores.
+On a GPU, add `--steps 50`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.models.preprocessing import precision_for
+from lungct_tune.models.preprocessing import training_precision_for
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.trainer import Trainer
 
@@ -39,16 +40,19 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     print(f"{args.px} px, batch {args.batch}, {args.steps} steps, median of {args.repeats}; {device}; images/s")
-    print(" cut   bare  pipeline  share  all frozen  speed-up")
+    print(" cut   bare  pipeline  share  all frozen  speed-up  float32  slower")
     for cut in args.cuts:
+        shape = args.px, args.batch, args.steps
         epochs = [
-            bare_loop(cut, args.px, args.batch, args.steps, device),
-            pipeline(cut, 0.0, args.px, args.batch, args.steps, args.repeats + 1, device),
-            pipeline(cut, 1.0, args.px, args.batch, args.steps, args.repeats + 1, device),
+            bare_loop(cut, *shape, device),
+            pipeline(cut, 0.0, *shape, args.repeats + 1, device),
+            pipeline(cut, 1.0, *shape, args.repeats + 1, device),
+            pipeline(cut, 0.0, *shape, args.repeats + 1, device, precision=torch.float32),
         ]
-        bare, whole, frozen = (args.batch * args.steps / s for s in median_seconds(epochs, args.repeats))
+        bare, whole, frozen, float32 = (args.batch * args.steps / s for s in median_seconds(epochs, args.repeats))
         print(
-            f"{cut:4} {bare:6.1f} {whole:9.1f} {whole / bare:6.2f} {frozen:11.1f} {frozen / whole:9.1f}",
+            f"{cut:4} {bare:6.1f} {whole:9.1f} {whole / bare:6.2f} {frozen:11.1f} {frozen / whole:9.1f} {float32:8.1f} "
+            f"{whole / float32:7.1f}",
             flush=True,
         )
 
@@ -75,11 +79,13 @@ def pipeline(
     device: torch.device,
     *,
     graphed: bool = True,
+    precision: torch.dtype | None = None,
 ) -> Callable[[], object]:
     """An epoch of the real training, with the published augmentation.
 
     Args:
         graphed: on a GPU, run steps as CUDA graphs.
+        precision: what the backbone computes in, if it is not what the program chooses.
     """
     n = batch * steps
     trainer = Trainer(
@@ -95,6 +101,7 @@ def pipeline(
         backbone_state=None,
         device=device,
     )
+    trainer.precision = precision or trainer.precision
     if not graphed:
         trainer._step = trainer._train_step
     return trainer.train_epoch
@@ -106,7 +113,7 @@ def bare_loop(cut: int, px: int, batch: int, steps: int, device: torch.device) -
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images_NCHW = torch.randn(batch, 3, px, px, device=device).to(memory_format=torch.channels_last)
     labels_N = torch.arange(batch, device=device) % 4
-    precision = precision_for(device)
+    precision = training_precision_for(device)
 
     def epoch() -> float:
         for _ in range(steps):

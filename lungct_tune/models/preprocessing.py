@@ -31,16 +31,31 @@ def precision_for(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str) -> Tensor:
+def training_precision_for(device: torch.device) -> torch.dtype:
+    """What the backbone computes in while it is trained: as `precision_for`, but bfloat16 on CPUs that compute in it.
+
+    There a step takes half the time (docs/benchmarks.md, "The precision of a CPU"). What predicts stays in float32 on
+    CPUs, so that a model's figures do not depend on the processor.
+    """
+    if device.type != "cpu":
+        return precision_for(device)
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def forward(network: nn.Module, grey_N1HW: Tensor, normalisation: str, precision: torch.dtype | None = None) -> Tensor:
     """Logits (N, classes), float32, of grey images (N, 1, H, W) from 0 to 1.
 
-    Repeats the image in three channels (channels-last), normalises them as `normalisation` names in `NORMALISATIONS`,
-    and computes in the device's precision.
+    Repeats the image in three channels (channels-last), and normalises them as `normalisation` names in
+    `NORMALISATIONS`.
+
+    Args:
+        precision: what the backbone computes in; by default `precision_for` the device.
     """
     means, deviations = NORMALISATIONS[normalisation]
     channels = [(grey_N1HW[:, 0] - mean) / std for mean, std in zip(means, deviations, strict=True)]
     images_NCHW = torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
-    precision = precision_for(grey_N1HW.device)
+    precision = precision or precision_for(grey_N1HW.device)
     with torch.autocast(grey_N1HW.device.type, precision, enabled=precision != torch.float32):
         logits_NC: Tensor = network(images_NCHW)
     return logits_NC

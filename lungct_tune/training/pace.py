@@ -124,7 +124,7 @@ class PaceOrder:
     @property
     def file(self) -> Path:
         """The entry in the user's cache."""
-        key = json.dumps([asdict(self), version("torch"), 1])
+        key = json.dumps([asdict(self), version("torch"), 2])
         return default_cache() / f"pace-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

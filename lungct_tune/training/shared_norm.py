@@ -34,6 +34,7 @@ class SharedBatchNorm(_BatchNorm):
         """Features of the same shape, (N, C) or (N, C, H, W)."""
         if not self.training:
             return super().forward(features_NC)
+        features_NC = features_NC.float()  # bfloat16 is too coarse for means and variances
         others = [0, *range(2, features_NC.ndim)]  # all dimensions but the channels
         mean_C = _mean_over_workers(features_NC.mean(others, keepdim=True))
         centred_NC = features_NC - mean_C

@@ -124,12 +124,13 @@ class Trainer:
         self.average = WeightAverage(averaged, self.model, self.steps)
         self._norms_of = -1
         """The epoch for whose averaged weights the batch-norm statistics were estimated."""
-        precision = preprocessing.precision_for(self.device)
+        self.precision = preprocessing.training_precision_for(self.device)
+        """What the backbone computes in while it is trained."""
         # not in a group, whose workers would have to capture NCCL; not with a scaler, which reads from the GPU
-        self._graphed = self.device.type == "cuda" and self.world == 1 and precision != torch.float16
+        self._graphed = self.device.type == "cuda" and self.world == 1 and self.precision != torch.float16
         self.optimizer = _optimizer(self.model, configuration, capturable=self._graphed)
         self._step = GraphedStep(self._train_step) if self._graphed else self._train_step
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         """Scales the loss, so that small gradients are not 0 in float16; does nothing in other precisions."""
 
     def train_epoch(self) -> float:
@@ -259,7 +260,7 @@ class Trainer:
     def _train_step(self, images_NHW: Tensor, labels_N: Tensor, matrices_N23: Tensor) -> Tensor:
         """Trains one step on this worker's share of a batch; returns loss and gradient norm (2,), on the device."""
         grey_N1HW = self.augmentation.apply(as_grey(images_NHW), matrices_N23)
-        logits_NC = forward(self.network, grey_N1HW, self.normalisation)
+        logits_NC = forward(self.network, grey_N1HW, self.normalisation, self.precision)
         loss = F.cross_entropy(logits_NC, labels_N, label_smoothing=LABEL_SMOOTHING)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from toys import SMALL, assert_same, toy_data, training
 
 from lungct_tune.models import preprocessing
-from lungct_tune.models.preprocessing import as_grey, forward, precision_for
+from lungct_tune.models.preprocessing import as_grey, forward, precision_for, training_precision_for
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.trainer import NotFiniteLoss
 
@@ -18,12 +19,38 @@ from lungct_tune.training.trainer import NotFiniteLoss
 @pytest.fixture
 def float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU without bfloat16."""
-    monkeypatch.setattr(preprocessing, "precision_for", lambda device: torch.float16)
+    compute_in(torch.float16, monkeypatch)
+
+
+def compute_in(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for of_what in ("precision_for", "training_precision_for"):
+        monkeypatch.setattr(preprocessing, of_what, lambda device: precision)
 
 
 def test_a_cpu_computes_in_float32_without_a_scaler() -> None:
     assert precision_for(torch.device("cpu")) == torch.float32
     assert not training().scaler.is_enabled() and training().state_dict()["scaler"] == {}
+
+
+@pytest.mark.parametrize(
+    ("able", "precision"),
+    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512_f", torch.float32)],
+)
+def test_a_cpu_trains_in_bfloat16_where_it_computes_in_it(
+    able: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
+    assert training_precision_for(torch.device("cpu")) == precision
+    trained = training(epochs=2)
+    seen: list[Any] = []
+    trained.model.backbone.conv1.register_forward_hook(
+        lambda module, given, out: seen.append((module.training, out.dtype))
+    )
+    trained.train_epoch()
+    assert set(seen) == {(True, precision)}
+    trained.average.model.backbone.conv1.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    trained.probabilities(range(8))
+    assert seen[-1] == torch.float32  # the model that predicts
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -88,7 +115,7 @@ def test_a_state_goes_on_in_another_precision(monkeypatch: pytest.MonkeyPatch) -
     """A spot node of one kind is lost, and the next is of another."""
     float32 = training(epochs=2)
     float32.train_epoch()
-    monkeypatch.setattr(preprocessing, "precision_for", lambda device: torch.float16)
+    compute_in(torch.float16, monkeypatch)
     float16 = training(epochs=2)
     float16.load_state_dict(float32.state_dict())
     assert float16.train_epoch() > 0
