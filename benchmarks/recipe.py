@@ -1,13 +1,16 @@
 """What each part of the training recipe is worth on real images, in grouped cross-validation.
 
 python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--only ROW …] [--seeds 0 1] [--size 64]
-  [--epochs 12]
+  [--epochs 12] [--clusters 0]
 
 Each row of the table is one change, made to the reference, to the reference with mild augmentation, or to the default
 of the program. Every model is evaluated on the fold that it was not trained on. Balanced accuracy, negative
 log-likelihood and calibration error are means over the seeds. The difference to the reference is paired by image, with
 a 95 % cluster-bootstrap interval; the rows "default + …" are compared with the default.
-Trainings are kept in the results file, so an interrupted run goes on, and rows can be added.
+The figures of each training are kept in the results file, so an interrupted run goes on, and rows can be added.
+
+The folds do not divide a group of similar slices. Two slices of one patient that look different can still be in two
+folds. With --clusters the images are in so few groups that models are evaluated on images unlike their training images.
 
 The reference is the recipe of commit f89f17a. The loop here is independent of `lungct_tune.training.trainer`, so that
 the reference stays what it was while the program's own recipe changes.
@@ -16,7 +19,6 @@ the reference stays what it was while the program's own recipe changes.
 from __future__ import annotations
 
 import argparse
-import base64
 import copy
 import json
 import math
@@ -24,10 +26,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.cluster import AgglomerativeClustering
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -35,9 +39,10 @@ from torch.optim.swa_utils import AveragedModel
 from lungct_tune.data.dataset import ImageSet, read_images
 from lungct_tune.data.decode import open_image
 from lungct_tune.data.grey import to_grey
+from lungct_tune.data.groups import join_groups, unit_vectors
 from lungct_tune.data.split import fold_images
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
-from lungct_tune.models.preprocessing import as_grey, forward
+from lungct_tune.models.preprocessing import as_grey, forward, training_precision_for
 from lungct_tune.models.pretrained import load_backbone, read_weights
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.trainer import schedule
@@ -61,7 +66,7 @@ class Recipe:
     intensity: float = 0.0  # log gamma and log contrast in ± this, brightness in ± a third of it
     noise: float = 0.0  # standard deviation, grey values from 0 to 1
     smoothing: float = 0.1
-    weighted: str = "torch"  # the classes' weights: torch (smoothing too), images (the image's loss), none, logits
+    weighted: bool = True  # classes by the inverse of their frequency, as CrossEntropyLoss(weight=…) does
     mixup: float = 0.0  # alpha of the beta distribution
     probe: float = 0.0  # share of the epochs in which only the head learns
     decay_by_stage: float = 1.0  # factor of the learning rate from one stage to the one before
@@ -71,36 +76,36 @@ class Recipe:
     dropout: float = 0.5
     frozen: int = 0  # activations
     horizon: int = 50  # over about how many steps the averaged weights reach back
+    models: int = 1  # that are averaged, each trained without another of so many parts of the training images
+    clusters: int = 0  # see --clusters
+    float32: bool = False  # also on a CPU that the program trains on in bfloat16
     judged: str = "running"  # norms: running, estimated; ema: averaged weights, with estimated norms; flips: ema, flips
 
-    @property
-    def training(self) -> dict[str, object]:
-        """What the training depends on: one training is judged in several ways."""
-        return {key: value for key, value in asdict(self).items() if key != "judged"}
+    def key(self, seed: int) -> str:
+        """Names the training: what differs from the defaults. One training is judged in several ways."""
+        defaults = asdict(Recipe()) | {"judged": self.judged}
+        changed = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return json.dumps({**changed, "seed": seed}, sort_keys=True)
 
 
 JUDGED = ("running", "estimated", "ema", "ema flips")
 REFERENCE = Recipe()
 MILD = replace(REFERENCE, rotation=15.0, zoom=0.1, shift=0.05)
-DEFAULT = replace(MILD, weighted="none", horizon=16, judged="ema")  # of the program: it averages over an epoch
+DEFAULT = replace(MILD, weighted=False, horizon=16, judged="ema")  # of the program: it averages over an epoch
 ROWS: dict[str, Recipe] = {
     "f89f17a": REFERENCE,
     "+ re-estimated norms": replace(REFERENCE, judged="estimated"),
     "+ averaged weights": replace(REFERENCE, judged="ema"),
     "+ flips at test time": replace(REFERENCE, judged="ema flips"),
-    "+ no class weights": replace(REFERENCE, weighted="none"),
-    "+ no label smoothing": replace(REFERENCE, smoothing=0.0),
-    "+ rotation 15°": replace(REFERENCE, rotation=15.0),
+    "+ no class weights": replace(REFERENCE, weighted=False),
     "mild: rotation 15°, zoom 10 %, shift 5 %": MILD,
     "mild + re-estimated norms": replace(MILD, judged="estimated"),
     "mild + averaged weights": replace(MILD, judged="ema"),
     "mild + flips at test time": replace(MILD, judged="ema flips"),
-    "mild + no class weights": replace(MILD, weighted="none", judged="ema"),
+    "mild + no class weights": replace(MILD, weighted=False, judged="ema"),
     "mild + intensity 0.3": replace(MILD, intensity=0.3, judged="ema"),
     "mild + body crop, padded": replace(MILD, geometry="body", judged="ema"),
     "default": DEFAULT,
-    "default + weights on the image's loss": replace(DEFAULT, weighted="images"),
-    "default + logit adjustment": replace(DEFAULT, weighted="logits"),
     "default + no label smoothing": replace(DEFAULT, smoothing=0.0),
     "default + no flips": replace(DEFAULT, flip=0.0),
     "default + rotation 30°": replace(DEFAULT, rotation=30.0),
@@ -117,6 +122,8 @@ ROWS: dict[str, Recipe] = {
     "default + 24 epochs": replace(DEFAULT, epochs=24),
     "default + 24 epochs, batch 16": replace(DEFAULT, epochs=24, batch=16, horizon=32),
     "default + 48 epochs": replace(DEFAULT, epochs=48),
+    "default + average of 4 models": replace(DEFAULT, models=4),
+    "default + float32": replace(DEFAULT, float32=True),
     "default + 96 pixels": replace(DEFAULT, size=96),
     "default, depth 20": replace(DEFAULT, depth=20),
     "linear probe": replace(REFERENCE, frozen=22),
@@ -163,16 +170,9 @@ def augmented(grey_N1HW: Tensor, recipe: Recipe, generator: Generator) -> Tensor
 
 def loss_of(logits_NC: Tensor, target_NC: Tensor, counts_C: Tensor, recipe: Recipe) -> Tensor:
     """The mean loss of a batch, for targets (N, C) that are shares of the classes."""
-    share_C = counts_C / counts_C.sum()
-    if recipe.weighted == "logits":  # Menon et al., ICLR 2021
-        logits_NC = logits_NC + share_C.log()
     smooth_NC = target_NC * (1 - recipe.smoothing) + recipe.smoothing / target_NC.shape[1]
-    surprise_NC = -logits_NC.log_softmax(dim=1)
-    weights_C = 1 / (share_C * len(share_C))
-    if recipe.weighted == "torch":
-        return (surprise_NC * smooth_NC * weights_C).sum(dim=1).mean()
-    losses_N = (surprise_NC * smooth_NC).sum(dim=1)
-    return (losses_N * (target_NC @ weights_C)).mean() if recipe.weighted == "images" else losses_N.mean()
+    weights_C = counts_C.sum() / (counts_C * len(counts_C)) if recipe.weighted else torch.ones_like(counts_C)
+    return (-logits_NC.log_softmax(dim=1) * smooth_NC * weights_C).sum(dim=1).mean()
 
 
 def stages(model: TruncatedResNet50) -> Iterator[tuple[int, nn.Parameter]]:
@@ -209,6 +209,7 @@ def train(
     )
     counts_C = labels_N[train_N].bincount(minlength=classes).float()
     steps = len(train_N) // recipe.batch
+    precision = torch.float32 if recipe.float32 else training_precision_for(grey_N1HW.device)
     model.train()
     for epoch in range(recipe.epochs):
         order = torch.from_numpy(train_N)[torch.randperm(len(train_N), generator=generator)]
@@ -224,7 +225,7 @@ def train(
                 share = float(np.random.default_rng([seed, epoch, step]).beta(recipe.mixup, recipe.mixup))
                 images = share * images + (1 - share) * images.flip(0)
                 target_NC = share * target_NC + (1 - share) * target_NC.flip(0)
-            loss = loss_of(forward(model, images, "unit"), target_NC, counts_C, recipe)
+            loss = loss_of(forward(model, images, "unit", precision), target_NC, counts_C, recipe)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([group["params"][0] for group in optimizer.param_groups], 1.0)
@@ -266,81 +267,99 @@ def out_of_fold(
     began = time.process_time()
     for fold in range(FOLDS):
         train_N, held_N = np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)
-        model, averaged = train(recipe, grey_N1HW, labels_N, train_N, state, seed)
-        held, averaged = grey_N1HW[held_N], estimate_norms(averaged, grey_N1HW[train_N])
-        found["running"][held_N] = predicted(model, held)
-        found["estimated"][held_N] = predicted(estimate_norms(model, grey_N1HW[train_N]), held)
-        found["ema"][held_N] = predicted(averaged, held)
-        found["ema flips"][held_N] = (found["ema"][held_N] + predicted(averaged, held.flip(3))) / 2
+        held = grey_N1HW[held_N]
+        part_N = fold_images(images, train_N, recipe.models, seed) if recipe.models > 1 else np.ones_like(train_N)
+        for part in range(recipe.models):
+            used_N = train_N[part_N != part]
+            model, averaged = train(recipe, grey_N1HW, labels_N, used_N, state, seed)
+            averaged = estimate_norms(averaged, grey_N1HW[used_N])
+            found["running"][held_N] += predicted(model, held) / recipe.models
+            found["estimated"][held_N] += predicted(estimate_norms(model, grey_N1HW[used_N]), held) / recipe.models
+            found["ema"][held_N] += predicted(averaged, held) / recipe.models
+            found["ema flips"][held_N] += predicted(averaged, held.flip(3)) / recipe.models
+    found["ema flips"] = (found["ema"] + found["ema flips"]) / 2
     return found, time.process_time() - began
 
 
+def in_clusters(images: ImageSet, clusters: int) -> ImageSet:
+    """The images in so few groups: similar ones are together, and their own groups are not divided."""
+    linked = AgglomerativeClustering(clusters, metric="cosine", linkage="average")
+    group_N = linked.fit_predict(unit_vectors(images.images_NHW))
+    return replace(images, table=images.table.assign(group=join_groups(group_N, list(images.table["group"]))))
+
+
 class Results:
-    """The trainings of a file: one line of JSON each, with its predictions."""
+    """The trainings of a file: one line of JSON each, with the figures and the right predictions of each judgement."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known: dict[str, dict[str, object]] = {}
+        self._known: dict[str, dict[str, Any]] = {}
         for line in file.read_text().splitlines() if file.exists() else ():
-            self._known |= {json.loads(line)["key"]: json.loads(line)}
+            training = json.loads(line)
+            self._known[training["key"]] = training
 
-    @staticmethod
-    def key(recipe: Recipe, seed: int) -> str:
-        return json.dumps([recipe.training, seed], sort_keys=True)
-
-    def get(self, recipe: Recipe, seed: int) -> tuple[np.ndarray, float] | None:
-        """Probabilities (N, C) and seconds of a training, if it is there."""
-        if (line := self._known.get(self.key(recipe, seed))) is None:
+    def get(self, recipe: Recipe, seed: int) -> Judged | None:
+        if (training := self._known.get(recipe.key(seed))) is None:
             return None
-        shape = line["shape"]
-        return np.frombuffer(base64.b64decode(line[recipe.judged]), np.float16).reshape(shape).astype(float), line["s"]
+        return Judged(seconds=training["seconds"], **training[recipe.judged])
 
-    def add(self, recipe: Recipe, seed: int, found: dict[str, np.ndarray], seconds: float) -> None:
-        coded = {k: base64.b64encode(v.astype(np.float16).tobytes()).decode() for k, v in found.items()}
-        line = {"key": self.key(recipe, seed), "shape": found["ema"].shape, "s": seconds, **coded}
-        self._known[line["key"]] = line
+    def add(self, recipe: Recipe, seed: int, judged: dict[str, Judged]) -> None:
+        training: dict[str, Any] = {"key": recipe.key(seed)}
+        for way, figures in judged.items():
+            training[way] = asdict(figures)
+            training["seconds"] = training[way].pop("seconds")
+        self._known[training["key"]] = training
         with self._file.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+            out.write(json.dumps(training) + "\n")
 
 
-def figures(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> tuple[float, float, float]:
-    """Balanced accuracy, negative log-likelihood and calibration error (equal bins)."""
-    right_N, top_N = probabilities_NC.argmax(axis=1) == labels_N, probabilities_NC.max(axis=1)
-    recall = np.mean([right_N[labels_N == label].mean() for label in np.unique(labels_N)])
-    surprise = -np.log(np.maximum(probabilities_NC[np.arange(len(labels_N)), labels_N], 1e-4)).mean()
-    bin_N = np.minimum((top_N * BINS).astype(int), BINS - 1)
-    error = sum(abs((right_N - top_N)[bin_N == k].sum()) for k in range(BINS)) / len(labels_N)
-    return float(recall), float(surprise), float(error)
+@dataclass(frozen=True)
+class Judged:
+    """The figures of a training in one way to judge."""
+
+    balanced_accuracy: float
+    nll: float
+    ece: float
+    right: str
+    """The bits of the images that are classified right, as hexadecimal digits."""
+    seconds: float
+
+    @classmethod
+    def of(cls, labels_N: np.ndarray, probabilities_NC: np.ndarray, seconds: float) -> Judged:
+        right_N, top_N = probabilities_NC.argmax(axis=1) == labels_N, probabilities_NC.max(axis=1)
+        recall = np.mean([right_N[labels_N == label].mean() for label in np.unique(labels_N)])
+        nll = -np.log(np.maximum(probabilities_NC[np.arange(len(labels_N)), labels_N], 1e-4)).mean()
+        bin_N = np.minimum((top_N * BINS).astype(int), BINS - 1)  # of equal width
+        ece = sum(abs((right_N - top_N)[bin_N == k].sum()) for k in range(BINS)) / len(labels_N)
+        figures = (round(float(figure), 4) for figure in (recall, nll, ece))
+        return cls(*figures, np.packbits(right_N).tobytes().hex(), round(seconds, 1))
+
+    def right_N(self, n: int) -> np.ndarray:
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=n).astype(float)
 
 
 def print_table(rows: dict[str, Recipe], images: ImageSet, results: Results, seeds: list[int]) -> None:
     labels_N, groups_N = images.table["label"].to_numpy(), images.table["group"].to_numpy()
     bootstrap, weight_N = ClusterBootstrap(groups_N), 1 / np.bincount(labels_N)[labels_N]
-    print(
-        "\n| recipe | seeds | balanced accuracy | difference, 95 % | NLL | ECE | time |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("recipe", "seeds", "balanced accuracy", "difference, 95 %", "NLL", "ECE", "time")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, recipe in rows.items():
         reference = rows["default" if name.startswith("default + ") else "f89f17a"]
         pairs = [(results.get(recipe, seed), results.get(reference, seed)) for seed in seeds]
-        pairs = [(row, old) for row, old in pairs if row and old]
-        if not pairs:
+        both = [(row, old) for row, old in pairs if row and old]
+        if not both:
             continue
-        mean = np.mean([figures(labels_N, row[0]) for row, _ in pairs], axis=0)
-        better_N = np.mean([hits(labels_N, row[0]) - hits(labels_N, old[0]) for row, old in pairs], axis=0)
+        mean = np.mean([(row.balanced_accuracy, row.nll, row.ece, row.seconds / old.seconds) for row, old in both], 0)
+        better_N = np.mean([row.right_N(len(labels_N)) - old.right_N(len(labels_N)) for row, old in both], axis=0)
         gain = bootstrap.figure(
             lambda w_BN, b_N=better_N: w_BN @ (weight_N * b_N) / (w_BN @ weight_N),
             bootstrap.count(bootstrap.everything_N),
         )
         low, high = gain.ci95 or (math.nan, math.nan)
-        cost = np.mean([row[1] / old[1] for row, old in pairs])
         print(
-            f"| {name} | {len(pairs)} | {mean[0]:.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f}) "
-            f"| {mean[1]:.3f} | {mean[2]:.3f} | {cost:.2f} |"
+            f"| {name} | {len(both)} | {mean[0]:.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f}) "
+            f"| {mean[1]:.3f} | {mean[2]:.3f} | {mean[3]:.2f} |"
         )
-
-
-def hits(labels_N: np.ndarray, probabilities_NC: np.ndarray) -> np.ndarray:
-    return (probabilities_NC.argmax(axis=1) == labels_N).astype(float)
 
 
 def main() -> None:
@@ -352,23 +371,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--size", type=int, default=REFERENCE.size, help="pixels, for every row that names none")
     parser.add_argument("--epochs", type=int, default=REFERENCE.epochs, help="the same")
+    parser.add_argument("--clusters", type=int, default=0, help="groups for the folds; 0: of similar slices (0)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     images, state = read_images(asked.data, REFERENCE.size), read_weights(asked.weights)
-    common = {"size": asked.size, "epochs": asked.epochs}
+    common = {"size": asked.size, "epochs": asked.epochs, "clusters": asked.clusters}
+    if asked.clusters:
+        images = in_clusters(images, asked.clusters)
     rows = {
         name: replace(row, **{key: n for key, n in common.items() if getattr(row, key) == getattr(REFERENCE, key)})
         for name, row in ROWS.items()
     }
-    results = Results(asked.results)
+    results, labels_N = Results(asked.results), images.table["label"].to_numpy()
     for seed in asked.seeds:
         for name in asked.only:
             if results.get(rows[name], seed) is None:
                 found, seconds = out_of_fold(rows[name], images, state, seed)
-                results.add(rows[name], seed, found, seconds)
-                recall, surprise, error = figures(images.table["label"].to_numpy(), found[rows[name].judged])
-                print(f"{name}, seed {seed}: {recall:.3f} {surprise:.3f} {error:.3f}, {seconds:.0f} s", flush=True)
+                judged = {
+                    way: Judged.of(labels_N, probabilities_NC, seconds) for way, probabilities_NC in found.items()
+                }
+                results.add(rows[name], seed, judged)
+                print(f"{name}, seed {seed}: {judged[rows[name].judged]}", flush=True)
     print_table(rows, images, results, asked.seeds)
 
 
