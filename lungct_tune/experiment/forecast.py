@@ -44,11 +44,14 @@ TRIAL_S = 0.15
 REPORTS_SHARE = 0.04
 """Share of the time of epochs that a slot spends on its reports to Ray Tune and the study."""
 
-START_S, ACTOR_SHARE = 3.0, 0.6
+PREPARE_S = 4.0
+"""Seconds from the plan until slots start: the storage is checked, and images are shared."""
+
+START_S, ACTOR_SHARE = 2.0, 0.6
 """Seconds of Ray when slots start, and the share of a worker's start that a slot's actor takes before."""
 
-BUNDLE_S, IMAGE_S = 9.0, 0.15
-"""Seconds for the bundle and its report, and for each wrong test image in it."""
+BUNDLE_S, IMAGE_S = 2.5, 0.01
+"""Seconds for the bundle and its report, and for each wrong test image in it. Most charts are drawn before."""
 
 MOST_IMAGES = 300
 """The most wrong test images in a report."""
@@ -130,7 +133,7 @@ class Forecast:
     """How many times longer it takes because of other work on the machine."""
 
     def total(self) -> tuple[float, float]:
-        """Seconds from the start of the slots to the bundle: at least and at most."""
+        """Seconds from the plan to the bundle: at least and at most."""
         return self.left(BEGINNING)
 
     def left(self, progress: Progress, times: int = TIMES_PLAYED) -> tuple[float, float]:
@@ -207,7 +210,7 @@ class Forecast:
 
     def _play_trials(self, progress: Progress, random: _Draws) -> tuple[float, int]:
         """Seconds to the end of the last trial, and how many ran to their end."""
-        work, begin = self.work, 0.0 if progress.started else self.start_s
+        work, begin = self.work, 0.0 if progress.started else PREPARE_S + self.start_s
         reached, completed, busy = dict(progress.reached), 1, list[float]()
         for number, hyperparameters, epoch in progress.running:
             last = self._last_epoch(number, epoch, random, reached)
