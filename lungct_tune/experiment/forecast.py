@@ -1,7 +1,8 @@
 """How long a search takes: said before it starts, and again from what has been done while it runs.
 
-A forecast plays the search many times. Each time it draws hyperparameters from the space, lets ASHA stop trials at the
-rungs, gives the trials to slots in their order, and adds what follows: retraining, comparison, seeds and the report.
+A forecast plays the search many times. Each time it draws hyperparameters from the space for the trials whose own are
+not known, lets ASHA stop trials at the rungs, gives the trials to slots in their order, and adds what follows:
+retraining, comparison, seeds and the report.
 The seconds of an epoch come from `training.pace`. Each time the pace is also a little wrong. The range has five sixths
 of these times.
 """
@@ -131,6 +132,8 @@ class Forecast:
     pace: Pace
     slowdown: float = 1.0
     """How many times longer it takes because of other work on the machine."""
+    known: Sequence[Hyperparameters] = ()
+    """Those of the first trials, as far as they depend on no result."""
 
     def total(self) -> tuple[float, float]:
         """Seconds from the plan to the bundle: at least and at most."""
@@ -246,6 +249,9 @@ class Forecast:
 MOST_TIES = 0.3
 """The largest share of trials that go on beside the best third, because they have the same balanced accuracy."""
 
+OTHERS = 4
+"""How many trials, beside the known ones, may be the winner with the same chance as each of these."""
+
 WRONG = (0.1, 0.6)
 """The range of the share of test images that a model gets wrong."""
 
@@ -261,20 +267,20 @@ class _Draws:
         (ties, share), (self.luck, chosen) = (row[:2] for row in table[:2])
         self.ties, self.share_wrong = MOST_TIES * ties, WRONG[0] + share * (WRONG[1] - WRONG[0])
         self._table: list[list[float]] = table[2:]
-        fixed = forecast.space.fixed_trials
-        first = int(chosen * (len(fixed) + 8))  # fixed trials have more of a chance than one of many
-        self.winner = fixed[first] if first < len(fixed) else self._drawn(table[0])
+        self._known = forecast.known or forecast.space.fixed_trials
         self._slot_s: dict[int, float] = {}
+        first = int(chosen * (len(self._known) + OTHERS))
+        self.winner = self._known[first] if first < len(self._known) else self._drawn(table[0])
 
     def chance(self, number: int, rung: int) -> float:
         """A number of 0 to 1 that decides whether a trial goes on at a rung."""
         return self._table[number % len(self._table)][2 + rung]
 
     def slot_s(self, number: int) -> float:
-        """Seconds that a slot takes for an epoch of a trial, which is fixed or drawn from the space."""
+        """Seconds that a slot takes for an epoch of a trial, which is known or drawn from the space."""
         if number not in self._slot_s:
-            fixed = self._forecast.space.fixed_trials
-            this = fixed[number] if number < len(fixed) else self._drawn(self._table[number % len(self._table)])
+            known = self._known
+            this = known[number] if number < len(known) else self._drawn(self._table[number % len(self._table)])
             self._slot_s[number] = self._forecast._slot_s(this)
         return self._slot_s[number]
 

@@ -24,6 +24,7 @@ from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device
 from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.cluster import machines, plan_resources, plan_retraining_resources
 from lungct_tune.tuning.ray_compat import autoscaling_config
+from lungct_tune.tuning.sampler import first_trials
 
 CLUSTER_FILE = Path("cluster.yaml")
 """The configuration of a cluster that may be started, in the working folder."""
@@ -81,14 +82,15 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     work = _workload(plan, split, resources, max(1, len(nodes)))
     processes = min(work.cpus, work.slots_of_machine * work.workers)
     slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
-    forecast = Forecast(work, plan.space, pace, slowdown)
+    known = first_trials(plan.space, seed=plan.settings.seed, trials=work.trials, slots=work.slots)
+    forecast = Forecast(work, plan.space, pace, slowdown, known)
     seconds = forecast.total()
     text = f"{as_range(*seconds)} (measured on {'a worker' if on_worker else 'this machine'}: {pace.device})"
     if plan.settings.resume:
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
-    lines |= {"time": text} | _price_line(forecast, seconds, plan.space, prices, resources)
+    lines |= {"time": text} | _price_line(forecast, seconds, prices, resources)
     return Outlook(resources, lines, forecast, seconds)
 
 
@@ -167,7 +169,6 @@ def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, nodes: int)
 def _price_line(
     forecast: Forecast,
     seconds: tuple[float, float],
-    space: SearchSpace,
     prices: tuple[Path, Prices] | None,
     resources: ResourcePlan,
 ) -> dict[str, str]:
@@ -194,7 +195,7 @@ def _price_line(
             "the time above is for this machine's devices, not for theirs"
         }
     slots = cluster.most_workers * max(1, known.node_types[cluster.workers[0].instance].gpus)
-    there = Forecast(_in_slots(forecast.work, slots), space, forecast.pace)
+    there = replace(forecast, work=_in_slots(forecast.work, slots), slowdown=1.0)
     time_there = there.total()
     cost = _cost(cluster, known, ResourcePlan(slots, 1, {}, slots), time_there)
     return {"price": f"{cost} and {as_range(*time_there)} on {of_cluster} ({_types(cluster, known)})"}

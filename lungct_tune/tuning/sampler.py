@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lungct_tune.tuning.ray_compat import storage_of
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.config.search_space import SearchSpace
+from lungct_tune.tuning.ray_compat import storage_of, suggest_value
 
 MOST_AT_RANDOM = 10
 
@@ -34,6 +37,24 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 def startup_trials(trials: int) -> int:
     """How many trials of a search are drawn at random before TPE starts: a third, at least 3, at most 10."""
     return max(3, min(MOST_AT_RANDOM, trials // 3))
+
+
+def first_trials(space: SearchSpace, *, seed: int, trials: int, slots: int) -> list[Hyperparameters]:
+    """The hyperparameters of a search's first trials, which depend on no result.
+
+    They are the fixed ones, and those that are drawn before enough trials have ended for TPE.
+    """
+    startup, fixed = startup_trials(trials), space.fixed_trials
+    study = optuna.create_study(sampler=SearchSampler(space.distributions, (), seed=seed, startup=startup))
+    drawn = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for _ in range(startup + slots - 1):
+            trial = study.ask()
+            for name, distribution in space.distributions.items():
+                suggest_value(trial, name, distribution)
+            drawn.append(space.hyperparameters(trial.params))
+    return [*fixed, *drawn[len(fixed) :]][:trials]
 
 
 class SearchSampler(BaseSampler):

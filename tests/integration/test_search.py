@@ -14,9 +14,12 @@ from conftest import SMALL
 from optuna.trial import TrialState
 from studies import epochs_of, trials_in
 
+from lungct_tune.config.search_space import parse_space, read_space
 from lungct_tune.experiment.looks import FOLDER as LOOKS
+from lungct_tune.experiment.study import trial_record
 from lungct_tune.search import main
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.sampler import first_trials
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,12 +59,16 @@ def test_the_published_configuration_is_first_and_never_stopped(finished: Path) 
     assert second.params["truncation_depth"] == 4
 
 
+def test_a_plan_knows_the_trials_that_depend_on_no_result(finished: Path, space: Path) -> None:
+    known = first_trials(parse_space(read_space(space), str(space)), seed=0, trials=6, slots=1)
+    assert known == [trial_record(trial).hyperparameters for trial in trials_in(finished)[:3]]
+
+
 def test_the_kept_weights_give_the_figures_that_are_reported(finished: Path, images: Any) -> None:
     import pandas as pd
     import torch
     from safetensors.torch import load_file
 
-    from lungct_tune.experiment.study import trial_record
     from lungct_tune.experiment.trial import Outcome
     from lungct_tune.models.preprocessing import as_grey, forward
     from lungct_tune.models.truncated_resnet import TruncatedResNet50
