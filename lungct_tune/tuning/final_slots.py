@@ -23,7 +23,7 @@ from lungct_tune.tuning.slot_actor import SlotQueue
 from lungct_tune.tuning.workers import SlotPlan
 
 WATCH_S = 1.0
-"""How often a search that runs is asked whether the retraining's workers may start, and these for their news."""
+"""How often a search that runs is asked whether the first workers may start, and how often these for their news."""
 
 NEWS_S = 30.0
 """How long the mailbox gets to answer."""

@@ -1,4 +1,4 @@
-"""The final retraining: the best configuration on train and validation together, evaluated once on test."""
+"""A final retraining: a configuration on train and validation together, evaluated once on test."""
 
 from __future__ import annotations
 
