@@ -195,8 +195,8 @@ class Forecast:
             begun = min(progress.final_slots, work.final_slots)
         busy = [0.0] * begun + [self.start_s] * (work.final_slots - begun)
         for hyperparameters, done in retraining:
-            ended = heapq.heapreplace(busy, busy[0] + self.retraining_s(hyperparameters, work.epochs - done))
-            after_s = max(after_s, ended)
+            seconds = self.retraining_s(hyperparameters, work.epochs - done)
+            after_s = max(after_s, heapq.heapreplace(busy, busy[0] + seconds) + seconds)
         if seeds and work.retrains:
             turns = math.ceil(seeds / work.slots)
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
@@ -205,8 +205,8 @@ class Forecast:
         slowness, error = self.slowdown, min(MOST_ERROR, PACE_ERROR * self.slowdown)
         if progress.slowness is not None:
             slowness, error = progress.slowness, PACE_ERROR
-        seconds: float = (search_s + after_s) * slowness + page_s * work.retrains * self.slowdown
-        return seconds * math.exp(error * random.error)
+        all_s: float = (search_s + after_s) * slowness + page_s * work.retrains * self.slowdown
+        return all_s * math.exp(error * random.error)
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:
         """Seconds that a slot takes for an epoch of a trial."""

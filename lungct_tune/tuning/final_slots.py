@@ -117,7 +117,7 @@ class FinalSlots:
 
     def _start(self, slots: int) -> SlotQueue:
         with stop_delayed():
-            self._mailbox = open_mailbox(self._search)
+            self._mailbox = self._mailbox or open_mailbox(self._search)  # it ends with the first handle
             self._queue = self._queue or SlotQueue(self._plan, self._search)
             self._queue.start(slots)
         return self._queue
