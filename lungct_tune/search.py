@@ -265,11 +265,9 @@ class SearchRun:
     def retrain(
         self, winner: TrialRecord, slots: FinalSlots
     ) -> tuple[list[RetrainedModel], tuple[TrialRecord, list[RetrainedModel]] | None]:
-        """Retrains the winner, and to compare it the published configuration, and predicts test once with each model.
+        """Retrains the winner, and for a comparison the published configuration; predicts test once with each model.
 
-        Returns:
-            The models of the winner: several for an ensemble. The trial and the models of the published configuration;
-            None if there is no comparison.
+        Returns: the winner's models, several for an ensemble; and if there is a comparison, the other trial and its own.
 
         Raises:
             RetrainingFailed: see `retrain_all`.
@@ -277,17 +275,17 @@ class SearchRun:
         from lungct_tune.tuning.final_slots import retrain_all
         from lungct_tune.tuning.retrain import orders_of
 
-        settings, published = self.plan.settings, self._published(winner)
+        settings, experiment = self.plan.settings, self.plan.experiment
         orders = orders_of(settings, winner, self.test)
         how = f"for an ensemble of {len(orders)} models" if settings.ensemble else "on train and validation"
+        self._announce(f"retraining trial {winner.number} {how}, {len(winner.history)} epochs")
+        published = self._published(winner)
         others = orders_of(settings, published, self.test) if published else []
-        also = " and the published configuration, each" if published else ""
-        self._announce(f"retraining trial {winner.number}{also} {how}, {len(winner.history)} epochs")
         self._left.retrain({order.folder: order.hyperparameters for order in orders + others})
-        at, showing = self.plan.experiment, self.display.showing(self._left.retraining_bar)
+        showing = self.display.showing(self._left.retraining_bar)
         try:
             with self._shown(f"retraining trial {winner.number}", announced=True), showing:
-                models = retrain_all(at, orders + others, slots, self._prepare_bundle, self._left.retrained)
+                models = retrain_all(experiment, orders + others, slots, self._prepare_bundle, self._left.retrained)
         except KeyboardInterrupt:
             self._warn("stopping; the retraining continues from the last state that it has saved")
             raise
@@ -305,6 +303,7 @@ class SearchRun:
             why = "is the winner" if published else "did not run to its end"
             self.display.console.print(f"the published configuration {why}, so there is no comparison with it")
             return None
+        self.display.console.print("the published configuration is retrained in the same way, for the comparison")
         return published
 
     def write_bundle(
