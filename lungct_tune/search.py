@@ -267,7 +267,7 @@ class SearchRun:
     ) -> tuple[list[RetrainedModel], tuple[TrialRecord, list[RetrainedModel]] | None]:
         """Retrains the winner, and for a comparison the published configuration; predicts test once with each model.
 
-        Returns: the winner's models, several for an ensemble; and if there is a comparison, the other trial and its own.
+        Returns: the winner's models, several for an ensemble; if there is a comparison, the other trial and its models.
 
         Raises:
             RetrainingFailed: see `retrain_all`.
