@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.results import Bundle
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
+    from lungct_tune.tuning.final_slots import FinalSlots
     from lungct_tune.tuning.outlook import Outlook
-    from lungct_tune.tuning.retrain import EarlySlot
     from lungct_tune.tuning.shared_data import SharedDataset
     from lungct_tune.tuning.time_left import TimeLeft
     from lungct_tune.tuning.workers import SlotPlan
@@ -86,11 +86,10 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                     if plan.settings.hold_test:
                         lungct_tune.reporting.console.print_held(plan, run.search(), console)
                         return
-                    with run.early_slot() as slot:
+                    with run.final_slots() as slots:
                         winner = run.search()
-                        retrained = run.retrain(winner, slot)
-                        published = run.retrain_published(winner, slot)
-                        seeds = run.repeat_with_seeds(winner, slot)
+                        retrained, published = run.retrain(winner, slots)
+                        seeds = run.repeat_with_seeds(winner, slots)
                         run.write_bundle(winner, retrained, published, seeds)
 
 
@@ -235,10 +234,10 @@ class SearchRun:
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
         return winner
 
-    def repeat_with_seeds(self, winner: TrialRecord, slot: EarlySlot) -> dict[str, Any] | None:
+    def repeat_with_seeds(self, winner: TrialRecord, slots: FinalSlots) -> dict[str, Any] | None:
         """Trains winner and published configuration with other seeds, see `rerun_with_seeds`; None without --seeds.
 
-        The slot of the retraining gives its room back before.
+        The slots of the retrainings give their room back before.
         """
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.tuning.rerun import rerun_with_seeds
@@ -246,54 +245,54 @@ class SearchRun:
         settings = self.plan.settings
         if not settings.seeds or settings.epochs is None:
             return None
-        slot.release()
+        slots.release()
         self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, slots, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
+        plan, at_once, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, settings.epochs, slots)
+            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, settings.epochs, at_once)
 
-    def early_slot(self) -> EarlySlot:
-        """The slot of the retraining, which may start before the search has ended."""
-        from lungct_tune.tuning.tuner import make_early_slot
+    def final_slots(self) -> FinalSlots:
+        """The slots of the retrainings. The first may start before the search has ended."""
+        from lungct_tune.tuning.tuner import make_final_slots
 
         def import_pages() -> None:
             import lungct_tune.reporting.report_page  # noqa: F401
 
         settings, slots = self.plan.settings, self.outlook.resources.slots
-        return make_early_slot(settings, self.slot_plan, self.study, slots, import_pages, self._warn)
+        return make_final_slots(settings, self.slot_plan, self.study, slots, import_pages, self._warn)
 
-    def retrain(self, trial: TrialRecord, slot: EarlySlot) -> list[RetrainedModel]:
-        """Retrains a trial's hyperparameters on train and validation, and predicts the test split once.
+    def retrain(
+        self, winner: TrialRecord, slots: FinalSlots
+    ) -> tuple[list[RetrainedModel], tuple[TrialRecord, list[RetrainedModel]] | None]:
+        """Retrains the winner, and for a comparison the published configuration; predicts test once with each model.
 
-        An ensemble has several models, each of them trained without one of the folds.
+        Returns: the winner's models, several for an ensemble; if there is a comparison, the other trial and its models.
 
         Raises:
-            RetrainingFailed: see `retrain_and_predict`.
+            RetrainingFailed: see `retrain_all`.
         """
-        from lungct_tune.tuning.retrain import RetrainOrder, retrain_all
+        from lungct_tune.tuning.final_slots import retrain_all
+        from lungct_tune.tuning.retrain import orders_of
 
-        settings, epochs = self.plan.settings, len(trial.history)
-        folds = range(settings.folds) if settings.ensemble and settings.folds else [None]
-        how = f"for an ensemble of {len(folds)} models" if settings.ensemble else "on train and validation"
-        self._announce(f"retraining trial {trial.number} {how}, {epochs} epochs")
-        what = trial.number, trial.hyperparameters, settings.seed, epochs, self.test, settings.checkpoint_interval
-        orders = [RetrainOrder(*what, fold) for fold in folds]
-        self._left.retrain(trial.number, len(orders) * epochs)
+        settings, experiment = self.plan.settings, self.plan.experiment
+        orders = orders_of(settings, winner, self.test)
+        how = f"for an ensemble of {len(orders)} models" if settings.ensemble else "on train and validation"
+        self._announce(f"retraining trial {winner.number} {how}, {len(winner.history)} epochs")
+        published = self._published(winner)
+        others = orders_of(settings, published, self.test) if published else []
+        self._left.retrain({order.folder: order.hyperparameters for order in orders + others})
+        showing = self.display.showing(self._left.retraining_bar)
         try:
-            with (
-                self._shown(f"retraining trial {trial.number}", announced=True),
-                self.display.showing(self._left.retraining_bar),
-            ):
-                return retrain_all(self.plan.experiment, orders, slot, self._prepare_bundle, self._left.retrained)
+            with self._shown(f"retraining trial {winner.number}", announced=True), showing:
+                models = retrain_all(experiment, orders + others, slots, self._prepare_bundle, self._left.retrained)
         except KeyboardInterrupt:
             self._warn("stopping; the retraining continues from the last state that it has saved")
             raise
+        return models[: len(orders)], (published, models[len(orders) :]) if published else None
 
-    def retrain_published(
-        self, winner: TrialRecord, slot: EarlySlot
-    ) -> tuple[TrialRecord, list[RetrainedModel]] | None:
-        """Retrains the published configuration too; returns its trial and models. None if there is no comparison."""
+    def _published(self, winner: TrialRecord) -> TrialRecord | None:
+        """The trial of the published configuration; None if it is not compared with the winner."""
         from lungct_tune.experiment.study import finished_trials
         from lungct_tune.experiment.trial import BASELINE, best_trial
 
@@ -304,7 +303,8 @@ class SearchRun:
             why = "is the winner" if published else "did not run to its end"
             self.display.console.print(f"the published configuration {why}, so there is no comparison with it")
             return None
-        return published, self.retrain(published, slot)
+        self.display.console.print("the published configuration is retrained in the same way, for the comparison")
+        return published
 
     def write_bundle(
         self,

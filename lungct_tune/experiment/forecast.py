@@ -88,6 +88,8 @@ class Workload:
     cpus: int = 1
     """Of the machine that a slot starts on; slots that start on it share them."""
     slots_of_machine: int = 1
+    final_slots: int = 1
+    """How many of the final models are trained at the same time."""
 
     @property
     def final_models(self) -> int:
@@ -106,8 +108,10 @@ class Progress:
         slowness: the measured seconds of the epochs so far, divided by those that `epoch_s` has for them; None as long
             as there are none.
         started: whether the slots' workers have started.
-        retraining: for each retraining that has not ended, its hyperparameters and its last epoch, counted over all
-            models of an ensemble; None as long as the search has not ended.
+        winner: hyperparameters of the best trial; None as long as the search has not ended.
+        retraining: for each model whose retraining has not ended, its hyperparameters and its last epoch, in the order
+            of their starts; None as long as the search has not ended.
+        final_slots: how many slots have workers for these retrainings.
         seeds: how many trainings with other seeds are left; None for all.
     """
 
@@ -116,7 +120,9 @@ class Progress:
     reached: Mapping[int, int] = field(default_factory=dict)
     slowness: float | None = None
     started: bool = False
+    winner: Hyperparameters | None = None
     retraining: Sequence[tuple[Hyperparameters, int]] | None = None
+    final_slots: int = 1
     seeds: int | None = None
 
 
@@ -158,10 +164,10 @@ class Forecast:
         return seconds * (math.ceil(work.folds / work.workers) if work.folds > 1 else 1)
 
     def retraining_s(self, hyperparameters: Hyperparameters, epochs: int) -> float:
-        """Seconds of so many epochs of the final retraining, and of the prediction of test."""
+        """Seconds of so many epochs of the retraining of a model, and of its prediction of test."""
         work, predict_s = self.work, self.pace.predict(hyperparameters.truncation_depth)
         epoch = self._training_s(hyperparameters, work.train_images if work.ensemble else work.searched_images, 1)
-        return epochs * epoch + work.final_models * work.test_images * predict_s
+        return epochs * epoch + work.test_images * predict_s
 
     @property
     def start_s(self) -> float:
@@ -183,19 +189,20 @@ class Forecast:
             self._draws[round_] = _Draws(self, round_)
         random = self._draws[round_]
         retraining, seeds = progress.retraining, work.seeds if progress.seeds is None else progress.seeds
-        winner = random.winner
+        winner = progress.winner or random.winner
         search_s = after_s = 0.0
         if retraining is None:
             search_s, completed = self._play_trials(progress, random)
-            retraining = [(winner, 0)] if work.retrains else []
+            retraining = [(winner, 0)] * work.final_models if work.retrains else []
             if work.retrains and work.compares and random.luck > 1 / max(1, completed):
-                retraining.append((PUBLISHED, 0))
-            if work.retrains and work.slots_of_machine * work.workers >= work.cpus:  # no room to start them before
-                after_s += START_S + self.pace.start_s * (1 + ACTOR_SHARE)
+                retraining += [(PUBLISHED, 0)] * work.final_models
+            begun = int(work.slots_of_machine * work.workers < work.cpus)  # there is room to start the first one before
         else:
-            winner = retraining[0][0] if retraining else winner
+            begun = min(progress.final_slots, work.final_slots)
+        busy = [0.0] * begun + [self.start_s] * (work.final_slots - begun)
         for hyperparameters, done in retraining:
-            after_s += self.retraining_s(hyperparameters, work.final_models * work.epochs - done)
+            seconds = self.retraining_s(hyperparameters, work.epochs - done)
+            after_s = max(after_s, heapq.heapreplace(busy, busy[0] + seconds) + seconds)
         if seeds and work.retrains:
             turns = math.ceil(seeds / work.slots)
             after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
@@ -204,8 +211,8 @@ class Forecast:
         slowness, error = self.slowdown, min(MOST_ERROR, PACE_ERROR * self.slowdown)
         if progress.slowness is not None:
             slowness, error = progress.slowness, PACE_ERROR
-        seconds: float = (search_s + after_s) * slowness + page_s * work.retrains * self.slowdown
-        return seconds * math.exp(error * random.error)
+        all_s: float = (search_s + after_s) * slowness + page_s * work.retrains * self.slowdown
+        return all_s * math.exp(error * random.error)
 
     def _slot_s(self, hyperparameters: Hyperparameters) -> float:
         """Seconds that a slot takes for an epoch of a trial."""

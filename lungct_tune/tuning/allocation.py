@@ -1,4 +1,4 @@
-"""Divides a cluster: how many slots its nodes have room for, and how many workers the final retraining gets."""
+"""Divides a cluster: how many slots its nodes have room for, and how many workers a final retraining gets."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ class ResourcePlan:
 
 @dataclass(frozen=True)
 class RetrainingResources:
-    """The workers of the final retraining."""
+    """The workers of a final retraining."""
 
     workers: int
     resources_per_worker: dict[str, float]
+    slots: int
+    """How many retrainings the cluster has room for at the same time, with all the nodes that may come."""
 
     def __str__(self) -> str:
         return f"{number_of(self.workers, 'worker')} with {describe_resources(self.resources_per_worker)} each"
@@ -142,7 +144,10 @@ def divide_for_retraining(
             f"--final-workers {asked} is not possible: the cluster holds {most} workers, and "
             f"the batch of {batch} images must divide evenly among them, two or more for each"
         )
-    return RetrainingResources(workers, each)
+    slots = max(1, most // workers)
+    if to_come is None:  # nodes may come, as for the search
+        slots = max(slots, settings.slots or 1)
+    return RetrainingResources(workers, each, slots)
 
 
 def _each(

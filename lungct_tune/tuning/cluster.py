@@ -186,7 +186,7 @@ def workers_have_gpus(settings: Settings, joining: Future[str] | None) -> bool:
 
 
 def plan_retraining_resources(settings: Settings) -> RetrainingResources:
-    """The workers of the final retraining, see `divide_for_retraining`.
+    """The workers of each final retraining, see `divide_for_retraining`.
 
     Raises:
         ClusterError: there will never be room for the number that the settings ask for.

@@ -85,6 +85,10 @@ class Group:
         self._epoch_s = max([self._epoch_s, *(figures.seconds for figures in report.epochs)])
         return report
 
+    def has_started(self) -> bool:
+        """Whether a worker has started; also if the workers have ended since."""
+        return not self._run.is_alive() or bool(ray.get(self._mailbox.has_started.remote(self.id)))
+
     def _hangs(self, silent_s: float) -> bool:
         """Whether workers that are silent so long in a trial hang. Those that have not answered yet may wait for room.
 

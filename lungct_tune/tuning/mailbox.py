@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from math import inf
@@ -49,7 +49,7 @@ class Mailbox:
         self._avoided: set[str] = set()
         self._warnings: list[str] = []
         self._warned: set[str] = set()
-        self._epochs: defaultdict[str, int] = defaultdict(int)
+        self._epochs: dict[str, int] = {}
         self._ended, self._another_ended = 0, asyncio.Condition()
 
     async def take_number(self, slot: Any) -> int:
@@ -127,6 +127,11 @@ class Mailbox:
         """Notes that a worker of the group has started on a node."""
         self._nodes[group].add(node)
 
+    @_unlisted
+    async def has_started(self, group: str) -> bool:
+        """Whether a worker of the group has started."""
+        return bool(self._nodes.get(group))
+
     async def refuse(self, group: str, node: str) -> None:
         """Notes that a node of the group cannot use the storage."""
         self._refusing[group].add(node)
@@ -167,9 +172,10 @@ class Mailbox:
         """Notes the last epoch of a retraining."""
         self._epochs[retraining] = epoch
 
-    async def epoch_of(self, retraining: str) -> int:
-        """The last epoch of a retraining; 0 if none has ended."""
-        return self._epochs[retraining]
+    @_unlisted
+    async def epochs_of(self, retrainings: Sequence[str]) -> dict[str, int]:
+        """The last epoch of each of these retrainings; 0 if none has ended."""
+        return {retraining: self._epochs.get(retraining, 0) for retraining in retrainings}
 
     @_unlisted
     async def note_ended(self, trials: int) -> None:

@@ -79,7 +79,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     prices = read_prices()
     if pace is None:
         return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, None, None)
-    work = _workload(plan, split, resources, max(1, len(nodes)))
+    work = _workload(plan, split, resources, retraining.slots, max(1, len(nodes)))
     processes = min(work.cpus, work.slots_of_machine * work.workers)
     slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
     known = first_trials(plan.space, seed=plan.settings.seed, trials=work.trials, slots=work.slots)
@@ -141,7 +141,7 @@ def _measure_there(order: PaceOrder) -> Pace | None:
     return measured_pace(replace(order, device=device_name(gpu=order.gpu)))
 
 
-def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, nodes: int) -> Workload:
+def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, final_slots: int, nodes: int) -> Workload:
     settings = plan.settings
     assert settings.trials is not None and settings.epochs is not None and settings.batch_size is not None
     train_rows, valid_rows = split.folds[0]
@@ -163,6 +163,7 @@ def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, nodes: int)
         seeds=2 * (settings.seeds or 0),  # also of the published configuration
         cpus=os.cpu_count() or 1,
         slots_of_machine=math.ceil(resources.slots / nodes),
+        final_slots=min(resources.slots, final_slots),
     )
 
 
@@ -203,7 +204,8 @@ def _price_line(
 
 def _in_slots(work: Workload, slots: int) -> Workload:
     """The same work in so many slots, each on a machine of its own."""
-    return replace(work, slots=min(slots, work.trials), slots_of_machine=1)
+    slots = min(slots, work.trials)
+    return replace(work, slots=slots, slots_of_machine=1, final_slots=slots)
 
 
 def _cost(cluster: PricedCluster, prices: Prices, resources: ResourcePlan, seconds: tuple[float, float]) -> str:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import ray
 
 from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.folder import Experiment
@@ -19,10 +15,9 @@ from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import over_seeds
 from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, TrialOrder, TrialRecord, best_trial
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
-from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import share_weights
-from lungct_tune.tuning.slot_actor import SlotActor
+from lungct_tune.tuning.slot_actor import SlotQueue
 from lungct_tune.tuning.tuner import make_slot_plan, provenance
 from lungct_tune.tuning.workers import SlotPlan
 
@@ -40,22 +35,14 @@ def rerun_trials(
         slots: how many are trained at the same time, at most.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
-    at_once = min(slots, len(orders))
-    stopped = threading.Event()
-
-    def run(slot: SlotActor, mine: Sequence[TrialOrder]) -> list[EpochReport]:
-        return [follow_trial(lambda order: ray.get(slot.run(order)), order, epochs, stopped) for order in mine]
-
-    with opened_mailbox(plan.experiment.name), ThreadPoolExecutor(at_once) as pool:
-        running = [SlotActor(plan) for _ in range(at_once)]
+    queue = SlotQueue(plan)
+    with opened_mailbox(plan.experiment.name):
         try:
-            by_slot = list(pool.map(run, running, [orders[slot::at_once] for slot in range(at_once)]))
-        finally:  # after an interruption the pool still waits for its threads, and these wait for workers
-            stopped.set()
-            with ThreadPoolExecutor(at_once) as ending:
-                list(ending.map(SlotActor.end, running))
-            remove_placement_groups(f"{plan.experiment.name} slot")
-    return [by_slot[i % at_once][i // at_once] for i in range(len(orders))]
+            queue.start(min(slots, len(orders)))
+            futures = queue.run(orders, lambda step, order: follow_trial(step, order, epochs))
+            return [future.result() for future in futures]
+        finally:
+            queue.end()
 
 
 def rerun_with_seeds(
@@ -103,19 +90,12 @@ def replay_trial(
     return report, provenance(slot)
 
 
-def follow_trial(
-    step: Callable[[TrialOrder], EpochReport], order: TrialOrder, epochs: int, stopped: threading.Event
-) -> EpochReport:
-    """Runs a trial's steps until it ends, or has so many epochs; its last report, with all its epochs.
-
-    Raises:
-        KeyboardInterrupt: `stopped` was set.
-    """
+def follow_trial(step: Callable[[TrialOrder], EpochReport], order: TrialOrder, epochs: int) -> EpochReport:
+    """Runs a trial's steps until it ends, or has so many epochs; its last report, with all its epochs."""
     done: list[EpochFigures] = []
-    while not stopped.is_set():
+    while True:
         report = step(order)
         # workers that took over report all epochs, also those that had been reported
         done += [figures for figures in report.epochs if figures.epoch > len(done)]
         if report.is_last or len(done) >= epochs:
             return replace(report, epochs=tuple(done[:epochs]))
-    raise KeyboardInterrupt

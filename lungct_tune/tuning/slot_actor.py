@@ -1,14 +1,21 @@
-"""A slot that Ray Tune does not manage, in an actor on the head node."""
+"""Slots that Ray Tune does not manage, each in an actor on the head node, and a queue of orders for them."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 
 from lungct_tune.experiment.trial import EpochReport, TrialOrder
+from lungct_tune.stopping import stop_delayed
+from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.retrain import RetrainOrder
 from lungct_tune.tuning.slots import ON_HEAD, Slot
 from lungct_tune.tuning.workers import SlotPlan
@@ -18,6 +25,11 @@ RELEASE_S = 15.0
 
 KILLED_S = 10.0
 """How long an actor that is killed gets to be gone."""
+
+POLL_S = 1.0
+"""How often a slot that has no workers yet is asked for them, and how soon one that works notices that it is to end."""
+
+Order = TypeVar("Order", TrialOrder, RetrainOrder)
 
 
 class SlotActor:
@@ -38,6 +50,12 @@ class SlotActor:
         future: ray.ObjectRef[EpochReport] = self._actor.run.remote(order)
         return future
 
+    def has_workers(self) -> bool:
+        """Whether an order need not wait for room; see `Slot.has_workers`."""
+        with suppress(ray.exceptions.RayError):
+            return bool(ray.get(self._actor.has_workers.remote(), timeout=POLL_S))
+        return False
+
     def end(self) -> None:
         """Ends the workers and the actor. Then the slot's placement group can be removed, if one is left."""
         with suppress(ray.exceptions.RayError):
@@ -52,3 +70,78 @@ class SlotActor:
             except ray.exceptions.GetTimeoutError:
                 continue
             time.sleep(0.05)
+
+
+class SlotQueue:
+    """Slots that take orders from one queue.
+
+    Each slot but the first takes an order only when it has workers. So one that never gets room keeps no order from the
+    others. A slot for which no order is left ends, and gives its room back.
+
+    Args:
+        plan: of every slot.
+        search: see `Slot`.
+    """
+
+    def __init__(self, plan: SlotPlan, search: str = "") -> None:
+        self._plan, self._search = plan, search or plan.experiment.name
+        self._slots: list[SlotActor] = []
+        self._threads: list[threading.Thread] = []
+        self._ended = threading.Event()
+
+    def start(self, slots: int) -> None:
+        """Starts slots until there are so many."""
+        with stop_delayed():
+            self._slots += [SlotActor(self._plan, self._search) for _ in range(slots - len(self._slots))]
+
+    def run(
+        self, orders: Iterable[Order], train: Callable[[Callable[[Order], EpochReport], Order], EpochReport]
+    ) -> list[Future[EpochReport]]:
+        """Gives the slots their orders, once; returns the future reports, in the order of the orders.
+
+        Args:
+            train: is called in a thread of the slot, with a function that runs a step of an order, and the order.
+        """
+        waiting = deque((order, Future[EpochReport]()) for order in orders)
+        futures = [future for _, future in waiting]
+        for slot in self._slots:
+            thread = threading.Thread(target=self._serve, args=(slot, waiting, train), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return futures
+
+    def end(self) -> None:
+        """Ends all slots at the same time, whatever they do."""
+        self._ended.set()
+        if not self._threads:
+            self.run([], lambda step, order: step(order))
+        for thread in self._threads:
+            thread.join()
+        remove_placement_groups(f"{self._search} slot")
+
+    def _serve(self, slot: SlotActor, waiting: deque[tuple[Any, Future[EpochReport]]], train: Any) -> None:
+        while waiting and not self._ended.is_set():
+            if slot is not self._slots[0] and not slot.has_workers():
+                self._ended.wait(POLL_S)
+                continue
+            with suppress(IndexError):  # another slot has taken the last one
+                order, future = waiting.popleft()
+                try:
+                    future.set_result(train(partial(self._step, slot), order))
+                except Exception as error:
+                    future.set_exception(error)
+        slot.end()
+
+    def _step(self, slot: SlotActor, order: TrialOrder | RetrainOrder) -> EpochReport:
+        """Runs a step of an order.
+
+        Raises:
+            CancelledError: the slots are to end.
+        """
+        if self._ended.is_set():
+            raise CancelledError
+        running = slot.run(order)
+        while not ray.wait([running], timeout=POLL_S)[0]:
+            if self._ended.is_set():
+                raise CancelledError
+        return ray.get(running)

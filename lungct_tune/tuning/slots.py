@@ -136,6 +136,10 @@ class Slot:
                 if outcome is not Outcome.RUNNING:
                     return EpochReport(outcome, reason=str(loss))
 
+    def has_workers(self) -> bool:
+        """Whether workers have started. If not, `run` may wait for room."""
+        return self._group.has_started()
+
     def release(self) -> None:
         """Ends the workers, after they have saved the state of their trial. A call of `run` gets an error."""
         with self._lock:  # else `run` might start a group of workers after this, and nobody would end them

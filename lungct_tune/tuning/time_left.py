@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import parse_space
 from lungct_tune.experiment.forecast import Forecast, Progress, Workload, as_range
-from lungct_tune.experiment.trial import BASELINE, TrialRecord
+from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.training.pace import Pace
 
 BAR_WIDTH = 24
@@ -34,7 +34,7 @@ class TimeLeft:
         rungs: the epochs after which a trial may be stopped.
         epochs: of a trial that is not stopped.
         slots: trials at the same time.
-        retrainings: how many trainings follow in the retraining's slot, one after the other.
+        retrainings: how many configurations are retrained afterwards.
         seeds: how many more follow, in all slots.
         earlier: the trials that have begun before this run.
         forecast: of the whole search; without one, a rough one is used as soon as an epoch has been timed.
@@ -53,7 +53,7 @@ class TimeLeft:
         forecast: Forecast | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._trials, self._retrainings, self._seeds, self._now = trials, retrainings, seeds, now
+        self._trials, self._seeds, self._now = trials, seeds, now
         self._is_rough = forecast is None
         self._forecast = forecast or _rough_forecast(trials, rungs, epochs, slots, retrainings, seeds)
         self._made = (-math.inf, 0.0, (0.0, 0.0))
@@ -65,10 +65,11 @@ class TimeLeft:
         self._reached = dict.fromkeys(rungs, 0)
         self._running: dict[int, int] = {}
         self._ended = 0
-        self._retrained: tuple[int, int] | None = None
-        """The epochs of the retraining, and those that have ended."""
-        self._retraining: Hyperparameters | None = None
-        self._is_report = False
+        self._retrainings: Mapping[str, Hyperparameters] = {}
+        self._retraining: Mapping[str, int] | None = None
+        """The last epoch of each of them that has not ended; None before they start."""
+        self._final_slots = 1
+        """How many of them have been seen to run at the same time."""
         self._latest: float | None = None
         """When the search will have ended, at the latest, by the clock."""
         for trial in earlier:
@@ -102,20 +103,19 @@ class TimeLeft:
         """From now on only what follows the search is left."""
         self._ended, self._running = self._trials, {}
 
-    def retrain(self, number: int, epochs: int) -> None:
-        """A retraining of a trial starts, the next one of `retrainings`."""
-        self._retrainings = max(0, self._retrainings - 1) if number != BASELINE else 0  # it is not compared with itself
-        self._retrained, self._retraining = (epochs, 0), self._hyperparameters.get(number, PUBLISHED)
+    def retrain(self, retrainings: Mapping[str, Hyperparameters]) -> None:
+        """The retrainings start, of one model each, in this order; their keys are names for `retrained`."""
+        self._retrainings, self._retraining = retrainings, dict.fromkeys(retrainings, 0)
         self._made = (-math.inf, 0.0, (0.0, 0.0))
 
-    def retrained(self, epoch: int) -> None:
-        """The retraining has trained so many epochs."""
-        if self._retrained:
-            self._retrained = self._retrained[0], epoch
+    def retrained(self, epochs: Mapping[str, int]) -> None:
+        """The retrainings have trained so many epochs; those that are missing have ended."""
+        self._retraining = epochs
+        self._final_slots = max(self._final_slots, sum(epoch > 0 for epoch in epochs.values()))
 
     def report(self) -> None:
         """Only the bundle and the report are left."""
-        self._retrained, self._retrainings, self._seeds, self._is_report = None, 0, 0, True
+        self._retraining, self._seeds = {}, 0
         self._made = (-math.inf, 0.0, (0.0, 0.0))
 
     @property
@@ -143,10 +143,12 @@ class TimeLeft:
         return _bar(self.share, 1.0, f"{self}, with the report")
 
     def retraining_bar(self) -> RenderableType:
-        """A bar of the retraining's epochs; empty if there is none."""
-        if self._retrained is None:
+        """A bar of the epochs of all retrainings; empty if there are none."""
+        if (left := self._retraining) is None:
             return Text("")
-        epochs, done = self._retrained
+        each = self._forecast.work.epochs
+        epochs = each * len(self._retrainings)
+        done = epochs - sum(each - epoch for epoch in left.values())
         return _bar(done, epochs, f"epoch {done} of {epochs}")
 
     def __str__(self) -> str:
@@ -173,15 +175,18 @@ class TimeLeft:
     @property
     def _progress(self) -> Progress:
         running = [(number, self._hyperparameters[number], epoch) for number, epoch in list(self._running.items())]
-        retraining = [(self._retraining, self._retrained[1])] if self._retrained and self._retraining else []
-        after = [*retraining, *[(PUBLISHED, 0)] * self._retrainings]
+        left = self._retraining
+        if left is not None:  # those that have begun run in the slots that have workers
+            after = sorted(((self._retrainings[name], epoch) for name, epoch in left.items()), key=lambda one: -one[1])
         return Progress(
             ended=self._ended,
             running=running,
             reached=self._reached,
             slowness=self._training_s / self._foreseen_s if self._foreseen_s else None,
             started=self._has_started,
-            retraining=after if self._retraining or self._is_report else None,
+            winner=next(iter(self._retrainings.values()), None),
+            retraining=None if left is None else after,
+            final_slots=self._final_slots,
             seeds=self._seeds,
         )
 
@@ -200,7 +205,8 @@ def _rough_forecast(
         retrains=retrainings > 0,
         compares=retrainings > 1,
         seeds=seeds,
-        cpus=2,  # the retraining's slot starts early
+        cpus=2,  # the first slot of the retrainings starts early
+        final_slots=slots,
     )
     space = parse_space("truncation_depth: {low: 4, high: 49}", "")
     return Forecast(work, space, Pace("", 0.0, 0.0, 1, (49,), (5.0,), (1.2,)))

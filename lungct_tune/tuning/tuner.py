@@ -34,6 +34,7 @@ from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
 from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
 from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
 from lungct_tune.tuning.cluster import plan_retraining_resources
+from lungct_tune.tuning.final_slots import FinalSlots
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import opened_mailbox
@@ -42,7 +43,6 @@ from lungct_tune.tuning.ray_compat import (
     without_ending_actors_that_start,
     without_files_of_tune,
 )
-from lungct_tune.tuning.retrain import EarlySlot
 from lungct_tune.tuning.sampler import startup_trials
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
@@ -84,19 +84,19 @@ def make_slot_plan(
     )
 
 
-def make_early_slot(
+def make_final_slots(
     settings: Settings,
     plan: SlotPlan,
     study: optuna.Study,
     slots: int,
     prepare: Callable[[], None],
     warn: Callable[[str], None],
-) -> EarlySlot:
-    """The slot of a search's retraining, which may start while the last trials run.
+) -> FinalSlots:
+    """The slots of a search's final retrainings. The first may start while the last trials run.
 
     Args:
         slots: of the search.
-        prepare, warn: see `EarlySlot`.
+        prepare, warn: see `FinalSlots`.
     """
     assert settings.trials is not None  # decided by the plan
     resources = plan_retraining_resources(settings)
@@ -107,7 +107,7 @@ def make_early_slot(
         return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
 
     last = (settings.trials, max(1, settings.trials - slots))
-    return EarlySlot(plan, trials_so_far, last, prepare, warn)
+    return FinalSlots(plan, min(slots, resources.slots), trials_so_far, last, prepare, warn)
 
 
 def run_search(

@@ -63,6 +63,7 @@ def test_more_trials_are_never_shorter(work: Workload, more: int) -> None:
 @given(works, st.integers(1, 20))
 def test_more_slots_are_never_longer(work: Workload, more: int) -> None:
     assert not_above(forecast(replace(work, slots=work.slots + more)).total(), forecast(work).total())
+    assert not_above(forecast(replace(work, final_slots=1 + more)).total(), forecast(work).total())
 
 
 @played
@@ -137,10 +138,24 @@ def test_an_epoch_is_its_steps_its_norms_and_its_validation() -> None:
 def test_an_ensemble_takes_a_training_for_each_fold() -> None:
     work = Workload(8, 5, (2,), 1, train_images=64, valid_images=16, searched_images=80, test_images=20, batch_size=16)
     plain, ensemble = forecast(replace(work, folds=5)), forecast(replace(work, folds=5, ensemble=True))
-    assert ensemble.retraining_s(PUBLISHED, 25) == pytest.approx(5 * 0.8 * plain.retraining_s(PUBLISHED, 5), rel=0.1)
+    assert ensemble.retraining_s(PUBLISHED, 5) == pytest.approx(0.8 * plain.retraining_s(PUBLISHED, 5), rel=0.1)
     assert not_above(plain.total(), ensemble.total())
-    last_epoch = Progress(ended=8, started=True, retraining=[(PUBLISHED, 24)])
+    last_epoch = Progress(ended=8, started=True, retraining=[(PUBLISHED, 4)])
     assert not_above(ensemble.left(last_epoch), plain.total())
+
+
+def test_five_retrainings_in_two_slots_take_three_turns_and_a_slot_without_workers_starts_first() -> None:
+    work = Workload(8, 100, (2,), 2, 64, 16, 80, 0, 16, folds=5, ensemble=True)
+
+    def after(slots: int, models: int, started: int = 9) -> float:
+        left = Progress(ended=8, winner=PUBLISHED, retraining=[(PUBLISHED, 0)] * models, final_slots=started)
+        return forecast(replace(work, final_slots=slots)).left(left)[0]
+
+    page, turn = after(1, 0), after(1, 1) - after(1, 0)
+    assert after(1, 5) - page == pytest.approx(5 * turn)
+    assert after(2, 5) - page == pytest.approx(3 * turn)
+    assert after(6, 5) - page == pytest.approx(turn)
+    assert after(2, 2) < after(2, 2, started=1) < after(1, 2)
 
 
 def test_folds_train_one_model_after_the_other_on_each_worker() -> None:

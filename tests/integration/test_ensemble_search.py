@@ -28,7 +28,7 @@ def held(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     storage = tmp_path_factory.mktemp("storage")
     (storage / "space.yaml").write_text(SPACE)
     of_what = ["--data", str(phantoms), "--space", str(storage / "space.yaml"), *SMALL, "--folds", "2", "--ensemble"]
-    how = ["--trials", "3", "--epochs", "3", "--slots", "1", "--hold-test", "--compare-baseline"]
+    how = ["--trials", "3", "--epochs", "3", "--slots", "2", "--hold-test", "--compare-baseline"]
     assert search.main([*of_what, *how, "--storage", str(storage), "--name", "one"]) == 0
     return storage / "one"
 

@@ -86,12 +86,13 @@ def test_the_retraining_has_the_workers_of_a_slot_and_several_get_a_whole_gpu_ea
     node = [{"CPU": 16.0, "GPU": 2.0}]
     assert divide(settings(gpus_per_worker=0.25), node, FIXED).slots == 8
     final = divide_for_retraining(settings(gpus_per_worker=0.25), node, FIXED)
-    assert (final.workers, final.resources_per_worker["GPU"]) == (1, 0.25)
+    assert (final.workers, final.resources_per_worker["GPU"], final.slots) == (1, 0.25, 8)
     final = divide_for_retraining(settings(gpus_per_worker=0.25, final_workers=2), node, FIXED)
-    assert (final.workers, final.resources_per_worker["GPU"]) == (2, 1)
+    assert (final.workers, final.resources_per_worker["GPU"], final.slots) == (2, 1, 1)
     assert divide_for_retraining(settings(workers=2), node, FIXED).workers == 2
     assert divide_for_retraining(settings(workers=2, folds=4), node, FIXED).workers == 1
     assert divide_for_retraining(settings(workers=2, folds=1), node, FIXED).workers == 2
+    assert divide_for_retraining(settings(slots=4), [], to_come=None).slots == 4, "for nodes that may come"
 
 
 def test_gpus_count_once_the_cluster_is_joined_and_if_workers_get_some(monkeypatch: pytest.MonkeyPatch) -> None:

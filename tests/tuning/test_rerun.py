@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -37,15 +36,11 @@ class Slot:
 @pytest.mark.parametrize(("lost_after", "step"), [(0, 1), (3, 1), (5, 1), (2, 2), (4, 4)])
 def test_epochs_that_are_reported_twice_count_once(lost_after: int, step: int) -> None:
     slot: Any = Slot(epochs=6, lost_after=lost_after, step=step)
-    report = follow_trial(slot.run, ORDER, epochs=6, stopped=threading.Event())
+    report = follow_trial(slot.run, ORDER, epochs=6)
     assert report.outcome is Outcome.COMPLETED
     assert [figures.epoch for figures in report.epochs] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_trial_is_followed_as_many_epochs_as_asked_and_no_further_when_stopped() -> None:
+def test_a_trial_is_followed_as_many_epochs_as_asked() -> None:
     slot: Any = Slot(epochs=6, lost_after=0, step=3)
-    assert len(follow_trial(slot.run, ORDER, epochs=2, stopped=threading.Event()).epochs) == 2
-    stopped = threading.Event()
-    stopped.set()
-    with pytest.raises(KeyboardInterrupt):
-        follow_trial(slot.run, ORDER, epochs=6, stopped=stopped)
+    assert len(follow_trial(slot.run, ORDER, epochs=2).epochs) == 2

@@ -24,16 +24,15 @@ from lungct_tune.filesystem import StorageError
 from lungct_tune.models.features import pooled_features
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
+from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed, retrain_all
 from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.retrain import (
     FEATURES,
     PREDICTIONS,
     STATE,
     WEIGHTS,
-    EarlySlot,
     RetrainOrder,
     retrain,
-    retrain_and_predict,
 )
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
 from lungct_tune.tuning.workers import SlotPlan
@@ -169,21 +168,59 @@ def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
     return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, (), 30.0)
 
 
-def test_a_slot_that_starts_early_retrains_to_the_same_weights_and_gives_its_room_back(
+def gated(one: RetrainOrder, gate: Path) -> RetrainOrder:
+    """An order whose workers wait for a file before they predict test."""
+
+    class Gated(SharedDataset):  # defined here, so that workers need not import this file
+        def images_on(self, device: torch.device) -> torch.Tensor:
+            while not gate.exists():
+                time.sleep(0.1)
+            return super().images_on(device)
+
+    return replace(one, test=Gated(**vars(one.test)))
+
+
+def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_back(
     images: ImageSet, whole: dict[str, bytes], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.tuning.slot_actor.RELEASE_S", 0.0)  # its workers do not end in time
-    plan, one, ended = slot_plan(images, tmp_path), order(images), 0
-    with EarlySlot(plan, lambda: (2, ended), last=(2, 1)) as slot:
+    """There is room for two of the three slots. One trains a model, the other the rest at the same time."""
+    monkeypatch.setattr("lungct_tune.tuning.slot_actor.RELEASE_S", 0.0)  # their workers do not end in time
+    plan, one, ended, gate = slot_plan(images, tmp_path), order(images), 0, tmp_path / "gate"
+    orders = [gated(one, gate), *(replace(one, number=number) for number in (4, 5))]
+    notes: list[dict[str, int]] = []
+
+    def others_end_first() -> None:
+        wait_for(lambda: all(plan.experiment.read(other.file(PREDICTIONS)) for other in orders[1:]), within_s=120)
+        gate.touch()
+
+    with FinalSlots(plan, 3, lambda: (2, ended), last=(2, 1)) as slots:
         time.sleep(3)
         assert train_workers() == [], "the search still needs the room"
         ended = 1
         wait_for(train_workers, within_s=120)
-        result = retrain_and_predict(plan.experiment, one, slot)
-    assert result.weights == whole[WEIGHTS]
+        results = retrain_all(plan.experiment, orders, slots, others_end_first, lambda now: notes.append(dict(now)))
+    assert [result.weights for result in results] == [whole[WEIGHTS]] * 3
+    assert notes[0] == {each.folder: 0 for each in orders} and notes[-1] == {}
     assert nothing_held()
-    read = retrain_and_predict(plan.experiment, one, EarlySlot(plan, lambda: (0, 0), (1, 1)))  # starts no workers
-    assert np.array_equal(read.probabilities_NC, result.probabilities_NC) and nothing_held()
+    idle = FinalSlots(plan, 2, lambda: (0, 0), (1, 1))  # starts no workers
+    read = retrain_all(plan.experiment, [one], idle)
+    assert np.array_equal(read[0].probabilities_NC, results[0].probabilities_NC) and nothing_held()
+
+
+@pytest.mark.long
+def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Path, cluster: None) -> None:
+    class TooLarge(SharedDataset):
+        def images_on(self, device: torch.device) -> torch.Tensor:
+            raise MemoryError("test does not fit")
+
+    plan, one = slot_plan(images, tmp_path), order(images)
+    waits, fails = gated(one, tmp_path / "gate"), replace(one, number=4, test=TooLarge(**vars(one.test)))
+    with (
+        FinalSlots(plan, 2, lambda: (0, 0), (1, 1)) as slots,
+        pytest.raises(RetrainingFailed, match=r"test does not fit[\s\S]*--resume continues"),
+    ):
+        retrain_all(plan.experiment, [waits, fails], slots)
+    assert nothing_held()
 
 
 @pytest.mark.long
@@ -198,7 +235,7 @@ def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_a
             raise StudyError("the database is locked")
         return 2, 1
 
-    with EarlySlot(slot_plan(images, tmp_path), trials_so_far, last=(2, 1), warn=warnings.append):
+    with FinalSlots(slot_plan(images, tmp_path), 1, trials_so_far, last=(2, 1), warn=warnings.append):
         wait_for(lambda: warnings and not train_workers(), within_s=120)
         assert "the database is locked" in warnings[0]
 

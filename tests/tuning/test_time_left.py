@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import parse_space
@@ -68,11 +69,10 @@ def test_without_a_forecast_the_retrainings_and_the_report_are_left_after_the_la
         train(left, clock, number, 9)
     left.search_ended()
     ranges = [left.seconds]
-    left.retrain(3, 9)
+    left.retrain({"winner": PUBLISHED, "published": PUBLISHED})
     clock.now += 9 * EPOCH_S
-    left.retrained(9)
+    left.retrained({"published": 0})
     ranges.append(left.seconds)
-    left.retrain(0, 9)
     left.report()
     ranges.append(left.seconds)
     for found, epochs in zip(ranges, (18, 9, 0), strict=True):
@@ -110,10 +110,10 @@ def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_
             latest.append(clock.now + left.seconds[1])
         left.end(record(number, epochs))
     left.search_ended()
-    left.retrain(2, 9)
+    left.retrain({"winner": PUBLISHED})
     for epoch in range(1, 10):
         clock.now += epoch_s
-        left.retrained(epoch)
+        left.retrained({"winner": epoch})
         assert left.seconds is not None
         latest.append(clock.now + left.seconds[1])
     left.report()
@@ -121,6 +121,24 @@ def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_
     latest.append(clock.now + left.seconds[1])
     assert all(later <= earlier + 1e-6 for earlier, later in pairwise(latest))
     assert left.seconds[1] < 30
+
+
+def test_retrainings_in_two_slots_are_left_together_and_their_epochs_are_counted_together() -> None:
+    clock = Clock()
+    left = TimeLeft(12, (1, 3), 9, 2, 2, 0, [record(number, 9) for number in range(12)], now=clock)
+    left.search_ended()
+    left.retrain({"winner": PUBLISHED, "published": PUBLISHED})
+    for epoch in (3, 8):
+        left.retrained({"winner": epoch, "published": 3})
+        clock.now += 60  # a new forecast is not made at every call
+        expected = 6 * EPOCH_S + BUNDLE_S
+        assert left.seconds is not None
+        assert left.seconds[0] <= expected + EPOCH_S and expected <= left.seconds[1] < 2 * expected
+    left.retrained({"published": 3})
+    line = Console(width=80)
+    with line.capture() as printed:
+        line.print(left.retraining_bar())
+    assert "epoch 12 of 18" in printed.get()
 
 
 def test_slower_epochs_than_foreseen_put_the_end_off() -> None:

@@ -1,0 +1,204 @@
+"""The slots of the final retrainings: several at the same time, and the first may start before the search ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import suppress
+from typing import Any, Self
+
+import ray
+
+from lungct_tune.errors import UserError
+from lungct_tune.experiment.bundle import RetrainedModel
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.trial import EpochReport
+from lungct_tune.stopping import stop_delayed
+from lungct_tune.tuning.groups import waiting_for_room
+from lungct_tune.tuning.mailbox import open_mailbox
+from lungct_tune.tuning.ray_compat import draining_nodes
+from lungct_tune.tuning.retrain import RetrainOrder, read_result
+from lungct_tune.tuning.slot_actor import SlotQueue
+from lungct_tune.tuning.workers import SlotPlan
+
+WATCH_S = 1.0
+"""How often a search that runs is asked whether the first workers may start, and how often these for their news."""
+
+NEWS_S = 30.0
+"""How long the mailbox gets to answer."""
+
+
+class RetrainingFailed(UserError):
+    """The final retraining failed for good. The message says why and how to continue."""
+
+
+class FinalSlots:
+    """The slots for what comes after the search. The first starts beside the last trials, if there is room.
+
+    Args:
+        plan: the configuration of each slot.
+        slots: how many there are at most.
+        trials_so_far: tells how many trials have begun, and how many of them have ended.
+        last: how many trials will have begun, and how many have ended, when the last ones run.
+        prepare: is called now and then once a trial has ended, for the driver's imports that are needed at the end.
+        warn: is called with what slots and workers have to say, a sentence each.
+    """
+
+    def __init__(
+        self,
+        plan: SlotPlan,
+        slots: int,
+        trials_so_far: Callable[[], tuple[int, int]],
+        last: tuple[int, int],
+        prepare: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self._plan, self._slots, self._trials_so_far, self._last = plan, slots, trials_so_far, last
+        self._prepare, self._warn = prepare, warn
+        self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
+        self._queue: SlotQueue | None = None
+        self._mailbox: Any = None
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._start_early, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        if self._mailbox:
+            ray.kill(self._mailbox)
+
+    def run(
+        self,
+        orders: Sequence[RetrainOrder],
+        meanwhile: Callable[[], None],
+        note_epochs: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        """Retrains, after the search has ended. Slots that have not started yet start now.
+
+        Args:
+            meanwhile, note_epochs: see `retrain_all`.
+
+        Raises:
+            RetrainingFailed: see `retrain_all`.
+        """
+        self._stop_watching()
+        queue = self._start(min(self._slots, len(orders)))
+        running = dict(zip(queue.run(orders, _retrain), [order.folder for order in orders], strict=True))
+        meanwhile()
+        try:
+            while running:
+                ended, _ = wait(running, WATCH_S, FIRST_EXCEPTION)
+                self._exchange_news()
+                for future in ended:
+                    future.result()
+                    del running[future]
+                with suppress(ray.exceptions.RayError):
+                    note_epochs(ray.get(self._mailbox.epochs_of.remote(list(running.values())), timeout=NEWS_S))
+        finally:
+            self._exchange_news()
+
+    def _exchange_news(self) -> None:
+        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
+            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
+                self._warn(sentence)
+
+    def release(self) -> None:
+        """Ends the workers."""
+        self._stop_watching()
+        self._release()
+
+    def _stop_watching(self) -> None:
+        self._ended.set()
+        self._watch.join()
+
+    def _start(self, slots: int) -> SlotQueue:
+        with stop_delayed():
+            self._mailbox = self._mailbox or open_mailbox(self._search)  # it ends with the first handle
+            self._queue = self._queue or SlotQueue(self._plan, self._search)
+            self._queue.start(slots)
+        return self._queue
+
+    def _release(self) -> None:
+        if self._queue:
+            self._queue.end()
+        self._queue = None
+
+    def _start_early(self) -> None:
+        crowded = 0  # how often in a row: workers that start wait for a moment
+        try:
+            while not self._ended.wait(WATCH_S):
+                begun, ended = self._trials_so_far()
+                if ended:
+                    self._prepare()
+                crowded = crowded + 1 if waiting_for_room(self._plan) else 0
+                if self._queue and crowded > 1:
+                    # a slot of the search has lost its workers and needs the room, or the free room is on several
+                    # nodes, and none of them holds a worker
+                    self._release()
+                    return
+                are_last = begun >= self._last[0] and ended >= self._last[1]
+                if are_last and not self._queue and not crowded and self._has_room():
+                    self._start(1)
+        except Exception as error:  # of the study or the cluster: the search goes on, and needs the room
+            self._warn(f"the workers of the retraining start only after the search: {error}")
+            self._release()
+
+    def _has_room(self) -> bool:
+        free = ray.available_resources()
+        needed = {kind: amount * self._plan.workers for kind, amount in self._plan.resources_per_worker.items()}
+        return all(free.get(kind, 0) >= amount for kind, amount in needed.items())
+
+
+def retrain_all(
+    experiment: Experiment,
+    orders: Sequence[RetrainOrder],
+    slots: FinalSlots,
+    meanwhile: Callable[[], None] = lambda: None,
+    note_epochs: Callable[[Mapping[str, int]], None] = lambda epochs: None,
+) -> list[RetrainedModel]:
+    """Retrains in slots; returns the models in the order of the orders.
+
+    An interrupted retraining continues from its last state; one that has ended is only read.
+
+    Args:
+        meanwhile: is called in this process while the workers train.
+        note_epochs: is called in this process, now and then, with the last epoch of each retraining that has not ended,
+            by its folder.
+
+    Raises:
+        RetrainingFailed: workers were lost too often, or a retraining needs more memory than there is.
+        StorageError: the files cannot be read.
+    """
+    models = {order.folder: read_result(experiment, order) for order in orders}
+    left = [order for order in orders if models[order.folder] is None]
+    note_epochs({order.folder: 0 for order in left})
+    if left:
+        slots.run(left, meanwhile, note_epochs)
+        models |= {order.folder: read_result(experiment, order) for order in left}
+    retrained = [model for model in models.values() if model is not None]
+    assert len(retrained) == len(orders)  # the workers have written them
+    return retrained
+
+
+def _retrain(run: Callable[[RetrainOrder], EpochReport], order: RetrainOrder) -> EpochReport:
+    """Retrains in a slot.
+
+    Raises:
+        RetrainingFailed: see `retrain_all`.
+    """
+    try:
+        report = run(order)
+        reason = report.reason
+    except ray.exceptions.RayActorError as error:
+        reason = str(error)
+    if reason:
+        raise RetrainingFailed(
+            f"the final retraining failed: {reason}\n"
+            "Fix the cause (Ray's log files have the full error; --verbose prints it); "
+            "the search is kept, and --resume continues with the retraining"
+        )
+    return report
