@@ -100,7 +100,7 @@ class Settings(BaseModel):
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: Path | None = _flag("the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE")
     trials: Positive | None = _flag("trials to run (40; phantoms 20)")
-    epochs: Positive | None = _flag("the most epochs of a trial (48; phantoms 12)")
+    epochs: Positive | None = _flag("the most epochs of a trial (48; phantoms 10)")
     image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("width and height, in pixels (224; phantoms 48)")
     batch_size: Annotated[int, Field(ge=2)] | None = _flag("images per step, over all workers (32; phantoms 16)")
     split: Literal["grouped", "official"] = Field(
@@ -254,7 +254,7 @@ class Settings(BaseModel):
         decided = {
             "space": SPACES / f"{'phantoms' if phantoms else 'default'}.yaml",
             "trials": 20 if phantoms else 40,
-            "epochs": 12 if phantoms else 48,
+            "epochs": 10 if phantoms else 48,
             "image_size": 48 if phantoms else 224,
             "batch_size": self.workers * max(2, math.ceil((16 if phantoms else 32) / self.workers)),
             "weights": "none" if phantoms else "imagenet",
