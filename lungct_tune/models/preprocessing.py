@@ -39,7 +39,7 @@ def training_precision_for(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return precision_for(device)
-    able = torch.cpu.get_capabilities()
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older PyTorch has it not
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
