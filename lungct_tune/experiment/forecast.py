@@ -48,7 +48,7 @@ REPORTS_SHARE = 0.04
 PREPARE_S = 4.0
 """Seconds from the plan until slots start: the storage is checked, and images are shared."""
 
-START_S, ACTOR_SHARE = 2.0, 0.6
+START_S, ACTOR_SHARE = 2.0, 0.25
 """Seconds of Ray when slots start, and the share of a worker's start that a slot's actor takes before."""
 
 BUNDLE_S, IMAGE_S = 2.5, 0.01

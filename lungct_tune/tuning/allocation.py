@@ -17,9 +17,12 @@ class ClusterError(UserError):
     """The cluster cannot be reached or is too small. The message says what it has and what to do."""
 
 
-HEAD_MEMORY_OF_SLOT = 0.4 * 2**30
-"""Bytes of the head's memory for each slot: its actor, with Ray Tune, Ray Train and torch, had 389 MiB that it shares
-with no other process (psutil's uss). A slot's workers need memory of their own, on their own nodes."""
+HEAD_MEMORY_OF_SLOT = 0.13 * 2**30
+"""Bytes of the head's memory for each slot of one worker: its actor, with Ray Tune and Ray Train, had 121 MiB that it
+shares with no other process (psutil's uss). A slot's workers need memory of their own, on their own nodes."""
+
+HEAD_MEMORY_OF_GROUP = 0.4 * 2**30
+"""The same for a slot of several workers: its actor imports torch too, and had 389 MiB."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,14 @@ class ResourcePlan:
     """How many slots the present nodes have room for; the others wait for nodes."""
 
     @property
+    def head_memory_each(self) -> float:
+        """Bytes that each slot needs on the head."""
+        return HEAD_MEMORY_OF_SLOT if self.workers == 1 else HEAD_MEMORY_OF_GROUP
+
+    @property
     def head_memory(self) -> float:
         """Bytes that the slots need on the head."""
-        return self.slots * HEAD_MEMORY_OF_SLOT
+        return self.slots * self.head_memory_each
 
     def __str__(self) -> str:
         waiting = f" (room for {min(self.capacity, self.slots)} now; the others start as nodes come)"
@@ -114,8 +122,8 @@ def _check_head(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Non
     if memory is not None and plan.head_memory > memory:
         raise ClusterError(
             f"{number_of(plan.slots, 'slot')} need {plan.head_memory / 2**30:.1f} GiB of the head's memory, "
-            f"{HEAD_MEMORY_OF_SLOT / 2**30:.1f} GiB each, and Ray has {memory / 2**30:.1f} GiB there. "
-            f"Give --slots {max(1, int(memory / HEAD_MEMORY_OF_SLOT + 1e-9))}, or a head with more memory."
+            f"{plan.head_memory_each / 2**30:.2f} GiB each, and Ray has {memory / 2**30:.1f} GiB there. "
+            f"Give --slots {max(1, int(memory / plan.head_memory_each + 1e-9))}, or a head with more memory."
         )
 
 

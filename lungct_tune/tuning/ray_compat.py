@@ -30,6 +30,9 @@ LATEST_CLUSTER = "ray._private.services:find_bootstrap_address"
 LOCAL_RESOURCES = "ray._private.resource_and_label_spec:ResourceAndLabelSpec"
 """The resources that `ray.init` gives to a cluster that it starts on this machine."""
 
+DATA_PARALLEL_TRAINER = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer"
+"""The base class of TorchTrainer. Its module does not import torch."""
+
 TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
 """Sets up torch.distributed in Ray Train's workers; subclassed to set the network interface of every worker."""
 
@@ -77,7 +80,7 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
 
 PRIVATE_NAMES = (
-    *(TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
+    *(DATA_PARALLEL_TRAINER, TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES, LATEST_CLUSTER),
     LOCAL_RESOURCES,
     *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),

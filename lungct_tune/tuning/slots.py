@@ -3,7 +3,7 @@
 Ray's documented way of combining Tune and Train starts a Train run for every trial: seven processes that
 each import their libraries, some 17 s on two cores (measured in benchmarks/further_trial.py). Here one Tune
 actor keeps one Train run during the whole search, and its workers get trials, a step at a time, from a
-mailbox. Data, pretrained weights, process group and CUDA context are set up once for each slot.
+mailbox. Data, pretrained weights, CUDA context and the process group of several workers are set up once for each slot.
 
 A slot of one worker is two processes: the slot's actor, in which the controller of Ray Train runs too, and the worker.
 All slots share one mailbox.
