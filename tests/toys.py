@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.models import preprocessing
 from lungct_tune.training.trainer import Trainer
 
 PX = 32
@@ -46,3 +48,9 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     different = [key for key in left if not torch.equal(left[key], right[key])]
     assert not different
+
+
+def compute_in(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computes in this precision on every device, in training and in prediction."""
+    for of_what in ("precision_for", "training_precision_for"):
+        monkeypatch.setattr(preprocessing, of_what, lambda device: precision)

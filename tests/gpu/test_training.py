@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from devices import device, gpu  # noqa: F401
-from toys import SMALL, toy_data, training
+from toys import SMALL, compute_in, toy_data, training
 
-from lungct_tune.models import preprocessing
 from lungct_tune.models.preprocessing import as_grey, forward, precision_for
 from lungct_tune.training.batches import gathered_ahead
 
@@ -32,7 +31,7 @@ CLOSE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Each precision, whatever the device's own is."""
-    monkeypatch.setattr(preprocessing, "precision_for", lambda device: request.param)
+    compute_in(request.param, monkeypatch)
     return request.param
 
 
@@ -54,7 +53,7 @@ def test_each_precision_gives_what_float32_gives_on_a_cpu(device: torch.device, 
     losses = [here.train_epoch() for _ in range(2)]
     probabilities_NC = here.probabilities(range(40, 48))
     with pytest.MonkeyPatch.context() as exact:
-        exact.setattr(preprocessing, "precision_for", lambda device: torch.float32)
+        compute_in(torch.float32, exact)
         reference = at(torch.device("cpu"))
         expected = [reference.train_epoch() for _ in range(2)]
     assert losses == pytest.approx(expected, rel=CLOSE[precision])
@@ -68,7 +67,7 @@ def test_predictions_of_one_model_are_the_same_but_for_rounding(device: torch.de
     on_cpu = at(torch.device("cpu"))
     on_cpu.average.model.load_state_dict(trained.model_state())
     with pytest.MonkeyPatch.context() as exact:
-        exact.setattr(preprocessing, "precision_for", lambda device: torch.float32)
+        compute_in(torch.float32, exact)
         expected_NC = on_cpu.probabilities(range(48))
     np.testing.assert_allclose(probabilities_NC, expected_NC, atol=0.02)
 
@@ -167,7 +166,7 @@ def test_trials_of_one_process_leave_no_memory_behind(gpu: torch.device) -> None
 
 
 def test_a_skipped_step_is_not_a_divergence(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocessing, "precision_for", lambda device: torch.float16)
+    compute_in(torch.float16, monkeypatch)
     skipping = at(device)
     skipping.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**40)
     assert np.isfinite(skipping.train_epoch())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import SMALL, assert_same, toy_data, training
+from toys import SMALL, assert_same, compute_in, toy_data, training
 
 from lungct_tune.models import preprocessing
 from lungct_tune.models.preprocessing import as_grey, forward, precision_for, training_precision_for
@@ -20,11 +20,6 @@ from lungct_tune.training.trainer import NotFiniteLoss
 def float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU without bfloat16."""
     compute_in(torch.float16, monkeypatch)
-
-
-def compute_in(precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for of_what in ("precision_for", "training_precision_for"):
-        monkeypatch.setattr(preprocessing, of_what, lambda device: precision)
 
 
 def test_a_cpu_computes_in_float32_without_a_scaler() -> None:
