@@ -1,7 +1,7 @@
 """What each part of the training recipe is worth on real images, in grouped cross-validation.
 
 python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--only ROW …] [--seeds 0 1] [--size 64]
-  [--epochs 12] [--clusters 0]
+  [--epochs 12] [--clusters 0] [--device cpu]
 
 Each row of the table is one change, made to the reference, to the reference with mild augmentation, or to the default
 of the program. Every model is evaluated on the fold that it was not trained on. Balanced accuracy, negative
@@ -109,7 +109,9 @@ ROWS: dict[str, Recipe] = {
     "default + no label smoothing": replace(DEFAULT, smoothing=0.0),
     "default + no flips": replace(DEFAULT, flip=0.0),
     "default + rotation 30°": replace(DEFAULT, rotation=30.0),
+    "default + rotation 72°, zoom 20 %": replace(DEFAULT, rotation=72.0, zoom=0.2),
     "default + intensity 0.1": replace(DEFAULT, intensity=0.1),
+    "default + intensity 0.3": replace(DEFAULT, intensity=0.3),
     "default + noise 0.03": replace(DEFAULT, noise=0.03),
     "default + padded": replace(DEFAULT, geometry="pad"),
     "default + MixUp 0.2": replace(DEFAULT, mixup=0.2),
@@ -149,7 +151,7 @@ def square(path: Path, size: int, geometry: str) -> np.ndarray:
 
 def augmented(grey_N1HW: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
     """A batch of grey images (N, 1, H, W), 0 to 1, each turned, zoomed, flipped and shifted by values of its own."""
-    turn, zoom, flip, right, down = torch.rand(5, len(grey_N1HW), generator=generator)
+    turn, zoom, flip, right, down = torch.rand(5, len(grey_N1HW), generator=generator).to(grey_N1HW.device)
     angle = (2 * turn - 1) * math.radians(recipe.rotation)
     scale = 1 / (1 + (2 * zoom - 1) * recipe.zoom)
     mirror = torch.where(flip < recipe.flip, -1.0, 1.0)
@@ -161,10 +163,11 @@ def augmented(grey_N1HW: Tensor, recipe: Recipe, generator: Generator) -> Tensor
     grid = F.affine_grid(matrices_N23, list(grey_N1HW.shape), align_corners=False)
     grey_N1HW = F.grid_sample(grey_N1HW, grid, padding_mode="zeros", align_corners=False)
     if recipe.intensity:
-        gamma, gain, offset = ((2 * torch.rand(3, len(grey_N1HW), 1, 1, 1, generator=generator)) - 1) * recipe.intensity
+        changes = (2 * torch.rand(3, len(grey_N1HW), 1, 1, 1, generator=generator) - 1) * recipe.intensity
+        gamma, gain, offset = changes.to(grey_N1HW.device)
         grey_N1HW = (grey_N1HW.clamp(min=1e-6) ** gamma.exp() * gain.exp() + offset / 3).clamp(0, 1)
     if recipe.noise:
-        grey_N1HW = grey_N1HW + recipe.noise * torch.randn(grey_N1HW.shape, generator=generator)
+        grey_N1HW = grey_N1HW + recipe.noise * torch.randn_like(grey_N1HW)
     return grey_N1HW
 
 
@@ -202,7 +205,7 @@ def train(
     classes = int(labels_N.max()) + 1
     model = TruncatedResNet50(recipe.depth, recipe.frozen, recipe.dropout, classes, initialise=False)
     load_backbone(model, state)
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(grey_N1HW.device, memory_format=torch.channels_last)
     optimizer, generator = optimizer_of(model, recipe), Generator().manual_seed(seed)
     averaged = AveragedModel(
         model, avg_fn=lambda mean, value, n: mean + (value - mean) / min(recipe.horizon, int(n) + 2)
@@ -217,10 +220,8 @@ def train(
             progress = (epoch * steps + step + 0.5) / (recipe.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(progress) * (progress >= recipe.probe or not group["backbone"])
-            images, target_NC = (
-                augmented(grey_N1HW[rows], recipe, generator),
-                F.one_hot(labels_N[rows], classes).float(),
-            )
+            images = augmented(grey_N1HW[rows], recipe, generator)
+            target_NC = F.one_hot(labels_N[rows], classes).float()
             if recipe.mixup:
                 share = float(np.random.default_rng([seed, epoch, step]).beta(recipe.mixup, recipe.mixup))
                 images = share * images + (1 - share) * images.flip(0)
@@ -252,16 +253,17 @@ def estimate_norms(model: nn.Module, grey_N1HW: Tensor) -> nn.Module:
 @torch.inference_mode()
 def predicted(model: nn.Module, grey_N1HW: Tensor) -> np.ndarray:
     model.eval()
-    return torch.cat([forward(model, images, "unit").softmax(dim=1) for images in grey_N1HW.split(128)]).numpy()
+    return torch.cat([forward(model, images, "unit").softmax(dim=1) for images in grey_N1HW.split(128)]).cpu().numpy()
 
 
 def out_of_fold(
-    recipe: Recipe, images: ImageSet, state: dict[str, Tensor], seed: int
+    recipe: Recipe, images: ImageSet, state: dict[str, Tensor], seed: int, device: str
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Probabilities (N, C) for each way to judge, from the models that have not seen the image; and the seconds."""
+    """Probabilities (N, C) for each way to judge, from the models that have not seen the image; and the CPU seconds."""
     paths = [images.root / path for path in images.table["path"]]
     pixels_NHW = np.stack([square(path, recipe.size, recipe.geometry) for path in paths])
-    grey_N1HW, labels_N = as_grey(torch.from_numpy(pixels_NHW)), torch.tensor(images.table["label"].to_numpy())
+    grey_N1HW = as_grey(torch.from_numpy(pixels_NHW).to(device))
+    labels_N = torch.tensor(images.table["label"].to_numpy(), device=device)
     fold_N = fold_images(images, np.arange(len(labels_N)), FOLDS, seed)
     found = {judged: np.zeros((len(labels_N), len(images.classes))) for judged in JUDGED}
     began = time.process_time()
@@ -299,9 +301,8 @@ class Results:
             self._known[training["key"]] = training
 
     def get(self, recipe: Recipe, seed: int) -> Judged | None:
-        if (training := self._known.get(recipe.key(seed))) is None:
-            return None
-        return Judged(seconds=training["seconds"], **training[recipe.judged])
+        training = self._known.get(recipe.key(seed))
+        return Judged(seconds=training["seconds"], **training[recipe.judged]) if training else None
 
     def add(self, recipe: Recipe, seed: int, judged: dict[str, Judged]) -> None:
         training: dict[str, Any] = {"key": recipe.key(seed)}
@@ -372,13 +373,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=REFERENCE.size, help="pixels, for every row that names none")
     parser.add_argument("--epochs", type=int, default=REFERENCE.epochs, help="the same")
     parser.add_argument("--clusters", type=int, default=0, help="groups for the folds; 0: of similar slices (0)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     images, state = read_images(asked.data, REFERENCE.size), read_weights(asked.weights)
+    images = in_clusters(images, asked.clusters) if asked.clusters else images
     common = {"size": asked.size, "epochs": asked.epochs, "clusters": asked.clusters}
-    if asked.clusters:
-        images = in_clusters(images, asked.clusters)
     rows = {
         name: replace(row, **{key: n for key, n in common.items() if getattr(row, key) == getattr(REFERENCE, key)})
         for name, row in ROWS.items()
@@ -387,10 +388,8 @@ def main() -> None:
     for seed in asked.seeds:
         for name in asked.only:
             if results.get(rows[name], seed) is None:
-                found, seconds = out_of_fold(rows[name], images, state, seed)
-                judged = {
-                    way: Judged.of(labels_N, probabilities_NC, seconds) for way, probabilities_NC in found.items()
-                }
+                found, seconds = out_of_fold(rows[name], images, state, seed, asked.device)
+                judged = {way: Judged.of(labels_N, found_NC, seconds) for way, found_NC in found.items()}
                 results.add(rows[name], seed, judged)
                 print(f"{name}, seed {seed}: {judged[rows[name].judged]}", flush=True)
     print_table(rows, images, results, asked.seeds)

@@ -16,9 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -27,9 +31,10 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from scipy.stats import sem, t
 from sklearn.ensemble import RandomForestRegressor
+from torch import Tensor
 
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
-from lungct_tune.data.dataset import read_images
+from lungct_tune.data.dataset import ImageSet, read_images
 from lungct_tune.data.split import fold_images
 from lungct_tune.experiment.study import REDUCTION, rungs
 from lungct_tune.models.pretrained import read_weights
@@ -38,52 +43,71 @@ from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.sampler import SearchSampler, startup_trials
 
 SPACE = Path("search_spaces/shallow.yaml")
-SIZE, EPOCHS, FOLDS = 32, 9, 4
+FOLDS = 4
 
 
-def measure(data: Path, weights: str, space: SearchSpace, results: Path, count: int) -> None:
-    """Trains random configurations, until the results file has `count` of them."""
-    images, state = read_images(data, SIZE), read_weights(weights)
-    pixels_NHW, labels_N = torch.from_numpy(images.images_NHW.copy()), torch.tensor(images.table["label"].to_numpy())
-    fold_N = fold_images(images, np.arange(len(labels_N)), FOLDS, 0)
-    for number in range(len(results.read_text().splitlines()) if results.exists() else 0, count):
-        parameters = optuna.create_study(sampler=RandomSampler(seed=number)).ask(space.distributions).params
-        held = np.flatnonzero(fold_N == number % FOLDS)
-        trainer = Trainer(
-            space.hyperparameters(parameters),
-            images_NHW=pixels_NHW,
-            labels_N=labels_N,
-            train_indices=np.flatnonzero(fold_N != number % FOLDS),
-            classes=len(images.classes),
-            epochs=EPOCHS,
-            batch_size=32,
-            seed=number,
-            normalisation="unit",
-            backbone_state=state,
-            device="cpu",
-        )
-        curve = []
-        for _ in range(EPOCHS):
-            trainer.train_epoch()
-            curve.append(validation_figures(labels_N[held].numpy(), trainer.probabilities(held))[OBJECTIVE])
-        with results.open("a") as out:
-            out.write(json.dumps({"parameters": parameters, "curve": curve}) + "\n")
+def measure(asked: argparse.Namespace, space: SearchSpace) -> None:
+    """Trains random configurations, until the results file has as many as asked."""
+    known = len(asked.results.read_text().splitlines()) if asked.results.exists() else 0
+    images, state = read_images(asked.data, asked.size), read_weights(asked.weights)
+    fold_N = fold_images(images, np.arange(len(images.table)), FOLDS, 0)
+    train = partial(train_one, images, fold_N, state, space, asked.epochs, asked.device)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(asked.processes, context) as processes, asked.results.open("a") as out:
+        for line in processes.map(train, range(known, asked.configurations)):
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+
+
+def train_one(
+    images: ImageSet,
+    fold_N: np.ndarray,
+    state: dict[str, Tensor],
+    space: SearchSpace,
+    epochs: int,
+    device: str,
+    number: int,
+) -> dict[str, Any]:
+    """Trains the random configuration of this number; returns it and its balanced accuracy after each epoch."""
+    torch.set_num_threads(1)
+    parameters = optuna.create_study(sampler=RandomSampler(seed=number)).ask(space.distributions).params
+    labels_N = torch.tensor(images.table["label"].to_numpy())
+    held = np.flatnonzero(fold_N == number % FOLDS)
+    trainer = Trainer(
+        space.hyperparameters(parameters),
+        images_NHW=torch.from_numpy(images.images_NHW.copy()).to(device),
+        labels_N=labels_N,
+        train_indices=np.flatnonzero(fold_N != number % FOLDS),
+        classes=len(images.classes),
+        epochs=epochs,
+        batch_size=32,
+        seed=number,
+        normalisation="unit",
+        backbone_state=state,
+        device=device,
+    )
+    curve = []
+    for _ in range(epochs):
+        trainer.train_epoch()
+        curve.append(validation_figures(labels_N[held].numpy(), trainer.probabilities(held))[OBJECTIVE])
+    return {"parameters": parameters, "curve": curve}
 
 
 class Surrogate:
-    """Predicts the curve of a configuration: balanced accuracy after each epoch, (EPOCHS,)."""
+    """Predicts the curve of a configuration: balanced accuracy after each epoch, (E,)."""
 
     def __init__(self, results: Path, space: SearchSpace) -> None:
         lines = [json.loads(line) for line in results.read_text().splitlines()]
         self._names = [name for name, of in space.distributions.items() if not of.single()]
         curves_KE = np.array([line["curve"] for line in lines])
+        self.epochs = curves_KE.shape[1]
         self._forest = RandomForestRegressor(500, min_samples_leaf=3, oob_score=True, random_state=0)
         self._forest.fit([self._row(line["parameters"]) for line in lines], curves_KE)
         self._errors_KE = curves_KE - self._forest.oob_prediction_
         last_K, error_K = curves_KE[:, -1], self._errors_KE[:, -1]
         print(
-            f"{len(lines)} configurations, after {EPOCHS} epochs {last_K.min():.3f} to {last_K.max():.3f}; the forest "
-            f"explains {1 - error_K.var() / last_K.var():.2f} of the variance, out of bag"
+            f"{len(lines)} configurations, after {self.epochs} epochs {last_K.min():.3f} to {last_K.max():.3f}; the "
+            f"forest explains {1 - error_K.var() / last_K.var():.2f} of the variance, out of bag"
         )
 
     def curve(self, parameters: dict[str, float]) -> np.ndarray:
@@ -99,7 +123,8 @@ class Surrogate:
 
 def search(surrogate: Surrogate, space: SearchSpace, sampler: BaseSampler, seed: int, epochs: int, asha: bool) -> float:
     """Runs one search of so many epochs; returns what the forest predicts for the trial that it chose."""
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(EPOCHS)[0], reduction_factor=REDUCTION)
+    stops = rungs(surrogate.epochs) if asha else ()
+    pruner = optuna.pruners.SuccessiveHalvingPruner(rungs(surrogate.epochs)[0], REDUCTION)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     generator = np.random.default_rng(seed)
     while epochs > 0:
@@ -108,7 +133,7 @@ def search(surrogate: Surrogate, space: SearchSpace, sampler: BaseSampler, seed:
         for epoch, value in enumerate(curve, start=1):
             trial.report(value, epoch)
             epochs -= 1
-            if asha and epoch in rungs(EPOCHS) and trial.should_prune():
+            if epoch in stops and trial.should_prune():
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 break
         else:
@@ -133,13 +158,17 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="they must cover the depths of search_spaces/shallow.yaml")
     parser.add_argument("--results", type=Path, required=True, help="a file of JSON lines; it is continued")
     parser.add_argument("--configurations", type=int, default=120)
-    parser.add_argument("--trials", type=int, nargs="+", default=[8, 16, 40], help="of all epochs, for the same cost")
+    parser.add_argument("--size", type=int, default=32, help="pixels")
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--processes", type=int, default=1, help="that train at the same time")
+    parser.add_argument("--trials", type=int, nargs="*", default=[8, 16, 40], help="of all epochs, for the same cost")
     parser.add_argument("--repeats", type=int, default=40)
     asked = parser.parse_args()
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = parse_space(read_space(SPACE), str(SPACE))
-    measure(asked.data, asked.weights, space, asked.results, asked.configurations)
+    measure(asked, space)
     surrogate = Surrogate(asked.results, space)
     print("\n| trials | sampler | early stopping | result | minus random, 95 % |\n|---|---|---|---|---|")
     for trials in asked.trials:
@@ -148,7 +177,7 @@ def main() -> None:
             for asha in (False, True):
                 found_R = np.array(
                     [
-                        search(surrogate, space, make(seed, trials), seed, trials * EPOCHS, asha)
+                        search(surrogate, space, make(seed, trials), seed, trials * surrogate.epochs, asha)
                         for seed in range(asked.repeats)
                     ]
                 )

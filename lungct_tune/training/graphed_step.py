@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 WARM_UP_STEPS = 3
 """Calls before the capture. In them cuDNN chooses its algorithms, and the optimizer makes its state."""
+
+_captured: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+"""The graphs of this process. They use the same memory, because one runs after the other (as the folds of a trial)."""
 
 
 class GraphedStep:
@@ -41,10 +45,12 @@ class GraphedStep:
         if self._graph is None:
             self._inputs = [tensor.clone() for tensor in inputs]
             graph, stream = torch.cuda.CUDAGraph(), _side_stream(inputs[0].device)
+            pool = next((other.pool() for other in _captured), None)
             # other threads may use the GPU meanwhile: they gather batches and write states
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._output = self._step(*self._inputs)
             self._graph = graph
+            _captured.add(graph)
         for static, tensor in zip(self._inputs, inputs, strict=True):
             static.copy_(tensor)
         self._graph.replay()

@@ -152,6 +152,35 @@ def test_a_graph_of_a_step_gives_what_the_step_gives(gpu: torch.device) -> None:
     graphed.load_state_dict(copy.deepcopy(eager.state_dict()))
     losses = [[trained.train_epoch() for _ in range(3)] for trained in made]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    averaged = [trained.probabilities(range(48)) for trained in made]
+    np.testing.assert_allclose(*averaged, atol=0.02)
+
+
+def test_folds_share_the_memory_of_their_graphs(gpu: torch.device) -> None:
+    """Folds that take turns learn what each learns alone."""
+    images_NHW = torch.randint(256, (64, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels_N = torch.arange(64) % 4
+
+    def fold(number: int) -> Trainer:
+        data = {"images_NHW": images_NHW.to(gpu), "labels_N": labels_N, "train_indices": range(number, 60 + number)}
+        return training(replace(SURE, truncation_depth=10), device=gpu, batch_size=15, **data)
+
+    def reserved(folds: list[Trainer]) -> tuple[list[list[float]], int]:
+        losses = [[trained.train_epoch() for trained in folds] for _ in range(4)]
+        gc.collect()
+        torch.cuda.empty_cache()
+        return losses, torch.cuda.memory_reserved(gpu)
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(gpu)
+    alone = []
+    for number in range(4):
+        losses, after_one = reserved([fold(number)])
+        alone.append([loss for (loss,) in losses])
+    together, after_four = reserved([fold(number) for number in range(4)])
+    assert np.transpose(together).tolist() == [pytest.approx(losses, rel=0.02) for losses in alone]
+    assert after_four - before < 2 * (after_one - before)
 
 
 def test_trials_of_one_process_leave_no_memory_behind(gpu: torch.device) -> None:
