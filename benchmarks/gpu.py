@@ -11,7 +11,9 @@ table when it is done:
   an epoch of `lungct_tune.training` whose steps are launched kernel by kernel, and of one whose steps are CUDA graphs,
   as they are in use; the last two also as shares of the first. They take turns; medians.
 - slots: images a second of 1, 2 and 4 processes that train on the same GPU at the same time, as slots with
-  `--gpus-per-worker 0.25` do.
+  `--gpus-per-worker 0.25` do. Start NVIDIA MPS before, and it measures that.
+- validation: milliseconds of an epoch of 480 images, of estimating the batch-norm statistics, and of predicting 100.
+- folds: memory that PyTorch reserves for one model, and for the five models of a trial with folds.
 - search: a whole search as a user starts it; its time, the share of the slots' time that was inside epochs, and the
   seconds between two epochs of a trial that were in neither training nor validation.
 """
@@ -25,7 +27,8 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,8 +43,9 @@ from lungct_tune.models.preprocessing import precision_for
 
 if TYPE_CHECKING:
     from lungct_tune.experiment.trial import TrialRecord
+    from lungct_tune.training.trainer import Trainer
 
-PARTS = ("loop", "slots", "search")
+PARTS = ("loop", "slots", "validation", "folds", "search")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ def main() -> None:
         measure_loop(sizes, device)
     if "slots" in chosen.parts:
         measure_slots(sizes, device)
+    if "validation" in chosen.parts:
+        measure_validation(sizes, device)
+    if "folds" in chosen.parts and device.type == "cuda":
+        measure_folds(sizes, device)
     if "search" in chosen.parts:
         measure_search(sizes, device, chosen.data, chosen.weights)
     print(f"all of it: {time.perf_counter() - began:.0f} s")
@@ -103,9 +111,13 @@ def measure_loop(sizes: Sizes, device: torch.device) -> None:
             shares = f"{eager:.0f} | {eager / bare:.2f} | {ours:.0f} | {ours / bare:.2f}"
             print(f"| {depth} | {batch} | {bare:.0f} | {shares} |", flush=True)
             del epochs
-            gc.collect()  # a trainer is a reference cycle
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # so that the next sizes find all of the memory
+            free_memory(device)
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()  # a trainer is a reference cycle
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure_slots(sizes: Sizes, device: torch.device) -> None:
@@ -146,6 +158,43 @@ def train_beside_others(batch: int, sizes: Sizes, device: str, barrier: Any, res
             images += batch * steps
         speeds[depth] = images / (time.perf_counter() - began)
     results.put(speeds)
+
+
+def measure_validation(sizes: Sizes, device: torch.device) -> None:
+    batch, epochs = sizes.batches[0], sizes.repeats + 1
+    print(f"\nTraining and validation: {sizes.px} pixels, batch {batch}, milliseconds, median of {sizes.repeats}")
+    print("| depth | training | norms | predicting |\n|---|---|---|---|")
+    for depth in sizes.depths:
+        train = pipeline(depth, 0.0, sizes.px, batch, 480 // batch, epochs, device)
+        trainer: Trainer = train.__self__  # type: ignore[attr-defined]
+        rounds = []
+        for _ in range(epochs):  # norms are estimated for the first prediction after an epoch
+            moments = [time.perf_counter()]
+            for part in (train, partial(trainer.probabilities, range(1)), partial(trainer.probabilities, range(100))):
+                part()
+                moments.append(time.perf_counter())
+            rounds.append(np.diff(moments))
+        train_s, norms_s, predict_s = np.median(rounds[1:], axis=0)
+        print(f"| {depth} | {1e3 * train_s:.0f} | {1e3 * norms_s:.0f} | {1e3 * predict_s:.0f} |", flush=True)
+        del train, trainer, part
+        free_memory(device)
+
+
+def measure_folds(sizes: Sizes, device: torch.device) -> None:
+    print(f"\nMemory that is reserved, in GiB: {sizes.px} pixels")
+    print("| depth | batch | one model | five folds |\n|---|---|---|---|")
+    for depth, batch in product(sizes.depths[-2:], sizes.batches[:2]):
+        reserved = []
+        for folds in (1, 5):
+            free_memory(device)
+            before = torch.cuda.memory_reserved(device)
+            epochs = [pipeline(depth, 0.0, sizes.px, batch, 5, 2, device) for _ in range(folds)]
+            for epoch in epochs * 2:
+                epoch()
+            free_memory(device)
+            reserved.append((torch.cuda.memory_reserved(device) - before) / 2**30)
+            del epoch, epochs
+        print(f"| {depth} | {batch} | {reserved[0]:.1f} | {reserved[1]:.1f} |", flush=True)
 
 
 def measure_search(sizes: Sizes, device: torch.device, data: str | None, weights: str | None) -> None:

@@ -18,16 +18,15 @@ import argparse
 import json
 import multiprocessing
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import torch
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from scipy.stats import sem, t
 from sklearn.ensemble import RandomForestRegressor
@@ -46,14 +45,13 @@ SPACE = Path("search_spaces/shallow.yaml")
 FOLDS = 4
 
 
-def measure(asked: argparse.Namespace, space: SearchSpace) -> None:
+def measure(asked: argparse.Namespace, space: SearchSpace, processes: ProcessPoolExecutor) -> None:
     """Trains random configurations, until the results file has as many as asked."""
     known = len(asked.results.read_text().splitlines()) if asked.results.exists() else 0
     images, state = read_images(asked.data, asked.size), read_weights(asked.weights)
     fold_N = fold_images(images, np.arange(len(images.table)), FOLDS, 0)
     train = partial(train_one, images, fold_N, state, space, asked.epochs, asked.device)
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(asked.processes, context) as processes, asked.results.open("a") as out:
+    with asked.results.open("a") as out:
         for line in processes.map(train, range(known, asked.configurations)):
             out.write(json.dumps(line) + "\n")
             out.flush()
@@ -69,7 +67,6 @@ def train_one(
     number: int,
 ) -> dict[str, Any]:
     """Trains the random configuration of this number; returns it and its balanced accuracy after each epoch."""
-    torch.set_num_threads(1)
     parameters = optuna.create_study(sampler=RandomSampler(seed=number)).ask(space.distributions).params
     labels_N = torch.tensor(images.table["label"].to_numpy())
     held = np.flatnonzero(fold_N == number % FOLDS)
@@ -121,8 +118,9 @@ class Surrogate:
         return [float(np.log(parameters[name]) if name.endswith("_lr") else parameters[name]) for name in self._names]
 
 
-def search(surrogate: Surrogate, space: SearchSpace, sampler: BaseSampler, seed: int, epochs: int, asha: bool) -> float:
-    """Runs one search of so many epochs; returns what the forest predicts for the trial that it chose."""
+def search(surrogate: Surrogate, space: SearchSpace, name: str, asha: bool, trials: int, seed: int) -> float:
+    """Runs one search with the epochs of so many trials; returns what the forest predicts for the trial it chose."""
+    sampler, epochs = sampler_of(name, space, seed, trials), trials * surrogate.epochs
     stops = rungs(surrogate.epochs) if asha else ()
     pruner = optuna.pruners.SuccessiveHalvingPruner(rungs(surrogate.epochs)[0], REDUCTION)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
@@ -141,15 +139,18 @@ def search(surrogate: Surrogate, space: SearchSpace, sampler: BaseSampler, seed:
     return float(surrogate.curve(study.best_params)[-1])
 
 
-def samplers(space: dict[str, BaseDistribution]) -> dict[str, Callable[[int, int], BaseSampler]]:
-    """Makes samplers by name, from a seed and the number of trials."""
-    return {
-        "random": lambda seed, trials: RandomSampler(seed=seed),
-        "TPE, as in the program": lambda seed, trials: SearchSampler(
-            space, (), seed=seed, startup=startup_trials(trials)
-        ),
-        "GP": lambda seed, trials: GPSampler(seed=seed, n_startup_trials=startup_trials(trials)),
-    }
+def sampler_of(name: str, space: SearchSpace, seed: int, trials: int) -> BaseSampler:
+    if name == "random":
+        return RandomSampler(seed=seed)
+    if name == "GP":
+        return GPSampler(seed=seed, n_startup_trials=startup_trials(trials))
+    return SearchSampler(space.distributions, (), seed=seed, startup=startup_trials(trials))
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
 
 
 def main() -> None:
@@ -161,36 +162,30 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="pixels")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--processes", type=int, default=1, help="that train at the same time")
+    parser.add_argument("--processes", type=int, default=1, help="that train or search at the same time")
     parser.add_argument("--trials", type=int, nargs="*", default=[8, 16, 40], help="of all epochs, for the same cost")
     parser.add_argument("--repeats", type=int, default=40)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    quiet()
     space = parse_space(read_space(SPACE), str(SPACE))
-    measure(asked, space)
-    surrogate = Surrogate(asked.results, space)
-    print("\n| trials | sampler | early stopping | result | minus random, 95 % |\n|---|---|---|---|---|")
-    for trials in asked.trials:
-        random_R = np.empty(0)
-        for name, make in samplers(space.distributions).items():
-            for asha in (False, True):
-                found_R = np.array(
-                    [
-                        search(surrogate, space, make(seed, trials), seed, trials * surrogate.epochs, asha)
-                        for seed in range(asked.repeats)
-                    ]
-                )
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(asked.processes, context, quiet) as processes:
+        measure(asked, space, processes)
+        surrogate = Surrogate(asked.results, space)
+        print("\n| trials | sampler | early stopping | result | minus random, 95 % |\n|---|---|---|---|---|")
+        for trials in asked.trials:
+            random_R = np.empty(0)
+            for name, asha in product(("random", "TPE, as in the program", "GP"), (False, True)):
+                run = partial(search, surrogate, space, name, asha, trials)
+                found_R, against = np.array(list(processes.map(run, range(asked.repeats)))), ""
                 if (name, asha) == ("random", False):
-                    random_R, against = found_R, ""
+                    random_R = found_R
                 else:
                     better_R = found_R - random_R
                     low, high = t.interval(0.95, len(better_R) - 1, better_R.mean(), sem(better_R))
                     against = f"{better_R.mean():+.3f} ({low:+.3f} to {high:+.3f})"
-                print(
-                    f"| {trials} | {name} | {'ASHA' if asha else 'none'} | {found_R.mean():.3f} | {against} |",
-                    flush=True,
-                )
+                stopping = "ASHA" if asha else "none"
+                print(f"| {trials} | {name} | {stopping} | {found_R.mean():.3f} | {against} |", flush=True)
 
 
 if __name__ == "__main__":

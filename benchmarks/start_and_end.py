@@ -4,11 +4,12 @@
     python benchmarks/start_and_end.py --against CHECKOUT     the same command there, beside it
 
 It runs `python -m lungct_tune.search --trials 2 --epochs 3 --slots 1 --image-size 32` as a user does, in a process and
-a Ray cluster of its own. Times of the command's output are taken from outside. Times of epochs are those that the
-study keeps. The retraining's epochs are estimated from the winner's: as many as its best epoch, on train and
-validation. CPU seconds are those of all processes of the search up to then. Other load on the machine changes them
-little. Aims on two quiet CPU cores: the first epoch starts after 18 s, and the bundle is there 8 s after the
-search's last epoch, beside the retraining's epochs. Commit f89f17a had 38 s and 23 s.
+a Ray cluster of its own. The first run also draws the phantoms, compares the images and measures the pace of the
+machine; later ones find that in the cache, and the table has their medians. Times of the command's output are taken
+from outside. Times of epochs are those that the study keeps. The retraining's epochs are estimated from the winner's,
+as many on train and validation. CPU seconds are those of all processes of the search up to then. Other load on the
+machine changes them little. Aims on two quiet CPU cores: the first epoch starts after 18 s, and the bundle is there 8 s
+after the search's last epoch, beside the retraining's epochs. Commit f89f17a had 38 s and 23 s.
 """
 
 from __future__ import annotations
@@ -81,14 +82,18 @@ def score(epoch: dict[str, Any]) -> float:
     return float(epoch["balanced_accuracy"])
 
 
-def stages(checkout: Path) -> dict[str, tuple[float, float]]:
+def stages(checkout: Path, cache: Path) -> dict[str, tuple[float, float]]:
     """Runs the search of a checkout once.
+
+    Args:
+        checkout: with the package.
+        cache: where it keeps phantoms, the pace of this machine and what it found about images, between runs.
 
     Returns:
         Wall and CPU seconds from its start to each stage, and of the two sums.
     """
     with tempfile.TemporaryDirectory(prefix="se-") as scratch:
-        own = {"RAY_TMPDIR": scratch, "XDG_CACHE_HOME": f"{scratch}/cache", "PYTHONPATH": str(checkout.resolve())}
+        own = {"RAY_TMPDIR": scratch, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(checkout.resolve())}
         began = time.time()
         command = [sys.executable, "-u", *COMMAND.split()]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own
@@ -112,8 +117,7 @@ def stages(checkout: Path) -> dict[str, tuple[float, float]]:
     at["first epoch"] = min(epoch["at"] - length for epoch, length in zip(epochs, lengths, strict=True))
     at["last epoch"] = max(epoch["at"] for epoch in epochs)
     best = max((trial for trial in trials if len(trial) == 3), key=lambda trial: max(map(score, trial)))
-    retrained = 1 + max(range(3), key=lambda i: score(best[i]))
-    seconds = retrained * median(epoch["train_s"] for epoch in best) * 8 / 7  # train has 7 of 8 parts of both
+    seconds = 3 * median(epoch["train_s"] for epoch in best) * 8 / 7  # train has 7 of 8 parts of both
     done = {stage: (when - began, meter.until(when)) for stage, when in sorted(at.items(), key=lambda item: item[1])}
     (last, last_cpu), (bundle, bundle_cpu) = done["last epoch"], done["bundle"]
     return done | {
@@ -126,18 +130,21 @@ def stages(checkout: Path) -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this project")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="medians of so many runs, in turn (1)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="later runs, in turn (1)")
     asked = parser.parse_args()
     here = Path(__file__).parents[1]
     checkouts = [here] + ([asked.against] if asked.against else [])
     runs: list[list[dict[str, tuple[float, float]]]] = [[] for _ in checkouts]
-    for _ in range(asked.repeats):
-        for checkout, done in zip(checkouts, runs, strict=True):
-            done.append(stages(checkout))
+    with tempfile.TemporaryDirectory(prefix="se-") as caches:
+        for _ in range(1 + asked.repeats):
+            for number, (checkout, done) in enumerate(zip(checkouts, runs, strict=True)):
+                done.append(stages(checkout, Path(caches, str(number))))
     names = ("", " there")[: len(checkouts)]
-    table = Table("stage", *(f"{what}{name}" for name in names for what in ("wall s", "CPU s")))
+    table = Table("stage", *(f"{what}{name}" for name in names for what in ("first use s", "later s", "CPU s")))
     for stage in runs[0][0]:
-        seconds = [median(run[stage][i] for run in done) for done in runs for i in range(2)]
+        seconds = []
+        for first, *later in runs:
+            seconds += [first[stage][0], *(median(run[stage][i] for run in later) for i in range(2))]
         table.add_row(stage, *(f"{each:.1f}" for each in seconds))
     Console().print(table)
 
