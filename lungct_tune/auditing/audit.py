@@ -24,10 +24,9 @@ import pandas as pd
 from scipy.stats import binomtest, ttest_1samp
 from sklearn.base import clone
 from sklearn.metrics import recall_score
-from sklearn.neighbors import NearestNeighbors
 
 from lungct_tune.auditing.conclusions import conclude
-from lungct_tune.auditing.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, unit_pixels
+from lungct_tune.auditing.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, most_similar
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.dataset import CopyOf, ImageSet
 from lungct_tune.data.folders import DataError
@@ -246,7 +245,7 @@ def _likeness(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Map
     is_known_N, is_part_N = np.isin(split, before), split == part
     labels_N, groups_N = (images.table[name].to_numpy() for name in ("label", "group"))
     rows, known = np.flatnonzero(is_part_N), np.flatnonzero(is_known_N)
-    similarity_N, nearest_N = _nearest(images, rows, known)
+    similarity_N, nearest_N = most_similar(images, rows, known)
     is_seen_N, is_right_N = np.isin(groups_N[rows], groups_N[known]), labels_N[nearest_N] == labels_N[rows]
     others_N = np.flatnonzero(~is_seen_N)
     expected = float(np.mean([unseen[label] for label in labels_N[rows[others_N]]])) if unseen and len(others_N) else 1
@@ -285,13 +284,6 @@ def too_alike(right_N: np.ndarray, groups_N: np.ndarray, expected: float) -> boo
     if not len(right_G):
         return False
     return bool(binomtest(round(right_G.sum()), len(right_G), expected, alternative="greater").pvalue < TOO_ALIKE)
-
-
-def _nearest(images: ImageSet, rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `rows`, the correlation with its most similar row in `known`, and that row."""
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(unit_pixels(images, known))
-    distance_N1, position_N1 = search.kneighbors(unit_pixels(images, rows))
-    return 1 - distance_N1[:, 0] ** 2 / 2, known[position_N1[:, 0]]
 
 
 def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from sklearn.base import ClassifierMixin, clone
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from lungct_tune.data.dataset import ImageSet
 from lungct_tune.data.groups import unit_vectors
@@ -64,6 +64,13 @@ def small_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
 def unit_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
     """`small_pixels` as vectors of mean 0 and length 1, (n, 1024): the nearest vector has the highest correlation."""
     return unit_vectors(small_pixels(images, rows))
+
+
+def most_similar(images: ImageSet, rows: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `rows`, the correlation with its most similar row in `known` at 32 x 32 pixels, and that row."""
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(unit_pixels(images, known))
+    distance_N1, position_N1 = search.kneighbors(unit_pixels(images, rows))
+    return 1 - distance_N1[:, 0] ** 2 / 2, known[position_N1[:, 0]]
 
 
 def _file_properties(images: ImageSet, rows: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import pandas as pd
 import safetensors.torch
 import yaml
 
-from lungct_tune.auditing.shortcuts import predict_by_shortcuts
+from lungct_tune.auditing.shortcuts import most_similar, predict_by_shortcuts
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import ImageSet, group_overlap
@@ -108,6 +108,7 @@ class BundleFiles:
             scaling=scaling,
             references=self._references(published),
             overlap_N=group_overlap(images, self.split.split),
+            similarity_N=most_similar(images, test, self.split.searched_rows)[0],
             threshold=point.threshold if point else HALF,
             at_95_specificity=point.at_95_specificity if point else None,
         )

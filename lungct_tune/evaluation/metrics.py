@@ -14,10 +14,12 @@ from lungct_tune.evaluation.calibration import calibration_errors, reliability_b
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
 from lungct_tune.experiment.metrics import (
     HALF,
+    ByLikeness,
     CalibrationMetrics,
     CancerMetrics,
     ClassMetrics,
     Figure,
+    Likeness,
     RatesAt,
     Reference,
     ReferenceAccuracy,
@@ -45,6 +47,7 @@ def evaluate_predictions(
     scaling: TemperatureScaling | None = None,
     references: Mapping[str, tuple[str, np.ndarray]] | None = None,
     overlap_N: np.ndarray | None = None,
+    similarity_N: np.ndarray | None = None,
     threshold: float = HALF,
     at_95_specificity: float | None = None,
 ) -> TestMetrics:
@@ -59,6 +62,7 @@ def evaluate_predictions(
         scaling: the temperature; None without scaling.
         references: by kind, other ways to predict the class of these images: a name, and the predictions (N,).
         overlap_N: bool, whether the image or one of its group was a training image; None if that is unknown.
+        similarity_N: the correlation of each image with the most similar training image; None if that is unknown.
         threshold: the probability of cancer above which an image counts as cancer in the figures for cancer against
             normal. All other figures take the most probable class.
         at_95_specificity: another such threshold, at which both rates are computed too, see `OperatingPoint`.
@@ -88,6 +92,7 @@ def evaluate_predictions(
         without_overlap=None
         if overlap_N is None or not overlap_N.any()
         else _without_overlap(labels_N, predicted_N, groups_N, others, ~overlap_N),
+        by_likeness=None if similarity_N is None else _by_likeness(labels_N, predicted_N, groups_N, similarity_N),
     )
 
 
@@ -268,6 +273,34 @@ def _without_overlap(
         },
         balanced_accuracy=_balanced_accuracy(labels_N, predicted_N, bootstrap),
     )
+
+
+def _by_likeness(
+    labels_N: np.ndarray, predicted_N: np.ndarray, groups_N: np.ndarray, similarity_N: np.ndarray
+) -> ByLikeness | None:
+    """The figures on the half of each class that looks least like the training images, and on the other half."""
+    is_least_N, classes = np.zeros(len(labels_N), dtype=bool), np.unique(labels_N)
+    for c in classes:
+        of_class = np.flatnonzero(labels_N == c)
+        by_similarity = of_class[np.argsort(similarity_N[of_class], kind="stable")]
+        is_least_N[by_similarity[: len(of_class) // 2]] = True
+    if len(np.unique(labels_N[is_least_N])) < len(classes):
+        return None
+
+    def half(chosen_N: np.ndarray) -> Likeness:
+        labels_n, predicted_n, bootstrap = (
+            labels_N[chosen_N],
+            predicted_N[chosen_N],
+            ClusterBootstrap(groups_N[chosen_N]),
+        )
+        return Likeness(
+            n=len(labels_n),
+            similarity=float(np.median(similarity_N[chosen_N])),
+            accuracy=bootstrap.rate(labels_n == predicted_n),
+            balanced_accuracy=_balanced_accuracy(labels_n, predicted_n, bootstrap),
+        )
+
+    return ByLikeness(half(is_least_N), half(~is_least_N))
 
 
 def _reference(

@@ -168,6 +168,29 @@ class WithoutOverlap:
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """Figures on half of the images of each class, chosen by how much they look like a training image."""
+
+    n: int
+    similarity: float
+    """Median of the correlation with the most similar training image, at 32 x 32 pixels."""
+    accuracy: Figure
+    balanced_accuracy: Figure
+
+
+@dataclass(frozen=True)
+class ByLikeness:
+    """Figures on the images that look least like the training images, and on the others.
+
+    Images of new patients are unlike the training images. Where patients are not known, the first half says more about
+    them than all images do.
+    """
+
+    least: Likeness
+    most: Likeness
+
+
+@dataclass(frozen=True)
 class TestMetrics:
     """All figures of a model on images that it had not seen."""
 
@@ -190,6 +213,8 @@ class TestMetrics:
     0.1 have one "shortcut", that of the strongest rule on train and validation."""
     without_overlap: Annotated[WithoutOverlap | None, Field(alias="leak_free")]
     """None where no image shares a group with the model's training images."""
+    by_likeness: ByLikeness | None = None
+    """None in bundles of version 0.1, on other data than the search's, and where a class has a single image."""
 
 
 @dataclass(frozen=True)

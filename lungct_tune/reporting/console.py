@@ -241,6 +241,13 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         print_prose(console, f"cancer against normal: {rates}", hang=2)
     if (clean := test.without_overlap) is not None:
         print_prose(console, f"accuracy on the {clean.n} images without group overlap: {in_words(clean.accuracy)}")
+    if (halves := test.by_likeness) is not None:
+        least, most = (in_words(half.balanced_accuracy) for half in (halves.least, halves.most))
+        print_prose(
+            console,
+            f"balanced accuracy on the {halves.least.n} images that look least like the training images: {least}; on "
+            f"the others {most}",
+        )
 
 
 def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console, *, phantoms: bool) -> None:

@@ -179,6 +179,24 @@ def test_images_without_group_overlap_are_judged_apart() -> None:
     assert apart.without_overlap is None
 
 
+def test_images_unlike_the_training_images_are_judged_apart() -> None:
+    """The half of each class; the odd image is on the other side."""
+    labels = np.array([0, 0, 0, 0, 1, 1, 1])
+    similarity = np.array([0.9, 0.2, 0.8, 0.1, 0.3, 0.6, 0.5])
+    predicted = [0, 2, 0, 0, 1, 1, 3]  # wrong: the second and the last
+    figures = evaluate_predictions(labels, one_hot(predicted), CLASSES, np.arange(7), similarity_N=similarity)
+    assert figures.by_likeness is not None
+    least, most = figures.by_likeness.least, figures.by_likeness.most
+    assert (least.n, least.similarity, least.accuracy.value) == (3, 0.2, pytest.approx(2 / 3))
+    assert (most.n, most.similarity, most.accuracy.value) == (4, 0.7, 0.75)
+    assert (least.balanced_accuracy.value, most.balanced_accuracy.value) == (0.75, 0.75)
+    single = evaluate_predictions(
+        np.array([0, 0, 1]), one_hot([0, 0, 1]), CLASSES, np.arange(3), similarity_N=similarity[:3]
+    )
+    assert single.by_likeness is None
+    assert evaluate_predictions(labels, one_hot(predicted), CLASSES, np.arange(7)).by_likeness is None
+
+
 def test_macro_f1_is_no_surer_than_the_rarest_class() -> None:
     """All are right: 40 groups of three classes and 2 of the fourth."""
     labels = np.array([0, 1, 2] * 40 + [3, 3])

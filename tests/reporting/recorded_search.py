@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from lungct_tune.auditing.audit import audit_images
+from lungct_tune.auditing.shortcuts import most_similar
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import group_overlap, read_images, split_images
 from lungct_tune.data.split import DataSplit
@@ -120,6 +121,7 @@ class Search:
             groups_N,
             references={"majority class": (self.images.classes[0], np.zeros(len(test), dtype=int))},
             overlap_N=group_overlap(self.images, self.split),
+            similarity_N=most_similar(self.images, test, np.flatnonzero(self.split != "test"))[0],
         )
         paths_N = self.images.table["path"].to_numpy()[test]
         cost = effort(self.study, finished_trials(self.study), slots=1)

@@ -115,6 +115,9 @@ def test_a_page_says_the_figures_that_were_judged(found: SearchResults, content:
     assert found.settings["fingerprint"] in text
     for row in test.confusion_matrix:
         assert all(f" {n} " in text for n in row)
+    assert test.by_likeness is not None
+    least = test.by_likeness.least
+    assert f"least like the training images 8 {least.similarity:.2f} {100 * least.accuracy.value:.1f}" in text
 
 
 def test_a_page_and_its_card_have_the_audits_verdict(found: SearchResults, content: bytes) -> None:
@@ -161,6 +164,10 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
     assert "Not a medical device; not for diagnosis" in card
     assert f"| accuracy | {100 * found.test.accuracy.value:.1f}" in card
     assert "| normal | " in card and "## Limits" in card and "None" not in card
+    halves = found.test.by_likeness
+    assert halves is not None
+    for half, said in ((halves.least, "look least like the training images |"), (halves.most, "on the other 8 |")):
+        assert f"{said} {100 * half.balanced_accuracy.value:.1f}" in card
 
 
 @pytest.mark.parametrize(
