@@ -44,6 +44,7 @@ from lungct_tune.config.search_space import parse_space
 from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment, delete_states
 from lungct_tune.experiment.study import open_study, read_trials
+from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.experiment.trial import EpochFigures, TrialOrder
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
@@ -196,8 +197,9 @@ def second_table(folder: Path, depths: list[int], seconds: float, console: Conso
         plan = replace(plan, dataset=replace(plan.dataset, images=ray.put(plan.dataset.images)))
         space = parse_space(f"truncation_depth: {depth}\ndropout: {{low: 0.0, high: 0.5}}", "benchmark")
         space = replace(space, fixed_trials=())
-        study = open_study(f"sqlite:///{folder}/{depth}.db", "one", space, epochs, new=True)
-        run_search(study, space, plan, trials=1, slots=1, seed=0, display=Display(Console(quiet=True)))
+        with opened_journal(folder / f"{depth}.journal") as storage:
+            study = open_study(storage, "one", space, epochs, new=True)
+            run_search(study, space, plan, trials=1, slots=1, seed=0, display=Display(Console(quiet=True)))
         (trial,) = read_trials(study)
         first, last = trial.history[0], trial.history[-1]
         assert trial.hyperparameters.truncation_depth == depth and first.at and last.at

@@ -30,6 +30,7 @@ from lungct_tune.data import make_phantoms, read_images, split_images
 from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import finished_trials, open_study
+from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
@@ -67,11 +68,13 @@ def plan_in(
 def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
     """Wall seconds and epoch seconds of a search in one slot."""
     name = f"warm-{trials}"
-    study = open_study(f"sqlite:///{folder / name}.db", name, space, EPOCHS, new=True)
     own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
-    began = time.perf_counter()
-    run_search(study, space, own, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
-    return time.perf_counter() - began, sum(trial.seconds for trial in finished_trials(study))
+    with opened_journal(folder / f"{name}.journal") as storage:
+        study = open_study(storage, name, space, EPOCHS, new=True)
+        began = time.perf_counter()
+        run_search(study, space, own, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
+        ended = time.perf_counter()
+    return ended - began, sum(trial.seconds for trial in finished_trials(study))
 
 
 def documented(

@@ -66,12 +66,13 @@ def clean(experiment: Experiment, console: Console, *, unfinished: bool = False)
     if not experiment.exists("settings.yaml"):
         raise NotCleaned(no_such_search(experiment))
     with experiment.exclusive_lock():
-        if not unfinished and not has_bundle(experiment):
+        ended = has_bundle(experiment)
+        if not unfinished and not ended:
             raise NotCleaned(
                 f"{experiment.uri} has not ended, so nothing was removed. With --unfinished its states and weights are "
-                "removed: it can be resumed then, but trials that had not ended begin again"
+                "removed: it can be resumed then, but trials and retrainings that had not ended begin again"
             )
-        files = not_needed(experiment)
+        files = not_needed(experiment, ended=ended)
         kept = sum(experiment.files().values()) - sum(files.values())
         for what, size in sizes_by_kind(files).items():
             console.print(f"{as_size(size):>8}  {what}")

@@ -24,19 +24,26 @@ NOT_NEEDED = {
 """The files that a search writes, uses while it runs, and does not use after its end: patterns of their paths in the
 experiment, and what they are. The bundle has what of them is to stay. Files that match none are never removed."""
 
+CALIBRATES = r"trials/\d+/valid\.npy"
+"""The predictions from which the bundle's temperature and operating point are computed."""
+
 STATE_SIZE = 5
 """The size of a state of one model, in sizes of its weights: weights, two of Adam, averaged weights, predictions."""
 
 _STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # as in models/truncated_resnet.py, which imports torch
 
 
-def not_needed(experiment: Experiment) -> dict[str, int]:
-    """The files that a finished search does not need any more, with their sizes in bytes.
+def not_needed(experiment: Experiment, *, ended: bool) -> dict[str, int]:
+    """The files that a search does not need any more, with their sizes in bytes.
+
+    Args:
+        ended: whether it has its bundle. Else what the bundle is made from is needed.
 
     Raises:
         StorageError: the storage refuses.
     """
-    return {path: size for path, size in experiment.files().items() if _kind(path)}
+    files = {path: size for path, size in experiment.files().items() if _kind(path)}
+    return {path: size for path, size in files.items() if ended or not re.fullmatch(CALIBRATES, path)}
 
 
 def sizes_by_kind(files: dict[str, int]) -> dict[str, int]:

@@ -21,7 +21,7 @@ def test_a_search_that_mlflow_cannot_track_is_refused_before_it_begins(
     arguments = ["--data", str(phantoms), "--weights", "none", "--storage", str(tmp_path / "s"), "--image-size", "32"]
     assert main([*arguments, "--track", "mlflow:http://127.0.0.1:9"]) == 2
     assert "MLflow at http://127.0.0.1:9 cannot be used" in capsys.readouterr().err
-    assert not list((tmp_path / "s").glob("*/study.db"))
+    assert not list((tmp_path / "s").glob("*/study.*"))
 
 
 def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

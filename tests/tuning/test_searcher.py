@@ -60,7 +60,7 @@ def test_stopped_trials_are_pruned_with_all_their_epochs(tmp_path: Path) -> None
     for _ in range(10):
         tune.run()
     pruned = [trial for trial in tune.study.trials if trial.state == TrialState.PRUNED]
-    assert pruned and all(len(trial.intermediate_values) in (1, 3) for trial in pruned)
+    assert pruned and all(len(trial.intermediate_values) in rungs(EPOCHS) for trial in pruned)
     for trial in pruned:
         assert trial.user_attrs["ended"] == f"stopped early after epoch {len(trial.intermediate_values)}"
     complete = [trial for trial in tune.study.trials if trial.state == TrialState.COMPLETE]
@@ -102,6 +102,16 @@ def test_fixed_trials_are_queued_once_however_often_the_study_is_opened(tmp_path
 def test_a_fixed_trial_that_differs_only_in_what_is_not_varied_is_run_too(tmp_path: Path) -> None:
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{head_lr: 1e-5}}]")
     assert [tune.run()["configuration"]["head_lr"] for _ in range(2)] == [PUBLISHED.head_lr, 1e-5]
+
+
+def test_the_published_trial_is_not_stopped_even_if_a_better_one_was_there_first(tmp_path: Path) -> None:
+    tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 40}}, {{truncation_depth: 1}}]")
+    rung = rungs(EPOCHS)[0]
+    trials = {name: tune.search.suggest(name)["configuration"] for name in ("published", "better", "worse")}
+    for name in ("better", "published", "worse"):
+        tune.search.record(name, epoch_report(trials[name], *range(1, rung + 1)))
+    stopped = {name: tune.search.should_stop(name) for name in ("better", "published", "worse")}
+    assert stopped == {"better": False, "published": False, "worse": True}
 
 
 def test_the_published_trial_is_never_stopped_but_others_are_measured_against_it(tmp_path: Path) -> None:
