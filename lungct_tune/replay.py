@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.display import print_prose
 from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def replay(
         f"trial {trial.number} of {plan.experiment.name}: {trial.hyperparameters}; {len(trial.history)} epochs again",
         soft_wrap=True,
     )
-    report, provenance = replay_trial(plan, split, weights, trial)
+    report, provenance = replay_trial(plan, split, weights, trial, lambda said: print_prose(console, said, "yellow"))
     if report.outcome in UNSUCCESSFUL:
         raise NotReplayable(f"trial {trial.number} failed this time: {report.reason}")
     return _compare(trial.history, report.epochs, _changed(trial.provenance, provenance), console)

@@ -248,9 +248,9 @@ class SearchRun:
         slots.release()
         self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, at_once, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
+        plan, trials, how = self.slot_plan, finished_trials(self.study), (settings.epochs, self.outlook.resources.slots)
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, settings.epochs, at_once)
+            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, *how, self._warn)
 
     def final_slots(self) -> FinalSlots:
         """The slots of the retrainings. The first may start before the search has ended."""
@@ -285,11 +285,13 @@ class SearchRun:
         showing = self.display.showing(self._left.retraining_bar)
         try:
             with self._shown(f"retraining trial {winner.number}", announced=True), showing:
-                models = retrain_all(experiment, orders + others, slots, self._prepare_bundle, self._left.retrained)
+                models, theirs = retrain_all(
+                    experiment, orders, others, slots, self._prepare_bundle, self._left.retrained
+                )
         except KeyboardInterrupt:
             self._warn("stopping; the retraining continues from the last state that it has saved")
             raise
-        return models[: len(orders)], (published, models[len(orders) :]) if published else None
+        return models, (published, theirs) if published and theirs else None
 
     def _published(self, winner: TrialRecord) -> TrialRecord | None:
         """The trial of the published configuration; None if it is not compared with the winner."""

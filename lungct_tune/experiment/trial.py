@@ -48,6 +48,11 @@ class TrialOrder:
     """The lowest `EpochFigures.rank` with which its weights are kept; None if they always are."""
 
     @property
+    def what(self) -> str:
+        """Its name for the user."""
+        return f"trial {self.number}"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What its figures depend on. A state on storage belongs to a trial if their identities are equal."""
         return {"number": self.number, "seed": self.seed, "configuration": self.hyperparameters.as_dict()}

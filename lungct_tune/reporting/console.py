@@ -117,7 +117,7 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
 
 def print_disk_use(experiment: Experiment, console: Console) -> None:
     """Prints the size of a finished search, and the command that removes what it does not need any more."""
-    size, removable = sum(experiment.files().values()), sum(not_needed(experiment).values())
+    size, removable = sum(experiment.files().values()), sum(not_needed(experiment, ended=True).values())
     where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
     print_prose(console, f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove:")
     console.print(f"  {shlex.join([*command_words('clean'), where])}", soft_wrap=True)

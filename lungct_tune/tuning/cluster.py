@@ -34,13 +34,6 @@ from lungct_tune.tuning.allocation import (
 from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster, local_resources
 from lungct_tune.tuning.workers import PROBE, check_from_here
 
-WORKER_START_TIMEOUT_S = 7 * 24 * 3600
-"""How long a group of workers waits for room. The autoscaler starts nodes only for groups that wait."""
-
-POLL_S = 0.25
-"""Seconds between Ray Train's checks of a group of workers. A slot learns so soon that they were lost."""
-
-
 STORAGE_CHECK_TIMEOUT_S = 120.0
 """How long a node may take to read and write a small file before the search starts. S3's retries alone may take a
 minute."""
@@ -63,9 +56,6 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             f"--address {address}: Ray Tune does not run through Ray's client; give the head's HOST:PORT (6379) on a "
             "node of the cluster, or send the command there with `ray job submit`"
         )
-    # read by the processes that start groups of workers: this one, and the slots, which get it from Tune
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT_S))
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_S))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # run_search has its own, for all signals
     # Trials use absolute paths; a change of the working folder would break the user's relative ones
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

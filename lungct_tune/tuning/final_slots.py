@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import suppress
 from typing import Any, Self
 
@@ -13,20 +12,17 @@ import ray
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.trial import EpochReport
+from lungct_tune.experiment.trial import EpochReport, Outcome
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.groups import waiting_for_room
-from lungct_tune.tuning.mailbox import open_mailbox
-from lungct_tune.tuning.ray_compat import draining_nodes
+from lungct_tune.tuning.mailbox import avoided_nodes, open_mailbox
+from lungct_tune.tuning.ray_compat import free_resources
 from lungct_tune.tuning.retrain import RetrainOrder, read_result
-from lungct_tune.tuning.slot_actor import SlotQueue
+from lungct_tune.tuning.slot_actor import NEWS_S, SlotQueue
 from lungct_tune.tuning.workers import SlotPlan
 
 WATCH_S = 1.0
-"""How often a search that runs is asked whether the first workers may start, and how often these for their news."""
-
-NEWS_S = 30.0
-"""How long the mailbox gets to answer."""
+"""How often a search that runs is asked whether the first workers may start."""
 
 
 class RetrainingFailed(UserError):
@@ -57,6 +53,7 @@ class FinalSlots:
         self._plan, self._slots, self._trials_so_far, self._last = plan, slots, trials_so_far, last
         self._prepare, self._warn = prepare, warn
         self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
+        self._avoided: set[str] = set()
         self._queue: SlotQueue | None = None
         self._mailbox: Any = None
         self._ended = threading.Event()
@@ -87,24 +84,32 @@ class FinalSlots:
         """
         self._stop_watching()
         queue = self._start(min(self._slots, len(orders)))
-        running = dict(zip(queue.run(orders, _retrain), [order.folder for order in orders], strict=True))
+        futures = queue.run(orders, self._retrain)
         meanwhile()
-        try:
-            while running:
-                ended, _ = wait(running, WATCH_S, FIRST_EXCEPTION)
-                self._exchange_news()
-                for future in ended:
-                    future.result()
-                    del running[future]
-                with suppress(ray.exceptions.RayError):
-                    note_epochs(ray.get(self._mailbox.epochs_of.remote(list(running.values())), timeout=NEWS_S))
-        finally:
-            self._exchange_news()
 
-    def _exchange_news(self) -> None:
-        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
-            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
-                self._warn(sentence)
+        def note() -> None:
+            running = [order.folder for order, future in zip(orders, futures, strict=True) if not future.done()]
+            with suppress(ray.exceptions.RayError):
+                note_epochs(ray.get(self._mailbox.epochs_of.remote(running), timeout=NEWS_S))
+
+        queue.wait(futures, note)
+
+    def _retrain(self, run: Callable[[RetrainOrder], EpochReport], order: RetrainOrder) -> EpochReport:
+        """Retrains in a slot. A retraining that diverges leaves no files, and the user is told.
+
+        Raises:
+            RetrainingFailed: see `retrain_all`.
+        """
+        report = run(order)
+        if report.outcome is Outcome.DIVERGED:
+            self._warn(f"{order.what} has diverged: {report.reason}")
+        elif report.reason:
+            raise RetrainingFailed(
+                f"{order.what} failed: {report.reason}\n"
+                "Fix the cause (Ray's log files have the full error; --verbose prints it); "
+                "the search is kept, and --resume continues with the retraining"
+            )
+        return report
 
     def release(self) -> None:
         """Ends the workers."""
@@ -118,7 +123,8 @@ class FinalSlots:
     def _start(self, slots: int) -> SlotQueue:
         with stop_delayed():
             self._mailbox = self._mailbox or open_mailbox(self._search)  # it ends with the first handle
-            self._queue = self._queue or SlotQueue(self._plan, self._search)
+            ray.get(self._mailbox.avoid.remote(self._avoided))
+            self._queue = self._queue or SlotQueue(self._plan, self._mailbox, self._warn, self._search)
             self._queue.start(slots)
         return self._queue
 
@@ -134,7 +140,9 @@ class FinalSlots:
                 begun, ended = self._trials_so_far()
                 if ended:
                     self._prepare()
-                crowded = crowded + 1 if waiting_for_room(self._plan) else 0
+                self._avoided |= avoided_nodes(self._plan.experiment.name)
+                waiting = waiting_for_room(f"{self._plan.experiment.name} slot")
+                crowded = crowded + 1 if waiting or waiting_for_room(f"{self._search} slot") else 0
                 if self._queue and crowded > 1:
                     # a slot of the search has lost its workers and needs the room, or the free room is on several
                     # nodes, and none of them holds a worker
@@ -148,57 +156,51 @@ class FinalSlots:
             self._release()
 
     def _has_room(self) -> bool:
-        free = ray.available_resources()
-        needed = {kind: amount * self._plan.workers for kind, amount in self._plan.resources_per_worker.items()}
-        return all(free.get(kind, 0) >= amount for kind, amount in needed.items())
+        each, free = self._plan.resources_per_worker, free_resources()
+        on_nodes = [
+            min(int(resources.get(kind, 0) / amount + 1e-9) for kind, amount in each.items())
+            for node, resources in free.items()
+            if node not in self._avoided
+        ]
+        return sum(on_nodes) >= self._plan.workers
 
 
 def retrain_all(
     experiment: Experiment,
     orders: Sequence[RetrainOrder],
+    compared: Sequence[RetrainOrder],
     slots: FinalSlots,
     meanwhile: Callable[[], None] = lambda: None,
     note_epochs: Callable[[Mapping[str, int]], None] = lambda epochs: None,
-) -> list[RetrainedModel]:
+) -> tuple[list[RetrainedModel], list[RetrainedModel]]:
     """Retrains in slots; returns the models in the order of the orders.
 
     An interrupted retraining continues from its last state; one that has ended is only read.
 
     Args:
+        compared: what is retrained for a comparison. If one of these diverges, none is returned.
         meanwhile: is called in this process while the workers train.
         note_epochs: is called in this process, now and then, with the last epoch of each retraining that has not ended,
             by its folder.
 
     Raises:
-        RetrainingFailed: workers were lost too often, or a retraining needs more memory than there is.
+        RetrainingFailed: workers were lost too often, a retraining needs more memory than there is, or one of `orders`
+            has diverged.
         StorageError: the files cannot be read.
     """
-    models = {order.folder: read_result(experiment, order) for order in orders}
-    left = [order for order in orders if models[order.folder] is None]
+    models = {order.folder: read_result(experiment, order) for order in (*orders, *compared)}
+    left = [order for order in (*orders, *compared) if models[order.folder] is None]
     note_epochs({order.folder: 0 for order in left})
     if left:
         slots.run(left, meanwhile, note_epochs)
         models |= {order.folder: read_result(experiment, order) for order in left}
-    retrained = [model for model in models.values() if model is not None]
-    assert len(retrained) == len(orders)  # the workers have written them
-    return retrained
-
-
-def _retrain(run: Callable[[RetrainOrder], EpochReport], order: RetrainOrder) -> EpochReport:
-    """Retrains in a slot.
-
-    Raises:
-        RetrainingFailed: see `retrain_all`.
-    """
-    try:
-        report = run(order)
-        reason = report.reason
-    except ray.exceptions.RayActorError as error:
-        reason = str(error)
-    if reason:
+    else:
+        slots.release()
+    ours, theirs = ([models[order.folder] for order in some] for some in (orders, compared))
+    retrained = [model for model in ours if model is not None]
+    if len(retrained) < len(orders):
         raise RetrainingFailed(
-            f"the final retraining failed: {reason}\n"
-            "Fix the cause (Ray's log files have the full error; --verbose prints it); "
-            "the search is kept, and --resume continues with the retraining"
+            f"{next(order.what for order, model in zip(orders, ours, strict=True) if model is None)} has diverged. "
+            "Let the search go on, so that another configuration can win: --resume NAME --trials N with more trials"
         )
-    return report
+    return retrained, [] if None in theirs else [model for model in theirs if model is not None]

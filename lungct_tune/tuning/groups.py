@@ -69,7 +69,7 @@ class Group:
         """
         self._sequence += 1
         self._mailbox.put.remote((self.id, ORDER, self._sequence), order)
-        what = f"trial {order.number}: {order.hyperparameters}"
+        what = f"{order.what}: {order.hyperparameters}"
         waiting = self._mailbox.get.options(name=what).remote((self.id, REPORT, self._sequence))
         asked = time.monotonic()
         while not ray.wait([waiting], timeout=1)[0]:
@@ -169,19 +169,26 @@ def remove_placement_groups(name: str) -> None:
     Args:
         name: the id of a group, or the name of its slot, or what the names of all slots of a search begin with.
     """
-    job = ray.get_runtime_context().get_job_id()
-    for key, group in ray.util.placement_group_table().items():
-        left = group["state"] != "REMOVED" and f"{group['name']}-".startswith(f"{_run_name(name)}-")
-        if left and key.endswith(job):  # ids of a job's placement groups end with its id
+    for group in _placement_groups(name):
+        if group["state"] != "REMOVED":
             with suppress(ValueError):  # it has just been removed
                 ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
-def waiting_for_room(plan: SlotPlan) -> int:
-    """The number of this search's groups of workers that wait for room on the cluster."""
-    shape = [plan.resources_per_worker] * plan.workers
-    job = ray.get_runtime_context().get_job_id()  # ids of the search's placement groups end with it
-    return sum(
-        key.endswith(job) and group["state"] == "PENDING" and list(group["bundles"].values()) == shape
+def waiting_for_room(name: str) -> int:
+    """The number of groups of workers that wait for room on the cluster.
+
+    Args:
+        name: what the names of their slots begin with.
+    """
+    return sum(group["state"] == "PENDING" for group in _placement_groups(name))
+
+
+def _placement_groups(name: str) -> list[dict[str, Any]]:
+    """The placement groups of this job whose names begin so, also those that have been removed."""
+    job = ray.get_runtime_context().get_job_id()  # ids of a job's placement groups end with its id
+    return [
+        group
         for key, group in ray.util.placement_group_table().items()
-    )
+        if key.endswith(job) and f"{group['name']}-".startswith(f"{_run_name(name)}-")
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from math import inf
 from typing import Any, TypeVar
@@ -44,8 +44,8 @@ class Mailbox:
         self._slots: dict[int, Any] = {}
         self._nodes: defaultdict[str, set[str]] = defaultdict(set)
         self._refusing: defaultdict[str, set[str]] = defaultdict(set)
-        self._losses: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
-        """By node and slot: the trials that have been lost since workers reported last. With slot "": those of all."""
+        self._losses: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        """By node and slot: what has been lost since workers reported last. With slot "": what of all slots."""
         self._avoided: set[str] = set()
         self._warnings: list[str] = []
         self._warned: set[str] = set()
@@ -136,24 +136,24 @@ class Mailbox:
         """Notes that a node of the group cannot use the storage."""
         self._refusing[group].add(node)
 
-    async def lose(self, group: str, trial: int | None) -> dict[str, float]:
-        """Notes that the group has been lost in a trial.
+    async def lose(self, group: str, what: str | None) -> dict[str, float]:
+        """Notes that the group has been lost.
 
         Args:
-            trial: None if the nodes are not to blame.
+            what: the name of the trial or retraining; None if the nodes are not to blame.
 
         Returns:
-            For each of its nodes, how many trials have been lost there since workers there reported last: of all slots
-            or of this slot, whichever is more. If one of several GPUs of a node is broken, the slots on the others
-            report. Infinity for a node that has refused.
+            For each of its nodes, how many of these have been lost there since workers there reported last: of all
+            slots or of this slot, whichever is more. If one of several GPUs of a node is broken, the slots on the
+            others report. Infinity for a node that has refused.
         """
         nodes, refusing = self._nodes.pop(group, set()), self._refusing.pop(group, set())
         lost: dict[str, float] = {}
         for node in nodes:
             counts = self._losses[node, ""], self._losses[node, _slot_of(group)]
-            if trial is not None:
-                for trials in counts:
-                    trials.add(trial)
+            if what is not None:
+                for lost_there in counts:
+                    lost_there.add(what)
             lost[node] = inf if node in refusing else max(map(len, counts))
         return lost
 
@@ -202,6 +202,15 @@ class Mailbox:
 def _slot_of(group: str) -> str:
     """The slot of a group of workers, whose id is the slot's name and a random number."""
     return group.rpartition("-")[0]
+
+
+def avoided_nodes(search: str) -> set[str]:
+    """The nodes on which no worker of a search of this job may start any more; none if its mailbox is gone."""
+    nodes: set[str] = set()
+    with suppress(ValueError, ray.exceptions.RayError):
+        mailbox: Any = ray.get_actor(f"{search} mailbox")
+        nodes = ray.get(mailbox.avoid.remote(nodes))
+    return nodes
 
 
 @contextmanager

@@ -61,6 +61,9 @@ PLACEMENT_GROUP = "ray.train.v2._internal.execution.worker_group.worker_group:pl
 DRAINING_NODES = "ray._private.state:state.get_draining_nodes"
 """The nodes that will be lost, and when: notices of spot nodes, and what `ray drain-node` asked for."""
 
+FREE_RESOURCES = "ray._private.state:available_resources_per_node"
+"""The resources of each node that nobody uses, by its id."""
+
 PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
 """Environment variables that Tune sends to its actors. They then appear in Ray's logs and dashboard."""
 
@@ -82,7 +85,7 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 PRIVATE_NAMES = (
     *(DATA_PARALLEL_TRAINER, TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES, LATEST_CLUSTER),
-    LOCAL_RESOURCES,
+    *(LOCAL_RESOURCES, FREE_RESOURCES),
     *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),
     OPTUNA_TRIAL,
 )
@@ -257,6 +260,12 @@ def local_resources() -> dict[str, float]:
 def draining_nodes() -> set[str]:
     """The ids of the nodes of which Ray knows that they will be lost."""
     return set(private(DRAINING_NODES)())
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """The resources of each living node that nobody uses, by its id."""
+    free: dict[str, dict[str, float]] = private(FREE_RESOURCES)()
+    return free
 
 
 def autoscaling_config(gcs_address: str) -> str | None:

@@ -23,7 +23,12 @@ from lungct_tune.tuning.workers import SlotPlan
 
 
 def rerun_trials(
-    plan: SlotPlan, folder: str, orders: Sequence[TrialOrder], epochs: int, slots: int
+    plan: SlotPlan,
+    folder: str,
+    orders: Sequence[TrialOrder],
+    epochs: int,
+    slots: int,
+    warn: Callable[[str], None],
 ) -> list[EpochReport]:
     """Trains each order for at most `epochs` epochs; returns the last report of each, with all its epochs.
 
@@ -33,13 +38,15 @@ def rerun_trials(
         folder: the name of that folder.
         orders: with distinct numbers.
         slots: how many are trained at the same time, at most.
+        warn: is called with what slots and workers have to say, a sentence each.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
-    queue = SlotQueue(plan)
-    with opened_mailbox(plan.experiment.name):
+    with opened_mailbox(plan.experiment.name) as mailbox:
+        queue = SlotQueue(plan, mailbox, warn)
         try:
             queue.start(min(slots, len(orders)))
             futures = queue.run(orders, lambda step, order: follow_trial(step, order, epochs))
+            queue.wait(futures)
             return [future.result() for future in futures]
         finally:
             queue.end()
@@ -53,11 +60,12 @@ def rerun_with_seeds(
     seeds: Sequence[int],
     epochs: int,
     slots: int,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Trains the winner and the published configuration once with each of these seeds; see `over_seeds`.
 
     Args:
-        plan, folder, epochs, slots: see `rerun_trials`.
+        plan, folder, epochs, slots, warn: see `rerun_trials`.
         trials: of the search. The published configuration is trained if its trial ran to its end and is not the winner.
     """
     published = best_trial(trial for trial in trials if trial.number == BASELINE != winner.number)
@@ -66,18 +74,19 @@ def rerun_with_seeds(
         TrialOrder(number, seed, trial.hyperparameters)
         for number, (trial, seed) in enumerate(product(both, seeds), start=1)
     ]
-    reports = rerun_trials(plan, folder, orders, epochs, slots)
+    reports = rerun_trials(plan, folder, orders, epochs, slots, warn)
     return over_seeds(reports[: len(seeds)], reports[len(seeds) :])
 
 
 def replay_trial(
-    plan: Plan, split: DataSplit, weights: dict[str, Any] | None, trial: TrialRecord
+    plan: Plan, split: DataSplit, weights: dict[str, Any] | None, trial: TrialRecord, warn: Callable[[str], None]
 ) -> tuple[EpochReport, dict[str, Any]]:
     """Trains a recorded trial again, for as many epochs as it had; returns its report and the new provenance.
 
     Args:
         plan: that of the search, with one slot.
         weights: pretrained weights; None starts from random ones.
+        warn: see `rerun_trials`.
     """
     experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
     experiment.delete_folder(folder)  # left by an interrupted replay, perhaps with other versions
@@ -85,7 +94,7 @@ def replay_trial(
         file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
         slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), file)
         order = TrialOrder(trial.number, plan.settings.seed, trial.hyperparameters)
-        (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1)
+        (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1, warn=warn)
     experiment.delete_folder(folder)
     return report, provenance(slot)
 

@@ -51,6 +51,11 @@ class RetrainOrder:
     fold: int | None = None
 
     @property
+    def what(self) -> str:
+        """Its name for the user, different for each retraining of a search."""
+        return f"the retraining of trial {self.number}" + ("" if self.fold is None else f" without fold {self.fold}")
+
+    @property
     def folder(self) -> str:
         """Of its files, different for each retraining of a search."""
         without = "" if self.fold is None else f"_without_fold_{self.fold}"
@@ -100,9 +105,12 @@ def retrain(
     Args:
         dataset: the images of train and validation.
         rows: those of them that are trained on; by default all.
-        must_save: whether a state is to be saved as soon as possible, because the first worker may be lost.
+        must_save: whether a state is to be saved as soon as possible, because this worker may be lost.
         warn: is called with a sentence if the storage refuses a state.
         note_epoch: is called with the number of each epoch that has ended.
+
+    Raises:
+        NotFiniteLoss: it has diverged.
     """
     import safetensors.torch
 
@@ -114,7 +122,7 @@ def retrain(
         trainer.train_epoch()
         if trainer.rank == 0:
             note_epoch(trainer.epoch)
-        due = time.monotonic() - saved_at >= order.checkpoint_interval or must_save()
+        due = _any_worker(must_save(), trainer) or time.monotonic() - saved_at >= order.checkpoint_interval
         if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < order.epochs:
             if (error := writer.take_error()) is not None:
                 warn(f"the final retraining goes on, but its state is not saved: {error}")
@@ -142,6 +150,18 @@ def sample_features(trainer: Trainer, dataset: SharedDataset, train_rows: np.nda
     features_ND = pooled_features(trainer.average.model, trainer.images_NHW, positions, trainer.normalisation)
     np.savez(kept, rows=rows, features=features_ND)
     return kept.getvalue()
+
+
+def _any_worker(wish: bool, trainer: Trainer) -> bool:
+    """Whether any worker has the wish."""
+    import torch
+    import torch.distributed as dist
+
+    if trainer.world == 1:
+        return wish
+    wishes = torch.tensor(float(wish), device=trainer.device)
+    dist.all_reduce(wishes)
+    return wishes.item() > 0
 
 
 def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:

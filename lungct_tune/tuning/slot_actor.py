@@ -6,16 +6,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
 
-from lungct_tune.experiment.trial import EpochReport, TrialOrder
+from lungct_tune.errors import UserError
+from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.groups import remove_placement_groups
+from lungct_tune.tuning.ray_compat import draining_nodes
 from lungct_tune.tuning.retrain import RetrainOrder
 from lungct_tune.tuning.slots import ON_HEAD, Slot
 from lungct_tune.tuning.workers import SlotPlan
@@ -28,6 +30,9 @@ KILLED_S = 10.0
 
 POLL_S = 1.0
 """How often a slot that has no workers yet is asked for them, and how soon one that works notices that it is to end."""
+
+NEWS_S = 30.0
+"""How long the mailbox gets to answer."""
 
 Order = TypeVar("Order", TrialOrder, RetrainOrder)
 
@@ -80,11 +85,14 @@ class SlotQueue:
 
     Args:
         plan: of every slot.
+        mailbox: of the slots.
+        warn: is called with what slots and workers have to say, a sentence each.
         search: see `Slot`.
     """
 
-    def __init__(self, plan: SlotPlan, search: str = "") -> None:
+    def __init__(self, plan: SlotPlan, mailbox: Any, warn: Callable[[str], None], search: str = "") -> None:
         self._plan, self._search = plan, search or plan.experiment.name
+        self._mailbox, self._warn = mailbox, warn
         self._slots: list[SlotActor] = []
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
@@ -110,6 +118,31 @@ class SlotQueue:
             thread.start()
         return futures
 
+    def wait(self, futures: list[Future[EpochReport]], note: Callable[[], None] = lambda: None) -> None:
+        """Waits until all have ended, or one has failed. Meanwhile the workers hear which nodes will be lost.
+
+        Args:
+            note: is called now and then.
+
+        Raises:
+            Exception: what has failed.
+        """
+        running = set(futures)
+        try:
+            while running:
+                ended, running = wait(running, POLL_S, FIRST_EXCEPTION)
+                self._exchange_news()
+                for future in ended:
+                    future.result()
+                note()
+        finally:
+            self._exchange_news()
+
+    def _exchange_news(self) -> None:
+        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
+            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
+                self._warn(sentence)
+
     def end(self) -> None:
         """Ends all slots at the same time, whatever they do."""
         self._ended.set()
@@ -133,10 +166,11 @@ class SlotQueue:
         slot.end()
 
     def _step(self, slot: SlotActor, order: TrialOrder | RetrainOrder) -> EpochReport:
-        """Runs a step of an order.
+        """Runs a step of an order. It has failed if the slot's process has ended.
 
         Raises:
             CancelledError: the slots are to end.
+            NodeRefused: see `Slot.run`.
         """
         if self._ended.is_set():
             raise CancelledError
@@ -144,4 +178,9 @@ class SlotQueue:
         while not ray.wait([running], timeout=POLL_S)[0]:
             if self._ended.is_set():
                 raise CancelledError
-        return ray.get(running)
+        try:
+            return ray.get(running)
+        except ray.exceptions.RayActorError as error:
+            return EpochReport(Outcome.FAILED, reason=f"the process of the slot has ended: {error}")
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, UserError) else error from None

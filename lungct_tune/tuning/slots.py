@@ -43,6 +43,17 @@ MAX_TRIALS_LOST = 3
 PAUSE_S = 10.0
 """How long a slot waits for a storage before it starts workers again."""
 
+OF_RAY_TRAIN = {
+    # groups of workers wait a week for room: the autoscaler starts nodes only for groups that wait
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{7 * 24 * 3600}",
+    # a slot learns after so many seconds that its workers were lost
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # saves a process for each group: the driver tells the workers itself that their node will be lost
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment variables of a process that starts groups of workers. On a cluster that a command joins, no actor gets
+them from the command's process."""
+
 ON_HEAD = {HEAD_NODE: 0.001}
 """A slot's actor reserves a little of this resource, so it runs on the head. The processes that coordinate its workers
 run there too. So every other node may come and go."""
@@ -93,8 +104,8 @@ class Slot:
     """
 
     def __init__(self, plan: SlotPlan, search: str = "") -> None:
-        # saves a process for each group: the driver tells the workers itself that their node will be lost
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        for name, value in OF_RAY_TRAIN.items():
+            os.environ.setdefault(name, value)
         self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
         search = search or plan.experiment.name
         self._mailbox = open_mailbox(search)
@@ -103,7 +114,7 @@ class Slot:
         self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
         self.name = f"{search} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
-        self._group = self._new_group()
+        self._group = self._new_group(self._avoided())
 
     def run(self, order: TrialOrder | RetrainOrder) -> EpochReport:
         """Trains a trial on: to the next rung, to its end, or for about a second. Lost workers are replaced.
@@ -172,7 +183,7 @@ class Slot:
         refused = isinstance(loss.__cause__, NodeRefused)
         is_storage = isinstance(loss.__cause__, StorageError)
         is_away = (is_storage and not refused) or not self._head_can_write()
-        counted = None if is_storage or is_away else order.number
+        counted = None if is_storage or is_away else order.what
         trials = ray.get(self._mailbox.lose.remote(self._group.id, counted))
         living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         bad = set() if is_away else {node for node, lost in trials.items() if lost >= MAX_TRIALS_LOST}
@@ -184,7 +195,7 @@ class Slot:
         names = [living[node]["NodeManagerAddress"] for node in bad & living.keys()]
         consequence = f"; {' and '.join(names)} will get no more workers of this search" if names else ""
         waits = f" and starts others in {PAUSE_S:.0f} s" if is_storage else ""
-        self._mailbox.warn.remote(f"trial {order.number} has lost its workers{waits}: {loss}{consequence}")
+        self._mailbox.warn.remote(f"{order.what} has lost its workers{waits}: {loss}{consequence}")
         node_died = not trials.keys() <= living.keys()
         return counted is not None and not (node_died or isinstance(loss, MailboxLost)), self._avoided(bad)
 
@@ -206,5 +217,5 @@ class Slot:
                 raise loss
             self._group = self._new_group(avoid)
 
-    def _new_group(self, avoid: Iterable[str] = ()) -> Group:
-        return Group(self._plan, self.name, self.number, self._mailbox, set(avoid))
+    def _new_group(self, avoid: set[str]) -> Group:
+        return Group(self._plan, self.name, self.number, self._mailbox, avoid)

@@ -121,6 +121,8 @@ def run_worker(config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    from lungct_tune.training.trainer import NotFiniteLoss
+
     plan, mailbox, group = config["plan"], config["mailbox"], config["group"]
     node = ray.get_runtime_context().get_node_id()
     mailbox.start.remote(group, node)
@@ -162,11 +164,14 @@ def run_worker(config: dict[str, Any]) -> None:
             else:
                 trial = trial or _start_trial(config, order, device, warn)
                 report = trial.run(must_save)
+        except NotFiniteLoss as error:  # of a retraining, on all workers; a trial reports it itself
+            report = EpochReport(Outcome.DIVERGED, reason=str(error))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            reason = f"{device}: {first_line(error)}"
-            if plan.workers > 1 or isinstance(error.__context__, torch.OutOfMemoryError):  # the GPU may be unusable
+            in_capture = error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else None
+            reason = f"{device}: {first_line(in_capture or error)}"
+            if plan.workers > 1 or in_capture:  # the GPU may be unusable
                 raise OutOfMemory(reason) from None
             if trial is not None:
                 trial.drop()

@@ -54,7 +54,9 @@ def experiment(tmp_path: Path) -> Experiment:
 def test_what_is_not_needed_is_said_and_removed_and_nothing_else(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sizes_by_kind(not_needed(experiment, ended=True)) == {what: 1000 * len(files) for what, files in REMOVABLE.items()}
+    assert sizes_by_kind(not_needed(experiment, ended=True)) == {
+        what: 1000 * len(files) for what, files in REMOVABLE.items()
+    }
     assert clean([experiment.uri]) == 0
     said = capsys.readouterr().out
     assert all(what in said for what in REMOVABLE) and "12 files, 12 kB; 14 kB are left" in " ".join(said.split())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NODE, OTHER = "a", "b"
 
 
-async def lost(mailbox: Mailbox, group: str, trial: int | None, nodes: tuple[str, ...] = (NODE,)) -> dict[str, float]:
+async def lost(mailbox: Mailbox, group: str, trial: str | None, nodes: tuple[str, ...] = (NODE,)) -> dict[str, float]:
     """Starts a group of workers that is lost in a trial."""
     await mailbox.open(group)
     for node in nodes:
@@ -33,10 +33,10 @@ def test_trials_that_one_slot_loses_are_counted_while_the_other_gpus_of_the_node
     async def counts() -> list[float]:
         mailbox, found = Mailbox(), []
         for trial in range(3):
-            found.append((await lost(mailbox, f"one-slot-1-{trial}", trial))[NODE])
+            found.append((await lost(mailbox, f"one-slot-1-{trial}", f"trial {trial}"))[NODE])
             await report(mailbox, "one-slot-2-f")
         await report(mailbox, "one-slot-1-f")
-        found.append((await lost(mailbox, "one-slot-1-4", 4))[NODE])
+        found.append((await lost(mailbox, "one-slot-1-4", "trial 4"))[NODE])
         return found
 
     assert asyncio.run(counts()) == [1, 2, 3, 1]
@@ -45,7 +45,9 @@ def test_trials_that_one_slot_loses_are_counted_while_the_other_gpus_of_the_node
 def test_trials_that_all_slots_of_a_node_lose_are_counted_together() -> None:
     async def counts() -> list[dict[str, float]]:
         mailbox = Mailbox()
-        return [await lost(mailbox, f"one-slot-{slot}-f", slot, (NODE, OTHER)[: slot + 1]) for slot in range(3)]
+        return [
+            await lost(mailbox, f"one-slot-{slot}-f", f"trial {slot}", (NODE, OTHER)[: slot + 1]) for slot in range(3)
+        ]
 
     assert asyncio.run(counts()) == [{NODE: 1}, {NODE: 2, OTHER: 1}, {NODE: 3, OTHER: 2}]
 

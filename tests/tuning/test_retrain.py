@@ -26,6 +26,7 @@ from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed, retrain_all
 from lungct_tune.tuning.fold_model import Fold, FoldModel
+from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.retrain import (
     FEATURES,
     PREDICTIONS,
@@ -198,13 +199,17 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
         assert train_workers() == [], "the search still needs the room"
         ended = 1
         wait_for(train_workers, within_s=120)
-        results = retrain_all(plan.experiment, orders, slots, others_end_first, lambda now: notes.append(dict(now)))
+        results, _ = retrain_all(
+            plan.experiment, orders, [], slots, others_end_first, lambda now: notes.append({**now})
+        )
     assert [result.weights for result in results] == [whole[WEIGHTS]] * 3
     assert notes[0] == {each.folder: 0 for each in orders} and notes[-1] == {}
     assert nothing_held()
-    idle = FinalSlots(plan, 2, lambda: (0, 0), (1, 1))  # starts no workers
-    read = retrain_all(plan.experiment, [one], idle)
-    assert np.array_equal(read[0].probabilities_NC, results[0].probabilities_NC) and nothing_held()
+    with FinalSlots(plan, 2, lambda: (2, 1), last=(2, 1)) as idle:
+        (read,), _ = retrain_all(plan.experiment, [one], [], idle)
+        time.sleep(3)
+        assert train_workers() == [], "there is nothing to retrain"
+    assert np.array_equal(read.probabilities_NC, results[0].probabilities_NC) and nothing_held()
 
 
 @pytest.mark.long
@@ -219,8 +224,52 @@ def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Pat
         FinalSlots(plan, 2, lambda: (0, 0), (1, 1)) as slots,
         pytest.raises(RetrainingFailed, match=r"test does not fit[\s\S]*--resume continues"),
     ):
-        retrain_all(plan.experiment, [waits, fails], slots)
+        retrain_all(plan.experiment, [waits, fails], [], slots)
     assert nothing_held()
+
+
+@pytest.mark.long
+def test_a_retraining_that_diverges_costs_only_the_comparison_or_is_told_with_what_helps(
+    images: ImageSet, tmp_path: Path, cluster: None
+) -> None:
+    plan, one, said = slot_plan(images, tmp_path), order(images), list[str]()
+    diverging = replace(one, number=4, hyperparameters=replace(one.hyperparameters, backbone_lr=1e18, head_lr=1e18))
+    with FinalSlots(plan, 2, lambda: (0, 0), (1, 1), warn=said.append) as slots:
+        ours, theirs = retrain_all(plan.experiment, [one], [diverging], slots)
+    assert len(ours) == 1 and theirs == []
+    assert len(said) == 1 and said[0].startswith("the retraining of trial 4 has diverged: loss ")
+    with (
+        FinalSlots(plan, 1, lambda: (0, 0), (1, 1), warn=said.append) as slots,
+        pytest.raises(RetrainingFailed, match=r"the retraining of trial 4 has diverged[\s\S]*with more trials"),
+    ):
+        retrain_all(plan.experiment, [one, diverging], [], slots)
+
+
+@pytest.mark.long
+def test_a_slot_that_started_early_gives_its_room_back_to_a_search_that_waits_for_it(
+    images: ImageSet, tmp_path: Path, cluster: None
+) -> None:
+    """Also if the workers of the search's slots have another shape. The search and the retraining waited for ever."""
+    import ray
+
+    with FinalSlots(slot_plan(images, tmp_path), 1, lambda: (2, 1), last=(2, 1)):
+        wait_for(train_workers, within_s=120)
+        everything = {"CPU": ray.cluster_resources()["CPU"]}
+        group = ray.util.placement_group([everything], name="one-slot-1-a")
+        assert group.wait(60)
+        ray.util.remove_placement_group(group)
+
+
+def test_no_retraining_starts_on_a_node_that_the_search_leaves_alone(
+    images: ImageSet, tmp_path: Path, cluster: None
+) -> None:
+    import ray
+
+    with opened_mailbox("one") as mailbox:
+        ray.get(mailbox.avoid.remote({node["NodeID"] for node in ray.nodes()}))
+        with FinalSlots(slot_plan(images, tmp_path), 1, lambda: (2, 1), last=(2, 1)) as slots:
+            time.sleep(3)
+            assert not train_workers() and not slots._has_room()
 
 
 @pytest.mark.long

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -292,27 +290,6 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
         run_search(study, space, slot.plan, trials=2, slots=1, seed=0, display=Display(Console()))
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert "ended" not in study.trials[0].user_attrs
-
-
-def test_only_the_searchs_own_groups_of_workers_are_counted_as_waiting(tmp_path: Path) -> None:
-    from ray.util import placement_group, remove_placement_group
-
-    from lungct_tune.experiment.folder import Experiment
-    from lungct_tune.tuning.groups import waiting_for_room
-    from lungct_tune.tuning.workers import SlotPlan
-
-    plan: Any = SlotPlan(Experiment(str(tmp_path)), None, (), 2, {"CPU": 50.0})  # type: ignore[arg-type]
-    of_another = "import ray; ray.init(); ray.util.placement_group([{'CPU': 50}] * 2).wait(1); print('waits'); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", of_another], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as other:
-        assert other.stdout and b"waits\n" in other.stdout  # Ray may print there, too
-        assert waiting_for_room(plan) == 0
-        group = placement_group([{"CPU": 50}] * 2)
-        group.wait(1)
-        assert waiting_for_room(plan) == 1
-        remove_placement_group(group)
-        other.kill()
 
 
 def test_an_order_does_not_overtake_the_opening_of_its_group(

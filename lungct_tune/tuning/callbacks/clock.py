@@ -18,7 +18,7 @@ class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
     """Writes the wall time of the search to the study, and the time of the slots that have room on the cluster."""
 
     def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
-        self._study, self._plan, self._slots = study, plan, slots
+        self._study, self._search_slots, self._slots = study, f"{plan.experiment.name} slot", slots
         self._wall_s, self.slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
         self._counted = self._kept = time.monotonic()
         self.waiting = 0
@@ -42,7 +42,7 @@ class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
             self._keep()
 
     def _count(self) -> None:
-        self.waiting = min(waiting_for_room(self._plan), self._slots)
+        self.waiting = min(waiting_for_room(self._search_slots), self._slots)
         now = time.monotonic()
         self._wall_s += now - self._counted
         self.slot_s += (now - self._counted) * (self._slots - self.waiting)

@@ -1,0 +1,115 @@
+"""Slots that Ray Tune does not manage: what their processes are told, and what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
+from lungct_tune.filesystem import NodeRefused
+from lungct_tune.tuning.workers import SlotPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> SlotPlan:
+    """Of workers that get no order."""
+    return SlotPlan(Experiment.at(str(tmp_path), "one"), None, (), 1, {"CPU": 1.0})  # type: ignore[arg-type]
+
+
+def test_a_slots_process_lets_ray_train_wait_for_room_and_starts_on_no_node_that_is_left_alone(plan: SlotPlan) -> None:
+    """On a cluster that a command joins, no variable of its process reaches an actor."""
+    import ray
+
+    from lungct_tune.tuning.mailbox import opened_mailbox
+    from lungct_tune.tuning.slot_actor import SlotActor
+    from lungct_tune.tuning.slots import OF_RAY_TRAIN
+
+    with opened_mailbox("one") as mailbox:
+        ray.get(mailbox.avoid.remote({"f" * 56}))
+        slot = SlotActor(plan)
+        seen, avoided = ray.get(slot._actor.__ray_call__.remote(lambda it: (dict(os.environ), it._group.avoid)))
+        assert seen.items() >= OF_RAY_TRAIN.items()
+        assert avoided == {"f" * 56}
+        slot.end()
+
+
+def test_errors_of_a_slots_process_reach_the_user_as_they_are(plan: SlotPlan) -> None:
+    import ray
+
+    from lungct_tune.tuning.slot_actor import SlotQueue
+
+    class Refusing:
+        def run(self, order: TrialOrder) -> EpochReport:
+            raise NodeRefused("node 1: cannot write")
+
+    class Dying:
+        def run(self, order: TrialOrder) -> EpochReport:
+            os._exit(1)
+
+    class InActor:
+        def __init__(self, kind: type) -> None:
+            self._actor: Any = ray.remote(kind).options(num_cpus=0).remote()
+
+        def run(self, order: TrialOrder) -> Any:
+            return self._actor.run.remote(order)
+
+    queue, order = SlotQueue(plan, None, print), TrialOrder(0, 0, Hyperparameters())
+    with pytest.raises(NodeRefused, match=r"^node 1: cannot write$"):
+        queue._step(InActor(Refusing), order)  # type: ignore[arg-type]
+    report = queue._step(InActor(Dying), order)  # type: ignore[arg-type]
+    assert report.outcome is Outcome.FAILED and "the process of the slot has ended" in report.reason
+
+
+def test_while_slots_train_the_user_hears_their_news(plan: SlotPlan) -> None:
+    import ray
+
+    from lungct_tune.tuning.mailbox import opened_mailbox
+    from lungct_tune.tuning.slot_actor import SlotQueue
+
+    said: list[str] = []
+    running: Future[EpochReport] = Future()
+
+    def warn(sentence: str) -> None:
+        said.append(sentence)
+        running.set_result(EpochReport(Outcome.COMPLETED))
+
+    with opened_mailbox("one") as mailbox, ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(SlotQueue(plan, mailbox, warn).wait, [running])
+        ray.get(mailbox.warn.remote("trial 3 has lost its workers"))
+        waiting.result(timeout=60)
+    assert said == ["trial 3 has lost its workers"]
+
+
+def test_only_groups_of_workers_of_these_slots_are_counted_as_waiting() -> None:
+    from ray.util import placement_group, remove_placement_group
+
+    from lungct_tune.tuning.groups import waiting_for_room
+
+    of_another = (
+        "import ray; ray.init(); ray.util.placement_group([{'CPU': 50}], name='one-slot-1-a').wait(1); "
+        "print('waits'); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", of_another], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as other:
+        assert other.stdout and b"waits\n" in other.stdout  # Ray may print there, too
+        assert waiting_for_room("one slot") == 0
+        groups = [placement_group([{"CPU": 50}] * 2, name=f"one-{kind}-1-b") for kind in ("slot", "final-slot")]
+        for group in groups:
+            group.wait(1)
+        assert waiting_for_room("one slot") == waiting_for_room("one final slot") == 1
+        for group in groups:
+            remove_placement_group(group)
+        other.kill()
