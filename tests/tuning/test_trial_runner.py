@@ -23,6 +23,7 @@ from lungct_tune.experiment.folder import delete_states
 from lungct_tune.experiment.trial import Outcome
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import trial_runner
+from lungct_tune.tuning.retrain import STATE, RetrainOrder, retrain
 from lungct_tune.tuning.trial_runner import TrialRunner
 
 if TYPE_CHECKING:
@@ -296,6 +297,9 @@ def _two_ranks(rank: int, folder: Path, phantoms: Path, folds: int) -> None:
             apart._models[0].trainer.epoch = rank
             with pytest.raises(RuntimeError, match="workers are at different epochs"):
                 apart.run()
+            retraining = RetrainOrder(1, order(2).hyperparameters, 0, 2, plan.dataset, checkpoint_interval=1e9)
+            retrain(plan.experiment, plan.dataset, retraining, torch.device("cpu"), must_save=lambda: rank == 1)
+            assert rank == 1 or plan.experiment.exists(retraining.file(STATE)), "the second worker may be lost"
     finally:
         dist.destroy_process_group()
 
