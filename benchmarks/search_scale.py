@@ -14,7 +14,7 @@ those of the driver. Beside it:
   whole at each trial's end, and Tune's own files. It is slow, so with fewer trials (`--before`).
 
 With `--asha` most trials are stopped early, else none. Only processes that this script starts are counted: the driver's
-CPU seconds are its own, for each thousand (or tenth, in a short run) of the trials.
+CPU seconds are its own, for each of the first and the last thousand trials (or of a quarter, in a short run).
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def measure(
         f"{steady:.3f}",
         f"{busy_share:.1%}",
         f"{cpu_first:.1f}, {cpu_last:.1f} ({cpu_last / cpu_first:.2f})",
-        f"{memory:.0f}",
+        f"{memory:.0f}" if way is now else "",  # the others run later in the same process
     ]
 
 
