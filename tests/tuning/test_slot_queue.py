@@ -60,14 +60,16 @@ def test_errors_of_a_slots_process_reach_the_user_as_they_are(plan: SlotPlan) ->
 
     class InActor:
         def __init__(self, kind: type) -> None:
-            self._actor: Any = ray.remote(kind).options(num_cpus=0).remote()
+            self.actor: Any = ray.remote(kind).options(num_cpus=0).remote()
 
         def run(self, order: TrialOrder) -> Any:
-            return self._actor.run.remote(order)
+            return self.actor.run.remote(order)
 
     queue, order = SlotQueue(plan, None, print), TrialOrder(0, 0, Hyperparameters())
+    refusing = InActor(Refusing)
     with pytest.raises(NodeRefused, match=r"^node 1: cannot write$"):
-        queue._step(InActor(Refusing), order)  # type: ignore[arg-type]
+        queue._step(refusing, order)  # type: ignore[arg-type]
+    ray.kill(refusing.actor)
     report = queue._step(InActor(Dying), order)  # type: ignore[arg-type]
     assert report.outcome is Outcome.FAILED and "the process of the slot has ended" in report.reason
 
