@@ -16,7 +16,7 @@ from lungct_tune.data.dicom import is_dicom, read_dicom
 from lungct_tune.data.grey import MOST_BYTES, MOST_PIXELS, read_grey
 from lungct_tune.files import open_file
 
-DECODER_VERSION = 3
+DECODER_VERSION = 4
 """Part of every cache key. Raise it when a change gives other pixels for the same file."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
