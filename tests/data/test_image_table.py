@@ -39,8 +39,10 @@ def test_the_table_gives_paths_classes_and_groups(root: Path) -> None:
     assert (UNLISTED, 2, "a/4.png") in images.left_aside
 
 
-def test_groups_csv_gives_the_groups_that_the_table_does_not(root: Path) -> None:
-    (root / "groups.csv").write_text("path,group\na/0.png,x\na/1.png,x\na/5.png,x\n")
+@pytest.mark.parametrize("place", ["", "a"])
+def test_groups_csv_gives_the_groups_that_the_table_does_not(root: Path, place: str) -> None:
+    inside = "" if place else "a/"
+    (root / place / "groups.csv").write_text(f"path,group\n{inside}0.png,x\n{inside}1.png,x\n{inside}5.png,x\n")
     file = table(root, *(f"a/{n}.png,{'normal' if n % 2 else 'cancer'}" for n in range(4)), columns="path,class")
     rows = read_images(root, 16, table=file).table.set_index("path")
     assert rows["group"]["a/0.png"] == rows["group"]["a/1.png"] and rows["group"].nunique() == 3
