@@ -7,6 +7,7 @@ is used, or named with a reason.
 
 from __future__ import annotations
 
+import csv
 import posixpath
 import re
 import unicodedata
@@ -194,15 +195,30 @@ def read_rows(file: Path) -> pd.DataFrame:
     """Reads a CSV that a user has written, all of it as text, without spaces around the values. Paths keep theirs.
 
     Raises:
-        DataError: it cannot be read, or is no CSV.
+        DataError: it cannot be read, is no CSV, or a line has more or fewer values than there are columns.
     """
     try:
-        rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
+        text = read_text(file)
+        _refuse_uneven_lines(file, text)
+        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
         return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(f"{file} is not a CSV file: {error}") from error
+
+
+def _refuse_uneven_lines(file: Path, text: str) -> None:
+    """Refuses lines of which pandas would shift the values to other columns, or fill in empty ones."""
+    reader = csv.reader(StringIO(text), strict=True)
+    lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
+    columns = len(next(lines, []))
+    for values in lines:
+        if len(values) != columns:
+            raise DataError(
+                f"{file}, line {reader.line_num} has {number_of(len(values), 'value')}, and the first line names "
+                f"{number_of(columns, 'column')}; remove or add a comma, or put a value that has commas into quotes"
+            )
 
 
 def read_listing(

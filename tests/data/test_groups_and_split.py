@@ -137,6 +137,19 @@ def test_a_malformed_groups_file_is_refused(tmp_path: Path, content: str) -> Non
         read_images(tmp_path, 16)
 
 
+def test_a_line_with_a_value_too_many_is_named(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "groups.csv").write_text("path,group\nnormal/0.png,1,\n")
+    with pytest.raises(DataError, match=r"groups\.csv, line 2 has 3 values, and the first line names 2 columns"):
+        read_images(tmp_path, 16)
+
+
+def test_values_with_commas_stand_in_quotes(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "groups.csv").write_text('path,group\n\nnormal/0.png,"Ward 1, bed 2"\n  \n')
+    assert read_images(tmp_path, 16).table["is_listed"].sum() == 1
+
+
 def test_twins_under_different_classes_are_left_out_and_reported(tmp_path: Path) -> None:
     two_classes(tmp_path)
     original = save(tmp_path / "normal/b.png", 9)
