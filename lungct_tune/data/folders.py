@@ -210,7 +210,7 @@ def read_rows(file: Path) -> pd.DataFrame:
 
 def _refuse_uneven_lines(file: Path, text: str) -> None:
     """Refuses lines of which pandas would shift the values to other columns, or fill in empty ones."""
-    reader = csv.reader(StringIO(text), strict=True)
+    reader = csv.reader(StringIO(text, newline=None), strict=True)
     lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
     columns = len(next(lines, []))
     for values in lines:

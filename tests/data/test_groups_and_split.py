@@ -144,9 +144,11 @@ def test_a_line_with_a_value_too_many_is_named(tmp_path: Path) -> None:
         read_images(tmp_path, 16)
 
 
-def test_values_with_commas_stand_in_quotes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_values_with_commas_stand_in_quotes(tmp_path: Path, end: str) -> None:
     two_classes(tmp_path)
-    (tmp_path / "groups.csv").write_text('path,group\n\nnormal/0.png,"Ward 1, bed 2"\n  \n')
+    lines = ["path,group", "", 'normal/0.png,"Ward 1, bed 2"', "  ", ""]
+    (tmp_path / "groups.csv").write_bytes(end.join(lines).encode())
     assert read_images(tmp_path, 16).table["is_listed"].sum() == 1
 
 
