@@ -53,6 +53,8 @@ class Shortcut(NamedTuple):
     """By label: the AUROC of that class against the others; chance is 0.5."""
     sensitivity: dict[int, float]
     """By label: the share of its images that are predicted correctly."""
+    learned_from: int
+    """The number of images from which each fold was predicted, at least."""
 
 
 def small_pixels(images: ImageSet, rows: np.ndarray) -> np.ndarray:
@@ -107,7 +109,7 @@ def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]
 
     Returns {} if a class has only one group: it cannot be in both training and validation.
     """
-    rows = _sample(images, rows)
+    rows = sample(images, rows, MOST_IMAGES)
     table = images.table.iloc[rows]
     labels_N, groups_N = table["label"].to_numpy(), table["group"].to_numpy()
     folds = min(FOLDS, int(table.groupby("label")["group"].nunique().min()))
@@ -127,6 +129,7 @@ def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]
             float(balanced_accuracy_score(labels_N, predicted_N)),
             {c: float(roc_auc_score(labels_N == c, probabilities_NC[:, c])) for c in present},
             {c: float((predicted_N == c)[labels_N == c].mean()) for c in present},
+            min(len(train) for train, _ in cut),
         )
     return shortcuts
 
@@ -142,21 +145,21 @@ def predict_by_shortcuts(images: ImageSet, known: np.ndarray, unseen: np.ndarray
     Returns:
         The predicted labels by the rule's name in `RULES`.
     """
-    sample, predicted = _sample(images, known), {}
+    learned, predicted = sample(images, known, MOST_IMAGES), {}
     for name, rule in RULES.items():
         model: Any = clone(rule.classifier)
-        model.fit(rule.features(images, sample), images.table["label"].to_numpy()[sample])
+        model.fit(rule.features(images, learned), images.table["label"].to_numpy()[learned])
         predicted[name] = np.asarray(model.predict(rule.features(images, unseen)))
     return predicted
 
 
-def _sample(images: ImageSet, rows: np.ndarray) -> np.ndarray:
-    """At most about `MOST_IMAGES` of the rows, in order: each class in proportion, from as many groups as possible."""
-    if len(rows) <= MOST_IMAGES:
+def sample(images: ImageSet, rows: np.ndarray, most: int) -> np.ndarray:
+    """At most about `most` of the rows, in order: each class in proportion, from as many groups as possible."""
+    if len(rows) <= most:
         return rows
     shuffled = images.table.iloc[rows][["label", "group"]].assign(row=rows).sample(frac=1, random_state=0)
     # first one image of every group, then a second image of each group that has one, ...
     in_turn = shuffled.iloc[np.argsort(shuffled.groupby("group").cumcount(), kind="stable")]
     of_class = in_turn["label"].map(in_turn["label"].value_counts())
-    share = np.maximum(LEAST_OF_CLASS, of_class * MOST_IMAGES / len(rows))
+    share = np.maximum(LEAST_OF_CLASS, of_class * most / len(rows))
     return np.sort(in_turn["row"][in_turn.groupby("label").cumcount() < share].to_numpy())

@@ -6,6 +6,7 @@ An entry is two files. `<key>.npy` has the pixels; it is memory-mapped, since a 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -90,7 +91,8 @@ def decode_all(
     """Returns the decoded images, (N, size, size) uint8, read-only and memory-mapped, and what decoding found.
 
     Uses the entry in `cache` for this content. If there is none, or it is damaged, decodes the images into a new
-    entry. Unreadable images and copies under different classes are not in the array.
+    entry. Unreadable images and copies under different classes are not in the array. If a file may be readable another
+    time, see `is_passing`, nothing is kept.
 
     Raises:
         DataError: the cache folder cannot be written or its disk is too full.
@@ -102,9 +104,12 @@ def decode_all(
     pixels, findings = cache / f"{key}.npy", cache / f"{key}.json"
     if not _is_intact(pixels, findings):
         require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2 + PRINT**2))
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            found = _decode_into(Path(scratch), paths, digests, labels, size, window, progress)
+        # a network drive keeps the folder of a file that is still mapped
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as scratch:
+            found, is_lasting = _decode_into(Path(scratch), paths, digests, labels, size, window, progress)
             new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
+            if not is_lasting:
+                return np.load(new_pixels, mmap_mode="r"), found
             new_findings.write_text(json.dumps({"sha256": _digest(new_pixels), **asdict(found)}))
             new_pixels.replace(pixels)
             new_findings.replace(findings)
@@ -113,6 +118,12 @@ def decode_all(
     entry["copies"] = [Copy(*pair) for pair in entry["copies"]]
     entry["properties"] = [FileProperties(*file) for file in entry["properties"]]
     return np.load(pixels, mmap_mode="r"), Reading(**entry)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a file may be readable another time: memory, disk or network failed, and not the file."""
+    # a damaged file can have an offset that is no valid argument
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def _is_intact(pixels: Path, findings: Path) -> bool:
@@ -153,8 +164,12 @@ def _decode_into(
     size: int,
     window: Window | None,
     progress: bool,
-) -> Reading:
-    """Writes the usable images to `scratch`/kept.npy. Arrays are memory-mapped, so that little memory is used."""
+) -> tuple[Reading, bool]:
+    """Writes the usable images to `scratch`/kept.npy. Arrays are memory-mapped, so that little memory is used.
+
+    Returns:
+        What was found, and whether the next run would find the same.
+    """
     n = len(paths)
     images_NHW = open_memmap(scratch / "all.npy", "w+", np.uint8, (n, size, size))
     thumbnails_NHW = open_memmap(scratch / "thumbnails.npy", "w+", np.uint8, (n, THUMBNAIL, THUMBNAIL))
@@ -162,11 +177,16 @@ def _decode_into(
     properties: dict[int, FileProperties] = {}
     pixel_digests: dict[int, str] = {}
     is_plain: dict[int, bool] = {}
+    passing: list[int] = []
 
     def decode_row(i: int) -> str | None:
         try:
             decoded = decode(paths[i], size, window)
+            if not digests[i]:
+                raise ValueError("it could not be opened at first; run the command again")
         except Exception as error:  # Pillow's plugins raise many kinds of errors on broken files
+            if digests[i] and is_passing(error):  # a file without a digest has another key once it can be opened
+                passing.append(i)
             return str(error).replace(str(paths[i]), "the file") or type(error).__name__
         images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i], is_plain[i] = decoded
         return None
@@ -192,7 +212,7 @@ def _decode_into(
         for start in range(0, len(kept), _COPY_BLOCK):
             block = slice(start, start + _COPY_BLOCK)
             kept_NHW[block] = images_NHW[kept[block]]
-    return Reading(
+    reading = Reading(
         kept=kept.tolist(),
         groups=groups[SERIES_CORRELATION][is_kept].tolist(),
         group_counts=[(threshold, len(np.unique(groups_N[is_kept]))) for threshold, groups_N in groups.items()],
@@ -202,6 +222,7 @@ def _decode_into(
         unreadable=unreadable,
         plain=[int(i) for i in kept if is_plain[i]],
     )
+    return reading, not passing
 
 
 def _in_threads(decode_row: Callable[[int], str | None], n: int, progress: bool) -> list[str | None]:

@@ -22,7 +22,7 @@ from lungct_tune.data.folders import (
     LeftAside,
     count_aside,
     find_images,
-    known_groups,
+    listed_groups,
     scan_folder,
 )
 from lungct_tune.data.groups import join_groups, merge
@@ -97,7 +97,7 @@ def read_images(
     """Finds, decodes and groups the images in `root`. Images that were read before come from the cache.
 
     Args:
-        root: a folder in a layout that `find_images` accepts; groups.csv is optional (see `known_groups`).
+        root: a folder in a layout that `find_images` accepts; groups.csv is optional (see `listed_groups`).
         size: width and height of the decoded images in pixels.
         class_map: the class of each folder whose name is not one of the four classes.
         skip_unreadable: leave out files that cannot be decoded instead of raising.
@@ -180,7 +180,7 @@ def _find(
     if table is None:
         found = find_images(root, class_map)
         paths = [file.path for file in found.files]
-        known = dict(zip(paths, known_groups(root, found.groups, paths), strict=True))
+        known = {path: group.name for path, group in listed_groups(root, found.groups, paths).items()}
         digests = _digests(root, paths)
         headers = read_headers(root, digests, cache, progress)
     else:
@@ -201,7 +201,7 @@ def _find(
     sources = []
     for path in (file.path for file in files):
         patient = headers[path].patient if path in headers else None
-        sources.append(_Source(digests[path], known[path] or patient or None, known[path] is not None))
+        sources.append(_Source(digests[path], known.get(path) or patient or None, path in known))
     return found._replace(files=files, left_aside=found.left_aside + count_aside(aside)), sources
 
 

@@ -12,11 +12,11 @@ from PIL import Image, UnidentifiedImageError
 
 from lungct_tune.config.window import Window
 from lungct_tune.data.copies import PRINT
-from lungct_tune.data.dicom import is_dicom, read_dicom
+from lungct_tune.data.dicom import begins_as_dicom, read_dicom
 from lungct_tune.data.grey import MOST_BYTES, MOST_PIXELS, read_grey
 from lungct_tune.files import open_file
 
-DECODER_VERSION = 3
+DECODER_VERSION = 4
 """Part of every cache key. Raise it when a change gives other pixels for the same file."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
@@ -69,15 +69,15 @@ def decode(path: Path, size: int, window: Window | None = None) -> Decoded:
         window: of CT values in DICOM files; None is each file's own.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file cannot be read; Pillow
+        OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError: the file cannot be read; Pillow
             raises all of these, depending on the format and on the fault.
         DataError: it is DICOM, and pydicom is not installed.
     """
     with open_file(path, MOST_BYTES) as file:
-        length = os.fstat(file.fileno()).st_size
+        length, is_in_dicom = os.fstat(file.fileno()).st_size, begins_as_dicom(file)
     if length == 0:
         raise ValueError("empty file")
-    if not (is_in_dicom := is_dicom(path)):
+    if not is_in_dicom:
         with open_image(path) as image:
             image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
     grey, mode, format = read_file(path, window, is_in_dicom)

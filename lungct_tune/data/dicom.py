@@ -56,9 +56,14 @@ def is_dicom(path: Path) -> bool:
     """Whether a file's content says that it is DICOM; False also if it cannot be opened."""
     try:
         with open_file(path, MOST_BYTES) as file:
-            return file.read(_PREAMBLE + len(_MAGIC))[_PREAMBLE:] == _MAGIC
+            return begins_as_dicom(file)
     except OSError:
         return False
+
+
+def begins_as_dicom(file: BufferedReader) -> bool:
+    """Whether the content of a file that is open at its begin says that it is DICOM."""
+    return file.read(_PREAMBLE + len(_MAGIC))[_PREAMBLE:] == _MAGIC
 
 
 def packages() -> dict[str, str]:
@@ -94,7 +99,7 @@ def read_header(path: Path) -> tuple[Dataset, bool]:
 
     Raises:
         DataError: pydicom is not installed.
-        OSError, ValueError: the file cannot be read.
+        OSError, ValueError, MemoryError: the file cannot be read.
     """
     load_pydicom()
     from pydicom.filereader import read_partial
@@ -139,7 +144,7 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
 
     Raises:
         DataError: pydicom is not installed.
-        OSError, ValueError: it is no slice, has several frames, or cannot be read.
+        OSError, ValueError, MemoryError: it is no slice, has several frames, or cannot be read.
     """
     header, has_pixels = read_header(path)
     with nameless("its DICOM header cannot be read"):
@@ -186,7 +191,7 @@ def nameless(what: str) -> Iterator[None]:
     """Replaces any error of pydicom or a decoder, whose message may quote the file, by a ValueError with its kind."""
     try:
         yield
-    except (OSError, DataError, _Refused):
+    except (OSError, MemoryError, DataError, _Refused):
         raise
     except Exception as error:
         raise ValueError(f"{what} ({type(error).__name__})") from None

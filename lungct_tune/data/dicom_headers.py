@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lungct_tune.data import dicom
-from lungct_tune.data.cache import require_space
+from lungct_tune.data.cache import is_passing, require_space
 from lungct_tune.display import tracked
 from lungct_tune.files import replace_file
 
@@ -56,8 +56,11 @@ def pseudonyms(cache: Path) -> Pseudonym:
     return pseudonym
 
 
-def read_header(path: Path, pseudonym: Pseudonym) -> Header:
+def read_header(path: Path, pseudonym: Pseudonym) -> Header | None:
     """Reads a DICOM file's header. That of a damaged file is empty; `decode` then says what is wrong with it.
+
+    Returns:
+        The header; None if it may be readable another time, see `is_passing`.
 
     Raises:
         DataError: pydicom is not installed.
@@ -67,8 +70,8 @@ def read_header(path: Path, pseudonym: Pseudonym) -> Header:
         with dicom.nameless("its DICOM header cannot be read"):
             patient, series = (str(header.get(name) or "").strip() for name in ("PatientID", "SeriesInstanceUID"))
             aside = dicom.why_aside(header, has_pixels)
-    except (OSError, ValueError):
-        return Header("", "", "")
+    except (OSError, ValueError, MemoryError) as error:
+        return None if is_passing(error) else Header("", "", "")
     return Header(aside, patient and f"patient-{pseudonym('patient', patient)}", series and pseudonym("series", series))
 
 
@@ -94,11 +97,12 @@ def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: 
     content = [dicom.VERSION, pseudonym("key", ""), [digests[path] for path in paths]]
     entry = cache / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}.headers.json"
     try:
-        kept = [Header(*header) for header in json.loads(entry.read_text())]
+        kept: list[Header | None] = [Header(*header) for header in json.loads(entry.read_text())]
     except (OSError, ValueError, TypeError):
         kept = []
     if len(kept) != len(paths):
         read = tracked(paths, "Reading DICOM headers", len(paths), shown=progress)
         kept = [read_header(root / path, pseudonym) for path in read]
-        replace_file(entry, json.dumps(kept).encode())
-    return dict(zip(paths, kept, strict=True))
+        if None not in kept:
+            replace_file(entry, json.dumps(kept).encode())
+    return {path: header for path, header in zip(paths, kept, strict=True) if header}

@@ -7,6 +7,7 @@ is used, or named with a reason.
 
 from __future__ import annotations
 
+import csv
 import posixpath
 import re
 import unicodedata
@@ -65,6 +66,14 @@ class LeftAside(NamedTuple):
     files: int
     example: str
     """The path of one of them."""
+
+
+class ListedGroup(NamedTuple):
+    """The group of an image, for example its patient, in a groups.csv."""
+
+    name: str
+    file: str
+    """The path of this groups.csv in the data folder."""
 
 
 class Found(NamedTuple):
@@ -142,8 +151,10 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
             f"found {only} in {root}; expected at least two folders named after their classes, "
             f"in train/, valid/, test/ or directly in the data folder{_aside_in_words(found)}"
         )
-    above = {"", base, *map(str, PurePosixPath(base).parents)} - {"."}
-    groups = [path for path in found.groups if posixpath.dirname(path) in above]
+    holding = {
+        folder for file in {PurePosixPath(file.path).parent for file in files} for folder in (file, *file.parents)
+    }
+    groups = [path for path in found.groups if PurePosixPath(path).parent in holding]
     for path in set(found.groups) - set(groups):
         found.put_aside(DOCUMENTS, path)
     return Found(sorted(files), sorted(groups), sorted(found.unreadable), count_aside(found.aside))
@@ -154,8 +165,8 @@ def count_aside(aside: Mapping[str, Sequence[str]]) -> list[LeftAside]:
     return [LeftAside(reason, len(paths), min(paths)) for reason, paths in sorted(aside.items())]
 
 
-def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | None]:
-    """The group of each path (a patient, for example) from groups.csv, or None if no file has a line for it.
+def listed_groups(root: Path, files: list[str], paths: list[str]) -> dict[str, ListedGroup]:
+    """The groups that files groups.csv give to images, by path.
 
     groups.csv has the columns path and group. Its paths are relative to its own folder, see `read_listing`.
 
@@ -165,28 +176,49 @@ def known_groups(root: Path, files: list[str], paths: list[str]) -> list[str | N
         paths: of the images.
 
     Raises:
-        DataError: a file is malformed, has one path twice, or names a path that is not among `paths`.
+        DataError: a file is malformed, has one path twice, or names a path that is not among `paths`; or two files
+            give an image different groups.
     """
-    group_of: dict[str, str] = {}
-    for name in files:
-        rows = read_listing(root / name, ["path", "group"], paths, root / posixpath.dirname(name), root)
-        group_of |= rows["group"]
-    return [group_of.get(path) for path in paths]
+    group_of: dict[str, ListedGroup] = {}
+    for file in files:
+        rows = read_listing(root / file, ["path", "group"], paths, root / posixpath.dirname(file), root)
+        for path, name in rows["group"].items():
+            first = group_of.setdefault(str(path), ListedGroup(name, file))
+            if first.name != name:
+                raise DataError(
+                    f"{root / first.file} and {root / file} give {path!r} different groups; remove one of the lines"
+                )
+    return group_of
 
 
 def read_rows(file: Path) -> pd.DataFrame:
     """Reads a CSV that a user has written, all of it as text, without spaces around the values. Paths keep theirs.
 
     Raises:
-        DataError: it cannot be read, or is no CSV.
+        DataError: it cannot be read, is no CSV, or a line has more or fewer values than there are columns.
     """
     try:
-        rows = pd.read_csv(StringIO(read_text(file)), dtype=str, keep_default_na=False)
+        text = read_text(file)
+        _refuse_uneven_lines(file, text)
+        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
         return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(f"{file} is not a CSV file: {error}") from error
+
+
+def _refuse_uneven_lines(file: Path, text: str) -> None:
+    """Refuses lines of which pandas would shift the values to other columns, or fill in empty ones."""
+    reader = csv.reader(StringIO(text, newline=None), strict=True)
+    lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
+    columns = len(next(lines, []))
+    for values in lines:
+        if len(values) != columns:
+            raise DataError(
+                f"{file}, line {reader.line_num} has {number_of(len(values), 'value')}, and the first line names "
+                f"{number_of(columns, 'column')}; remove or add a comma, or put a value that has commas into quotes"
+            )
 
 
 def read_listing(

@@ -65,11 +65,14 @@ def read_grey(image: Image.Image) -> Grey:
     """
     _refuse_frames(image)
     stored = [image.mode]
+    is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(ExifTags.Base.Orientation, 1) != 1
     (curve, followed), alpha_HW = _brightness(image), None
     if (deep := _deep_colours(image)) is not None:
         stored[0] += ";16"
         values_HW, alpha_HW = deep
     else:
+        if isinstance(image, ImageFile.ImageFile):
+            image.filename = ""  # or else Pillow maps an uncompressed TIFF into memory, wrongly if it is turned
         image.load()
         if is_deep := image.mode.startswith(("I", "F")):
             values_HW = _numbers(image)
@@ -91,9 +94,11 @@ def read_grey(image: Image.Image) -> Grey:
     if followed:
         stored.append(followed)
     if (orientation := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
-        stored.append("turned")
+        is_turned = True
         grey.getexif()[ExifTags.Base.Orientation] = orientation
         grey = ImageOps.exif_transpose(grey)
+    if is_turned:  # by these lines, or a TIFF by Pillow
+        stored.append("turned")
     return Grey(grey, " ".join(stored))
 
 

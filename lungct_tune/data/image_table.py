@@ -14,11 +14,11 @@ from lungct_tune.data.folders import (
     ImageFile,
     class_named,
     count_aside,
-    known_groups,
+    listed_groups,
     read_listing,
     read_rows,
 )
-from lungct_tune.data.scan import GROUPS, Scan
+from lungct_tune.data.scan import Scan
 
 UNLISTED = "files that the table does not name"
 
@@ -32,11 +32,12 @@ def find_listed(
     headers: Mapping[str, Header],
     pseudonym: Pseudonym,
     class_map: Mapping[str, str] | None = None,
-) -> tuple[Found, dict[str, str | None]]:
-    """Finds the images that a table names, and the group of each of their paths, None if it is not known.
+) -> tuple[Found, dict[str, str]]:
+    """Finds the images that a table names, and the known groups by path.
 
     The table is a CSV file. Each line has a path, relative to `root`, or the SeriesInstanceUID of a DICOM series; its
-    class; and perhaps its group, for example the patient. Without groups, groups.csv in the data folder may give them.
+    class; and perhaps its group, for example the patient. Without groups, files groups.csv in the data folder may give
+    them.
 
     Args:
         root: the data folder.
@@ -57,8 +58,7 @@ def find_listed(
     if len(set(classes.values())) < 2:
         raise DataError(f"{table} has images of fewer than two classes; add lines for another class")
     files = [ImageFile(str(path), "", classes[name]) for path, name in rows[CLASS].items()]
-    in_root = [path for path in found.groups if path == GROUPS]
-    known = dict(zip(found.files, known_groups(root, in_root, found.files), strict=True))
+    known = {path: group.name for path, group in listed_groups(root, found.groups, found.files).items()}
     if GROUP in rows:
         known |= rows[GROUP]
     for path in sorted({*found.files} - {*rows.index}):

@@ -19,7 +19,7 @@ from lungct_tune.data.cache import default_cache, file_digest
 from lungct_tune.data.decode import decode
 from lungct_tune.data.dicom import is_dicom
 from lungct_tune.data.dicom_headers import Header, pseudonyms, read_header
-from lungct_tune.data.folders import DataError, known_groups
+from lungct_tune.data.folders import DataError, listed_groups
 from lungct_tune.data.grey import MOST_BYTES
 from lungct_tune.data.scan import scan, why_aside
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
@@ -36,10 +36,12 @@ class InputImage(NamedTuple):
     source: str
     """Its path or URI."""
     group: str
-    """The patient: its group in the folder's groups.csv, or else the hash of its PatientID (DICOM), or else the folder
-    that the file is in."""
+    """The patient: its group in a groups.csv of the folder, or else the hash of its PatientID (DICOM), or else the
+    folder that the file is in."""
     fault: str = ""
     """Why it cannot be opened, for a folder in its place or a name that is not UTF-8."""
+    listed_in: str = ""
+    """The folder of the groups.csv that gives its group."""
 
 
 class Inputs(NamedTuple):
@@ -69,7 +71,8 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
     """All images that are named: by a file, a folder with its subfolders, a URI of either, or a pattern with * or ?.
 
     A file that is named itself is always taken. In folders, documents and clutter are left aside, as `scan` does, and
-    DICOM files that are no slices. An image that is named twice is taken once. The header of a DICOM file at a URI is
+    DICOM files that are no slices. An image that is named twice is taken once. Groups of one name in several files
+    groups.csv are different patients: their folders are added to the names. The header of a DICOM file at a URI is
     not read here, so its patient is its folder.
 
     Raises:
@@ -83,7 +86,20 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
             found.setdefault(image.source, image)
     if not found:
         raise DataError(f"there are no images; left aside: {', '.join(f'{n} {why}' for why, n in left_aside.items())}")
-    return Inputs(list(found.values()), left_aside)
+    return Inputs(_told_apart(list(found.values())), left_aside)
+
+
+def _told_apart(images: list[InputImage]) -> list[InputImage]:
+    """Adds the folder to the name of each listed group that is not the only one of this name."""
+    places: dict[str, set[str]] = {}
+    for image in images:
+        places.setdefault(image.group, set()).add(image.listed_in)
+    return [
+        image._replace(group=f"{image.group} ({image.listed_in})")
+        if image.listed_in and len(places[image.group]) > 1
+        else image
+        for image in images
+    ]
 
 
 def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unreadable:
@@ -132,14 +148,17 @@ def _images_in(folder: Path, left_aside: Counter[str]) -> list[InputImage]:
         raise DataError(f"{folder}: there are no images in this folder")
     left_aside.update({reason: len(files) for reason, files in found.aside.items()})
     paths = sorted(found.files)
-    images = []
-    for path, group in zip(paths, known_groups(folder, found.groups, paths), strict=True):
+    listed, images = listed_groups(folder, found.groups, paths), []
+    for path in paths:
         header = _header(folder / path)
         if header and header.aside:
             left_aside[header.aside] += 1
+        elif path in listed:
+            name, file = listed[path]
+            images.append(InputImage(str(folder / path), name, listed_in=str((folder / file).parent)))
         else:
             patient = header.patient if header else ""
-            images.append(InputImage(str(folder / path), group or patient or str((folder / path).parent)))
+            images.append(InputImage(str(folder / path), patient or str((folder / path).parent)))
     faulty = [InputImage(str(folder / path), str((folder / path).parent), why) for path, why in found.unreadable]
     return images + faulty
 

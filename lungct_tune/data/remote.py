@@ -55,10 +55,11 @@ def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool =
         os.utime(part, ns=(remote_files[path].mtime_ns or 0,) * 2)
         part.replace(copy / path)
 
-    missing = [path for path, info in remote_files.items() if not _is_same(copy / path, info)]
-    require_space(copy, sum(remote_files[path].size for path in missing))
+    require_space(copy, 0)  # the lock is beside the copy
     with copy.with_name(f"{copy.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # searches that start at the same time share the copy
+        missing = [path for path, info in remote_files.items() if not _is_same(copy / path, info)]
+        require_space(copy, sum(remote_files[path].size for path in missing))
         for path in sorted(copy.rglob("*"), reverse=True):  # the content of a folder comes before the folder
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 from conftest import CT_IMAGES
 from PIL import Image
+from test_shortcuts import an_image_set
 
 from lungct_tune import search
 from lungct_tune.audit import main
@@ -310,6 +312,25 @@ def test_unseen_groups_are_not_called_too_alike_however_alike_their_own_images_a
     alarms = [too_alike((rng.random(groups) < expected)[of_groups], of_groups, expected) for _ in range(400)]
     assert sum(alarms) <= 12  # 4 are to be expected at 1 %
     assert too_alike(np.ones(len(of_groups), dtype=bool), of_groups, expected)
+
+
+def test_more_images_than_the_sample_do_not_make_independent_images_too_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearer the nearest neighbour, the more often it is right, and among all images it is nearer."""
+    monkeypatch.setattr("lungct_tune.auditing.shortcuts.MOST_IMAGES", 300)
+    n, at_W = 3000, np.arange(32)
+    where_N2 = np.random.default_rng(0).random((n, 2))
+    bumps_N2W = np.exp(-((at_W - 31 * where_N2[..., None]) ** 2) / 128)
+    images_NHW = (255 * bumps_N2W[:, 0, :, None] * bumps_N2W[:, 1, None]).astype(np.uint8)
+    labels_N = (where_N2 * 6).astype(int).sum(axis=1) % 2  # as on a chessboard
+    images = an_image_set(n, np.arange(n), labels_N, images_NHW)
+    images.table["has_patient"] = False
+    split = np.repeat(["train", "valid", "test"], [2100, 300, 600])
+    audit = audit_images(images, split, "grouped")
+    assert not any(health["others"]["too_alike"] for health in audit["split_health"])
+    assert audit["verdict"]["level"] == "clean"
+    groups_N = np.where(np.arange(n) < 2400, np.arange(n), np.arange(n) - 600)
+    leaking = an_image_set(n, groups_N, labels_N, images_NHW).table.assign(has_patient=False)
+    assert audit_images(replace(images, table=leaking), split, "file")["split_health"][1]["seen"] == 600
 
 
 # Shortcuts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import CT_IMAGES as REAL
 from PIL import Image
 
 from lungct_tune.data import DataError, ImageSet, read_images
+from lungct_tune.data.decode import Decoded, decode
 
 FOUR = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 PUBLISHED = (
@@ -317,6 +320,34 @@ def test_the_fingerprint_follows_content_names_classes_and_size(root: Path) -> N
     (root / "normal").rename(root / "large cell carcinoma")
     seen.add(read_images(root, 16).fingerprint)
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_a_file_that_can_be_read_again_is_read_again(
+    root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    two_classes(root)
+
+    def fail_once(path: Path, *arguments: Any) -> Decoded:
+        if path.match("normal/1.png"):
+            raise failure
+        return decode(path, *arguments)
+
+    monkeypatch.setattr("lungct_tune.data.cache.decode", fail_once)
+    image_set = read_images(root, 40, skip_unreadable=True)
+    assert [path for path, _ in image_set.unreadable] == ["normal/1.png"] and not list(cache.iterdir())
+    np.testing.assert_array_equal(pixels_of(image_set, "normal/0.png"), np.asarray(picture(0)))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    assert len(read_images(root, 40).table) == 4 and len(list(cache.iterdir())) == 2
+
+
+def test_a_file_that_could_not_be_opened_at_first_is_no_copy(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a digest two files would pass for identical."""
+    two_classes(root)
+    monkeypatch.setattr("lungct_tune.data.dataset.file_digest", lambda path: "" if path.name == "0.png" else path.name)
+    with pytest.raises(DataError, match=r"normal/0\.png: it could not be opened at first; run the command again"):
+        read_images(root, 16)
 
 
 def test_a_cache_folder_that_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import zlib
@@ -204,6 +205,22 @@ def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dicom, "read_header", None)
     pd_equal = read_images(root, 32, cache=tmp_path / "cache").table
     assert before.equals(pd_equal)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_a_header_that_can_be_read_again_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    root = slices(tmp_path / "data", PatientID="one")
+
+    def fail(*arguments: Any) -> None:
+        raise failure
+
+    with monkeypatch.context() as broken:
+        broken.setattr("pydicom.filereader.read_partial", fail)
+        with pytest.raises(DataError, match=r"normal/0: (MemoryError|.*Input/output error)"):
+            read_images(root, 32, cache=tmp_path / "cache")
+    assert read_images(root, 32, cache=tmp_path / "cache").table["has_patient"].all()
 
 
 def test_hashes_are_those_of_one_user(tmp_path: Path) -> None:

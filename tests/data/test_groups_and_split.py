@@ -96,6 +96,30 @@ def test_known_groups_are_joined_to_those_found(tmp_path: Path, place: str) -> N
     assert group_of.nunique() == 3
 
 
+@pytest.mark.parametrize("place", ["train", "train/normal"])
+def test_known_groups_are_read_below_the_class_folders_too(tmp_path: Path, place: str) -> None:
+    two_classes(tmp_path / "train")
+    two_classes(tmp_path / "test")
+    inside = "" if place.endswith("normal") else "normal/"
+    (tmp_path / place / "groups.csv").write_text(f"path,group\n{inside}0.png,a\n{inside}1.png,a\n")
+    (tmp_path / "groups.csv").write_text("path,group\ntest/adenocarcinoma/0.png,a\n")
+    image_set = read_images(tmp_path, 16)
+    assert image_set.table["is_listed"].sum() == 3 and not image_set.left_aside
+    group_of = image_set.table.set_index("path")["group"]
+    joined = ["train/normal/0.png", "train/normal/1.png", "test/adenocarcinoma/0.png"]
+    assert group_of[joined].nunique() == 1, "a name is one group, in whatever file it stands"
+
+
+def test_two_files_that_give_an_image_different_groups_are_refused(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "groups.csv").write_text("path,group\nnormal/0.png,a\nnormal/1.png,a\n")
+    (tmp_path / "normal" / "groups.csv").write_text("path,group\n0.png,a\n")
+    assert read_images(tmp_path, 16).table["is_listed"].sum() == 2
+    (tmp_path / "normal" / "groups.csv").write_text("path,group\n0.png,b\n")
+    with pytest.raises(DataError, match=r"groups.csv and .*normal/groups.csv give 'normal/0.png' different groups"):
+        read_images(tmp_path, 16)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -111,6 +135,21 @@ def test_a_malformed_groups_file_is_refused(tmp_path: Path, content: str) -> Non
     (tmp_path / "groups.csv").write_text(content)
     with pytest.raises(DataError, match=r"groups\.csv"):
         read_images(tmp_path, 16)
+
+
+def test_a_line_with_a_value_too_many_is_named(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "groups.csv").write_text("path,group\nnormal/0.png,1,\n")
+    with pytest.raises(DataError, match=r"groups\.csv, line 2 has 3 values, and the first line names 2 columns"):
+        read_images(tmp_path, 16)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_values_with_commas_stand_in_quotes(tmp_path: Path, end: str) -> None:
+    two_classes(tmp_path)
+    lines = ["path,group", "", 'normal/0.png,"Ward 1, bed 2"', "  ", ""]
+    (tmp_path / "groups.csv").write_bytes(end.join(lines).encode())
+    assert read_images(tmp_path, 16).table["is_listed"].sum() == 1
 
 
 def test_twins_under_different_classes_are_left_out_and_reported(tmp_path: Path) -> None:

@@ -39,8 +39,10 @@ def test_the_table_gives_paths_classes_and_groups(root: Path) -> None:
     assert (UNLISTED, 2, "a/4.png") in images.left_aside
 
 
-def test_groups_csv_gives_the_groups_that_the_table_does_not(root: Path) -> None:
-    (root / "groups.csv").write_text("path,group\na/0.png,x\na/1.png,x\na/5.png,x\n")
+@pytest.mark.parametrize("place", ["", "a"])
+def test_groups_csv_gives_the_groups_that_the_table_does_not(root: Path, place: str) -> None:
+    inside = "" if place else "a/"
+    (root / place / "groups.csv").write_text(f"path,group\n{inside}0.png,x\n{inside}1.png,x\n{inside}5.png,x\n")
     file = table(root, *(f"a/{n}.png,{'normal' if n % 2 else 'cancer'}" for n in range(4)), columns="path,class")
     rows = read_images(root, 16, table=file).table.set_index("path")
     assert rows["group"]["a/0.png"] == rows["group"]["a/1.png"] and rows["group"].nunique() == 3
@@ -72,6 +74,14 @@ def test_a_table_of_series_takes_all_their_images(root: Path) -> None:
         ("path,class", [], "has images of fewer than two classes"),
         ("file,class", ["a/0.png,normal"], "not a CSV file with the columns path,class"),
         ("path,class", ['"a/0.png,normal'], "is not a CSV file"),
+        ("path,class", ["a/0.png,normal,", "a/1.png,x,"], "line 2 has 3 values, and the first line names 2 columns"),
+        (
+            "path,class",
+            ["a/0.png,normal", "", "a/1.png,x,y"],
+            "line 4 has 3 values, and the first line names 2 columns",
+        ),
+        ("path,class", ["a/0.png,normal", "a/1.png"], "line 3 has 1 value, and the first line names 2 columns"),
+        ("SeriesInstanceUID,class", ["1.2.SECRET,normal,"], "line 2 has 3 values, and the first line names 2 columns"),
         ("SeriesInstanceUID,kind", ["1.2.SECRET,normal"], "not a CSV file with the columns SeriesInstanceUID,class"),
         ("SeriesInstanceUID,class", ["1.2.SECRET,normal"], "line 2: .* has no file of this series"),
         ("SeriesInstanceUID,class", ["1.2.SECRET,"], "line 2 has an empty class"),

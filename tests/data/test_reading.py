@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from lungct_tune.data.decode import PLAIN, decode
+from lungct_tune.data.decode import PLAIN, decode, read_file
 from lungct_tune.data.grey import to_grey
 
 SIDE = 64
@@ -88,10 +88,10 @@ def tiff(path: Path, content: bytes, order: str = "<", **tags: tuple[int, ...] |
     path.write_bytes(head + content + directory + beyond)
 
 
-def with_orientation(path: Path, orientation: int, format: str) -> None:
-    """The slice as a camera stores it that was held in another way."""
+def with_orientation(path: Path, orientation: int, format: str, image: Image.Image) -> None:
+    """A slice as a camera stores it that was held in another way."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions
-    stored = Image.fromarray(SLICE).transpose(Image.Transpose(undo[orientation]))
+    stored = image.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[274] = orientation
     options = {"quality": 100, "lossless": True} if format != "TIFF" else {}
@@ -219,7 +219,9 @@ READ: dict[str, Callable[[Path], None]] = {
     ),
     "TIFF, a page and its thumbnail": page_with_thumbnail,
     **{
-        f"{format}, orientation {n}": (lambda path, n=n, format=format: with_orientation(path, n, format))
+        f"{format}, orientation {n}": (
+            lambda path, n=n, format=format: with_orientation(path, n, format, Image.fromarray(SLICE))
+        )
         for format in ("JPEG", "PNG", "WEBP", "TIFF")
         for n in range(2, 9)
     },
@@ -232,6 +234,24 @@ def test_a_file_is_read_as_the_same_slice_stored_plainly(tmp_path: Path, kind: s
     expected_HW = SLICE // 17 * 17 if "4 bits" in kind else SLICE
     difference_HW = np.abs(decode(tmp_path / "x", SIDE).image_HW.astype(int) - expected_HW)
     assert difference_HW.max() <= (9 if "JPEG" in kind else 2)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "32 bits", "floats", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_slice_that_is_not_square_is_turned_upright(tmp_path: Path, orientation: int, kind: str) -> None:
+    """Pillow maps an uncompressed TIFF into memory, and took the height of one that is turned for its width."""
+    oblong_HW = SLICE[:, :40]
+    values = {
+        "16 bits": oblong_HW.astype(np.uint16) * 16,
+        "32 bits": oblong_HW.astype(np.int32) * 1000 - 99,
+        "floats": oblong_HW.astype(np.float32) / 255,
+    }.get(kind, oblong_HW)
+    image = Image.fromarray(values)
+    image = image.convert(kind) if kind in ("RGBA", "CMYK") else image
+    with_orientation(tmp_path / "x", orientation, "TIFF", image)
+    grey, mode, _ = read_file(tmp_path / "x", None, False)
+    assert grey.size == (40, SIDE) and mode.endswith(" turned")
+    assert np.abs(np.asarray(grey).astype(int) - oblong_HW).max() <= 2
 
 
 def frames(format: str) -> Callable[[Path], None]:

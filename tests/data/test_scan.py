@@ -138,6 +138,12 @@ def test_a_path_has_one_line_in_groups_csv(root: Path, second: str, message: str
         read_images(root, 16)
 
 
+def test_groups_of_other_images_are_left_aside(root: Path) -> None:
+    (root / "notes").mkdir()
+    (root / "notes" / "groups.csv").write_text("path,group\nelsewhere.png,a\n")
+    assert aside(root) == {DOCUMENTS: 1}
+
+
 def test_class_folders_are_found_inside_the_folders_of_an_archive(tmp_path: Path) -> None:
     inner = two_classes(tmp_path / "data set/data set")
     save(tmp_path / "data set/Test cases/1.png", 8)

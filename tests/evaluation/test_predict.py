@@ -183,6 +183,26 @@ def test_patients_are_those_of_groups_csv_where_there_is_one(phantoms: Path, pat
     assert len(named_twice) == 2 and {image.group for image in named_twice} == {str(one.parent)}
 
 
+@pytest.mark.parametrize("inputs", [["a", "b", "c"], ["."]])
+def test_patients_of_one_name_in_two_groups_csv_are_two(
+    bundle: Path, patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str]
+) -> None:
+    """Hospitals number their patients alike. The third has no list: there the folder "c" is the patient."""
+    monkeypatch.chdir(tmp_path)
+    files = sorted(patients.glob("*/*.png"))
+    for number, (hospital, names) in enumerate({"a": ["1", "c"], "b": ["1", "2"], "c": []}.items()):
+        Path(hospital).mkdir()
+        for i in range(2):
+            shutil.copy(files[2 * number + i], f"{hospital}/{i}.png")
+        if names:
+            lines = [f"{i}.png,{name}" for i, name in enumerate(names)]
+            Path(hospital, "groups.csv").write_text("\n".join(["path,group", *lines]))
+    status, _, complained = run(bundle, *inputs, "--by", "patient", "--out", "out.csv")
+    assert status == 0, complained
+    images = dict(pd.read_csv("out.csv", dtype={"patient": str}).set_index("patient")["images"])
+    assert images == {"1 (a)": 1, "c (a)": 1, "1 (b)": 1, "2": 1, "c": 2}
+
+
 def test_images_at_a_uri_are_those_of_the_folder(bundle: Path, patients: Path, s3: object) -> None:
     import pyarrow.fs
 
