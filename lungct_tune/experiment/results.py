@@ -164,7 +164,7 @@ class SearchResults:
 
     @property
     def listed(self) -> int:
-        """How many images have their group named in groups.csv or a table, or their patient in DICOM."""
+        """How many images have their group named in groups.csv, a table or a split file, or their patient in DICOM."""
         groups = self.audit["groups"] if self.audit else {}
         return sum(groups.get(name, 0) for name in ("images_in_groups_csv", "images_with_patient_id"))
 

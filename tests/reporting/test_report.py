@@ -18,10 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
-from recorded_search import Search, finished_search
+from recorded_search import Search, finished_search, with_test
 
+from lungct_tune.auditing.audit import audit_images
+from lungct_tune.data import read_images, split_images
+from lungct_tune.data.split import read_split
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
+from lungct_tune.experiment.metrics import Figure, RatesAt
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
@@ -168,6 +172,34 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
     assert halves is not None
     for half, said in ((halves.least, "look least like the training images |"), (halves.most, "on the other 8 |")):
         assert f"{said} {100 * half.balanced_accuracy.value:.1f}" in card
+
+
+def test_a_model_card_says_that_split_and_groups_were_given(
+    found: SearchResults, phantoms: Path, tmp_path: Path
+) -> None:
+    images = read_images(phantoms, 32, progress=False)
+    rows = pd.DataFrame({"path": images.table["path"], "split": split_images(images, "grouped", 0)})
+    rows.assign(group=images.table["group"]).to_csv(tmp_path / "split.csv", index=False)
+    images = replace(images, table=images.table.assign(is_listed=False))  # without groups.csv
+    audit = audit_images(*read_split(images, tmp_path / "split.csv"), "file")
+    given = replace(found, settings=found.settings | {"split_file": "split.csv"}, audit=audit)
+    card = model_card("one", given).decode()
+    assert "known patients; split by a given file." in card and "One data set, split by a given file:" in card
+    assert "a split file or PatientIDs (DICOM), joined where images are copies." in card
+    assert "image similarity" not in card and "at random" not in card and "`grouped`" not in card
+    assert not any("groups.csv" in advice for advice in audit["verdict"]["advice"])
+    assert "split at random by groups." in model_card("one", found).decode()
+
+
+@pytest.mark.parametrize(("folds", "where"), [(None, "on validation"), (5, "in 5-fold cross-validation")])
+def test_a_model_card_says_where_the_threshold_was_chosen(found: SearchResults, folds: int | None, where: str) -> None:
+    assert found.test is not None and found.test.cancer_vs_normal is not None
+    rates = RatesAt(0.4, Figure(0.7, None), Figure(0.9, None))
+    cancer = replace(found.test.cancer_vs_normal, at_95_specificity=rates)
+    judged = with_test(replace(found, settings=found.settings | {"folds": folds}), cancer_vs_normal=cancer)
+    assert (
+        f"At the threshold with 95 % specificity {where}, 0.40: sensitivity 70.0" in model_card("one", judged).decode()
+    )
 
 
 @pytest.mark.parametrize(
