@@ -25,6 +25,7 @@ from lungct_tune.data import read_images, split_images
 from lungct_tune.data.split import read_split
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import Figure, RatesAt
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
@@ -300,6 +301,25 @@ def test_a_file_of_the_users_is_never_overwritten(
     assert Path("page.html").stat().st_mtime_ns > first
     assert (finished.folder / "best" / "checksums.txt").read_bytes() == sealed
     bundle.verify(finished.folder / "best")
+
+
+@pytest.mark.parametrize("lost", [bundle.MODEL, bundle.CONFIG, bundle.METRICS, bundle.PREDICTIONS])
+def test_a_bundle_that_has_lost_a_file_is_not_taken_for_a_search_without_a_model(
+    lost: str, finished: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished.folder, tmp_path / "one")
+    (copy / "best" / lost).unlink()
+    assert main([str(copy), "--out", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert str(copy / "best") in said and "missing" in said and lost in said and not (tmp_path / "page.html").exists()
+
+
+def test_a_bundle_of_the_best_so_far_may_be_replaced_while_it_is_read(finished: Search, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished.folder, tmp_path / "one")
+    (copy / "so_far").mkdir()
+    (copy / "best").rename(copy / "so_far" / "000005")
+    (copy / "so_far" / "000005" / bundle.MODEL).unlink()
+    assert read_results(Experiment.at(str(tmp_path), "one")).bundle is None
 
 
 def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
