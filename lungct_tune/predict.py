@@ -51,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", choices=["image", "patient"], default="image", help="what a row is (image)")
     parser.add_argument("--address", metavar="HOST:PORT", help="use all nodes of this Ray cluster; auto: the one here")
     asked = parser.parse_args(argv)
-    return exit_status(lambda: predict(asked, terminal()), "Nothing was written.")
+    stopped = "Nothing was written."
+    if asked.heatmaps:
+        stopped = (
+            f"Only heat maps may have been written, to {asked.heatmaps}; remove them, or choose another --heatmaps."
+        )
+    return exit_status(lambda: predict(asked, terminal()), stopped)
 
 
 def predict(asked: argparse.Namespace, console: Console) -> int:
