@@ -47,7 +47,8 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     """Reads the bundle and the images, predicts, and writes report.html, metrics.json and predictions.csv.
 
     Raises:
-        EvaluateError: a class is not one of the bundle's, no image is left, or the output folder exists.
+        EvaluateError: a class is not one of the bundle's, no image is left, or the output cannot be written.
+        UserError: the output folder exists, or is in a bundle.
         BundleError, DataError, StorageError: the bundle or the images cannot be used.
     """
     # imported only after the command line is checked, so that --help answers at once
@@ -62,13 +63,14 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.experiment.metrics import metrics_json
     from lungct_tune.reporting.console import print_judged
     from lungct_tune.reporting.evaluation_page import evaluation_page
+    from lungct_tune.reporting.output_file import check_new
     from lungct_tune.reporting.test_section import Network
 
     bundle = Classifier.load(asked.bundle)
     settings = bundle.config["settings"]
     class_map = read_map(asked.map, bundle.classes)
     out = asked.out or Path(f"{Path(asked.data).absolute().name}-judged")
-    _check_new(out)
+    check_new(out, "--out")
 
     folder = fetch_images(asked.data)
     images = read_images(
@@ -88,15 +90,6 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     _write(out, files)
     print_judged(images, metrics, console, phantoms=phantoms)
     console.print(f"written: {', '.join(f'{out}/{name}' for name in files)}", soft_wrap=True, markup=False)
-
-
-def _check_new(out: Path) -> None:
-    from lungct_tune.evaluation.external import EvaluateError
-    from lungct_tune.experiment.bundle import check_outside_bundles
-
-    check_outside_bundles(out, "--out")
-    if out.exists():
-        raise EvaluateError(f"{out} is there already; choose another --out, or move it away")
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:

@@ -48,7 +48,7 @@ def export(asked: argparse.Namespace, console: Console) -> None:
         UserError: the output cannot be written.
     """
     # imported only after the command line is checked, so that --help answers at once
-    from lungct_tune.experiment.bundle import as_json, check_outside_bundles, verify
+    from lungct_tune.experiment.bundle import as_json, verify
 
     verify(asked.bundle)  # before torch is imported, which takes seconds
 
@@ -56,15 +56,14 @@ def export(asked: argparse.Namespace, console: Console) -> None:
     from lungct_tune.data.cache import default_cache
     from lungct_tune.evaluation import exported
     from lungct_tune.evaluation.classifier import Classifier
+    from lungct_tune.reporting.output_file import check_new
 
     classifier = Classifier.load(asked.bundle, device="cpu")
     settings = classifier.config["settings"]
     out = asked.out or Path(f"{settings['name']}{SUFFIXES[asked.to]}")
     beside = out.with_name(f"{out.name}.json")
-    check_outside_bundles(out, "--out")
     for file in (out, beside):
-        if file.exists():
-            raise UserError(f"{file} is there already; choose another --out, or move it away")
+        check_new(file, "--out")
     data = asked.data
     if data is None and settings.get("data", "") is None:
         data = make_phantoms(default_cache(), settings["seed"])

@@ -51,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", choices=["image", "patient"], default="image", help="what a row is (image)")
     parser.add_argument("--address", metavar="HOST:PORT", help="use all nodes of this Ray cluster; auto: the one here")
     asked = parser.parse_args(argv)
-    return exit_status(lambda: predict(asked, terminal()), "Nothing was written.")
+    stopped = "Nothing was written."
+    if asked.heatmaps:
+        stopped = (
+            f"Only heat maps may have been written, to {asked.heatmaps}; remove them, or choose another --heatmaps."
+        )
+    return exit_status(lambda: predict(asked, terminal()), stopped)
 
 
 def predict(asked: argparse.Namespace, console: Console) -> int:
@@ -93,7 +98,7 @@ def predict(asked: argparse.Namespace, console: Console) -> int:
 
 
 def _check_outputs(asked: argparse.Namespace) -> None:
-    from lungct_tune.experiment.bundle import check_outside_bundles
+    from lungct_tune.reporting.output_file import check_new
 
     if asked.heatmaps and asked.address:
         raise UserError("--heatmaps are drawn on this machine; leave --address out, or draw them for fewer images")
@@ -101,9 +106,7 @@ def _check_outputs(asked: argparse.Namespace) -> None:
         return
     if asked.out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {asked.out}: its name must end in one of {', '.join(ENDINGS)}")
-    check_outside_bundles(asked.out, "--out")
-    if asked.out.exists():
-        raise UserError(f"{asked.out} is there already; choose another --out, or move it away")
+    check_new(asked.out, "--out")
     if not asked.out.absolute().parent.is_dir():
         raise UserError(f"--out {asked.out}: there is no folder {asked.out.parent}; make it first")
 

@@ -157,7 +157,7 @@ def start_search(
     From here on `--resume` can continue it. All images are shared now, so that images that do not fit are refused now.
 
     Raises:
-        StorageError: a node cannot use the storage, the images do not fit, or another process runs this search.
+        PlanError, StorageError: see `Plan.locked`; or a node cannot use the storage, or the images do not fit.
         StudyError, TrackingError: the study or the tracking server cannot be used.
     """
     from lungct_tune.experiment import bundle
@@ -172,7 +172,7 @@ def start_search(
         check_storage(experiment)
         is_new = not settings.resume
         tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
-        held.enter_context(experiment.exclusive_lock())
+        held.enter_context(plan.locked())
         study = held.enter_context(plan.opened_study(new=is_new))
         outlook.keep(study, new=is_new)
         plan.save(split)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lungct_tune.config.settings import Settings
+from lungct_tune.experiment.bundle import CONFIG, write_bundle
+from lungct_tune.experiment.plan import PlanError, plan_search
+from lungct_tune.search import start_search
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from lungct_tune.experiment.plan import Plan
 
 
 @pytest.mark.parametrize(
@@ -31,3 +40,31 @@ def test_what_is_refused_at_once_starts_no_cluster(arguments: list[str], says: s
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr
     assert list(sessions.iterdir()) == []
+
+
+def refused_at_its_start(plan: Plan) -> PlanError:
+    """What a search says that has read its images, and begins."""
+    nothing: Any = SimpleNamespace()
+    display: Any = SimpleNamespace(step=lambda step: nullcontext())
+    with (
+        pytest.raises(PlanError) as refused,
+        plan.resumable(),
+        start_search(plan, nothing, {}, nothing, None, display),
+    ):
+        pass
+    return refused.value
+
+
+def test_what_another_process_did_while_images_were_read_is_not_done_again(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungct_tune.tuning.cluster.check_storage", lambda experiment: None)
+    same = {"data": phantoms, "storage": str(tmp_path), "name": "one", "image_size": 32, "weights": "none"}
+    first, second = (plan_search(Settings.model_validate(same), set()) for _ in range(2))
+    first.save(first.load_and_split())
+    begun = refused_at_its_start(second)
+    assert "already holds a search" in str(begun) and "To continue" in begun.__notes__[0]
+    again = plan_search(Settings(resume="one", storage=str(tmp_path)), {"resume", "storage"})
+    write_bundle(first.experiment, {CONFIG: b"{}"})
+    ended = refused_at_its_start(again)
+    assert "one is finished; its model is in" in str(ended) and not hasattr(ended, "__notes__")

@@ -55,8 +55,8 @@ class ImageSet:
     table: pd.DataFrame
     """One row per image: path (relative to root, with forward slashes), folder ("train", "valid", "test" or ""
     as published), label (index into classes), digest (sha256 of the file), group (images of one group must
-    stay in one part of the split), is_listed (whether groups.csv or a table gives its group), has_patient (whether its
-    PatientID does, in DICOM), and the fields of `FileProperties`."""
+    stay in one part of the split), is_listed (whether groups.csv, a table or a split file gives its group), has_patient
+    (whether its PatientID does, in DICOM), and the fields of `FileProperties`."""
     images_NHW: np.ndarray
     """uint8 grey, square, memory-mapped, read-only."""
     classes: tuple[str, ...]

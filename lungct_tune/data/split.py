@@ -244,15 +244,19 @@ def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
     if "group" in rows:
         joined_N = join_groups(images.copy_numbers(), rows["group"].tolist())
         group = rows["group"].groupby(joined_N).transform("first").to_numpy()
-        images = replace(images, table=images.table.assign(group=group))
+        images = _with_listed_groups(images, group)
     return images, split
+
+
+def _with_listed_groups(images: ImageSet, group: np.ndarray) -> ImageSet:
+    return replace(images, table=images.table.assign(group=group, is_listed=True, has_patient=False))
 
 
 def restore_split(images: ImageSet, csv: bytes, *, groups: bool) -> DataSplit:
     """The split of a search that is continued, from its split.csv, so that no later version splits its images again.
 
     Args:
-        groups: whether its groups are used, because they came from a split file.
+        groups: whether its groups are used where they differ, because they came from a split file.
 
     Raises:
         KeyError, ValueError: it is not the split of these images.
@@ -261,7 +265,8 @@ def restore_split(images: ImageSet, csv: bytes, *, groups: bool) -> DataSplit:
     split = rows["split"].to_numpy(dtype=str)
     if not set(split) <= set(SPLITS):
         raise ValueError(f"a split is called {min(set(split) - set(SPLITS))!r}")
-    if groups:
-        images = replace(images, table=images.table.assign(group=rows["group"].to_numpy()))
+    group = rows["group"].to_numpy()
+    if groups and list(group) != list(images.table["group"].astype(str)):  # else the split file had no groups
+        images = _with_listed_groups(images, group)
     fold = rows["fold"].replace("", "-1").astype(float).to_numpy(dtype=int) if "fold" in rows else None
     return DataSplit(images, split, fold)

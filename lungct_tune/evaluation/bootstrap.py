@@ -22,6 +22,12 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 """Computes the values (B,) of a figure from the images' weights (B, N); NaN where it is not defined."""
 
 
+def group_weights(groups_N: np.ndarray) -> np.ndarray:
+    """The weight of each image, 1 / size of its group, so that each group counts as one image."""
+    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
+    return np.asarray(1 / sizes_G[group_of_N])
+
+
 def share(hit_N: np.ndarray, among_N: np.ndarray) -> Statistic:
     """The share of hits among these images (both bool)."""
     return lambda weights_BN: weights_BN @ (hit_N & among_N) / (weights_BN @ among_N)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit, softmax
 
-from lungct_tune.evaluation.bootstrap import RESAMPLES, ClusterBootstrap
+from lungct_tune.evaluation.bootstrap import RESAMPLES, ClusterBootstrap, group_weights
 from lungct_tune.experiment.metrics import CalibrationErrors, Figure, FittedOn, ReliabilityBins, TemperatureScaling
 
 TEMPERATURES = (0.2, 5.0)
@@ -60,8 +60,7 @@ def fit_temperature(
         what: whose predictions they are, as text.
     """
     rows = np.arange(len(labels_N))
-    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
-    weights_N = 1 / sizes_G[group_of_N]
+    weights_N = group_weights(groups_N)
 
     def negative_log_posterior(log_temperature: float) -> float:
         likelihood_N = calibrated(probabilities_NC, np.exp(log_temperature))[rows, labels_N]
@@ -69,7 +68,7 @@ def fit_temperature(
         return float(negative_log_likelihood + (log_temperature / PRIOR) ** 2 / 2)
 
     fitted: Any = minimize_scalar(negative_log_posterior, bounds=np.log(TEMPERATURES), method="bounded")
-    return TemperatureScaling(float(np.exp(fitted.x)), FittedOn(len(labels_N), len(sizes_G), what))
+    return TemperatureScaling(float(np.exp(fitted.x)), FittedOn(len(labels_N), len(np.unique(groups_N)), what))
 
 
 def calibration_errors(

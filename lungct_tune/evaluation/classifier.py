@@ -30,7 +30,7 @@ from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.preprocessing import as_grey, forward
 
 BATCH = 32
-"""Images that a GPU computes together."""
+"""Images that a GPU computes together, and that commands read or compare at a time."""
 
 
 class ClassifyError(UserError):

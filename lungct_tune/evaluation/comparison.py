@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap, Statistic, share
-from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, balanced_difference, cancer_or_normal
+from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, balanced_difference, cancer_or_normal, mcnemar
 from lungct_tune.evaluation.ranking import auroc
 from lungct_tune.experiment.bundle import CHECKSUMS, METRICS, PREDICTIONS, check_sums
 from lungct_tune.experiment.folder import Experiment
@@ -141,7 +140,7 @@ def compare_models(judged: Sequence[Judged]) -> list[Comparison]:
 
 def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Comparison:
     ours, theirs = first.predictions, other.predictions
-    gained, lost = int((other.right_N & ~first.right_N).sum()), int((~other.right_N & first.right_N).sum())
+    gained, lost, p = mcnemar(other.right_N, first.right_N)
     differences = [
         bootstrap.mean(other.right_N.astype(float) - first.right_N),
         balanced_difference(ours.labels_N, theirs.predicted_N, ours.predicted_N, bootstrap),
@@ -163,7 +162,7 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
         differences=dict(zip(DIFFERENCES, differences, strict=False)),
         gained=gained,
         lost=lost,
-        mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+        mcnemar_p=p,
     )
 
 

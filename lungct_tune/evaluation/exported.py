@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lungct_tune.data.inputs import ReadImage, Unreadable
 from lungct_tune.errors import UserError
-from lungct_tune.evaluation.classifier import Classifier
+from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.experiment.bundle import CHECKSUMS, PREDICTIONS
 from lungct_tune.experiment.predictions import read_predictions
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -146,8 +146,8 @@ def compare_with_bundle(
         what: which images these are, as text.
     """
     bundle_NC = classifier.classify(images_NHW).probabilities_NC
-    graph_NC = exported.run(np.ascontiguousarray(images_NHW))
-    one_by_one_NC = np.concatenate([exported.run(images_NHW[i : i + 1]) for i in range(min(4, len(images_NHW)))])
+    graph_NC = _run_in_parts(exported, images_NHW, BATCH)  # all together they may not fit into memory
+    one_by_one_NC = _run_in_parts(exported, images_NHW[:4], 1)
     difference = max(
         float(np.abs(graph_NC - bundle_NC).max()), float(np.abs(one_by_one_NC - bundle_NC[: len(one_by_one_NC)]).max())
     )
@@ -160,6 +160,11 @@ def compare_with_bundle(
         "changed_classes": changed,
         "same": bool(difference <= TOLERANCE and changed == 0),
     }
+
+
+def _run_in_parts(exported: Exported, images_NHW: np.ndarray, at_once: int) -> np.ndarray:
+    starts = range(0, len(images_NHW), at_once)
+    return np.concatenate([exported.run(images_NHW[start : start + at_once]) for start in starts])
 
 
 def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.ndarray, str]:

@@ -95,7 +95,7 @@ def evaluate_images(
         uncalibrated_NC=uncalibrated_NC if scaling else None,
         scaling=scaling,
         references={"majority class": (classes[largest], np.full(len(evaluated), largest))},
-        overlap_N=seen_N != NEW,
+        overlap_N=np.isin(groups_N, groups_N[seen_N != NEW]),
         threshold=bundle.threshold,
         at_95_specificity=(bundle.config.get("operating_point") or {}).get("at_95_specificity"),
     )

@@ -306,18 +306,28 @@ def _by_likeness(
 def _reference(
     name: str, labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
 ) -> Reference:
-    """Figures of other predictions on the same images, and the model's difference to them.
-
-    `mcnemar_p` is the exact two-sided test on the images on which only one of the two is right (McNemar 1947). It
-    assumes independent images. If groups have several images, use the interval of the difference instead.
-    """
+    """Figures of other predictions on the same images, and the model's difference to them."""
     right_N, others_N = labels_N == predicted_N, labels_N == other_N
-    gained, lost = int((right_N & ~others_N).sum()), int((~right_N & others_N).sum())
     return Reference(
         name=name,
         accuracy=bootstrap.rate(others_N),
         balanced_accuracy=_balanced_accuracy(labels_N, other_N, bootstrap),
         difference=bootstrap.mean(right_N.astype(float) - others_N),
         balanced_difference=balanced_difference(labels_N, predicted_N, other_N, bootstrap),
-        mcnemar_p=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+        mcnemar_p=mcnemar(right_N, others_N)[2],
     )
+
+
+def mcnemar(right_N: np.ndarray, others_N: np.ndarray) -> tuple[int, int, float]:
+    """The exact two-sided test on the images on which only one of two models is right (McNemar 1947).
+
+    It assumes independent images. If groups have several images, use the interval of the difference instead.
+
+    Args:
+        right_N, others_N: bool, where the first and where the other model is right.
+
+    Returns:
+        On how many images only the first is right, on how many only the other, and p.
+    """
+    gained, lost = int((right_N & ~others_N).sum()), int((~right_N & others_N).sum())
+    return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

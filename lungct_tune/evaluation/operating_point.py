@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lungct_tune.evaluation.bootstrap import group_weights
 from lungct_tune.evaluation.metrics import NORMAL, SPECIFICITY, are_cancer_and_normal, cancer_or_normal
 from lungct_tune.experiment.metrics import HALF, FittedOn, OperatingPoint
 
@@ -31,8 +32,7 @@ def choose_operating_point(
     is_N, score_N = labels_N != classes.index(NORMAL), cancer_or_normal(probabilities_NC, classes)[:, 0]
     if is_N.all() or not is_N.any():
         return None
-    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
-    weights_N = 1 / sizes_G[group_of_N]
+    weights_N = group_weights(groups_N)
     scores_U = np.unique(score_N)
     candidates_T = np.array([*(scores_U[1:] + scores_U[:-1]) / 2, scores_U[-1], HALF])
     sensitivity_T = _share_above(candidates_T, score_N[is_N], weights_N[is_N])
@@ -41,7 +41,7 @@ def choose_operating_point(
     best_T = candidates_T[mean_T >= mean_T.max() - 1e-9]
     threshold = float(best_T[np.abs(best_T - HALF).argmin()])
     specific = float(candidates_T[specificity_T >= SPECIFICITY - 1e-9].min())
-    return OperatingPoint(threshold, FittedOn(len(labels_N), len(sizes_G), what), specific)
+    return OperatingPoint(threshold, FittedOn(len(labels_N), len(np.unique(groups_N)), what), specific)
 
 
 def _share_above(thresholds_T: np.ndarray, score_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:

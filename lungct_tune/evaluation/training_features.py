@@ -16,6 +16,7 @@ from scipy.linalg import cholesky, solve_triangular
 from sklearn.covariance import ledoit_wolf
 from sklearn.model_selection import GroupKFold
 
+from lungct_tune.evaluation.bootstrap import group_weights
 from lungct_tune.experiment.bundle import FEATURES, BundleError
 
 SHARE = 0.99
@@ -114,7 +115,6 @@ def _distances(features_ND: np.ndarray, mean_D: np.ndarray, whitening_DD: np.nda
 
 def _quantile_over_groups(distances_N: np.ndarray, groups_N: np.ndarray) -> float:
     """The smallest distance that the share `SHARE` does not exceed, with the images of a group counted as one image."""
-    _, group_of_N, sizes_G = np.unique(groups_N, return_inverse=True, return_counts=True)
     order = np.argsort(distances_N)
-    share_N = np.cumsum(1 / sizes_G[group_of_N][order]) / len(sizes_G)
+    share_N = np.cumsum(group_weights(groups_N)[order]) / len(np.unique(groups_N))
     return float(distances_N[order][np.searchsorted(share_N, SHARE - 1e-9)])

@@ -93,7 +93,7 @@ class Plan:
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Adds the command that continues the search to what stops it, once it has started.
+        """Adds the command that continues the search to what stops it, if it has started and not ended.
 
         Raises:
             KeyboardInterrupt: also for any error that follows when the user stops the search. A scheduler may send its
@@ -106,9 +106,21 @@ class Plan:
                 raise
             stop = error if isinstance(error, UserError) else KeyboardInterrupt()
             with suppress(StorageError):
-                if self.experiment.exists("settings.yaml"):
+                if self.experiment.exists("settings.yaml") and not has_bundle(self.experiment):
                     stop.add_note(f"To continue: {self.resume_command}")
             raise stop from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Locks the search for this process, see `Experiment.exclusive_lock`.
+
+        Raises:
+            PlanError: another process has started or ended the search since this plan was made.
+            StorageError: another process runs it, or its folder cannot be created.
+        """
+        with self.experiment.exclusive_lock():
+            _check_may_run(self.experiment, is_new=self.fingerprint is None)
+            yield
 
     @contextmanager
     def opened_study(self, *, new: bool) -> Iterator[optuna.Study]:
@@ -205,10 +217,7 @@ def _new(asked: Settings) -> Plan:
     of = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(settings.data or "phantoms").name)
     name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{of}"
     experiment = Experiment.at(settings.storage, name)
-    if experiment.exists("settings.yaml"):
-        raise PlanError(
-            f"{experiment.uri} already holds a search; choose another --name, or continue it: --resume {name}"
-        )
+    _check_may_run(experiment, is_new=True)
     assert settings.space is not None  # decided by for_data()
     text = read_space(settings.space)
     space = parse_space(text, str(settings.space))
@@ -223,13 +232,22 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
-    if has_bundle(experiment):
-        raise PlanError(
-            f"{asked.resume} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
-            "used, so more trials would be chosen with knowledge of it: start a new search for them"
-        )
+    _check_may_run(experiment, is_new=False)
     changed = {field: getattr(asked, field) for field in given & CHANGEABLE}
     return replace(plan, settings=validate(begun.model_dump() | {"storage": asked.storage} | changed))
+
+
+def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:
+    if is_new and experiment.exists("settings.yaml"):
+        raise PlanError(
+            f"{experiment.uri} already holds a search; choose another --name, or continue it: --resume "
+            f"{experiment.name}"
+        )
+    if not is_new and has_bundle(experiment):
+        raise PlanError(
+            f"{experiment.name} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
+            "used, so more trials would be chosen with knowledge of it: start a new search for them"
+        )
 
 
 def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) -> Plan:

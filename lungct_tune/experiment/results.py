@@ -23,9 +23,11 @@ from lungct_tune.experiment.bundle import (
     CHECKSUMS,
     CONFIG,
     FEATURES,
+    FOLDER,
     METRICS,
     MODEL,
     PREDICTIONS,
+    BundleError,
     as_json,
     check_sums,
     find_bundle,
@@ -164,7 +166,7 @@ class SearchResults:
 
     @property
     def listed(self) -> int:
-        """How many images have their group named in groups.csv or a table, or their patient in DICOM."""
+        """How many images have their group named in groups.csv, a table or a split file, or their patient in DICOM."""
         groups = self.audit["groups"] if self.audit else {}
         return sum(groups.get(name, 0) for name in ("images_in_groups_csv", "images_with_patient_id"))
 
@@ -230,7 +232,12 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
     weights, config, metrics, predictions = contents = [experiment.read(f"{folder}/{name}") for name in names]
     sums = experiment.read(f"{folder}/{CHECKSUMS}")
     if weights is None or config is None or metrics is None or sums is None:
-        return None  # the search has just replaced it by a better one
+        if folder != FOLDER:
+            return None  # the search has just replaced it by a better one
+        lost = [name for name in (MODEL, CONFIG, METRICS, CHECKSUMS) if not experiment.exists(f"{folder}/{name}")]
+        raise BundleError(
+            f"{experiment.uri}/{folder}: missing: {', '.join(lost)}. Restore what is missing, or fetch the bundle again"
+        )
     check_sums(f"{experiment.uri}/{folder}", sums, dict(zip(names, contents, strict=True)))
     content = read_config(config)
     return Bundle(

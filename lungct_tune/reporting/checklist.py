@@ -7,6 +7,7 @@ are shortened and joined; the checklists themselves have the full text.
 from __future__ import annotations
 
 from lungct_tune.experiment.results import SearchResults
+from lungct_tune.reporting.format import how_split
 
 REPORTED, USER, UNKNOWN = "reported", "from you", "unknown"
 
@@ -51,7 +52,7 @@ def checklist(found: SearchResults) -> list[Item]:
 
 
 def _of_patients(found: SearchResults) -> list[Item]:
-    patients = "groups.csv has them" if found.listed == len(found.split) else "groups stand for patients"
+    patients = "split.csv has their groups" if found.listed == len(found.split) else "groups stand for patients"
     return [
         ("ethics approval and consent", USER, ""),
         ("source of the images: sites, dates, scanners, dose, reconstruction", USER, "image files do not say it"),
@@ -62,7 +63,5 @@ def _of_patients(found: SearchResults) -> list[Item]:
 
 
 def _split(found: SearchResults) -> str:
-    how = "as published" if found.settings["split"] == "official" else "at random by groups"
-    how = "by a file of your own" if found.settings.get("split_file") else how
     shared = f"{found.seen} test images share a group with train or validation" if found.seen else "no shared group"
-    return f"{how}; {shared}"
+    return f"{how_split(found)}; {shared}"

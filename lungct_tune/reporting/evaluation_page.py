@@ -56,20 +56,20 @@ def external_verdict(metrics: EvaluationMetrics, searched: str) -> list[tuple[st
         searched: the search that made the model.
     """
     test, (*classes, last) = metrics.test, metrics.test.per_class
-    new, learned = test.without_overlap or test, metrics.learned_from.total
+    new = test.without_overlap or test
     asked = (
         f"How well does the model of {searched} tell {', '.join(classes)} and {last} apart in these external images?"
     )
     figures = f"accuracy {figure(new.accuracy)}, balanced accuracy {figure(new.balanced_accuracy)}"
-    if not learned:
+    if test.without_overlap is None:
         found = f"On {test.n} images in {test.groups} groups: {figures}."
     elif not new.n:
-        found = f"The model was trained on all {test.n} images, or on images that look like them."
+        found = f"The model was trained on images of all {test.groups} groups, or on images that look like them."
     else:
         found = (
-            f"On the {new.n} images that the model was not trained on: {figures}. It was trained on the {learned} "
-            f"others, or on images that look like them. On all {test.n} images the accuracy is too high: "
-            f"{figure(test.accuracy)}."
+            f"On the {new.n} images of groups that the model was not trained on: {figures}. It was trained on images "
+            f"of the groups of the {test.n - new.n} others, or on images that look like them. On all {test.n} images "
+            f"the accuracy is too high: {figure(test.accuracy)}."
         )
     return [("Question", asked), ("Result", found), ("Conclusion", _worth(new))]
 
@@ -85,9 +85,9 @@ def left_out(metrics: EvaluationMetrics) -> list[str]:
 
 
 def _worth(new: TestMetrics | WithoutOverlap) -> str:
-    """What the figures on images that the model was not trained on are worth."""
+    """What the figures on groups that the model was not trained on are worth."""
     if not new.n:
-        return "None: no image is new to the model."
+        return "None: no group is new to the model."
     compared = against_the_simple(new, disease=True)
     if not is_above_zero(hardest(new)):
         return compared

@@ -66,6 +66,13 @@ def endings(found: SearchResults) -> str:
     return ", ".join(f"{n} {how}" for how, n in found.ended.items()) or "none has ended"
 
 
+def how_split(found: SearchResults) -> str:
+    """How the images were split, as text."""
+    if found.settings.get("split_file"):
+        return "by a given file"
+    return "as published" if found.settings["split"] == "official" else "at random by groups"
+
+
 _NAMES = {
     "truncation_depth": "truncation depth",
     "frozen_share": "share frozen",

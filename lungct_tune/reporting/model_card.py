@@ -7,7 +7,7 @@ from lungct_tune.experiment.bundle import CARD
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.models.complexity import model_profile
 from lungct_tune.reporting import verdict
-from lungct_tune.reporting.format import SAME_GROUP
+from lungct_tune.reporting.format import SAME_GROUP, how_split
 from lungct_tune.reporting.html import render
 from lungct_tune.reporting.search_section import about_the_search, facts
 from lungct_tune.reporting.test_section import about_calibration, references
@@ -29,6 +29,7 @@ def model_card(name: str, found: SearchResults) -> bytes:
         "sums": tuple(found.members * total for total in network.totals),
         "groups": found.split["group"].nunique(),
         "verdict": verdict.verdict(found),
+        "how_split": how_split(found),
         "same_group": SAME_GROUP,
         "about_the_search": about_the_search(found),
         "config": found.bundle.config,

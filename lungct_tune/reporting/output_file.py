@@ -26,3 +26,17 @@ def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
     check_outside_bundles(out, flag)
     if out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
         raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
+
+
+def check_new(out: Path, flag: str) -> None:
+    """Checks that there is no output file or folder yet, and that it is in no bundle.
+
+    Args:
+        flag: the option that named it.
+
+    Raises:
+        UserError: there is one, or it is in a bundle.
+    """
+    check_outside_bundles(out, flag)
+    if out.exists():
+        raise UserError(f"{out} is there already; choose another {flag}, or move it away")

@@ -288,14 +288,16 @@ def test_a_split_file_gives_split_and_groups(tmp_path: Path) -> None:
     groups = [f"patient {i // 2}" for i in range(8)]
     split = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT, group=groups))
     assert split.split.tolist() == SPLIT_OF_EIGHT
-    assert split.images.table["group"].tolist() == groups
+    assert split.images.table["group"].tolist() == groups and split.images.table["is_listed"].all()
     assert group_overlap(split.images, split.split).tolist() == [True, True], "the file's groups are in several splits"
-    assert restore_split(images, split.as_csv(), groups=True).as_csv() == split.as_csv()
+    again = restore_split(images, split.as_csv(), groups=True)
+    assert again.as_csv() == split.as_csv() and again.images.table["is_listed"].all()
     numbers = ["1", "01", "1.0", "=1", "-1", "NA", "7", "7"]
     numbered = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT, group=numbers))
     assert restore_split(images, numbered.as_csv(), groups=True).images.table["group"].tolist() == numbers
     without = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT))
     pd.testing.assert_series_equal(without.images.table["group"], images.table["group"])
+    assert not restore_split(images, without.as_csv(), groups=True).images.table["is_listed"].any()
 
 
 def test_the_folds_of_a_continued_search_are_those_of_its_split_csv() -> None:

@@ -16,7 +16,7 @@ import torch
 from trained import THRESHOLD
 
 from lungct_tune.evaluation.calibration import calibrated
-from lungct_tune.evaluation.classifier import Classifier
+from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.evaluation.exported import Exported, Graph, compare_with_bundle, export_onnx
 from lungct_tune.export import main
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -85,6 +85,19 @@ def test_a_graph_that_differs_is_not_written(bundle: Path, tmp_path: Path, monke
     status, _, complained = run(bundle, "--to", "torch", "--out", tmp_path / "model.pt2")
     assert status == 2 and "does not give the bundle's probabilities" in complained
     assert not list(tmp_path.iterdir())
+
+
+def test_many_images_are_compared_some_at_a_time() -> None:
+    classifier, together = at_depth(1), []
+    images_NHW = np.random.default_rng(0).integers(0, 256, (2 * BATCH + 3, 32, 32), dtype=np.uint8)
+
+    def run_graph(some_NHW: np.ndarray) -> np.ndarray:
+        together.append(len(some_NHW))
+        return classifier.classify(some_NHW).probabilities_NC
+
+    compared = compare_with_bundle(Exported(b"graph", run_graph), classifier, images_NHW, "noise")
+    assert compared["same"] and compared["images"] == len(images_NHW) == sum(together) - 4, "4 once more, alone"
+    assert max(together) == BATCH
 
 
 def test_the_graph_divides_logits_by_the_temperature() -> None:

@@ -129,12 +129,31 @@ def test_images_that_it_has_learned_from_are_told(
     metrics, _ = judged(tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     accuracy = f"{100 * metrics['test']['leak_free']['accuracy']['value']:.1f}"
-    assert f"On the 40 images that the model was not trained on: accuracy {accuracy}" in page
+    assert f"On the 40 images of groups that the model was not trained on: accuracy {accuracy}" in page
     tiles = re.findall(r"</strong><span>([^<]+)", page)
     assert tiles[0] == "balanced accuracy, 40 images without group overlap"
     assert tiles[2] == "balanced accuracy, all 42 images"
     assert metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 1}
     assert metrics["test"]["leak_free"]["n"] == metrics["test"]["n"] - 2
+
+
+def test_other_slices_of_a_patient_that_it_was_trained_on_are_not_new(
+    bundle: Path, elsewhere: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(elsewhere, data)
+    shutil.copy(min((phantoms / "train").glob("normal/*.png")), data / "normal" / "same.png")
+    other = min((elsewhere / "normal").iterdir()).name
+    (data / "groups.csv").write_text(f"path,group\nnormal/same.png,ann\nnormal/{other},ann\n")
+    assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
+    metrics, predictions = judged(tmp_path / "out")
+    group = predictions.set_index("path")["group"]
+    is_new_N = (predictions["group"] != group["normal/same.png"]).to_numpy()
+    assert group[f"normal/{other}"] == group["normal/same.png"] and metrics["learned_from"] == {SAME_FILE: 1, ALIKE: 0}
+    assert metrics["test"]["leak_free"]["n"] == is_new_N.sum() < 40
+    assert metrics["test"]["leak_free"]["accuracy"]["value"] == pytest.approx(right_N(predictions)[is_new_N].mean())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"on images of the groups of the {(~is_new_N).sum()} others, or on images that look like them" in page
 
 
 def test_a_page_says_when_the_model_was_trained_on_phantoms(bundle: Path, elsewhere: Path, tmp_path: Path) -> None:

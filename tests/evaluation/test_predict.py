@@ -29,6 +29,7 @@ from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import FEATURES, write_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.predict import main
+from lungct_tune.reporting.heat_maps import HeatMapFolder
 
 P = ["p_adenocarcinoma", "p_large_cell_carcinoma", "p_normal", "p_squamous_cell_carcinoma"]
 CANCERS = [P[0], P[1], P[3]]
@@ -253,6 +254,21 @@ def test_heat_maps_have_one_scale(bundle: Path, patients: Path, tmp_path: Path) 
         for file in drawn
     ]
     assert np.corrcoef([one.mean() for one in red], [one.mean() for one in maps_Nhw])[0, 1] > 0.9
+
+
+def test_who_stops_it_is_told_of_the_heat_maps_that_are_there(
+    bundle: Path, patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, maps = HeatMapFolder.__call__, tmp_path / "maps"
+
+    def stopped_after_some(folder: HeatMapFolder, rows: pd.DataFrame, images_NHW: np.ndarray) -> None:
+        draw(folder, rows, images_NHW)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HeatMapFolder, "__call__", stopped_after_some)
+    status, _, complained = run(bundle, patients, "--heatmaps", maps)
+    assert status == 130 and list(maps.rglob("*.png"))
+    assert f"written, to {maps}; remove them" in complained and "Nothing was written" not in complained
 
 
 def test_a_bundle_without_features_says_so(bundle: Path, patients: Path, tmp_path: Path) -> None:

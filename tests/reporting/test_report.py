@@ -18,10 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
-from recorded_search import Search, finished_search
+from recorded_search import Search, finished_search, with_test
 
+from lungct_tune.auditing.audit import audit_images
+from lungct_tune.data import read_images, split_images
+from lungct_tune.data.split import read_split
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import Figure, RatesAt
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
@@ -170,6 +175,34 @@ def test_a_model_card_has_the_runs_figures_and_is_not_for_diagnosis(found: Searc
         assert f"{said} {100 * half.balanced_accuracy.value:.1f}" in card
 
 
+def test_a_model_card_says_that_split_and_groups_were_given(
+    found: SearchResults, phantoms: Path, tmp_path: Path
+) -> None:
+    images = read_images(phantoms, 32, progress=False)
+    rows = pd.DataFrame({"path": images.table["path"], "split": split_images(images, "grouped", 0)})
+    rows.assign(group=images.table["group"]).to_csv(tmp_path / "split.csv", index=False)
+    images = replace(images, table=images.table.assign(is_listed=False))  # without groups.csv
+    audit = audit_images(*read_split(images, tmp_path / "split.csv"), "file")
+    given = replace(found, settings=found.settings | {"split_file": "split.csv"}, audit=audit)
+    card = model_card("one", given).decode()
+    assert "known patients; split by a given file." in card and "One data set, split by a given file:" in card
+    assert "a split file or PatientIDs (DICOM), joined where images are copies." in card
+    assert "image similarity" not in card and "at random" not in card and "`grouped`" not in card
+    assert not any("groups.csv" in advice for advice in audit["verdict"]["advice"])
+    assert "split at random by groups." in model_card("one", found).decode()
+
+
+@pytest.mark.parametrize(("folds", "where"), [(None, "on validation"), (5, "in 5-fold cross-validation")])
+def test_a_model_card_says_where_the_threshold_was_chosen(found: SearchResults, folds: int | None, where: str) -> None:
+    assert found.test is not None and found.test.cancer_vs_normal is not None
+    rates = RatesAt(0.4, Figure(0.7, None), Figure(0.9, None))
+    cancer = replace(found.test.cancer_vs_normal, at_95_specificity=rates)
+    judged = with_test(replace(found, settings=found.settings | {"folds": folds}), cancer_vs_normal=cancer)
+    assert (
+        f"At the threshold with 95 % specificity {where}, 0.40: sensitivity 70.0" in model_card("one", judged).decode()
+    )
+
+
 @pytest.mark.parametrize(
     ("trials", "steps", "expected", "sections"),
     [
@@ -268,6 +301,25 @@ def test_a_file_of_the_users_is_never_overwritten(
     assert Path("page.html").stat().st_mtime_ns > first
     assert (finished.folder / "best" / "checksums.txt").read_bytes() == sealed
     bundle.verify(finished.folder / "best")
+
+
+@pytest.mark.parametrize("lost", [bundle.MODEL, bundle.CONFIG, bundle.METRICS, bundle.PREDICTIONS])
+def test_a_bundle_that_has_lost_a_file_is_not_taken_for_a_search_without_a_model(
+    lost: str, finished: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished.folder, tmp_path / "one")
+    (copy / "best" / lost).unlink()
+    assert main([str(copy), "--out", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert str(copy / "best") in said and "missing" in said and lost in said and not (tmp_path / "page.html").exists()
+
+
+def test_a_bundle_of_the_best_so_far_may_be_replaced_while_it_is_read(finished: Search, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished.folder, tmp_path / "one")
+    (copy / "so_far").mkdir()
+    (copy / "best").rename(copy / "so_far" / "000005")
+    (copy / "so_far" / "000005" / bundle.MODEL).unlink()
+    assert read_results(Experiment.at(str(tmp_path), "one")).bundle is None
 
 
 def test_what_is_no_search_is_refused(finished: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
