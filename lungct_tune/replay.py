@@ -108,7 +108,6 @@ def replay(
         NotReplayable: the training failed this time.
         ClusterError, StorageError: the cluster or the storage cannot be used.
     """
-    from lungct_tune.experiment.trial import UNSUCCESSFUL
     from lungct_tune.tuning.rerun import replay_trial
 
     console.print(
@@ -116,7 +115,7 @@ def replay(
         soft_wrap=True,
     )
     report, provenance = replay_trial(plan, split, weights, trial, lambda said: print_prose(console, said, "yellow"))
-    if report.outcome in UNSUCCESSFUL:
+    if len(report.epochs) < len(trial.history):  # a trial that diverged may do so again, in the epoch after these
         raise NotReplayable(f"trial {trial.number} failed this time: {report.reason}")
     return _compare(trial.history, report.epochs, _changed(trial.provenance, provenance), console)
 
