@@ -243,14 +243,14 @@ class SearchRun:
         from lungct_tune.tuning.rerun import rerun_with_seeds
 
         settings = self.plan.settings
-        if not settings.seeds or settings.epochs is None:
+        if not settings.seeds:
             return None
         slots.release()
         self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, trials, how = self.slot_plan, finished_trials(self.study), (settings.epochs, self.outlook.resources.slots)
+        plan, at_once, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, *how, self._warn)
+            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, at_once, self._left, self._warn)
 
     def final_slots(self) -> FinalSlots:
         """The slots of the retrainings. The first may start before the search has ended."""

@@ -112,7 +112,8 @@ class Progress:
         retraining: for each model whose retraining has not ended, its hyperparameters and its last epoch, in the order
             of their starts; None as long as the search has not ended.
         final_slots: how many slots have workers for these retrainings.
-        seeds: how many trainings with other seeds are left; None for all.
+        seeds: for each training with another seed, its hyperparameters and its last epoch, those that have begun first;
+            None before they start.
     """
 
     ended: int = 0
@@ -123,7 +124,7 @@ class Progress:
     winner: Hyperparameters | None = None
     retraining: Sequence[tuple[Hyperparameters, int]] | None = None
     final_slots: int = 1
-    seeds: int | None = None
+    seeds: Sequence[tuple[Hyperparameters, int]] | None = None
 
 
 BEGINNING = Progress()
@@ -188,9 +189,9 @@ class Forecast:
         if round_ not in self._draws:
             self._draws[round_] = _Draws(self, round_)
         random = self._draws[round_]
-        retraining, seeds = progress.retraining, work.seeds if progress.seeds is None else progress.seeds
+        retraining, seeds = progress.retraining, progress.seeds
         winner = progress.winner or random.winner
-        search_s = after_s = 0.0
+        search_s = 0.0
         if retraining is None:
             search_s, completed = self._play_trials(progress, random)
             retraining = [(winner, 0)] * work.final_models if work.retrains else []
@@ -200,12 +201,11 @@ class Forecast:
         else:
             begun = min(progress.final_slots, work.final_slots)
         busy = [0.0] * begun + [self.start_s] * (work.final_slots - begun)
-        for hyperparameters, done in retraining:
-            seconds = self.retraining_s(hyperparameters, work.epochs - done)
-            after_s = max(after_s, heapq.heapreplace(busy, busy[0] + seconds) + seconds)
-        if seeds and work.retrains:
-            turns = math.ceil(seeds / work.slots)
-            after_s += self.start_s + turns * work.epochs * self._slot_s(winner)
+        after_s = _last_end(busy, [self.retraining_s(this, work.epochs - done) for this, done in retraining])
+        if seeds is None:
+            seeds = [(winner, 0)] * work.seeds * work.retrains
+        busy = [0.0 if any(done for _, done in seeds) else self.start_s] * work.slots
+        after_s += _last_end(busy, [(work.epochs - done) * self._slot_s(this) for this, done in seeds])
         wrong: float = min(MOST_IMAGES, random.share_wrong * work.test_images)
         page_s = BUNDLE_S + wrong * (IMAGE_S + 3 * self.pace.predict(winner.truncation_depth))
         slowness, error = self.slowdown, min(MOST_ERROR, PACE_ERROR * self.slowdown)
@@ -298,6 +298,16 @@ class _Draws:
             if name in space.distributions:
                 values[name] = _at(space.distributions[name], share)
         return space.hyperparameters(values)
+
+
+def _last_end(busy: list[float], jobs: Sequence[float]) -> float:
+    """When the last of these jobs ends, which slots take in turn; 0 without jobs.
+
+    Args:
+        busy: when each slot takes its first one.
+        jobs: the seconds of each.
+    """
+    return max([heapq.heapreplace(busy, busy[0] + seconds) + seconds for seconds in jobs], default=0.0)
 
 
 def as_range(low: float, high: float) -> str:

@@ -30,7 +30,7 @@ from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import BundleError
 from lungct_tune.experiment.form import check_form, written_by_a_search
-from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochFigures, EpochReport, Outcome, TrialRecord
+from lungct_tune.experiment.trial import UNUSABLE, EpochFigures, EpochReport, Outcome, TrialRecord
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 REDUCTION = 3
@@ -257,12 +257,13 @@ def _outcome(trial: FrozenTrial) -> Outcome:
 def over_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] = ()) -> dict[str, Any]:
     """The balanced accuracy of the winner trained with several seeds, and of the published configuration with the same.
 
-    A training without a usable model counts with the lowest score, since a user of that configuration may get one.
+    A training that diverged or ran out of memory counts with the lowest score, since a user of that configuration may
+    get one.
     The interval of the mean difference is that of Student's t over the seeds, paired. It says how far the difference
     depends on the seed, not on the images, which are the same for all.
 
     Args:
-        winner: a report for each training, with all its epochs.
+        winner: a report for each training, with all its epochs; none has failed, which says nothing of a configuration.
         published: for the same seeds in the same order; empty if the winner is the published configuration.
 
     Returns:
@@ -285,10 +286,7 @@ def over_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] =
 
 
 def _scores(reports: Sequence[EpochReport]) -> list[float]:
-    return [
-        BAD_SCORE if report.outcome in UNSUCCESSFUL or not report.epochs else report.epochs[-1].balanced_accuracy
-        for report in reports
-    ]
+    return [BAD_SCORE if report.outcome in UNUSABLE else report.epochs[-1].balanced_accuracy for report in reports]
 
 
 def _spread(scores: Sequence[float]) -> dict[str, Any]:

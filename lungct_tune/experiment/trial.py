@@ -33,8 +33,11 @@ class Outcome(Enum):
     """Only in reports: a node cannot use the search's storage. The trial keeps its state, and the search ends."""
 
 
-UNSUCCESSFUL = (Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED)
-"""The outcomes of trials that ended without a usable model, by their own fault."""
+UNUSABLE = (Outcome.DIVERGED, Outcome.OUT_OF_MEMORY)
+"""The outcomes of trials whose hyperparameters give no usable model."""
+
+UNSUCCESSFUL = (*UNUSABLE, Outcome.FAILED)
+"""The outcomes of trials that ended without a usable model. Those that failed may have lost their workers by chance."""
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from lungct_tune.data.split import DataSplit
+from lungct_tune.errors import UserError
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import over_seeds
-from lungct_tune.experiment.trial import BASELINE, EpochFigures, EpochReport, TrialOrder, TrialRecord, best_trial
+from lungct_tune.experiment.trial import (
+    BASELINE,
+    EpochFigures,
+    EpochReport,
+    Outcome,
+    TrialOrder,
+    TrialRecord,
+    best_trial,
+)
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import share_weights
 from lungct_tune.tuning.slot_actor import SlotQueue
+from lungct_tune.tuning.time_left import TimeLeft
 from lungct_tune.tuning.tuner import make_slot_plan, provenance
 from lungct_tune.tuning.workers import SlotPlan
+
+
+class SeedFailed(UserError):
+    """A training with another seed failed, by no fault of its configuration. The message says why and what to do."""
 
 
 def rerun_trials(
@@ -29,6 +43,7 @@ def rerun_trials(
     epochs: int,
     slots: int,
     warn: Callable[[str], None],
+    note: Callable[[TrialOrder, EpochReport], None] = lambda order, report: None,
 ) -> list[EpochReport]:
     """Trains each order for at most `epochs` epochs; returns the last report of each, with all its epochs.
 
@@ -39,13 +54,14 @@ def rerun_trials(
         orders: with distinct numbers.
         slots: how many are trained at the same time, at most.
         warn: is called with what slots and workers have to say, a sentence each.
+        note: see `follow_trial`; it is called in several threads.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
     with opened_mailbox(plan.experiment.name) as mailbox:
         queue = SlotQueue(plan, mailbox, warn)
         try:
             queue.start(min(slots, len(orders)))
-            futures = queue.run(orders, lambda step, order: follow_trial(step, order, epochs))
+            futures = queue.run(orders, lambda step, order: follow_trial(step, order, epochs, note))
             queue.wait(futures)
             return [future.result() for future in futures]
         finally:
@@ -58,23 +74,37 @@ def rerun_with_seeds(
     winner: TrialRecord,
     trials: Iterable[TrialRecord],
     seeds: Sequence[int],
-    epochs: int,
     slots: int,
+    left: TimeLeft,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Trains the winner and the published configuration once with each of these seeds; see `over_seeds`.
 
     Args:
-        plan, folder, epochs, slots, warn: see `rerun_trials`.
+        plan, folder, slots, warn: see `rerun_trials`.
         trials: of the search. The published configuration is trained if its trial ran to its end and is not the winner.
+        left: is told how far the trainings are.
+
+    Raises:
+        SeedFailed: a training has lost its workers too often, so there is no figure for its seed.
     """
     published = best_trial(trial for trial in trials if trial.number == BASELINE != winner.number)
     both = [winner] if published is None else [winner, published]
-    orders = [
-        TrialOrder(number, seed, trial.hyperparameters)
-        for number, (trial, seed) in enumerate(product(both, seeds), start=1)
-    ]
-    reports = rerun_trials(plan, folder, orders, epochs, slots, warn)
+    runs = dict(enumerate(product(both, seeds), start=1))
+    orders = [TrialOrder(number, seed, trial.hyperparameters) for number, (trial, seed) in runs.items()]
+    epochs = plan.dataset.epochs
+
+    def note(order: TrialOrder, report: EpochReport) -> None:
+        if report.outcome is Outcome.FAILED:
+            raise SeedFailed(
+                f"trial {runs[order.number][0].number} could not be trained with seed {order.seed}: {report.reason}\n"
+                "Fix the cause (Ray's log files have the full error; --verbose prints it); "
+                "the search is kept, and --resume continues with the seeds"
+            )
+        left.note_seed(order.number, epochs if report.is_last else len(report.epochs))
+
+    left.train_seeds({order.number: order.hyperparameters for order in orders})
+    reports = rerun_trials(plan, folder, orders, epochs, slots, warn, note)
     return over_seeds(reports[: len(seeds)], reports[len(seeds) :])
 
 
@@ -99,12 +129,23 @@ def replay_trial(
     return report, provenance(slot)
 
 
-def follow_trial(step: Callable[[TrialOrder], EpochReport], order: TrialOrder, epochs: int) -> EpochReport:
-    """Runs a trial's steps until it ends, or has so many epochs; its last report, with all its epochs."""
+def follow_trial(
+    step: Callable[[TrialOrder], EpochReport],
+    order: TrialOrder,
+    epochs: int,
+    note: Callable[[TrialOrder, EpochReport], None] = lambda order, report: None,
+) -> EpochReport:
+    """Runs a trial's steps until it ends, or has so many epochs; its last report, with all its epochs.
+
+    Args:
+        note: is called after each step, with a report of all epochs so far.
+    """
     done: list[EpochFigures] = []
     while True:
         report = step(order)
         # workers that took over report all epochs, also those that had been reported
         done += [figures for figures in report.epochs if figures.epoch > len(done)]
+        report = replace(report, epochs=tuple(done[:epochs]))
+        note(order, report)
         if report.is_last or len(done) >= epochs:
-            return replace(report, epochs=tuple(done[:epochs]))
+            return report

@@ -53,7 +53,7 @@ class TimeLeft:
         forecast: Forecast | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._trials, self._seeds, self._now = trials, seeds, now
+        self._trials, self._now = trials, now
         self._is_rough = forecast is None
         self._forecast = forecast or _rough_forecast(trials, rungs, epochs, slots, retrainings, seeds)
         self._made = (-math.inf, 0.0, (0.0, 0.0))
@@ -70,6 +70,8 @@ class TimeLeft:
         """The last epoch of each of them that has not ended; None before they start."""
         self._final_slots = 1
         """How many of them have been seen to run at the same time."""
+        self._seeds: dict[int, tuple[Hyperparameters, int]] | None = None
+        """Hyperparameters and last epoch of each training with another seed; None before they start."""
         self._latest: float | None = None
         """When the search will have ended, at the latest, by the clock."""
         for trial in earlier:
@@ -113,9 +115,19 @@ class TimeLeft:
         self._retraining = epochs
         self._final_slots = max(self._final_slots, sum(epoch > 0 for epoch in epochs.values()))
 
+    def train_seeds(self, trainings: Mapping[int, Hyperparameters]) -> None:
+        """The trainings with other seeds start, in this order; their keys are numbers for `note_seed`."""
+        self._retraining, self._seeds = {}, {number: (this, 0) for number, this in trainings.items()}
+        self._made = (-math.inf, 0.0, (0.0, 0.0))
+
+    def note_seed(self, number: int, epoch: int) -> None:
+        """A training with another seed has trained so many epochs: all, if it has ended."""
+        assert self._seeds is not None
+        self._seeds[number] = self._seeds[number][0], epoch
+
     def report(self) -> None:
         """Only the bundle and the report are left."""
-        self._retraining, self._seeds = {}, 0
+        self._retraining, self._seeds = {}, {}
         self._made = (-math.inf, 0.0, (0.0, 0.0))
 
     @property
@@ -175,7 +187,7 @@ class TimeLeft:
     @property
     def _progress(self) -> Progress:
         running = [(number, self._hyperparameters[number], epoch) for number, epoch in list(self._running.items())]
-        left = self._retraining
+        left, seeds = self._retraining, self._seeds
         if left is not None:  # those that have begun run in the slots that have workers
             after = sorted(((self._retrainings[name], epoch) for name, epoch in left.items()), key=lambda one: -one[1])
         return Progress(
@@ -187,7 +199,7 @@ class TimeLeft:
             winner=next(iter(self._retrainings.values()), None),
             retraining=None if left is None else after,
             final_slots=self._final_slots,
-            seeds=self._seeds,
+            seeds=None if seeds is None else sorted(seeds.values(), key=lambda one: -one[1]),
         )
 
 

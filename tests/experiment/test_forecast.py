@@ -158,6 +158,20 @@ def test_five_retrainings_in_two_slots_take_three_turns_and_a_slot_without_worke
     assert after(2, 2) < after(2, 2, started=1) < after(1, 2)
 
 
+def test_trainings_with_other_seeds_take_turns_in_the_slots_and_are_left_by_their_epochs() -> None:
+    it = forecast(Workload(8, 9, (3,), 2, 64, 16, 80, 0, 16, seeds=4))
+
+    def after(*epochs: int) -> float:
+        left = Progress(ended=8, winner=PUBLISHED, retraining=[], seeds=[(PUBLISHED, epoch) for epoch in epochs])
+        return it.left(left)[0]
+
+    page, epoch = after(), after(8) - after()
+    assert after(0, 0, 0, 0) == pytest.approx(it.left(Progress(ended=8, winner=PUBLISHED, retraining=[]))[0])
+    assert after(9, 9, 9, 9) == page
+    assert after(4, 3, 0, 0) - page == pytest.approx((6 + 9) * epoch)
+    assert after(0, 0) - page > 9 * epoch  # with the start of the workers
+
+
 def test_folds_train_one_model_after_the_other_on_each_worker() -> None:
     work = Workload(1, 1, (), 1, 64, 10, 74, 20, 16)
     one = forecast(work).epoch_s(PUBLISHED)

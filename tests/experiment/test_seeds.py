@@ -23,7 +23,8 @@ def test_the_gain_over_the_published_configuration_is_paired_by_seed() -> None:
 
 
 def test_a_training_without_a_model_counts_with_the_lowest_score() -> None:
-    found = over_seeds([training(0.8), training(0.9, Outcome.DIVERGED)], [training(0.5), EpochReport(Outcome.FAILED)])
+    out_of_memory = EpochReport(Outcome.OUT_OF_MEMORY)
+    found = over_seeds([training(0.8), training(0.9, Outcome.DIVERGED)], [training(0.5), out_of_memory])
     assert found["balanced_accuracy"] == [0.8, 0.0] and found["published"]["balanced_accuracy"] == [0.5, 0.0]
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
-from trials import SHALLOW
+from trials import SHALLOW, slot_plan
 
 from lungct_tune import replay
-from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning import rerun
-from lungct_tune.tuning.rerun import follow_trial
+from lungct_tune.tuning.rerun import SeedFailed, follow_trial, rerun_with_seeds
+from lungct_tune.tuning.time_left import TimeLeft
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
 
 ORDER = TrialOrder(1, 0, Hyperparameters())
 
@@ -51,6 +56,96 @@ def test_epochs_that_are_reported_twice_count_once(lost_after: int, step: int) -
 def test_a_trial_is_followed_as_many_epochs_as_asked() -> None:
     slot: Any = Slot(epochs=6, lost_after=0, step=3)
     assert len(follow_trial(slot.run, ORDER, epochs=2).epochs) == 2
+
+
+class Queue:
+    """A queue with one slot, in this thread, that runs `step`."""
+
+    step: Callable[[TrialOrder], EpochReport]
+
+    def __init__(self, plan: object, mailbox: object, warn: object) -> None: ...
+
+    def start(self, slots: int) -> None: ...
+
+    def wait(self, futures: object) -> None: ...
+
+    def end(self) -> None: ...
+
+    def run(self, orders: Iterable[TrialOrder], train: Any) -> list[Future[EpochReport]]:
+        futures = []
+        for order in orders:
+            futures.append(Future[EpochReport]())
+            try:
+                futures[-1].set_result(train(type(self).step, order))
+            except Exception as error:
+                futures[-1].set_exception(error)
+        return futures
+
+
+class Seeds:
+    """Trains a winner, trial 7, and the published configuration with the seeds 5 and 6, four epochs each."""
+
+    def __init__(self, folder: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rerun, "SlotQueue", Queue)
+        monkeypatch.setattr(rerun, "opened_mailbox", nullcontext)
+        self.now = 0.0
+        self.plan = slot_plan(folder, phantoms, epochs=4)
+        history = tuple(epoch(number) for number in range(1, 5))
+        self.published = TrialRecord(0, PUBLISHED, history, Outcome.COMPLETED)
+        self.winner = TrialRecord(7, SHALLOW, history, Outcome.COMPLETED)
+        trials = [self.published, self.winner]
+        self.left = TimeLeft(2, (2,), 4, 1, 1, 4, trials, now=lambda: self.now)
+        self.left.search_ended()
+
+    def run(self, step: Callable[[TrialOrder], EpochReport]) -> dict[str, Any]:
+        Queue.step = staticmethod(step)
+        trials = [self.published, self.winner]
+        return rerun_with_seeds(self.plan, "one-seeds", self.winner, trials, [5, 6], 1, self.left, print)
+
+
+@pytest.fixture
+def seeds(tmp_path: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> Seeds:
+    return Seeds(tmp_path, phantoms, monkeypatch)
+
+
+def completed(order: TrialOrder) -> EpochReport:
+    return EpochReport(Outcome.COMPLETED, tuple(epoch(number) for number in range(1, 5)))
+
+
+def failed(order: TrialOrder) -> EpochReport:
+    return EpochReport(Outcome.FAILED, reason="the workers ended: there was an error")
+
+
+@pytest.mark.parametrize(("number", "seed", "trial"), [(2, 6, 7), (3, 5, 0)])
+def test_a_training_with_another_seed_that_lost_its_workers_has_no_figure(
+    seeds: Seeds, number: int, seed: int, trial: int
+) -> None:
+    said = rf"trial {trial} could not be trained with seed {seed}: .*an error.*\n.*--resume continues"
+    with pytest.raises(SeedFailed, match=said):
+        seeds.run(lambda order: (failed if order.number == number else completed)(order))
+
+
+def test_a_seed_with_which_a_configuration_diverges_counts_with_the_lowest_score(seeds: Seeds) -> None:
+    diverged = EpochReport(Outcome.DIVERGED, (epoch(1),), reason="loss nan in epoch 2")
+    found = seeds.run(lambda order: diverged if order.number == 4 else completed(order))
+    assert found["balanced_accuracy"] == [0.5, 0.5] and found["published"]["balanced_accuracy"] == [0.5, 0.0]
+
+
+def test_the_time_left_falls_with_each_epoch_of_the_seeds(seeds: Seeds) -> None:
+    ranges = []
+    slots = {number: Slot(epochs=4, lost_after=0) for number in range(1, 5)}
+
+    def step(order: TrialOrder) -> EpochReport:
+        ranges.append(seeds.left.seconds or pytest.fail("no forecast"))
+        seeds.now += 60  # a new forecast is not made at every call
+        return slots[order.number].run(order)
+
+    seeds.run(step)
+    ranges.append(seeds.left.seconds or pytest.fail("no forecast"))
+    assert len(ranges) == 17
+    assert all(after < before for ends in zip(*ranges, strict=True) for before, after in pairwise(ends))
+    seeds.left.report()
+    assert ranges[-1] == pytest.approx(seeds.left.seconds)  # no training is left
 
 
 DIVERGED = TrialRecord(3, SHALLOW, tuple(epoch(number) for number in (1, 2, 3)), Outcome.DIVERGED)
