@@ -278,12 +278,12 @@ class SearchRun:
         settings, experiment = self.plan.settings, self.plan.experiment
         orders = orders_of(settings, winner, self.test)
         how = f"for an ensemble of {len(orders)} models" if settings.ensemble else "on train and validation"
-        self._announce(f"retraining trial {winner.number} {how}, {len(winner.history)} epochs")
-        published = self._published(winner)
-        others = orders_of(settings, published, self.test) if published else []
-        self._left.retrain({order.folder: order.hyperparameters for order in orders + others})
-        showing = self.display.showing(self._left.retraining_bar)
-        try:
+        try:  # from the first word on, so that a stop at any moment says what is kept
+            self._announce(f"retraining trial {winner.number} {how}, {len(winner.history)} epochs")
+            published = self._published(winner)
+            others = orders_of(settings, published, self.test) if published else []
+            self._left.retrain({order.folder: order.hyperparameters for order in orders + others})
+            showing = self.display.showing(self._left.retraining_bar)
             with self._shown(f"retraining trial {winner.number}", announced=True), showing:
                 models, theirs = retrain_all(
                     experiment, orders, others, slots, self._prepare_bundle, self._left.retrained
