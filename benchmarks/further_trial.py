@@ -133,7 +133,7 @@ def train_loop(config: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documented", type=int, nargs=2, default=(2, 6), metavar="N", help="few and more trials")
-    parser.add_argument("--warm", type=int, nargs=2, default=(2, 42), metavar="N", help="few and more trials")
+    parser.add_argument("--warm", type=int, nargs=2, default=(2, 402), metavar="N", help="few and more trials")
     chosen = parser.parse_args()
     connect(None, verbose=False)
     space = parse_space(SPACE, "benchmark")
