@@ -141,8 +141,7 @@ class FinalSlots:
                 if ended:
                     self._prepare()
                 self._avoided |= avoided_nodes(self._plan.experiment.name)
-                waiting = waiting_for_room(f"{self._plan.experiment.name} slot")
-                crowded = crowded + 1 if waiting or waiting_for_room(f"{self._search} slot") else 0
+                crowded = crowded + 1 if waiting_for_room(self._plan.experiment.name) else 0
                 if self._queue and crowded > 1:
                     # a slot of the search has lost its workers and needs the room, or the free room is on several
                     # nodes, and none of them holds a worker
