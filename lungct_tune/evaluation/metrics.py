@@ -288,11 +288,8 @@ def _by_likeness(
         return None
 
     def half(chosen_N: np.ndarray) -> Likeness:
-        labels_n, predicted_n, bootstrap = (
-            labels_N[chosen_N],
-            predicted_N[chosen_N],
-            ClusterBootstrap(groups_N[chosen_N]),
-        )
+        labels_n, predicted_n = labels_N[chosen_N], predicted_N[chosen_N]
+        bootstrap = ClusterBootstrap(groups_N[chosen_N])
         return Likeness(
             n=len(labels_n),
             similarity=float(np.median(similarity_N[chosen_N])),

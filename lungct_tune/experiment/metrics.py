@@ -214,7 +214,8 @@ class TestMetrics:
     without_overlap: Annotated[WithoutOverlap | None, Field(alias="leak_free")]
     """None where no image shares a group with the model's training images."""
     by_likeness: ByLikeness | None = None
-    """None in bundles of version 0.1, on other data than the search's, and where a class has a single image."""
+    """None where all patients are known or a class has a single image, on other data than the search's, and in bundles
+    of version 0.1."""
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,8 @@ def test_real_images_and_real_weights(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "ct" / "best" / "metrics.json").read_text())
     assert 130 <= metrics["test"]["n"] <= 145
     assert metrics["test"]["references"]["majority class"]["difference"]["value"] > 0
+    least, most = (metrics["test"]["by_likeness"][half] for half in ("least", "most"))
+    assert least["n"] + most["n"] == metrics["test"]["n"] and least["similarity"] < most["similarity"] < 0.99
     split = (tmp_path / "ct" / "split.csv").read_text()
     assert "/l4.png" not in split and "/sq2.png" not in split
 

@@ -110,9 +110,6 @@ def test_the_bundle_says_what_is_asked_of_it(finished: Path) -> None:
     assert test["references"]["majority class"]["balanced_accuracy"]["value"] == 0.25
     assert test["calibration"]["fitted_on"]["images"] == 48
     assert test["leak_free"] is None
-    least, most = (test["by_likeness"][half] for half in ("least", "most"))
-    assert least["n"] == sum(rates["n"] // 2 for rates in test["per_class"].values()) == test["n"] - most["n"]
-    assert least["similarity"] < most["similarity"] < 0.999  # a test image is not compared with itself
     published = test["references"].get("published")
     assert (published is None) == (metrics["best_trial"]["trial"] == 0)  # nothing is compared with itself
     assert len(list((finished / "final").iterdir())) == (1 if published is None else 2)

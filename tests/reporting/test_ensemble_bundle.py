@@ -112,6 +112,22 @@ def test_what_is_judged_is_the_mean_of_the_members_calibrated_probabilities(
     assert final.metrics.test.references["published"].accuracy.value == 0, "averaged in the same way"
 
 
+def test_figures_by_likeness_are_for_images_whose_patients_are_not_known(
+    finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
+) -> None:
+    search, split = finished
+    assert final.metrics.test is not None and final.metrics.test.by_likeness is None, "groups.csv has the patients"
+    images = replace(search.images, table=search.images.table.assign(is_listed=False))
+    best = best_trial(finished_trials(search.study))
+    assert best is not None
+    files = BundleFiles(search.plan, replace(split, images=images), {}, search.study, slots=1)
+    test = files.final(best, members).metrics.test
+    assert test is not None and test.by_likeness is not None
+    least, most = test.by_likeness.least, test.by_likeness.most
+    assert least.n == sum(rates.n // 2 for rates in test.per_class.values()) == test.n - most.n
+    assert least.similarity < most.similarity < 0.999, "a test image is not compared with itself"
+
+
 def test_the_bundle_predicts_what_was_judged(finished: tuple[Search, DataSplit], final: Bundle) -> None:
     search, split = finished
     classifier = Classifier.load(search.folder / "best", "cpu")
