@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import Experiment, trial_folder
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import over_seeds
 from lungct_tune.experiment.trial import (
@@ -23,6 +24,7 @@ from lungct_tune.experiment.trial import (
     TrialRecord,
     best_trial,
 )
+from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import share_weights
@@ -80,6 +82,8 @@ def rerun_with_seeds(
 ) -> dict[str, Any]:
     """Trains the winner and the published configuration once with each of these seeds; see `over_seeds`.
 
+    A training that had ended before an interruption is only read.
+
     Args:
         plan, folder, slots, warn: see `rerun_trials`.
         trials: of the search. The published configuration is trained if its trial ran to its end and is not the winner.
@@ -87,12 +91,13 @@ def rerun_with_seeds(
 
     Raises:
         SeedFailed: a training has lost its workers too often, so there is no figure for its seed.
+        StorageError: what had ended before cannot be read.
     """
     published = best_trial(trial for trial in trials if trial.number == BASELINE != winner.number)
     both = [winner] if published is None else [winner, published]
     runs = dict(enumerate(product(both, seeds), start=1))
     orders = [TrialOrder(number, seed, trial.hyperparameters) for number, (trial, seed) in runs.items()]
-    epochs = plan.dataset.epochs
+    experiment, epochs = Experiment.at(plan.experiment.uri, folder), plan.dataset.epochs
 
     def note(order: TrialOrder, report: EpochReport) -> None:
         if report.outcome is Outcome.FAILED:
@@ -102,10 +107,38 @@ def rerun_with_seeds(
                 "the search is kept, and --resume continues with the seeds"
             )
         left.note_seed(order.number, epochs if report.is_last else len(report.epochs))
+        if report.is_last:
+            try:
+                experiment.write(_report_file(order), json.dumps(_report_as_dict(order, epochs, report)).encode())
+            except StorageError as error:
+                warn(f"the training with seed {order.seed} has ended, but its figures are not saved: {error}")
 
-    left.train_seeds({order.number: order.hyperparameters for order in orders})
-    reports = rerun_trials(plan, folder, orders, epochs, slots, warn, note)
-    return over_seeds(reports[: len(seeds)], reports[len(seeds) :])
+    reports = {order.number: _read_report(experiment, order, epochs) for order in orders}
+    todo = [order for order in orders if reports[order.number] is None]
+    left.train_seeds({order.number: order.hyperparameters for order in todo})
+    if todo:
+        new = rerun_trials(plan, folder, todo, epochs, slots, warn, note)
+        reports |= {order.number: report for order, report in zip(todo, new, strict=True)}
+    in_order = [report for report in reports.values() if report is not None]
+    return over_seeds(in_order[: len(seeds)], in_order[len(seeds) :])
+
+
+def _report_file(order: TrialOrder) -> str:
+    """Has the last report of a training that has ended."""
+    return f"{trial_folder(order.number)}/report.json"
+
+
+def _report_as_dict(order: TrialOrder, epochs: int, report: EpochReport) -> dict[str, Any]:
+    history = [figures.as_dict() for figures in report.epochs]
+    return {"order": order.identity, "epochs": epochs, "outcome": report.outcome.value, "history": history}
+
+
+def _read_report(experiment: Experiment, order: TrialOrder, epochs: int) -> EpochReport | None:
+    """The last report of a training that has ended; None if it has not, or was another one."""
+    kept = json.loads(experiment.read(_report_file(order)) or "{}")
+    if (kept.get("order"), kept.get("epochs")) != (order.identity, epochs):
+        return None
+    return EpochReport(Outcome(kept["outcome"]), tuple(EpochFigures(**figures) for figures in kept["history"]))
 
 
 def replay_trial(

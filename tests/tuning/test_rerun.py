@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from trials import SHALLOW, slot_plan
 
 from lungct_tune import replay
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
+from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import rerun
 from lungct_tune.tuning.rerun import SeedFailed, follow_trial, rerun_with_seeds
 from lungct_tune.tuning.time_left import TimeLeft
@@ -129,6 +132,38 @@ def test_a_seed_with_which_a_configuration_diverges_counts_with_the_lowest_score
     diverged = EpochReport(Outcome.DIVERGED, (epoch(1),), reason="loss nan in epoch 2")
     found = seeds.run(lambda order: diverged if order.number == 4 else completed(order))
     assert found["balanced_accuracy"] == [0.5, 0.5] and found["published"]["balanced_accuracy"] == [0.5, 0.0]
+
+
+def test_seeds_that_had_ended_before_an_interruption_are_not_trained_again(seeds: Seeds) -> None:
+    diverged = EpochReport(Outcome.DIVERGED, (epoch(1),), reason="loss nan in epoch 2")
+    with pytest.raises(SeedFailed):
+        seeds.run(lambda order: {1: completed(order), 3: diverged}.get(order.number) or failed(order))
+    trained = []
+
+    def step(order: TrialOrder) -> EpochReport:
+        trained.append(order.number)
+        return completed(order)
+
+    found = seeds.run(step)
+    assert trained == [2, 4]
+    assert found["balanced_accuracy"] == [0.5, 0.5] and found["published"]["balanced_accuracy"] == [0.0, 0.5]
+    assert seeds.run(step) == found and trained == [2, 4]
+    seeds.winner = replace(seeds.winner, hyperparameters=replace(SHALLOW, dropout=0.25))
+    seeds.run(step)
+    assert trained == [2, 4, 1, 2]  # those of another winner are trained
+
+
+def test_seeds_whose_figures_the_storage_refuses_count_all_the_same(
+    seeds: Seeds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(Experiment, "write", refuse)
+    assert seeds.run(completed)["balanced_accuracy"] == [0.5, 0.5]
+    assert (
+        "the training with seed 5 has ended, but its figures are not saved: the disk is full" in capsys.readouterr().out
+    )
 
 
 def test_the_time_left_falls_with_each_epoch_of_the_seeds(seeds: Seeds) -> None:
