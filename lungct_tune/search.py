@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +201,7 @@ class SearchRun:
     """The images of test, which only the retraining gets."""
     tracker: MLflowTracker | None
     display: Display
+    _avoided: set[str] = field(default_factory=set)  # nodes on which no worker may start any more
 
     def search(self) -> TrialRecord:
         """Runs the trials; returns the best of those that ran to their end.
@@ -224,6 +225,7 @@ class SearchRun:
             slots=slots,
             seed=settings.seed,
             display=self.display,
+            avoided=self._avoided,
             left=self._left,
             so_far=lambda best, weights: self._files.so_far(best, weights),
         )
@@ -250,7 +252,7 @@ class SearchRun:
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
         plan, at_once, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, self._seeds_folder, winner, trials, seeds, at_once, self._left, self._warn)
+            return rerun_with_seeds(plan, winner, trials, seeds, at_once, self._avoided, self._left, self._warn)
 
     def final_slots(self) -> FinalSlots:
         """The slots of the retrainings. The first may start before the search has ended."""
@@ -260,7 +262,7 @@ class SearchRun:
             import lungct_tune.reporting.report_page  # noqa: F401
 
         settings, slots = self.plan.settings, self.outlook.resources.slots
-        return make_final_slots(settings, self.slot_plan, self.study, slots, import_pages, self._warn)
+        return make_final_slots(settings, self.slot_plan, self.study, slots, self._avoided, import_pages, self._warn)
 
     def retrain(
         self, winner: TrialRecord, slots: FinalSlots
@@ -319,6 +321,7 @@ class SearchRun:
         from lungct_tune.experiment import bundle
         from lungct_tune.filesystem import StorageError
         from lungct_tune.reporting.console import print_disk_use, print_outcome
+        from lungct_tune.tuning.rerun import seeds_folder
 
         plan, experiment = self.plan, self.plan.experiment
         self._left.report()
@@ -327,7 +330,7 @@ class SearchRun:
             bundle.write_bundle(experiment, self._files.files(final) | self._pages(final))
             with suppress(StorageError):  # a folder that stays there is never read again
                 experiment.delete_folder(bundle.SO_FAR)
-                experiment.delete_folder(self._seeds_folder)
+                experiment.delete_folder(seeds_folder(experiment))
         if self.tracker and final.metrics.test:
             self.tracker.add_final(winner.number, winner.hyperparameters, len(winner.history), final.metrics.test)
         print_outcome(plan, final.metrics, self.study, self.display.console)
@@ -384,10 +387,6 @@ class SearchRun:
         """Shows a step after the search, and the time left."""
         with self.display.showing(self._left.bar), self.display.step(step, announced=announced):
             yield
-
-    @property
-    def _seeds_folder(self) -> str:
-        return f"{self.plan.experiment.name}-seeds"
 
     def _warn(self, sentence: str) -> None:
         print_prose(self.display.console, sentence, "yellow")

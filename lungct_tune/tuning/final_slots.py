@@ -15,10 +15,10 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.groups import waiting_for_room
-from lungct_tune.tuning.mailbox import avoided_nodes, open_mailbox
+from lungct_tune.tuning.mailbox import NEWS_S, avoided_nodes, open_mailbox
 from lungct_tune.tuning.ray_compat import free_resources
 from lungct_tune.tuning.retrain import RetrainOrder, read_result
-from lungct_tune.tuning.slot_actor import NEWS_S, SlotQueue
+from lungct_tune.tuning.slot_actor import SlotQueue
 from lungct_tune.tuning.workers import SlotPlan
 
 WATCH_S = 1.0
@@ -37,6 +37,7 @@ class FinalSlots:
         slots: how many there are at most.
         trials_so_far: tells how many trials have begun, and how many of them have ended.
         last: how many trials will have begun, and how many have ended, when the last ones run.
+        avoided: the nodes on which no worker may start. Those that the retrainings find are added to it.
         prepare: is called now and then once a trial has ended, for the driver's imports that are needed at the end.
         warn: is called with what slots and workers have to say, a sentence each.
     """
@@ -47,13 +48,13 @@ class FinalSlots:
         slots: int,
         trials_so_far: Callable[[], tuple[int, int]],
         last: tuple[int, int],
+        avoided: set[str],
         prepare: Callable[[], None] = lambda: None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._plan, self._slots, self._trials_so_far, self._last = plan, slots, trials_so_far, last
-        self._prepare, self._warn = prepare, warn
+        self._avoided, self._prepare, self._warn = avoided, prepare, warn
         self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
-        self._avoided: set[str] = set()
         self._queue: SlotQueue | None = None
         self._mailbox: Any = None
         self._ended = threading.Event()
@@ -131,6 +132,7 @@ class FinalSlots:
     def _release(self) -> None:
         if self._queue:
             self._queue.end()
+            self._avoided |= avoided_nodes(self._search)
         self._queue = None
 
     def _start_early(self) -> None:

@@ -18,6 +18,9 @@ Address = tuple[str, str, int]
 
 ORDER, REPORT, DRAIN = "order", "report", "drain"
 
+NEWS_S = 30.0
+"""How long a mailbox gets to answer."""
+
 MANY = 100_000
 """Requests that may wait at the same time: some for each worker of each slot."""
 
@@ -209,17 +212,24 @@ def avoided_nodes(search: str) -> set[str]:
     nodes: set[str] = set()
     with suppress(ValueError, ray.exceptions.RayError):
         mailbox: Any = ray.get_actor(f"{search} mailbox")
-        nodes = ray.get(mailbox.avoid.remote(nodes))
+        nodes = ray.get(mailbox.avoid.remote(nodes), timeout=NEWS_S)
     return nodes
 
 
 @contextmanager
-def opened_mailbox(search: str) -> Iterator[Any]:
-    """Does `open_mailbox`, and ends the mailbox afterwards."""
+def opened_mailbox(search: str, avoided: set[str] | None = None) -> Iterator[Any]:
+    """Does `open_mailbox`, and ends the mailbox afterwards.
+
+    Args:
+        avoided: nodes on which no worker may start. Those that are found meanwhile are added to it.
+    """
+    avoided = set() if avoided is None else avoided
     mailbox = open_mailbox(search)
     try:
+        ray.get(mailbox.avoid.remote(avoided))
         yield mailbox
     finally:
+        avoided |= avoided_nodes(search)
         ray.kill(mailbox)
 
 

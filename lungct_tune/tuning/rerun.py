@@ -46,6 +46,7 @@ def rerun_trials(
     slots: int,
     warn: Callable[[str], None],
     note: Callable[[TrialOrder, EpochReport], None] = lambda order, report: None,
+    avoided: set[str] | None = None,
 ) -> list[EpochReport]:
     """Trains each order for at most `epochs` epochs; returns the last report of each, with all its epochs.
 
@@ -57,9 +58,10 @@ def rerun_trials(
         slots: how many are trained at the same time, at most.
         warn: is called with what slots and workers have to say, a sentence each.
         note: see `follow_trial`; it is called in several threads.
+        avoided: see `opened_mailbox`.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
-    with opened_mailbox(plan.experiment.name) as mailbox:
+    with opened_mailbox(plan.experiment.name, avoided) as mailbox:
         queue = SlotQueue(plan, mailbox, warn)
         try:
             queue.start(min(slots, len(orders)))
@@ -72,11 +74,11 @@ def rerun_trials(
 
 def rerun_with_seeds(
     plan: SlotPlan,
-    folder: str,
     winner: TrialRecord,
     trials: Iterable[TrialRecord],
     seeds: Sequence[int],
     slots: int,
+    avoided: set[str],
     left: TimeLeft,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def rerun_with_seeds(
     A training that had ended before an interruption is only read.
 
     Args:
-        plan, folder, slots, warn: see `rerun_trials`.
+        plan, slots, avoided, warn: see `rerun_trials`.
         trials: of the search. The published configuration is trained if its trial ran to its end and is not the winner.
         left: is told how far the trainings are.
 
@@ -97,7 +99,8 @@ def rerun_with_seeds(
     both = [winner] if published is None else [winner, published]
     runs = dict(enumerate(product(both, seeds), start=1))
     orders = [TrialOrder(number, seed, trial.hyperparameters) for number, (trial, seed) in runs.items()]
-    experiment, epochs = Experiment.at(plan.experiment.uri, folder), plan.dataset.epochs
+    folder, epochs = seeds_folder(plan.experiment), plan.dataset.epochs
+    experiment = Experiment.at(plan.experiment.uri, folder)
 
     def note(order: TrialOrder, report: EpochReport) -> None:
         if report.outcome is Outcome.FAILED:
@@ -117,10 +120,15 @@ def rerun_with_seeds(
     todo = [order for order in orders if reports[order.number] is None]
     left.train_seeds({order.number: order.hyperparameters for order in todo})
     if todo:
-        new = rerun_trials(plan, folder, todo, epochs, slots, warn, note)
+        new = rerun_trials(plan, folder, todo, epochs, slots, warn, note, avoided)
         reports |= {order.number: report for order, report in zip(todo, new, strict=True)}
     in_order = [report for report in reports.values() if report is not None]
     return over_seeds(in_order[: len(seeds)], in_order[len(seeds) :])
+
+
+def seeds_folder(experiment: Experiment) -> str:
+    """The folder of the trainings with other seeds."""
+    return f"{experiment.name}-seeds"
 
 
 def _report_file(order: TrialOrder) -> str:

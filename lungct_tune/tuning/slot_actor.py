@@ -17,6 +17,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.groups import remove_placement_groups
+from lungct_tune.tuning.mailbox import NEWS_S
 from lungct_tune.tuning.ray_compat import draining_nodes
 from lungct_tune.tuning.retrain import RetrainOrder
 from lungct_tune.tuning.slots import ON_HEAD, Slot
@@ -30,9 +31,6 @@ KILLED_S = 10.0
 
 POLL_S = 1.0
 """How often a slot that has no workers yet is asked for them, and how soon one that works notices that it is to end."""
-
-NEWS_S = 30.0
-"""How long the mailbox gets to answer."""
 
 Order = TypeVar("Order", TrialOrder, RetrainOrder)
 

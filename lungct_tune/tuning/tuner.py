@@ -89,6 +89,7 @@ def make_final_slots(
     plan: SlotPlan,
     study: optuna.Study,
     slots: int,
+    avoided: set[str],
     prepare: Callable[[], None],
     warn: Callable[[str], None],
 ) -> FinalSlots:
@@ -96,7 +97,7 @@ def make_final_slots(
 
     Args:
         slots: of the search.
-        prepare, warn: see `FinalSlots`.
+        avoided, prepare, warn: see `FinalSlots`.
     """
     assert settings.trials is not None  # decided by the plan
     resources = plan_retraining_resources(settings)
@@ -107,7 +108,7 @@ def make_final_slots(
         return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
 
     last = (settings.trials, max(1, settings.trials - slots))
-    return FinalSlots(plan, min(slots, resources.slots), trials_so_far, last, prepare, warn)
+    return FinalSlots(plan, min(slots, resources.slots), trials_so_far, last, avoided, prepare, warn)
 
 
 def run_search(
@@ -119,12 +120,14 @@ def run_search(
     slots: int,
     seed: int,
     display: Display,
+    avoided: set[str] | None = None,
     left: TimeLeft | None = None,
     so_far: Callable[[TrialRecord, bytes], Mapping[str, bytes]] | None = None,
 ) -> None:
     """Runs trials until the study has `trials` finished ones. Interrupted trials continue first.
 
     Args:
+        avoided: see `opened_mailbox`.
         left: estimates the time left, of the whole job; by default of these trials alone.
         so_far: makes the files of a bundle from the best trial so far and its weights.
 
@@ -159,7 +162,7 @@ def run_search(
         if so_far:
             callbacks.append(BestSoFarCallback(tally, plan.experiment, storage_threads, so_far))
         with ExitStack() as held:
-            mailbox = held.enter_context(opened_mailbox(plan.experiment.name))
+            mailbox = held.enter_context(opened_mailbox(plan.experiment.name, avoided))
             callbacks.append(ScoreboardCallback(mailbox, tally, trials))
             progress = ProgressCallback(tally, earlier, trials, epochs, clock, left, display)
             held.enter_context(progress)

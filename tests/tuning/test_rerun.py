@@ -65,8 +65,11 @@ class Queue:
     """A queue with one slot, in this thread, that runs `step`."""
 
     step: Callable[[TrialOrder], EpochReport]
+    avoided: object = None
+    """What the mailbox was opened with."""
 
-    def __init__(self, plan: object, mailbox: object, warn: object) -> None: ...
+    def __init__(self, plan: object, mailbox: object, warn: object) -> None:
+        type(self).avoided = mailbox
 
     def start(self, slots: int) -> None: ...
 
@@ -90,7 +93,8 @@ class Seeds:
 
     def __init__(self, folder: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rerun, "SlotQueue", Queue)
-        monkeypatch.setattr(rerun, "opened_mailbox", nullcontext)
+        monkeypatch.setattr(rerun, "opened_mailbox", lambda name, avoided: nullcontext(avoided))
+        self.avoided = {"a node that the search leaves alone"}
         self.now = 0.0
         self.plan = slot_plan(folder, phantoms, epochs=4)
         history = tuple(epoch(number) for number in range(1, 5))
@@ -103,7 +107,7 @@ class Seeds:
     def run(self, step: Callable[[TrialOrder], EpochReport]) -> dict[str, Any]:
         Queue.step = staticmethod(step)
         trials = [self.published, self.winner]
-        return rerun_with_seeds(self.plan, "one-seeds", self.winner, trials, [5, 6], 1, self.left, print)
+        return rerun_with_seeds(self.plan, self.winner, trials, [5, 6], 1, self.avoided, self.left, print)
 
 
 @pytest.fixture
@@ -151,6 +155,11 @@ def test_seeds_that_had_ended_before_an_interruption_are_not_trained_again(seeds
     seeds.winner = replace(seeds.winner, hyperparameters=replace(SHALLOW, dropout=0.25))
     seeds.run(step)
     assert trained == [2, 4, 1, 2]  # those of another winner are trained
+
+
+def test_seeds_start_on_no_node_that_the_search_leaves_alone(seeds: Seeds) -> None:
+    seeds.run(completed)
+    assert Queue.avoided is seeds.avoided
 
 
 def test_seeds_whose_figures_the_storage_refuses_count_all_the_same(
