@@ -70,7 +70,7 @@ def clean(experiment: Experiment, console: Console, *, unfinished: bool = False)
         if not unfinished and not ended:
             raise NotCleaned(
                 f"{experiment.uri} has not ended, so nothing was removed. With --unfinished its states and weights are "
-                "removed: it can be resumed then, but trials and retrainings that had not ended begin again"
+                "removed: it can be resumed then, but the trials and trainings that had not ended begin again"
             )
         files = not_needed(experiment, ended=ended)
         kept = sum(experiment.files().values()) - sum(files.values())

@@ -18,14 +18,17 @@ NOT_NEEDED = {
     r"final/[\w.]+/(last\.pt|model\.safetensors|test_probabilities\.npy|features\.npz)": "files of the retraining",
     r"so_far/\d+/[^/]+": "bundles that were made while it ran",
     r"(search|test)-images\.npy": "images for the workers",
-    r"slots/.+|[\w.-]+-seeds/.+": "folders of Ray Train",
+    r"slots/.+|[\w.-]+-seeds/.+": "folders of Ray Train, trainings with other seeds",
     r"\.probe[\w-]*|(.+/)?[^/]+\.[0-9a-f]{8}\.part|best\.part/.+": "temporary files",
 }
 """The files that a search writes, uses while it runs, and does not use after its end: patterns of their paths in the
 experiment, and what they are. The bundle has what of them is to stay. Files that match none are never removed."""
 
-CALIBRATES = r"trials/\d+/valid\.npy"
-"""The predictions from which the bundle's temperature and operating point are computed."""
+ENDED_RETRAINING = r"(final/[\w.]+)/test_probabilities\.npy"
+"""The file that a retraining writes last (tuning/retrain.py)."""
+
+RESULTS = r"trials/\d+/valid\.npy|[\w.-]+-seeds/trials/\d+/report\.json"
+"""The predictions that calibrate the bundle, and the figures of the trainings with other seeds."""
 
 STATE_SIZE = 5
 """The size of a state of one model, in sizes of its weights: weights, two of Adam, averaged weights, predictions."""
@@ -37,13 +40,21 @@ def not_needed(experiment: Experiment, *, ended: bool) -> dict[str, int]:
     """The files that a search does not need any more, with their sizes in bytes.
 
     Args:
-        ended: whether it has its bundle. Else what the bundle is made from is needed.
+        ended: whether it has its bundle. Else what the bundle is made from is needed: `RESULTS`, and the retrainings
+            that have ended.
 
     Raises:
         StorageError: the storage refuses.
     """
     files = {path: size for path, size in experiment.files().items() if _kind(path)}
-    return {path: size for path, size in files.items() if ended or not re.fullmatch(CALIBRATES, path)}
+    if ended:
+        return files
+    retrained = {found[1] for path in files if (found := re.fullmatch(ENDED_RETRAINING, path))}
+    return {
+        path: size
+        for path, size in files.items()
+        if not re.fullmatch(RESULTS, path) and path.rpartition("/")[0] not in retrained
+    }
 
 
 def sizes_by_kind(files: dict[str, int]) -> dict[str, int]:

@@ -90,6 +90,8 @@ class Workload:
     slots_of_machine: int = 1
     final_slots: int = 1
     """How many of the final models are trained at the same time."""
+    final_workers: int = 1
+    """Of each of these."""
 
     @property
     def final_models(self) -> int:
@@ -167,8 +169,8 @@ class Forecast:
     def retraining_s(self, hyperparameters: Hyperparameters, epochs: int) -> float:
         """Seconds of so many epochs of the retraining of a model, and of its prediction of test."""
         work, predict_s = self.work, self.pace.predict(hyperparameters.truncation_depth)
-        epoch = self._training_s(hyperparameters, work.train_images if work.ensemble else work.searched_images, 1)
-        return epochs * epoch + work.test_images * predict_s
+        images, workers = work.train_images if work.ensemble else work.searched_images, work.final_workers
+        return epochs * self._training_s(hyperparameters, images, workers) + work.test_images / workers * predict_s
 
     @property
     def start_s(self) -> float:

@@ -21,7 +21,7 @@ from lungct_tune.experiment.forecast import Forecast, Workload, as_range
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
-from lungct_tune.tuning.allocation import ResourcePlan
+from lungct_tune.tuning.allocation import ResourcePlan, RetrainingResources, workers_that_fit
 from lungct_tune.tuning.cluster import machines, plan_resources, plan_retraining_resources
 from lungct_tune.tuning.ray_compat import autoscaling_config
 from lungct_tune.tuning.sampler import first_trials
@@ -79,7 +79,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     prices = read_prices()
     if pace is None:
         return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, None, None)
-    work = _workload(plan, split, resources, retraining.slots, max(1, len(nodes)))
+    work = _workload(plan, split, resources, retraining, max(1, len(nodes)))
     processes = min(work.cpus, work.slots_of_machine * work.workers)
     slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
     known = first_trials(plan.space, seed=plan.settings.seed, trials=work.trials, slots=work.slots)
@@ -90,7 +90,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
-    lines |= {"time": text} | _price_line(forecast, seconds, prices, resources)
+    lines |= {"time": text} | _price_line(forecast, seconds, prices, resources, plan.settings.slots)
     return Outlook(resources, lines, forecast, seconds)
 
 
@@ -141,7 +141,9 @@ def _measure_there(order: PaceOrder) -> Pace | None:
     return measured_pace(replace(order, device=device_name(gpu=order.gpu)))
 
 
-def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, final_slots: int, nodes: int) -> Workload:
+def _workload(
+    plan: Plan, split: DataSplit, resources: ResourcePlan, retraining: RetrainingResources, nodes: int
+) -> Workload:
     settings = plan.settings
     assert settings.trials is not None and settings.epochs is not None and settings.batch_size is not None
     train_rows, valid_rows = split.folds[0]
@@ -163,7 +165,8 @@ def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, final_slots
         seeds=2 * (settings.seeds or 0),  # also of the published configuration
         cpus=os.cpu_count() or 1,
         slots_of_machine=math.ceil(resources.slots / nodes),
-        final_slots=min(resources.slots, final_slots),
+        final_slots=min(resources.slots, retraining.slots),
+        final_workers=retraining.workers,
     )
 
 
@@ -172,8 +175,13 @@ def _price_line(
     seconds: tuple[float, float],
     prices: tuple[Path, Prices] | None,
     resources: ResourcePlan,
+    most_slots: int | None,
 ) -> dict[str, str]:
-    """What the nodes of the cluster at hand cost, or of the one that cluster.yaml describes; empty without either."""
+    """What the nodes of the cluster at hand cost, or of the one that cluster.yaml describes; empty without either.
+
+    Args:
+        most_slots: the number that the user has set.
+    """
     running = ray.is_initialized()
     file = autoscaling_config(ray.get_runtime_context().gcs_address) if running else str(CLUSTER_FILE)
     cluster = priced_cluster(Path(file).expanduser()) if file else None
@@ -195,17 +203,19 @@ def _price_line(
             "price": f"an hour of {of_cluster} costs {an_hour} {known.currency} ({_types(cluster, known)}); "
             "the time above is for this machine's devices, not for theirs"
         }
-    slots = cluster.most_workers * max(1, known.node_types[cluster.workers[0].instance].gpus)
-    there = replace(forecast, work=_in_slots(forecast.work, slots), slowdown=1.0)
+    nodes = [{"GPU": known.node_types[cluster.workers[0].instance].gpus}] * cluster.most_workers
+    workers = workers_that_fit(nodes, {"GPU": resources.resources_per_worker.get("GPU", 1.0)})
+    there = replace(forecast, work=_on_workers(forecast.work, workers, most_slots), slowdown=1.0)
     time_there = there.total()
-    cost = _cost(cluster, known, ResourcePlan(slots, 1, {}, slots), time_there)
+    cost = _cost(cluster, known, replace(resources, slots=there.work.slots), time_there)
     return {"price": f"{cost} and {as_range(*time_there)} on {of_cluster} ({_types(cluster, known)})"}
 
 
-def _in_slots(work: Workload, slots: int) -> Workload:
-    """The same work in so many slots, each on a machine of its own."""
-    slots = min(slots, work.trials)
-    return replace(work, slots=slots, slots_of_machine=1, final_slots=slots)
+def _on_workers(work: Workload, workers: int, most_slots: int | None) -> Workload:
+    """The same work in the slots that so many workers make, each slot on a machine of its own."""
+    slots = max(1, min(workers // work.workers, most_slots or workers, work.trials))
+    final_slots = max(1, min(workers // work.final_workers, slots))
+    return replace(work, slots=slots, slots_of_machine=1, final_slots=final_slots)
 
 
 def _cost(cluster: PricedCluster, prices: Prices, resources: ResourcePlan, seconds: tuple[float, float]) -> str:

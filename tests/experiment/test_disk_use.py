@@ -28,6 +28,7 @@ NEEDED = [
     *("best/checksums.txt", "tune/trial_0001/events.out.tfevents.1.host"),
 ]
 OF_A_USER = ["notes.txt", "trials/notes.txt", "trials/0007/my.pt", "final/plot.png", "so_far/README", "images.npy"]
+OF_SEEDS = ["one-seeds/trials/0002/state-0030.pt", "one-seeds/trials/0001/report.json"]
 REMOVABLE = {
     "weights and predictions of the best trials": ["trials/0007/model.safetensors", "trials/0012/valid.npy"],
     "states of trials that had not ended": ["trials/0007/state-0012.pt", "trials/0009/state-0012-1.pt"],
@@ -37,7 +38,7 @@ REMOVABLE = {
     ],
     "bundles that were made while it ran": ["so_far/000012/model.safetensors"],
     "images for the workers": ["search-images.npy", "test-images.npy"],
-    "folders of Ray Train": ["slots/one-slot-1-6066baac/.validate_storage_marker"],
+    "folders of Ray Train, trainings with other seeds": ["slots/one-slot-1-6066baac/.validate_storage_marker", *OF_SEEDS],
     "temporary files": [".probe", "trials/0007/state-0013.pt.0123abcd.part"],
 }
 
@@ -59,7 +60,7 @@ def test_what_is_not_needed_is_said_and_removed_and_nothing_else(
     }
     assert clean([experiment.uri]) == 0
     said = capsys.readouterr().out
-    assert all(what in said for what in REMOVABLE) and "12 files, 12 kB; 14 kB are left" in " ".join(said.split())
+    assert all(what in said for what in REMOVABLE) and "14 files, 14 kB; 14 kB are left" in " ".join(said.split())
     assert set(experiment.files()) == {*NEEDED, *OF_A_USER}
     assert not experiment.exists("slots/one-slot-1-6066baac") and not experiment.exists("trials/0009")
     assert clean([experiment.uri]) == 0
@@ -78,7 +79,19 @@ def test_a_search_that_has_not_ended_keeps_all_without_a_word_of_the_user(
     assert "another process is running one" in capsys.readouterr().err
     assert experiment.files().keys() == before.keys()
     assert clean([experiment.uri, "--unfinished"]) == 0
-    assert list(not_needed(experiment, ended=True)) == ["trials/0012/valid.npy"]  # calibrates the bundle
+    # what calibrates the bundle, and the figures of a seed
+    assert set(not_needed(experiment, ended=True)) == {"trials/0012/valid.npy", *OF_SEEDS[1:]}
+
+
+def test_a_retraining_that_has_ended_is_kept_for_the_bundle(experiment: Experiment) -> None:
+    experiment.delete("best/checksums.txt")
+    folder = "final/trial_0007_012_epochs"
+    for name in ("model.safetensors", "features.npz", "test_probabilities.npy"):
+        experiment.write(f"{folder}/{name}", b"done")
+    assert clean([experiment.uri, "--unfinished"]) == 0
+    kept = {path for path in experiment.files("final") if path not in OF_A_USER}
+    assert {f"{folder}/{name}" for name in ("model.safetensors", "features.npz", "test_probabilities.npy")} <= kept
+    assert not any("without_fold_1" in path for path in kept)
 
 
 def test_a_folder_that_is_no_experiment_is_refused(

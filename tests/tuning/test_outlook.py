@@ -10,9 +10,11 @@ import ray
 from conftest import REPOSITORY, SMALL
 
 from lungct_tune.config.settings import read_settings
+from lungct_tune.experiment.forecast import Workload
 from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.training import pace
 from lungct_tune.tuning import outlook
+from lungct_tune.tuning.allocation import workers_that_fit
 from lungct_tune.tuning.outlook import look_ahead
 
 
@@ -74,6 +76,20 @@ def test_a_cluster_that_is_not_there_yet_has_its_price(
     plan = planned(phantoms, space, folder)
     price = look_ahead(plan, plan.load_and_split()).lines["price"]
     assert said in price and "dollars" in price and "check before use" in price and "g6.xlarge" in price
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "slots", "expected", "final"),
+    [(1, 1.0, None, 4, 4), (2, 1.0, None, 2, 2), (1, 0.25, None, 8, 8), (1, 1.0, 2, 2, 2), (8, 1.0, None, 1, 1)],
+)
+def test_a_cluster_that_is_not_there_yet_gets_the_slots_that_fit(
+    workers: int, gpus: float, slots: int | None, expected: int, final: int
+) -> None:
+    """Four GPUs, and eight trials."""
+    there = workers_that_fit([{"GPU": 1}] * 4, {"GPU": gpus})
+    work = Workload(8, 4, (), 1, 64, 16, 80, 20, 16, workers=workers, final_workers=workers)
+    found = outlook._on_workers(work, there, slots)
+    assert (found.slots, found.final_slots) == (expected, final)
 
 
 def test_a_node_type_without_a_price_is_named(phantoms: Path, space: Path, folder: Path) -> None:
