@@ -61,11 +61,12 @@ def clean(experiment: Experiment, console: Console, *, unfinished: bool = False)
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import has_bundle
     from lungct_tune.experiment.disk_use import as_size, not_needed, remove, sizes_by_kind
+    from lungct_tune.experiment.lock import exclusive_lock
     from lungct_tune.experiment.plan import no_such_search
 
     if not experiment.exists("settings.yaml"):
         raise NotCleaned(no_such_search(experiment))
-    with experiment.exclusive_lock():
+    with exclusive_lock(experiment, console.print):
         ended = has_bundle(experiment)
         if not unfinished and not ended:
             raise NotCleaned(

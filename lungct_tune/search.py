@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -172,7 +172,7 @@ def start_search(
         check_storage(experiment)
         is_new = not settings.resume
         tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
-        held.enter_context(plan.locked())
+        held.enter_context(plan.locked(partial(print_prose, display.console)))
         study = held.enter_context(plan.opened_study(new=is_new))
         outlook.keep(study, new=is_new)
         plan.save(split)

@@ -19,7 +19,7 @@ NOT_NEEDED = {
     r"so_far/\d+/[^/]+": "bundles that were made while it ran",
     r"(search|test)-images\.npy": "images for the workers",
     r"slots/.+|[\w.-]+-seeds/.+": "folders of Ray Train, trainings with other seeds",
-    r"\.probe[\w-]*|(.+/)?[^/]+\.[0-9a-f]{8}\.part|best\.part/.+": "temporary files",
+    r"\.probe[\w-]*|running\.json|(.+/)?[^/]+\.[0-9a-f]{8}\.part|best\.part/.+": "temporary files",
 }
 """The files that a search writes, uses while it runs, and does not use after its end: patterns of their paths in the
 experiment, and what they are. The bundle has what of them is to stay. Files that match none are never removed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ class Experiment:
     slots/          Ray Train's runs of the slots (empty folders)
     final/          the final retraining: its state, weights and predictions
     *-images.npy    images that are too large for Ray's object store; the workers memory-map them
+    running.json    on remote storage: the machine that runs the search, see lock.py
     best/           the bundle; before it is written, so_far/000012/: a bundle of the best of the first 12 trials
     """
 
@@ -195,30 +195,6 @@ class Experiment:
 
     def exists(self, path: str = "") -> bool:
         return bool(self.info(path).type != pyarrow.fs.FileType.NotFound)
-
-    @contextmanager
-    def exclusive_lock(self) -> Iterator[None]:
-        """Locks `local_folder`, so that only one process of this machine runs this search.
-
-        The system releases the lock when the process ends, also after a crash. On a file system without locks this
-        does nothing.
-
-        Raises:
-            StorageError: another process runs this search, or the folder cannot be created.
-        """
-        try:
-            self.local_folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.local_folder / ".lock").open("w")
-        except OSError as error:
-            raise StorageError(f"the study's folder {self.local_folder} cannot be used: {error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StorageError(f"another process is running {self.name}; wait for it, or stop it first") from error
-            except OSError:
-                pass
-            yield
 
     def similar(self) -> str:
         """The words for a message that name an experiment on the same storage with a similar name; empty if none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -25,6 +25,7 @@ from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
+from lungct_tune.experiment.lock import exclusive_lock
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
 from lungct_tune.filesystem import StorageError
 from lungct_tune.stopping import was_asked
@@ -111,14 +112,14 @@ class Plan:
             raise stop from None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Locks the search for this process, see `Experiment.exclusive_lock`.
+    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Locks the search for this process, see `exclusive_lock`.
 
         Raises:
             PlanError: another process has started or ended the search since this plan was made.
             StorageError: another process runs it, or its folder cannot be created.
         """
-        with self.experiment.exclusive_lock():
+        with exclusive_lock(self.experiment, say):
             _check_may_run(self.experiment, is_new=self.fingerprint is None)
             yield
 

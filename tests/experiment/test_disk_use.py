@@ -19,6 +19,7 @@ from lungct_tune.experiment.disk_use import (
     weight_bytes,
 )
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.lock import exclusive_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,10 @@ REMOVABLE = {
     ],
     "bundles that were made while it ran": ["so_far/000012/model.safetensors"],
     "images for the workers": ["search-images.npy", "test-images.npy"],
-    "folders of Ray Train, trainings with other seeds": ["slots/one-slot-1-6066baac/.validate_storage_marker", *OF_SEEDS],
+    "folders of Ray Train, trainings with other seeds": [
+        "slots/one-slot-1-6066baac/.validate_storage_marker",
+        *OF_SEEDS,
+    ],
     "temporary files": [".probe", "trials/0007/state-0013.pt.0123abcd.part"],
 }
 
@@ -74,7 +78,7 @@ def test_a_search_that_has_not_ended_keeps_all_without_a_word_of_the_user(
     before = experiment.files()
     assert clean([experiment.uri]) == 2
     assert "has not ended, so nothing was removed" in capsys.readouterr().err
-    with experiment.exclusive_lock():  # it runs
+    with exclusive_lock(experiment):  # it runs
         assert clean([experiment.uri, "--unfinished"]) == 2
     assert "another process is running one" in capsys.readouterr().err
     assert experiment.files().keys() == before.keys()

@@ -1,0 +1,112 @@
+"""The lock of a search: only one process runs it, on this machine or on any other."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from threading import Event, Thread
+from typing import Any
+
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.filesystem import StorageError
+
+RUNNING = "running.json"
+"""On remote storage: which machine runs the search. That machine writes it again and again."""
+
+PERIOD_S = 20.0
+"""Seconds from one writing to the next."""
+
+SILENT_S = 60.0
+"""Of a machine that has written nothing for so long it is assumed that it does not run the search any more."""
+
+
+@contextmanager
+def exclusive_lock(experiment: Experiment, say: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
+    """Locks the experiment for this process.
+
+    On this machine the system releases the lock when the process ends, also after a crash. After a crash on another
+    machine, with remote storage, this waits for `SILENT_S`. On a file system without locks it does nothing.
+
+    Args:
+        say: is called with a sentence before it waits.
+
+    Raises:
+        StorageError: another process runs this search, or the storage cannot be used.
+    """
+    with _locked_on_this_machine(experiment):
+        if experiment.is_local:
+            yield
+        else:
+            _refuse_another_machine(experiment, say)
+            with _telling_other_machines(experiment):
+                yield
+
+
+@contextmanager
+def _locked_on_this_machine(experiment: Experiment) -> Iterator[None]:
+    try:
+        experiment.local_folder.mkdir(parents=True, exist_ok=True)
+        lock = (experiment.local_folder / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(f"the study's folder {experiment.local_folder} cannot be used: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another process is running {experiment.name}; wait for it, or stop it first"
+            ) from error
+        except OSError:
+            pass
+        yield
+
+
+def _refuse_another_machine(experiment: Experiment, say: Callable[[str], None]) -> None:
+    found = _running(experiment)
+    if found is None or found["host"] == socket.gethostname():  # a process of this machine would have the lock
+        return
+    say(f"{found['host']} has not ended {experiment.name}: looking for {SILENT_S:.0f} s whether it still runs it")
+    deadline = time.monotonic() + SILENT_S
+    while (now := _running(experiment)) is not None and time.monotonic() < deadline:
+        if now != found:
+            raise StorageError(
+                f"{found['host']} is running {experiment.name}, in process {found['process']}; wait for it, or stop it "
+                "there first"
+            )
+        time.sleep(1)
+
+
+def _running(experiment: Experiment) -> dict[str, Any] | None:
+    """What the machine that runs the search has written last; None if none runs it."""
+    with suppress(ValueError, KeyError):  # another program has written the file
+        found = json.loads(experiment.read(RUNNING) or b"{}")
+        return {name: found[name] for name in ("host", "process", "times")}
+    return None
+
+
+@contextmanager
+def _telling_other_machines(experiment: Experiment) -> Iterator[None]:
+    ended, me = Event(), {"host": socket.gethostname(), "process": os.getpid()}
+
+    def tell() -> None:
+        for times in count():
+            with suppress(StorageError):  # the next time may succeed
+                experiment.write(RUNNING, json.dumps(me | {"times": times}).encode())
+            if ended.wait(PERIOD_S):
+                return
+
+    thread = Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=PERIOD_S)  # a storage that does not answer keeps nobody
+        with suppress(StorageError):
+            experiment.delete(RUNNING)
