@@ -88,7 +88,7 @@ class Classifier:
     learned: LearnedImages | None
     """None where a bundle of an earlier version does not list its training images."""
     features: TrainingFeatures | None
-    """None where a bundle of an earlier version, or of a search that has not ended, does not have them."""
+    """None where a bundle of an earlier version, of a search that has not ended, or of one group does not have them."""
     device: str | None = None
     """Where it computes. None: on the GPU if there is one. A GPU computes in lower precision than a CPU."""
 
@@ -242,7 +242,8 @@ class Classifier:
         if self.features is None:
             raise ClassifyError(
                 f"{self.folder} has no {FEATURES}, which has the common scale of heat maps: it was made by an earlier "
-                "version, or its search has not ended. Run the search again, or pull the bundle when it has ended"
+                "version, its search has not ended, or all that it learned from is one group. Run the search again, "
+                "pull the bundle when it has ended, or give smaller groups, such as patients"
             )
         normalisation, scale = self.config["settings"]["normalisation"], self.features.evidence_scale
         maps_N1hw, _ = grad_cam(self.model, images_NHW, classes_N[:, None], normalisation, scale)

@@ -128,6 +128,21 @@ def test_figures_by_likeness_are_for_images_whose_patients_are_not_known(
     assert least.similarity < most.similarity < 0.999, "a test image is not compared with itself"
 
 
+@pytest.mark.parametrize("elsewhere", [0, 1])
+def test_a_search_of_one_group_has_a_bundle_that_does_not_tell_unlike_images(
+    elsewhere: int, finished: tuple[Search, DataSplit], members: list[RetrainedModel]
+) -> None:
+    """One hospital for train and validation, and another for test. Found: it failed after the look at test."""
+    search, split = finished
+    group = np.where(split.split == "test", "B", "A").astype(object)
+    group[split.folds[0][0][:elsewhere]] = "B"  # one image is not enough to fit anything to
+    images = replace(search.images, table=search.images.table.assign(group=group))
+    best = best_trial(finished_trials(search.study))
+    assert best is not None
+    made = BundleFiles(search.plan, replace(split, images=images), {}, search.study, slots=1).final(best, members)
+    assert made.features is None and made.metrics.test is not None and made.metrics.test.groups == 1
+
+
 def test_the_bundle_predicts_what_was_judged(finished: tuple[Search, DataSplit], final: Bundle) -> None:
     search, split = finished
     classifier = Classifier.load(search.folder / "best", "cpu")
