@@ -97,9 +97,7 @@ class BundleFiles:
         is_known = (rows["is_listed"] | rows["has_patient"]).all()  # then the split has parted the patients
         scaling, point = self._calibrate(best)
         probabilities_NC = _averaged(retrained, scaling)
-        uncalibrated_NC = retrained[0].probabilities_NC
-        if len(retrained) > 1 and scaling:  # as the bundle's model gives them, see `Ensemble`
-            uncalibrated_NC = calibrated(probabilities_NC, 1 / scaling.temperature)
+        uncalibrated_NC = np.mean([model.probabilities_NC for model in retrained], axis=0)
         figures = evaluate_predictions(
             labels_N,
             probabilities_NC,
