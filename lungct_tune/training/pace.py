@@ -20,10 +20,13 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lungct_tune.data.cache import default_cache
 from lungct_tune.files import replace_file
+
+if TYPE_CHECKING:
+    from lungct_tune.training.trainer import Trainer
 
 KNOTS = (10, 22, 40)
 """The last depths of ResNet50's first three stages. Between them the time of a step is nearly linear in the depth."""
@@ -283,7 +286,7 @@ def _untimed_epochs(steps: int, on_gpu: bool) -> int:
     return math.ceil((WARM_UP_STEPS + 1) / steps) if on_gpu else 1
 
 
-def _step_seconds(trainer: Any, on_gpu: bool, finish: Callable[[], float]) -> float:
+def _step_seconds(trainer: Trainer, on_gpu: bool, finish: Callable[[], float]) -> float:
     """Seconds of a training step.
 
     Args:
