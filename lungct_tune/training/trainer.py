@@ -4,9 +4,10 @@ What predicts, and what is kept, is the average of the weights over about the la
 
 Runs alone (in a notebook) or on all workers of a torch.distributed process group, each with its share of every batch.
 All random numbers follow from the seed and the number of the epoch, so a checkpoint needs no random state. On CPUs a
-training that was interrupted and continued gives the same result as an uninterrupted one. On GPUs it has the same
-batches and augmentations, but some kernels of cuDNN and PyTorch add in an order that changes from run to run. There
-figures differ in their last digits.
+training by one or two workers that was interrupted and continued gives the same result as an uninterrupted one. With
+more, its figures differ in their last digits: DistributedDataParallel arranges the gradients anew after its first step,
+and so adds those of the workers in another order. On GPUs it has the same batches and augmentations, but some kernels
+of cuDNN and PyTorch add in an order that changes from run to run. There figures differ in their last digits too.
 """
 
 from __future__ import annotations
