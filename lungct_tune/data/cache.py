@@ -33,6 +33,9 @@ from lungct_tune.data.groups import CORRELATIONS, SERIES_CORRELATION, groups_by_
 from lungct_tune.display import tracked
 from lungct_tune.files import open_file
 
+AT_FIRST = "it could not be read at first; run the command again"
+"""Why a file is not used that can be read only now: its digest, and with DICOM its patient, are not known."""
+
 _COPY_BLOCK = 1024  # images copied at a time
 
 
@@ -71,7 +74,7 @@ def default_cache() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, or "" if it cannot be opened; decoding then reports the reason."""
+    """sha256 of a file's bytes, or "" if it cannot be read; decoding then reports the reason."""
     try:
         with open_file(path, MOST_BYTES) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -92,7 +95,7 @@ def decode_all(
 
     Uses the entry in `cache` for this content. If there is none, or it is damaged, decodes the images into a new
     entry. Unreadable images and copies under different classes are not in the array. If a file may be readable another
-    time, see `is_passing`, nothing is kept.
+    time, see `is_passing`, nothing is kept. A file with an empty digest could not be read before, and is unreadable.
 
     Raises:
         DataError: the cache folder cannot be written or its disk is too full.
@@ -182,12 +185,13 @@ def _decode_into(
     def decode_row(i: int) -> str | None:
         try:
             decoded = decode(paths[i], size, window)
-            if not digests[i]:
-                raise ValueError("it could not be opened at first; run the command again")
         except Exception as error:  # Pillow's plugins raise many kinds of errors on broken files
-            if digests[i] and is_passing(error):  # a file without a digest has another key once it can be opened
+            if digests[i] and is_passing(error):  # a file without a digest has another key once it can be read
                 passing.append(i)
-            return str(error).replace(str(paths[i]), "the file") or type(error).__name__
+            if digests[i] or isinstance(error, (OSError, MemoryError)):
+                return str(error).replace(str(paths[i]), "the file") or type(error).__name__
+        if not digests[i]:
+            return AT_FIRST
         images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i], is_plain[i] = decoded
         return None
 

@@ -166,7 +166,7 @@ class _Source(NamedTuple):
     """What is known of an image before it is decoded."""
 
     digest: str
-    """sha256 of its file."""
+    """sha256 of its file; "" if the file or its DICOM header could not be read."""
     group: str | None
     """As the user lists it, or else the hash of its PatientID; None if it is not known."""
     is_listed: bool
@@ -190,8 +190,10 @@ def _find(
         found, known = find_listed(root, table, all_files, headers, pseudonyms(cache), class_map)
     aside: dict[str, list[str]] = {}
     for path in (file.path for file in found.files if file.path in headers):
-        if reason := headers[path].aside:
-            aside.setdefault(reason, []).append(path)
+        if (header := headers[path]) is None:
+            digests[path] = ""  # nobody knows whose image it is: it counts as unreadable, see `decode_all`
+        elif header.aside:
+            aside.setdefault(header.aside, []).append(path)
     no_slices = {path for paths in aside.values() for path in paths}
     files = [file for file in found.files if file.path not in no_slices]
     if lost := {file.class_name for file in found.files} - {file.class_name for file in files}:
@@ -200,7 +202,8 @@ def _find(
         )
     sources = []
     for path in (file.path for file in files):
-        patient = headers[path].patient if path in headers else None
+        header = headers.get(path)
+        patient = header.patient if header else ""
         sources.append(_Source(digests[path], known.get(path) or patient or None, path in known))
     return found._replace(files=files, left_aside=found.left_aside + count_aside(aside)), sources
 

@@ -53,12 +53,13 @@ _JPEG_2000 = b"\xff\x4f\xff\x51"  # start of codestream, then the size
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file's content says that it is DICOM; False also if it cannot be opened."""
-    try:
-        with open_file(path, MOST_BYTES) as file:
-            return begins_as_dicom(file)
-    except OSError:
-        return False
+    """Whether a file's content says that it is DICOM.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    with open_file(path, MOST_BYTES) as file:
+        return begins_as_dicom(file)
 
 
 def begins_as_dicom(file: BufferedReader) -> bool:

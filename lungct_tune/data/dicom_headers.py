@@ -56,27 +56,40 @@ def pseudonyms(cache: Path) -> Pseudonym:
     return pseudonym
 
 
-def read_header(path: Path, pseudonym: Pseudonym) -> Header | None:
-    """Reads a DICOM file's header. That of a damaged file is empty; `decode` then says what is wrong with it.
-
-    Returns:
-        The header; None if it may be readable another time, see `is_passing`.
+def read_header(path: Path, pseudonym: Pseudonym) -> Header:
+    """Reads a file's header. It is empty if the file is no DICOM, or damaged; `decode` then says what is wrong with it.
 
     Raises:
+        OSError, MemoryError: it may be readable another time, see `is_passing`.
         DataError: pydicom is not installed.
     """
     try:
+        if not dicom.is_dicom(path):
+            return Header("", "", "")
         header, has_pixels = dicom.read_header(path)
         with dicom.nameless("its DICOM header cannot be read"):
             patient, series = (str(header.get(name) or "").strip() for name in ("PatientID", "SeriesInstanceUID"))
             aside = dicom.why_aside(header, has_pixels)
     except (OSError, ValueError, MemoryError) as error:
-        return None if is_passing(error) else Header("", "", "")
+        if is_passing(error):
+            raise
+        return Header("", "", "")
     return Header(aside, patient and f"patient-{pseudonym('patient', patient)}", series and pseudonym("series", series))
 
 
-def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: bool = False) -> dict[str, Header]:
+def _read_or_none(path: Path, pseudonym: Pseudonym) -> Header | None:
+    try:
+        return read_header(path, pseudonym)
+    except (OSError, MemoryError):
+        return None
+
+
+def read_headers(
+    root: Path, digests: Mapping[str, str], cache: Path, progress: bool = False
+) -> dict[str, Header | None]:
     """The headers of those files that are DICOM, by path. Those that were read before come from the cache.
+
+    None stands for the header of a file that may be DICOM and may be readable another time, see `is_passing`.
 
     Args:
         root: the folder of the files.
@@ -87,11 +100,19 @@ def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: 
     Raises:
         DataError: there are DICOM files and pydicom is not installed, or the cache folder cannot be written.
     """
+
+    def is_dicom(path: str) -> bool | None:
+        try:
+            return dicom.is_dicom(root / path)
+        except OSError as error:
+            return None if is_passing(error) else False
+
     with ThreadPoolExecutor() as pool:
-        are_dicom = list(pool.map(lambda path: dicom.is_dicom(root / path), digests))
-    paths = [path for path, is_dicom in zip(digests, are_dicom, strict=True) if is_dicom]
+        are_dicom = dict(zip(digests, pool.map(is_dicom, digests), strict=True))
+    paths = [path for path in digests if are_dicom[path]]
+    unread: dict[str, Header | None] = dict.fromkeys(path for path in digests if are_dicom[path] is None)
     if not paths:
-        return {}
+        return unread
     dicom.load_pydicom()
     pseudonym = pseudonyms(cache)
     content = [dicom.VERSION, pseudonym("key", ""), [digests[path] for path in paths]]
@@ -102,7 +123,7 @@ def read_headers(root: Path, digests: Mapping[str, str], cache: Path, progress: 
         kept = []
     if len(kept) != len(paths):
         read = tracked(paths, "Reading DICOM headers", len(paths), shown=progress)
-        kept = [read_header(root / path, pseudonym) for path in read]
+        kept = [_read_or_none(root / path, pseudonym) for path in read]
         if None not in kept:
             replace_file(entry, json.dumps(kept).encode())
-    return {path: header for path, header in zip(paths, kept, strict=True) if header}
+    return unread | dict(zip(paths, kept, strict=True))

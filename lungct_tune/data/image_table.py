@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lungct_tune.data.cache import AT_FIRST
 from lungct_tune.data.dicom_headers import Header, Pseudonym
 from lungct_tune.data.folders import (
     DataError,
@@ -29,7 +30,7 @@ def find_listed(
     root: Path,
     table: Path,
     found: Scan,
-    headers: Mapping[str, Header],
+    headers: Mapping[str, Header | None],
     pseudonym: Pseudonym,
     class_map: Mapping[str, str] | None = None,
 ) -> tuple[Found, dict[str, str]]:
@@ -43,14 +44,16 @@ def find_listed(
         root: the data folder.
         table: the file.
         found: all that is in the data folder.
-        headers: of the DICOM files in it, by path.
+        headers: of the DICOM files in it, by path; None for one that could not be read.
         pseudonym: what hashed the series in `headers`.
         class_map: other names for classes of the table.
 
     Raises:
         DataError: the table is malformed, names an image twice or one that is not there, or has fewer than two classes.
     """
+    unread: list[tuple[str, str]] = []
     if SERIES in read_rows(table):
+        unread = [(path, AT_FIRST) for path, header in headers.items() if header is None]
         rows = _images_of_series(root, table, headers, pseudonym)
     else:
         rows = read_listing(table, ["path", CLASS], found.files, root, root, also=[GROUP])
@@ -61,12 +64,14 @@ def find_listed(
     known = {path: group.name for path, group in listed_groups(root, found.groups, found.files).items()}
     if GROUP in rows:
         known |= rows[GROUP]
-    for path in sorted({*found.files} - {*rows.index}):
+    for path in sorted({*found.files} - {*rows.index} - dict(unread).keys()):
         found.put_aside(UNLISTED, path)
-    return Found(sorted(files), [], sorted(found.unreadable), count_aside(found.aside)), known
+    return Found(sorted(files), [], sorted(found.unreadable + unread), count_aside(found.aside)), known
 
 
-def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], pseudonym: Pseudonym) -> pd.DataFrame:
+def _images_of_series(
+    root: Path, table: Path, headers: Mapping[str, Header | None], pseudonym: Pseudonym
+) -> pd.DataFrame:
     """The class and perhaps the group of each image of the series in the table. The index is the images' paths."""
     rows = read_rows(table)
     if CLASS not in rows:
@@ -74,7 +79,10 @@ def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], ps
     rows = rows[[SERIES, CLASS, *rows.columns.intersection([GROUP])]]
     paths_of: dict[str, list[str]] = {}
     for path, header in headers.items():
-        paths_of.setdefault(header.series, []).append(path)
+        if header:
+            paths_of.setdefault(header.series, []).append(path)
+    unread = next((path for path, header in headers.items() if header is None), None)
+    hint = f"run the command again, since {unread} could not be read, or " if unread else ""
     lines: dict[str, dict[Hashable, str]] = {}
     for number, row in enumerate(rows.to_dict("records"), start=2):
         where = f"{table}, line {number}"  # the series is not in a message, since it identifies a patient
@@ -82,7 +90,7 @@ def _images_of_series(root: Path, table: Path, headers: Mapping[str, Header], ps
             raise DataError(f"{where} has an empty {empty[0]}; fill it, or remove the line")
         paths = paths_of.get(pseudonym("series", row[SERIES]), [])
         if not paths:
-            raise DataError(f"{where}: {root} has no file of this series; correct or remove the line")
+            raise DataError(f"{where}: {root} has no file of this series; {hint}correct or remove the line")
         if paths[0] in lines:
             raise DataError(f"{where} names its series again; remove one of the lines")
         lines |= dict.fromkeys(paths, row)

@@ -17,8 +17,7 @@ import pyarrow.fs
 from lungct_tune.config.window import Window
 from lungct_tune.data.cache import default_cache, file_digest
 from lungct_tune.data.decode import decode
-from lungct_tune.data.dicom import is_dicom
-from lungct_tune.data.dicom_headers import Header, pseudonyms, read_header
+from lungct_tune.data.dicom_headers import pseudonyms, read_header
 from lungct_tune.data.folders import DataError, listed_groups
 from lungct_tune.data.grey import MOST_BYTES
 from lungct_tune.data.scan import scan, why_aside
@@ -39,7 +38,7 @@ class InputImage(NamedTuple):
     """The patient: its group in a groups.csv of the folder, or else the hash of its PatientID (DICOM), or else the
     folder that the file is in."""
     fault: str = ""
-    """Why it cannot be opened, for a folder in its place or a name that is not UTF-8."""
+    """Why it cannot be used: a folder in its place, a name that is not UTF-8, or a header that could not be read."""
     listed_in: str = ""
     """The folder of the groups.csv that gives its group."""
 
@@ -132,8 +131,7 @@ def _images_at(name: str, left_aside: Counter[str]) -> Iterable[InputImage]:
     if path.is_dir():
         return _images_in(path, left_aside)
     if path.exists():
-        header = _header(path)
-        return [InputImage(str(path), header.patient) if header and header.patient else _alone(str(path))]
+        return [_image_at(path)[0]]
     if matches := sorted(glob.glob(str(path), recursive=True)):
         return [image for match in matches for image in _images_at(match, left_aside)]
     raise DataError(f"{name}: there is no such file or folder; give image files, folders, URIs, or a pattern in quotes")
@@ -150,15 +148,14 @@ def _images_in(folder: Path, left_aside: Counter[str]) -> list[InputImage]:
     paths = sorted(found.files)
     listed, images = listed_groups(folder, found.groups, paths), []
     for path in paths:
-        header = _header(folder / path)
-        if header and header.aside:
-            left_aside[header.aside] += 1
+        image, aside = _image_at(folder / path)
+        if aside:
+            left_aside[aside] += 1
         elif path in listed:
             name, file = listed[path]
-            images.append(InputImage(str(folder / path), name, listed_in=str((folder / file).parent)))
+            images.append(image._replace(group=name, listed_in=str((folder / file).parent)))
         else:
-            patient = header.patient if header else ""
-            images.append(InputImage(str(folder / path), patient or str((folder / path).parent)))
+            images.append(image)
     faulty = [InputImage(str(folder / path), str((folder / path).parent), why) for path, why in found.unreadable]
     return images + faulty
 
@@ -191,8 +188,15 @@ def _is_literal(uri: str) -> bool:
     return uri.startswith("fsspec+")
 
 
-def _header(path: Path) -> Header | None:
-    return read_header(path, _pseudonyms(default_cache())) if is_dicom(path) else None
+def _image_at(path: Path) -> tuple[InputImage, str]:
+    """A file with its patient, as far as its header says it, and why it is left aside, see `Header`."""
+    image = InputImage(str(path), str(path.parent))
+    try:
+        header = read_header(path, lambda kind, value: _pseudonyms(default_cache())(kind, value))
+    except (OSError, MemoryError) as error:  # it may be readable by now, but not its patient
+        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        return image._replace(fault=f"{reason}; run the command again"), ""
+    return image._replace(group=header.patient or image.group), header.aside
 
 
 def _alone(source: str) -> InputImage:

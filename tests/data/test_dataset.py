@@ -346,7 +346,7 @@ def test_a_file_that_could_not_be_opened_at_first_is_no_copy(root: Path, monkeyp
     """Without a digest two files would pass for identical."""
     two_classes(root)
     monkeypatch.setattr("lungct_tune.data.dataset.file_digest", lambda path: "" if path.name == "0.png" else path.name)
-    with pytest.raises(DataError, match=r"normal/0\.png: it could not be opened at first; run the command again"):
+    with pytest.raises(DataError, match=r"normal/0\.png: it could not be read at first; run the command again"):
         read_images(root, 16)
 
 

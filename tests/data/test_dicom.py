@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import struct
 import zlib
@@ -25,7 +24,7 @@ from lungct_tune.config.window import WINDOWS, Window, parse_window
 from lungct_tune.data import DataError, dicom, read_images, split_images
 from lungct_tune.data.decode import decode
 from lungct_tune.data.dicom import ANNOTATED, CAPTURES, LOCALISERS, NO_IMAGES, is_dicom
-from lungct_tune.data.dicom_headers import pseudonyms, read_header
+from lungct_tune.data.dicom_headers import read_header
 from lungct_tune.data.inputs import find_inputs
 from lungct_tune.reporting.audit_page import audit_page
 
@@ -197,39 +196,6 @@ def test_groups_and_fingerprint_do_not_depend_on_the_users_key(tmp_path: Path) -
     assert first.fingerprint == second.fingerprint
     assert list(first.table["group"]) == list(second.table["group"])
     assert read_images(root, 32, cache=tmp_path / "one", window=WINDOWS["mediastinum"]).fingerprint != first.fingerprint
-
-
-def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = slices(tmp_path / "data")
-    before = read_images(root, 32, cache=tmp_path / "cache").table
-    monkeypatch.setattr(dicom, "read_header", None)
-    pd_equal = read_images(root, 32, cache=tmp_path / "cache").table
-    assert before.equals(pd_equal)
-
-
-@pytest.mark.parametrize("failure", [MemoryError(), OSError(errno.EIO, "Input/output error")])
-def test_a_header_that_can_be_read_again_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
-) -> None:
-    root = slices(tmp_path / "data", PatientID="one")
-
-    def fail(*arguments: Any) -> None:
-        raise failure
-
-    with monkeypatch.context() as broken:
-        broken.setattr("pydicom.filereader.read_partial", fail)
-        with pytest.raises(DataError, match=r"normal/0: (MemoryError|.*Input/output error)"):
-            read_images(root, 32, cache=tmp_path / "cache")
-    assert read_images(root, 32, cache=tmp_path / "cache").table["has_patient"].all()
-
-
-def test_hashes_are_those_of_one_user(tmp_path: Path) -> None:
-    path = write_slice(tmp_path / "x", SLICE, PatientID="17")
-    first, again, other = (read_header(path, pseudonyms(tmp_path / name)) for name in ("one", "one", "two"))
-    assert first == again and first.patient != other.patient and first.series != other.series
-    assert first.patient.removeprefix("patient-") != "17" and len(first.patient) == 24
-    key = tmp_path / "one/pseudonyms.key"
-    assert key.stat().st_size == 32 and key.stat().st_mode & 0o77 == 0
 
 
 ASIDE = {
