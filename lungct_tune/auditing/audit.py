@@ -203,6 +203,7 @@ def _groups(images: ImageSet, split: np.ndarray) -> dict[str, Any]:
         "by_class": {name: int(of_class[label]) for label, name in enumerate(images.classes)},
         "images_in_groups_csv": int(images.table["is_listed"].sum()),
         "images_with_patient_id": int(images.table["has_patient"].sum()),
+        "patients_known": images.patients_known,
         "groups_from_patient_ids": int(groups[images.table["has_patient"]].nunique()),
         "of_several_classes": int((images.table.groupby("group")["label"].nunique() > 1).sum()),
         "cut_by_the_split": int((pd.Series(split).groupby(groups.to_numpy()).nunique() > 1).sum()),

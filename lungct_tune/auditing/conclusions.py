@@ -167,7 +167,7 @@ def _advice(audit: dict[str, Any], leaking: set[str]) -> Iterator[str]:
             yield f"Get images of all classes from one source: recognising {names} proves nothing here."
     if audit["conflicts"]:
         yield "Find out which class the images under several classes belong to, and remove the wrong copies."
-    if audit["groups"]["images_in_groups_csv"] + audit["groups"]["images_with_patient_id"] < audit["images"]:
+    if not audit["groups"]["patients_known"]:
         yield (
             "Slices of one patient that look different are not recognised. If you know the patients, list them in "
             "groups.csv."

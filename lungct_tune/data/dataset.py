@@ -76,6 +76,16 @@ class ImageSet:
     left_aside: tuple[LeftAside, ...] = ()
     """The files in the folder that are no images, by reason."""
 
+    @property
+    def is_known_N(self) -> np.ndarray:
+        """(N,) bool: whether an image's patient is known; the group of the others was found by likeness."""
+        return (self.table["is_listed"] | self.table["has_patient"]).to_numpy(dtype=bool)
+
+    @property
+    def patients_known(self) -> bool:
+        """Whether the patients of all images are known, so that a grouped split has parted them."""
+        return bool(self.is_known_N.all())
+
     def copy_numbers(self) -> np.ndarray:
         """(N,) int: images with the same number are copies of one another."""
         row_of = {path: row for row, path in enumerate(self.table["path"])}

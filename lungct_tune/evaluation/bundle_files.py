@@ -94,7 +94,6 @@ class BundleFiles:
         images, test = self.split.images, self.split.test_rows
         rows = images.table.iloc[test]
         labels_N, groups_N = (rows[column].to_numpy() for column in ("label", "group"))
-        is_known = (rows["is_listed"] | rows["has_patient"]).all()  # then the split has parted the patients
         scaling, point = self._calibrate(best)
         probabilities_NC = _averaged(retrained, scaling)
         uncalibrated_NC = np.mean([model.probabilities_NC for model in retrained], axis=0)
@@ -107,7 +106,7 @@ class BundleFiles:
             scaling=scaling,
             references=self._references(published),
             overlap_N=group_overlap(images, self.split.split),
-            similarity_N=None if is_known else most_similar(images, test, self.split.searched_rows)[0],
+            similarity_N=None if images.patients_known else most_similar(images, test, self.split.searched_rows)[0],
             threshold=point.threshold if point else HALF,
             at_95_specificity=point.at_95_specificity if point else None,
         )

@@ -64,6 +64,7 @@ class _Groups(BaseModel):
     images_in_groups_csv: int
     images_with_patient_id: int = 0
     groups_from_patient_ids: int = 0
+    patients_known: bool | None = None
     of_several_classes: int
     cut_by_the_split: int
     by_threshold: list[dict[Literal["threshold", "groups"], float]]

@@ -171,6 +171,12 @@ class SearchResults:
         groups = self.audit["groups"] if self.audit else {}
         return sum(groups.get(name, 0) for name in ("images_in_groups_csv", "images_with_patient_id"))
 
+    @property
+    def patients_known(self) -> bool:
+        """Whether the patients of all images are known, see `ImageSet.patients_known`."""
+        known = self.audit["groups"].get("patients_known") if self.audit else False
+        return self.listed == len(self.split) if known is None else bool(known)  # earlier versions only count them
+
     @cached_property
     def counts(self) -> dict[str, list[int]]:
         """Images of each class in train, valid and test."""

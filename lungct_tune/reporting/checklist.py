@@ -52,7 +52,7 @@ def checklist(found: SearchResults) -> list[Item]:
 
 
 def _of_patients(found: SearchResults) -> list[Item]:
-    patients = "split.csv has their groups" if found.listed == len(found.split) else "groups stand for patients"
+    patients = "split.csv has their groups" if found.patients_known else "groups stand for patients"
     return [
         ("ethics approval and consent", USER, ""),
         ("source of the images: sites, dates, scanners, dose, reconstruction", USER, "image files do not say it"),

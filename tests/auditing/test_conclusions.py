@@ -32,7 +32,7 @@ def figures_of(leaks: tuple[str, ...] = (), alike: tuple[str, ...] = (), **more:
         "permuted": None,
         "conflicts": [],
         "shortcuts": {"given_away": []},
-        "groups": {"by_class": {"cancer": 9, "normal": 9}, "images_in_groups_csv": 50, "images_with_patient_id": 10},
+        "groups": {"by_class": {"cancer": 9, "normal": 9}, "patients_known": True},
         "inventory": {
             "unreadable": [],
             "without_content": [],

@@ -119,12 +119,13 @@ def test_what_is_judged_is_the_mean_of_the_members_calibrated_probabilities(
     assert final.metrics.test.references["published"].accuracy.value == 0, "averaged in the same way"
 
 
-def test_figures_by_likeness_are_for_images_whose_patients_are_not_known(
+def test_figures_by_likeness_are_given_unless_the_patients_of_all_images_are_known(
     finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
 ) -> None:
     search, split = finished
     assert final.metrics.test is not None and final.metrics.test.by_likeness is None, "groups.csv has the patients"
-    images = replace(search.images, table=search.images.table.assign(is_listed=False))
+    all_but_one_N = np.arange(len(split.split)) != split.searched_rows[0]
+    images = replace(search.images, table=search.images.table.assign(is_listed=all_but_one_N))
     best = best_trial(finished_trials(search.study))
     assert best is not None
     files = BundleFiles(search.plan, replace(split, images=images), {}, search.study, slots=1)
