@@ -186,9 +186,10 @@ class DataSplit:
         return replace(self, fold=fold)
 
     def as_csv(self) -> bytes:
-        """split.csv: path, label, group and split of every image, and its fold if there are folds."""
+        """split.csv: path, label, group, whether its patient is known, and split of every image; its fold if any."""
         label = [self.images.classes[label] for label in self.images.table["label"]]
-        table, columns = self.images.table.assign(split=self.split, label=label), ["path", "label", "group", "split"]
+        table = self.images.table.assign(split=self.split, label=label, patient_known=self.images.is_known_N)
+        columns = ["path", "label", "group", "patient_known", "split"]
         if self.fold is not None:
             table = table.assign(fold=pd.Series(self.fold, index=table.index, dtype="Int64").replace(-1, pd.NA))
             columns.append("fold")
@@ -216,7 +217,7 @@ def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
 
     Args:
         file: a CSV with the columns path (relative to the data folder), split (train, valid or test) and, if the
-            groups are known too, group. It has a line for every image.
+            groups are known too, group. It has a line for every image. It may be the split.csv of another search.
 
     Returns:
         The images, with the groups of the file if it has them, and the split of each, (N,) str. Groups of the file
@@ -227,7 +228,9 @@ def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
     """
     paths = images.table["path"]
     left_out = [*(path for path, _ in images.unreadable), *(path for twins in images.conflicts for path in twins)]
-    rows = read_listing(file, ["path", "split"], [*paths, *left_out], images.root, images.root, also=["group"])
+    rows = read_listing(
+        file, ["path", "split"], [*paths, *left_out], images.root, images.root, also=["group", "patient_known"]
+    )
     if wrong := sorted(set(rows["split"]) - set(SPLITS)):
         path = rows.index[rows["split"] == wrong[0]][0]
         raise DataError(f"{file}: the split of {path} is {wrong[0]!r}; it must be one of {', '.join(SPLITS)}")
@@ -243,20 +246,28 @@ def read_split(images: ImageSet, file: Path) -> tuple[ImageSet, np.ndarray]:
     _check_train_has_all_classes(images, split == "train", f"{file}: train")
     if "group" in rows:
         joined_N = join_groups(images.copy_numbers(), rows["group"].tolist())
-        group = rows["group"].groupby(joined_N).transform("first").to_numpy()
-        images = _with_listed_groups(images, group)
+        images = _with_groups(images, rows.assign(group=rows["group"].groupby(joined_N).transform("first")))
     return images, split
 
 
-def _with_listed_groups(images: ImageSet, group: np.ndarray) -> ImageSet:
-    return replace(images, table=images.table.assign(group=group, is_listed=True, has_patient=False))
+def _with_groups(images: ImageSet, rows: pd.DataFrame) -> ImageSet:
+    """The images with the groups of a split file, which are known patients unless it says that they are not.
+
+    The groups that were found anyway change nothing: a split.csv has a group for each image, also where no patient is
+    known, and that of an earlier version does not say so.
+    """
+    group = rows["group"].to_numpy()
+    if list(group) == list(images.table["group"].astype(str)):
+        return images
+    is_known = rows["patient_known"].astype(str).str.lower().to_numpy() != "false" if "patient_known" in rows else True
+    return replace(images, table=images.table.assign(group=group, is_listed=is_known, has_patient=False))
 
 
 def restore_split(images: ImageSet, csv: bytes, *, groups: bool) -> DataSplit:
     """The split of a search that is continued, from its split.csv, so that no later version splits its images again.
 
     Args:
-        groups: whether its groups are used where they differ, because they came from a split file.
+        groups: whether its groups are used, because they came from a split file.
 
     Raises:
         KeyError, ValueError: it is not the split of these images.
@@ -265,8 +276,7 @@ def restore_split(images: ImageSet, csv: bytes, *, groups: bool) -> DataSplit:
     split = rows["split"].to_numpy(dtype=str)
     if not set(split) <= set(SPLITS):
         raise ValueError(f"a split is called {min(set(split) - set(SPLITS))!r}")
-    group = rows["group"].to_numpy()
-    if groups and list(group) != list(images.table["group"].astype(str)):  # else the split file had no groups
-        images = _with_listed_groups(images, group)
+    if groups:
+        images = _with_groups(images, rows)
     fold = rows["fold"].replace("", "-1").astype(float).to_numpy(dtype=int) if "fold" in rows else None
     return DataSplit(images, split, fold)

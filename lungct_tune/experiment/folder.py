@@ -43,7 +43,7 @@ class Experiment:
     """`<storage>/<name>/`, on this machine, a shared file system or an object store.
 
     settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml: the search space
-    split.csv       every image: path, class, group, split
+    split.csv       every image: path, class, group, whether its patient is known, split
     audit.json      the audit of these images
     study.journal   the Optuna study, a line for each change. With remote storage it is in `local_folder`, and study/
                     has a copy in parts, see study_mirror.py. Older searches have study.db, a SQLite database

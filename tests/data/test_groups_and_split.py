@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from lungct_tune.data import (
     split_images,
 )
 from lungct_tune.data import groups as groups_module
-from lungct_tune.data.split import restore_split, split_and_fold
+from lungct_tune.data.split import DataSplit, restore_split, split_and_fold
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,8 @@ def an_image_set(labels: list[int], groups: list[int], folders: list[str] | None
             "label": labels,
             "digest": [str(i) for i in range(n)],
             "group": groups,
+            "is_listed": False,
+            "has_patient": False,
         }
     )
     classes = tuple(f"class {label}" for label in range(max(labels) + 1))
@@ -298,6 +301,35 @@ def test_a_split_file_gives_split_and_groups(tmp_path: Path) -> None:
     without = split_and_fold(images, "grouped", None, 0, split_file(images, split=SPLIT_OF_EIGHT))
     pd.testing.assert_series_equal(without.images.table["group"], images.table["group"])
     assert not restore_split(images, without.as_csv(), groups=True).images.table["is_listed"].any()
+
+
+def assert_known(images: ImageSet, file: Path, known: list[int]) -> None:
+    """Also after --resume."""
+    split = split_and_fold(images, "grouped", None, 0, file)
+    again = restore_split(images, split.as_csv(), groups=True)
+    for table in (split.images.table, again.images.table):
+        assert list(np.flatnonzero(table["is_listed"] | table["has_patient"])) == known
+    pd.testing.assert_frame_equal(split.images.table, again.images.table)
+
+
+@pytest.mark.parametrize("known", [[], [0, 5], [*range(8)]], ids=["none", "some", "all"])
+def test_the_split_csv_of_another_search_says_which_patients_are_known(tmp_path: Path, known: list[int]) -> None:
+    images, file = read_images(two_classes(tmp_path, images=4), 32), tmp_path / "split.csv"
+    others = images.table.assign(group=images.table["group"] // 2, is_listed=np.isin(range(8), known))
+    file.write_bytes(DataSplit(replace(images, table=others), np.array(SPLIT_OF_EIGHT), None).as_csv())
+    assert_known(images, file, known)
+    file.write_text(file.read_text().replace("True", "TRUE").replace("False", "FALSE"))  # as spreadsheets write it
+    assert_known(images, file, known)
+
+
+@pytest.mark.parametrize("patients", [False, True])
+def test_the_groups_found_by_likeness_are_no_patients_because_an_earlier_split_csv_names_them(
+    tmp_path: Path, patients: bool
+) -> None:
+    images = read_images(two_classes(tmp_path, images=4), 32)
+    images = replace(images, table=images.table.assign(has_patient=patients))
+    file = split_file(images, split=SPLIT_OF_EIGHT, group=images.table["group"].tolist())
+    assert_known(images, file, [*range(8)] if patients else [])
 
 
 def test_the_folds_of_a_continued_search_are_those_of_its_split_csv() -> None:

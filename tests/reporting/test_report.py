@@ -180,7 +180,8 @@ def test_a_model_card_says_that_split_and_groups_were_given(
 ) -> None:
     images = read_images(phantoms, 32, progress=False)
     rows = pd.DataFrame({"path": images.table["path"], "split": split_images(images, "grouped", 0)})
-    rows.assign(group=images.table["group"]).to_csv(tmp_path / "split.csv", index=False)
+    rows["group"] = [f"patient {group}" for group in images.table["group"]]
+    rows.to_csv(tmp_path / "split.csv", index=False)
     images = replace(images, table=images.table.assign(is_listed=False))  # without groups.csv
     audit = audit_images(*read_split(images, tmp_path / "split.csv"), "file")
     given = replace(found, settings=found.settings | {"split_file": "split.csv"}, audit=audit)
