@@ -58,7 +58,7 @@ def print_predictions(
         for _, row in table.iterrows():
             _print_row(row, classifier.classes, console)
     read, unread = rows[rows["unreadable"] == ""], rows[rows["unreadable"] != ""]
-    counted = table[table["class"].notna()] if "class" in table else table.iloc[:0]
+    counted = table[table["class"].notna()]
     what = "image" if patients is None else "patient"
     counts = ", ".join(f"{name} {n}" for name, n in counted["class"].value_counts().items()) if len(counted) else "none"
     console.print(f"classified: {number_of(len(counted), what)} ({counts})", soft_wrap=True, markup=False)
