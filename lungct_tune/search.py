@@ -17,7 +17,7 @@ from rich.console import Console
 from lungct_tune.cli import exit_status, terminal
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.display import Display, print_prose
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
     from concurrent.futures import Future
@@ -54,7 +54,6 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
     Args:
         settings: the user's settings; with `resume`, only the settings to change.
         given: the names of the fields that the user set.
-        console: the terminal.
 
     Raises:
         UserError: a subclass from one of the packages, with a message for the user.
@@ -70,20 +69,22 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             import lungct_tune.reporting.console
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
-        address, verbose = plan.settings.address, plan.settings.verbose
+        settings = plan.settings
         with plan.resumable():
-            if plan.settings.plan and starts_here(address):
+            if settings.plan and starts_here(settings.address):
                 plan, split, _ = load_and_audit(plan, display)
+                if settings.weights != "none":  # else torch would be imported for nothing
+                    plan.read_weights()
                 announce(plan, split, "", display)
                 return
-            with joined_meanwhile(address, verbose, plan.experiment.name, display) as dashboard:
+            with joined_meanwhile(settings.address, settings.verbose, plan.experiment.name, display) as dashboard:
                 plan, split, audit = load_and_audit(plan, display, dashboard)
                 weights = plan.read_weights()
                 outlook = announce(plan, split, dashboard.result(), display)
-                if plan.settings.plan:
+                if settings.plan:
                     return
                 with start_search(plan, split, audit, outlook, weights, display) as run:
-                    if plan.settings.hold_test:
+                    if settings.hold_test:
                         lungct_tune.reporting.console.print_held(plan, run.search(), console)
                         return
                     with run.final_slots() as slots:
@@ -216,7 +217,7 @@ class SearchRun:
 
         settings, slots = self.plan.settings, self.outlook.resources.slots
         assert settings.trials is not None  # decided by the plan
-        self._announce(f"searching, {slots} trials at a time")
+        self._announce(f"searching, {number_of(slots, 'trial')} at a time")
         run_search(
             self.study,
             self.plan.space,

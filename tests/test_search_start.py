@@ -14,7 +14,8 @@ import pytest
 from lungct_tune.config.settings import Settings
 from lungct_tune.experiment.bundle import CONFIG, write_bundle
 from lungct_tune.experiment.plan import PlanError, plan_search
-from lungct_tune.search import start_search
+from lungct_tune.filesystem import StorageError
+from lungct_tune.search import main, start_search
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ def test_what_is_refused_at_once_starts_no_cluster(arguments: list[str], says: s
 def refused_at_its_start(plan: Plan) -> PlanError:
     """What a search says that has read its images, and begins."""
     nothing: Any = SimpleNamespace()
-    display: Any = SimpleNamespace(step=lambda step: nullcontext())
+    display: Any = SimpleNamespace(step=lambda step: nullcontext(), console=None)
     with (
         pytest.raises(PlanError) as refused,
         plan.resumable(),
@@ -68,3 +69,25 @@ def test_what_another_process_did_while_images_were_read_is_not_done_again(
     write_bundle(first.experiment, {CONFIG: b"{}"})
     ended = refused_at_its_start(again)
     assert "one is finished; its model is in" in str(ended) and not hasattr(ended, "__notes__")
+
+
+def test_a_plan_is_of_weights_that_can_be_read(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(phantoms), "--storage", str(tmp_path), "--image-size", "32", "--weights", "nosuch.pth"]
+    assert main([*words, "--plan"]) == 2
+    assert "nosuch.pth" in capsys.readouterr().err
+
+
+def test_a_storage_where_no_folder_can_be_made_is_refused_before_the_images_are_read(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    asked = {"data": phantoms, "image_size": 32, "weights": "none"}
+    with pytest.raises(StorageError, match=r"notes\.txt is a file; choose another --storage"):
+        plan_search(Settings.model_validate(asked | {"storage": f"{file}/results"}), set())
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    with pytest.raises(StorageError, match="may not be written; choose another --storage"):
+        plan_search(Settings.model_validate(asked | {"storage": str(tmp_path)}), set())
+    assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]

@@ -109,7 +109,9 @@ class Settings(BaseModel):
     split_seed: Seed = Field(
         0, description="the seed of the grouped split and of the folds (0)", json_schema_extra={"metavar": "N"}
     )
-    split_file: Path | None = _flag("instead, a split of your own: CSV of path, split and, if known, group", "FILE")
+    split_file: Path | None = _flag(
+        "a split of your own instead of --split: CSV of path, split and, if known, group", "FILE"
+    )
     folds: Annotated[int, Field(ge=1, le=50)] | None = _flag(
         "evaluate each trial by cross-validation over train and validation; 1 is off (5 for fewer than 2,000 images "
         "of yours on GPUs, else 1)",
@@ -173,6 +175,8 @@ class Settings(BaseModel):
                 f"batch_size {self.batch_size} gives each of {self.workers} workers a single image: "
                 "batch normalisation needs at least two"
             )
+        if self.split_file and self.split == "official":
+            raise ValueError("split official and split_file are two splits; give one of them")
         if self.resume and self.judge:
             raise ValueError("resume and judge are two things to do with a search; give one of them")
         folds = self.folds or (FOLDS if self.ensemble else 1)
@@ -383,4 +387,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {_shown(values)}")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    fields = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(fields) < len(values):
+        twice = ", ".join(key for key in values if "-" in key and key.replace("-", "_") in values)
+        raise SettingsError(f"settings file {path}: {twice} is there twice, with - and with _; remove one of the two")
+    return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator
@@ -218,6 +219,7 @@ def _new(asked: Settings) -> Plan:
     of = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(settings.data or "phantoms").name)
     name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{of}"
     experiment = Experiment.at(settings.storage, name)
+    _check_place(experiment)
     _check_may_run(experiment, is_new=True)
     assert settings.space is not None  # decided by for_data()
     text = read_space(settings.space)
@@ -236,6 +238,20 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
     _check_may_run(experiment, is_new=False)
     changed = {field: getattr(asked, field) for field in given & CHANGEABLE}
     return replace(plan, settings=validate(begun.model_dump() | {"storage": asked.storage} | changed))
+
+
+def _check_place(experiment: Experiment) -> None:
+    """Checks without writing anything that a folder on this machine can be made.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    if experiment.is_local:
+        above = next(path for path in Path(experiment.uri).parents if os.path.exists(path))
+        if not above.is_dir():
+            raise StorageError(f"{experiment.uri} cannot be made: {above} is a file; choose another --storage")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise StorageError(f"{experiment.uri} cannot be made: {above} may not be written; choose another --storage")
 
 
 def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:

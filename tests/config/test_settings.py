@@ -31,6 +31,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert given == {"trials", "image_size", "class_map"}
 
 
+def test_a_field_that_the_file_has_in_both_spellings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("trials: 7\nimage-size: 96\nimage_size: 64\n")
+    with pytest.raises(SettingsError, match=r"mine\.yaml: image-size is there twice, with - and with _"):
+        read_settings(["--settings", str(file)])
+
+
 def test_class_map_from_the_command_line() -> None:
     settings, _ = read_settings(["--class-map", "Benign cases=benign, tumour=cancer"])
     assert settings.class_map == {"Benign cases": "benign", "tumour": "cancer"}
@@ -42,6 +49,7 @@ def test_class_map_from_the_command_line() -> None:
         (["--trials", "0"], ["trials", "'0'", "the least is 1"]),
         (["--image-size", "big"], ["image_size", "'big'", "whole number"]),
         (["--split", "random"], ["split", "'random'", "expected grouped or official"]),
+        (["--split", "official", "--split-file", __file__], ["split official and split_file", "one of them"]),
         (["--folds", "0"], ["folds", "'0'", "the least is 1"]),
         (["--folds", "2", "--workers", "3"], ["workers 3 with folds 2", "whole folds"]),
         (["--ensemble", "--workers", "6"], ["workers 6 with folds 5", "whole folds"]),
