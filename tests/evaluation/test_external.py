@@ -185,6 +185,7 @@ def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Pat
         (["--map", "normal=malignant"], "normal=malignant: this bundle's images can be adenocarcinoma, large cell"),
         (["--map", "normal"], "expected FOLDER=CLASS[,FOLDER=CLASS...]"),
         (["--map", ",".join(f"{name}=other" for name in (*CANCERS, "normal"))], "expected at least two"),
+        (["--map", "Normals=other"], "is called 'Normals' (did you mean normal?); there are adenocarcinoma, "),
         (["--data", "UNKNOWN"], "the classes of these folders"),
         (["--data", "EMPTY"], "found no images"),
         (["--data", "nowhere"], "nowhere is not a folder"),
