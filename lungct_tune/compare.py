@@ -65,10 +65,10 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.experiment.folder import Experiment
     from lungct_tune.experiment.kept_settings import SETTINGS
     from lungct_tune.reporting.comparison_page import comparison_page, print_comparison, print_searches
-    from lungct_tune.reporting.output_file import check_free
+    from lungct_tune.reporting.output_file import GENERATOR, check_output
 
     if asked.html:
-        check_free(asked.html, "--html")
+        check_output(asked.html, "--html", GENERATOR)
     sources = [asked.first, *asked.others]
     folders = [Experiment.from_uri(source) for source in sources]
     are_searches = [folder.exists(SETTINGS) for folder in folders]
