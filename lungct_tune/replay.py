@@ -30,7 +30,8 @@ examples:
   python -m lungct_tune.replay 2026-11-23-054807-phantoms 3      trial 3 of an experiment in ./results
   python -m lungct_tune.replay s3://bucket/lungct_tune/NAME 12 --data chest-ctscan
 
-On CPUs with the same versions the figures are the same to the last digit.
+On CPUs with the same versions the figures are the same to the last digit. The last digits differ for a trial that was
+interrupted, if more than two workers shared its batches.
 Exit status: 0 if the figures are the same, 1 if they differ, 2 if the trial cannot be trained again.
 """
 

@@ -25,7 +25,7 @@ from lungct_tune.evaluation.calibration import calibrated, fit_temperature
 from lungct_tune.evaluation.inference import build_model
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.evaluation.operating_point import choose_operating_point
-from lungct_tune.evaluation.training_features import TrainingFeatures
+from lungct_tune.evaluation.training_features import TrainingFeatures, can_hold_out
 from lungct_tune.experiment.bundle import AUDIT, LEARNED, RetrainedModel, as_json, versions
 from lungct_tune.experiment.folder import VALID, trial_folder
 from lungct_tune.experiment.looks import count_look
@@ -97,9 +97,7 @@ class BundleFiles:
         is_known = (rows["is_listed"] | rows["has_patient"]).all()  # then the split has parted the patients
         scaling, point = self._calibrate(best)
         probabilities_NC = _averaged(retrained, scaling)
-        uncalibrated_NC = retrained[0].probabilities_NC
-        if len(retrained) > 1 and scaling:  # as the bundle's model gives them, see `Ensemble`
-            uncalibrated_NC = calibrated(probabilities_NC, 1 / scaling.temperature)
+        uncalibrated_NC = np.mean([model.probabilities_NC for model in retrained], axis=0)
         figures = evaluate_predictions(
             labels_N,
             probabilities_NC,
@@ -144,18 +142,25 @@ class BundleFiles:
         return references
 
     def _training_features(self, bundle: Bundle, kept: bytes | None) -> bytes | None:
-        """training_features.safetensors; None if a retraining of an earlier version kept no features."""
+        """training_features.safetensors; None without a threshold, or if an earlier version kept no features.
+
+        There is no threshold if train and validation are of one group, such as one hospital: distances in the group
+        that the Gaussian is fitted to are too short for images of others.
+        """
         if kept is None:
             return None
         table, images_NHW = self.split.images.table, self.split.images.images_NHW
         with np.load(io.BytesIO(kept)) as sample:
             rows, features_ND = sample["rows"], sample["features"]
+        groups_N = table["group"].to_numpy()[rows]
+        if not can_hold_out(groups_N):
+            return None
         some = np.sort(np.random.default_rng(0).permutation(rows)[:MAPS])
         model = build_model(bundle.config, bundle.weights)
         scale = evidence_scale(
             model, images_NHW[some], table["label"].to_numpy()[some], self.plan.settings.normalisation
         )
-        return TrainingFeatures.fit(features_ND, table["group"].to_numpy()[rows], scale).as_bytes()
+        return TrainingFeatures.fit(features_ND, groups_N, scale).as_bytes()
 
     def _calibrate(self, best: TrialRecord) -> tuple[TemperatureScaling | None, OperatingPoint | None]:
         """Temperature and operating point for a trial's configuration, on images that it was not trained on."""

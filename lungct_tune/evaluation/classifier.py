@@ -24,7 +24,7 @@ from lungct_tune.experiment.bundle import FEATURES, LEARNED
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.metrics import HALF, FittedOn, TemperatureScaling
 from lungct_tune.experiment.predictions import probability_columns
-from lungct_tune.models.ensemble import Model
+from lungct_tune.models.ensemble import Model, members_of
 from lungct_tune.models.features import feature_channels, recorded_features
 from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -43,9 +43,9 @@ class Classified:
 
     classes: tuple[str, ...]
     uncalibrated_NC: np.ndarray
-    """The network's own probabilities; of an ensemble the averaged ones with the temperature undone."""
+    """The network's own probabilities; of an ensemble the mean of its members'."""
     probabilities_NC: np.ndarray
-    """Calibrated, float64, in the order of `classes`; rows sum to 1."""
+    """Calibrated, float64, in the order of `classes`; rows sum to 1. Of an ensemble the mean of its members'."""
     threshold: float
     """The operating point: the probability of cancer above which an image counts as cancer."""
     seen_N: np.ndarray | None
@@ -88,7 +88,7 @@ class Classifier:
     learned: LearnedImages | None
     """None where a bundle of an earlier version does not list its training images."""
     features: TrainingFeatures | None
-    """None where a bundle of an earlier version, or of a search that has not ended, does not have them."""
+    """None where a bundle of an earlier version, of a search that has not ended, or of one group does not have them."""
     device: str | None = None
     """Where it computes. None: on the GPU if there is one. A GPU computes in lower precision than a CPU."""
 
@@ -153,19 +153,20 @@ class Classifier:
             ClassifyError: they are not such images.
         """
         self._check(images_NHW)
-        uncalibrated_NC, features_ND = self._compute(images_NHW)
+        uncalibrated_MNC, features_ND = self._compute(images_NHW)
+        temperature = self.scaling.temperature if self.scaling else 1.0
         digests_N = [""] * len(images_NHW) if digests_N is None else digests_N
         return Classified(
             classes=self.classes,
-            uncalibrated_NC=uncalibrated_NC,
-            probabilities_NC=calibrated(uncalibrated_NC, self.scaling.temperature) if self.scaling else uncalibrated_NC,
+            uncalibrated_NC=uncalibrated_MNC.mean(axis=0),
+            probabilities_NC=np.mean([calibrated(member_NC, temperature) for member_NC in uncalibrated_MNC], axis=0),
             threshold=self.threshold,
             seen_N=self.learned.seen(images_NHW, digests_N) if self.learned else None,
             distance_N=self.features.distances(features_ND) if self.features else None,
         )
 
     def _compute(self, images_NHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The network's probabilities (N, C) and pooled features (N, D).
+        """The uncalibrated probabilities of each network of the model (M, N, C), and pooled features (N, D).
 
         With another size of the batch, or another number of threads, the libraries sum in another order, and the last
         digits change. So a GPU always gets `BATCH` images, the last of them black if there are fewer. A CPU computes
@@ -174,7 +175,7 @@ class Classifier:
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu, threads = device.type == "cuda", torch.get_num_threads()
         at_once, side = BATCH if on_gpu else 1, self.image_size
-        self.model.to(device).eval()
+        members, normalisation = members_of(self.model.to(device).eval()), self.config["settings"]["normalisation"]
 
         @torch.inference_mode()
         def compute(start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,9 +183,9 @@ class Classifier:
             batch_NHW = np.zeros((at_once, side, side), np.uint8)
             batch_NHW[: len(some_NHW)] = some_NHW
             grey_N1HW = as_grey(torch.from_numpy(batch_NHW).to(device))
-            logits_NC = forward(self.model, grey_N1HW, self.config["settings"]["normalisation"])
-            probabilities_NC, pooled_ND = (values[: len(some_NHW)] for values in (logits_NC.softmax(dim=1), features()))
-            return probabilities_NC.cpu().numpy(), pooled_ND.cpu().numpy()
+            logits_MNC = torch.stack([forward(member, grey_N1HW, normalisation) for member in members])
+            probabilities_MNC, pooled_ND = logits_MNC.softmax(dim=2)[:, : len(some_NHW)], features()[: len(some_NHW)]
+            return probabilities_MNC.cpu().numpy(), pooled_ND.cpu().numpy()
 
         try:
             with (
@@ -195,11 +196,11 @@ class Classifier:
         finally:
             torch.set_num_threads(threads)  # what the pool's threads have set is the default of new threads
         none = (
-            np.empty((0, len(self.classes)), np.float32),
+            np.empty((len(members), 0, len(self.classes)), np.float32),
             np.empty((0, feature_channels(self.model)), np.float32),
         )
-        uncalibrated_NC, features_ND = map(np.concatenate, zip(none, *outputs, strict=True))
-        return uncalibrated_NC, features_ND
+        uncalibrated, features_of = zip(none, *outputs, strict=True)
+        return np.concatenate(uncalibrated, axis=1), np.concatenate(features_of)
 
     def classify_files(self, sources: Sequence[str | Path]) -> pd.DataFrame:
         """Reads images from files and classifies them. Their size, window and grey values are the bundle's.
@@ -242,7 +243,8 @@ class Classifier:
         if self.features is None:
             raise ClassifyError(
                 f"{self.folder} has no {FEATURES}, which has the common scale of heat maps: it was made by an earlier "
-                "version, or its search has not ended. Run the search again, or pull the bundle when it has ended"
+                "version, its search has not ended, or all that it learned from is one group. Run the search again, "
+                "pull the bundle when it has ended, or give smaller groups, such as patients"
             )
         normalisation, scale = self.config["settings"]["normalisation"], self.features.evidence_scale
         maps_N1hw, _ = grad_cam(self.model, images_NHW, classes_N[:, None], normalisation, scale)

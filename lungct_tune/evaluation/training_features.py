@@ -55,7 +55,7 @@ class TrainingFeatures:
 
         Args:
             features_ND: of training images; none is negative.
-            groups_N: the group of each image; at least two.
+            groups_N: the group of each image; see `can_hold_out`.
         """
         held_out_N = np.empty(len(features_ND))
         for fitted, others in GroupKFold(min(FOLDS, len(np.unique(groups_N)))).split(features_ND, groups=groups_N):
@@ -96,6 +96,11 @@ class TrainingFeatures:
         if threshold <= 0 or scale <= 0:
             raise BundleError(f"{FEATURES}: threshold and scale must be above 0; fetch the bundle again")
         return cls(mean_D, whitening_DD, threshold, scale)
+
+
+def can_hold_out(groups_N: np.ndarray) -> bool:
+    """Whether a Gaussian can be fitted without the images of a group: two or more are in others, whichever it is."""
+    return bool(len(groups_N) - np.unique(groups_N, return_counts=True)[1].max() >= 2)
 
 
 def _fit(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,8 +36,8 @@ PERCENTILES = (8, 92)
 PACE_ERROR, MOST_ERROR = 0.08, 0.4
 """Standard deviation of the logarithm of all that the measured pace does not show. It grows with the slowdown."""
 
-NORM_IMAGES = 256
-"""Images of an estimate of batch-norm statistics, after each epoch (`IMAGES_FOR_NORMS` in training/trainer.py)."""
+NORM_IMAGES = 64
+"""Images of an estimate of batch-norm statistics, after most epochs (`IMAGES_FOR_NORMS` in training/trainer.py)."""
 
 TRIAL_S = 0.15
 """Seconds between two trials of a slot, without building the network (docs/benchmarks.md, "A further trial")."""
@@ -163,7 +163,8 @@ class Forecast:
         """Seconds of an epoch of a trial: training and validation of all its models."""
         work, together = self.work, 1 if self.work.folds > 1 else self.work.workers
         seconds = self._training_s(hyperparameters, work.train_images, together)
-        seconds += work.valid_images / together * self.pace.predict(hyperparameters.truncation_depth)
+        forward_images = min(NORM_IMAGES, work.train_images) + work.valid_images / together
+        seconds += forward_images * self.pace.predict(hyperparameters.truncation_depth)
         return seconds * (math.ceil(work.folds / work.workers) if work.folds > 1 else 1)
 
     def retraining_s(self, hyperparameters: Hyperparameters, epochs: int) -> float:
@@ -183,7 +184,7 @@ class Forecast:
         depth, share = hyperparameters.truncation_depth, min(self.work.batch_size, images) // workers
         steps = images // max(1, share * workers)
         step = self.pace.step(depth, hyperparameters.frozen_depth) * share / self.pace.images
-        return steps * step + min(NORM_IMAGES, images) * self.pace.predict(depth)
+        return steps * step
 
     def _play(self, progress: Progress, round_: int) -> float:
         """Seconds to the bundle in one draw. More trials only add to the same draws."""

@@ -60,7 +60,8 @@ class Bundle:
     predictions: Predictions | None
     """On the test images; None before the search has ended."""
     features: bytes | None = None
-    """training_features.safetensors; None before the search has ended, and where it is not read."""
+    """training_features.safetensors; None before the search has ended, where all training images are of one group, and
+    where it is not read."""
 
     @property
     def files(self) -> dict[str, bytes]:

@@ -51,7 +51,7 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[s
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
-    axes.legend(loc="lower right")
+    _legend(axes, "lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
 
 
@@ -70,8 +70,14 @@ def precision_recall(
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
-    axes.legend(loc="best")
+    _legend(axes, "best")
     return chart.svg("Precision-recall curves of each class against the rest")
+
+
+def _legend(axes: Any, where: str) -> None:
+    """Draws a legend, unless nothing has a name: images of one class have no curve."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=where)
 
 
 def _line(c: int) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
-    axes.legend(loc="lower right")
+    _legend(axes, "lower right")
     return chart.svg("ROC curve for cancer against normal, with the operating point marked")
 
 

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lungct_tune.data.cache import default_cache
 from lungct_tune.files import replace_file
+
+if TYPE_CHECKING:
+    from lungct_tune.training.trainer import Trainer
 
 KNOTS = (10, 22, 40)
 """The last depths of ResNet50's first three stages. Between them the time of a step is nearly linear in the depth."""
 
 STEPS = 3
-"""Steps of the short epoch that is timed, after one that is not: it sets up the kernels."""
+"""Steps of the short epoch that is timed, after others that are not: they set up the kernels."""
 
 MOST_S = 120.0
 """How long the measuring may take."""
@@ -124,7 +128,7 @@ class PaceOrder:
     @property
     def file(self) -> Path:
         """The entry in the user's cache."""
-        key = json.dumps([asdict(self), version("torch"), 2])
+        key = json.dumps([asdict(self), version("torch"), 3])
         return default_cache() / f"pace-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -238,8 +242,8 @@ def _measure_depth(order: PaceOrder, depth: int, device: Any) -> tuple[float, fl
     from lungct_tune.config.hyperparameters import Hyperparameters
     from lungct_tune.training.trainer import Trainer
 
-    images, steps = order.images, STEPS
-    if device.type == "cpu":
+    images, steps, on_gpu = order.images, STEPS, device.type == "cuda"
+    if not on_gpu:
         flops = 3 * IMAGE_FLOPS * (order.image_size / 224) ** 2 * (depth + 3) / 52  # a backward pass costs two forward
         images = max(min(4, images), min(images, int(STEP_S * CPU_FLOPS * order.threads / flops)))
         steps = STEPS if images == order.images else 1
@@ -249,9 +253,9 @@ def _measure_depth(order: PaceOrder, depth: int, device: Any) -> tuple[float, fl
     images_NHW = torch.randint(256, size, dtype=torch.uint8, generator=generator).to(device)
 
     def finish() -> float:
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        return time.process_time() if device.type == "cpu" and order.threads == 1 else time.perf_counter()
+        return time.process_time() if not on_gpu and order.threads == 1 else time.perf_counter()
 
     began = finish()
     trainer = Trainer(
@@ -260,7 +264,7 @@ def _measure_depth(order: PaceOrder, depth: int, device: Any) -> tuple[float, fl
         labels_N=torch.arange(count) % 4,
         train_indices=range(count),
         classes=4,
-        epochs=3,
+        epochs=_untimed_epochs(steps, on_gpu) + 1,
         batch_size=images,
         seed=0,
         normalisation="imagenet",
@@ -268,17 +272,36 @@ def _measure_depth(order: PaceOrder, depth: int, device: Any) -> tuple[float, fl
         device=device,
     )
     built = finish()
-    trainer.train_epoch()
-    trained = finish()
-    epochs = 2 if finish() - built < STEPS * STEP_S else 1  # where even the first was slow, its set-up is little of it
-    step_s = (trained - built) / trainer.steps
-    if epochs == 2:
-        trainer.train_epoch()
-        step_s = (finish() - trained) / trainer.steps
+    step_s = _step_seconds(trainer, on_gpu, finish)
     trainer.probabilities(range(count))  # estimates batch-norm statistics too
     before = finish()
     trainer.probabilities(range(count))
     return built - began, step_s * order.images / images, (finish() - before) / count
+
+
+def _untimed_epochs(steps: int, on_gpu: bool) -> int:
+    """Epochs before the one that is timed: on a GPU until a step is captured as a graph, as long as many steps."""
+    from lungct_tune.training.graphed_step import WARM_UP_STEPS
+
+    return math.ceil((WARM_UP_STEPS + 1) / steps) if on_gpu else 1
+
+
+def _step_seconds(trainer: Trainer, on_gpu: bool, finish: Callable[[], float]) -> float:
+    """Seconds of a training step.
+
+    Args:
+        trainer: has no epochs yet.
+        finish: waits for the device, and returns the time.
+    """
+    began = finish()
+    for _ in range(_untimed_epochs(trainer.steps, on_gpu)):
+        trainer.train_epoch()
+    seconds = finish() - began
+    if not on_gpu and seconds >= STEPS * STEP_S:
+        return seconds / trainer.steps  # set-up is little of so slow an epoch
+    began = finish()
+    trainer.train_epoch()
+    return (finish() - began) / trainer.steps
 
 
 def main(argv: Iterable[str]) -> None:

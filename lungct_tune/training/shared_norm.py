@@ -31,16 +31,16 @@ class SharedBatchNorm(_BatchNorm):
         """Any number of dimensions from two on will do."""
 
     def forward(self, features_NC: Tensor) -> Tensor:
-        """Features of the same shape, (N, C) or (N, C, H, W)."""
+        """Features of the same shape and dtype, (N, C) or (N, C, H, W)."""
         if not self.training:
             return super().forward(features_NC)
-        features_NC = features_NC.float()  # bfloat16 is too coarse for means and variances
+        dtype, features_NC = features_NC.dtype, features_NC.float()  # bfloat16 is too coarse for means and variances
         others = [0, *range(2, features_NC.ndim)]  # all dimensions but the channels
         mean_C = _mean_over_workers(features_NC.mean(others, keepdim=True))
         centred_NC = features_NC - mean_C
         variance_C = _mean_over_workers(centred_NC.square().mean(others, keepdim=True))
         scale_C = self.weight.view(mean_C.shape) * torch.rsqrt(variance_C + self.eps)
-        return torch.addcmul(self.bias.view(mean_C.shape), centred_NC, scale_C)
+        return torch.addcmul(self.bias.view(mean_C.shape), centred_NC, scale_C).to(dtype)
 
 
 def _mean_over_workers(mine: Tensor) -> Tensor:

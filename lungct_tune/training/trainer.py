@@ -4,9 +4,10 @@ What predicts, and what is kept, is the average of the weights over about the la
 
 Runs alone (in a notebook) or on all workers of a torch.distributed process group, each with its share of every batch.
 All random numbers follow from the seed and the number of the epoch, so a checkpoint needs no random state. On CPUs a
-training that was interrupted and continued gives the same result as an uninterrupted one. On GPUs it has the same
-batches and augmentations, but some kernels of cuDNN and PyTorch add in an order that changes from run to run. There
-figures differ in their last digits.
+training by one or two workers that was interrupted and continued gives the same result as an uninterrupted one. With
+more, its figures differ in their last digits: DistributedDataParallel arranges the gradients anew after its first step,
+and so adds those of the workers in another order. On GPUs it has the same batches and augmentations, but some kernels
+of cuDNN and PyTorch add in an order that changes from run to run. There figures differ in their last digits too.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from lungct_tune.training.weight_average import WeightAverage
 LABEL_SMOOTHING = 0.1
 GRADIENT_NORM = 1.0
 """Largest norm of the gradient over all parameters; longer gradients are clipped to it."""
-IMAGES_FOR_NORMS = (256, 4096)
-"""From so many training images the batch-norm statistics are estimated: after an epoch, and after the last one."""
+IMAGES_FOR_NORMS = (64, 256, 4096)
+"""Batch-norm statistics are estimated from so many training images: roughly, after an epoch, and after the last one."""
 WARM_UP_SHARE = 0.05
 """Share of all steps in which the learning rates rise to their peak. After it they fall along a cosine."""
 
@@ -122,7 +123,7 @@ class Trainer:
         averaged = copy.deepcopy(model)
         self.model, self.network = _in_group(model, self.device, self.world)
         self.average = WeightAverage(averaged, self.model, self.steps)
-        self._norms_of = -1
+        self._norms_of = (-1, 0)
         """The epoch for whose averaged weights the batch-norm statistics were estimated."""
         self.precision = preprocessing.training_precision_for(self.device)
         """What the backbone computes in while it is trained."""
@@ -162,7 +163,11 @@ class Trainer:
 
     @torch.inference_mode()
     def probabilities(
-        self, indices: Tensor | np.ndarray | Sequence[int], images_NHW: Tensor | None = None
+        self,
+        indices: Tensor | np.ndarray | Sequence[int],
+        images_NHW: Tensor | None = None,
+        *,
+        rough: bool = False,
     ) -> np.ndarray:
         """Class probabilities of these images, float32 (len(indices), classes), in their order, on every worker.
 
@@ -171,8 +176,10 @@ class Trainer:
         Args:
             indices: of the images.
             images_NHW: other images than those of the training.
+            rough: before the last epoch, estimate the batch-norm statistics from few images. With 256, which take a
+                quarter of the time of training on 500 images, balanced accuracy changes by 0.01 to 0.02.
         """
-        self._estimate_norms()
+        self._estimate_norms(rough)
         images_NHW = self.images_NHW if images_NHW is None else images_NHW
         rows = torch.as_tensor(indices, dtype=torch.int64, device=images_NHW.device)
         mine = rows[self.rank :: self.world]
@@ -208,7 +215,7 @@ class Trainer:
         """Continues from a `state_dict` of a training with the same configuration, data and seed."""
         self.model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state.get("averaged", state["model"]))  # version 0.1 has no average
-        self._norms_of = -1
+        self._norms_of = (-1, 0)
         # the groups follow from the configuration and the device
         own_groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own_groups})
@@ -226,21 +233,22 @@ class Trainer:
             for key, value in self.average.model.state_dict().items()
         }
 
-    def _estimate_norms(self) -> None:
+    def _estimate_norms(self, rough: bool = False) -> None:
         """Estimates the batch-norm statistics for the averaged weights, unless they are those of this epoch.
 
         Every worker does it with the same images, so the result is the same for any number of workers.
         """
-        if self._norms_of == self.epoch:
+        few, many, all_there_are = IMAGES_FOR_NORMS
+        most = all_there_are if self.epoch == self.epochs else few if rough else many
+        if self._norms_of >= (self.epoch, most):
             return
-        most = IMAGES_FOR_NORMS[self.epoch == self.epochs]
         generator = torch.Generator().manual_seed(_mix(self.seed, 0, 0, 0))
         order, batch = torch.randperm(len(self.train_indices), generator=generator), self.share * self.world
         batches = max(1, min(most, len(order)) // batch)
         rows_BN = self.train_indices[order[: batches * batch]].view(batches, batch)
         images = on_device(self.images_NHW, rows_BN.to(self.images_NHW.device), self.device)
         self.average.estimate_norms(images, self.normalisation)
-        self._norms_of = self.epoch
+        self._norms_of = self.epoch, most
 
     def _plan_epoch(self) -> tuple[Tensor, Tensor]:
         """This worker's images (S, n) and augmentation matrices (S, n, 2, 3) for every step of the epoch.

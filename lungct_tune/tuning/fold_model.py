@@ -39,8 +39,11 @@ class FoldModel:
         """Training images of an epoch."""
         self._probabilities_NC: np.ndarray | None = None
 
-    def train_and_validate(self) -> EpochFigures:
+    def train_and_validate(self, *, rough: bool = False) -> EpochFigures:
         """Trains an epoch; returns its figures.
+
+        Args:
+            rough: whether the figures of validation decide nothing, see `Trainer.probabilities`.
 
         Raises:
             NotFiniteLoss: a loss, a gradient or a prediction is not finite.
@@ -50,7 +53,7 @@ class FoldModel:
         began = time.perf_counter()
         loss = self.trainer.train_epoch()
         trained = time.perf_counter()
-        self._probabilities_NC = self.trainer.probabilities(self._valid_positions)
+        self._probabilities_NC = self.trainer.probabilities(self._valid_positions, rough=rough)
         if not np.isfinite(self._probabilities_NC).all():
             raise NotFiniteLoss(f"predictions are not finite after epoch {self.trainer.epoch}")
         figures = validation_figures(self._labels_N, self._probabilities_NC)

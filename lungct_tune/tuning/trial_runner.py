@@ -169,9 +169,10 @@ class TrialRunner:
         from lungct_tune.training.trainer import NotFiniteLoss
 
         diverged, figures = "", {}
+        decides = len(self._history) + 1 in (*self._rungs, self._epochs)
         try:
             for number, model in self._models.items():
-                figures[number] = model.train_and_validate()
+                figures[number] = model.train_and_validate(rough=not decides)
         except NotFiniteLoss as not_finite:
             diverged = f"fold {number}: {not_finite}" if self._each_alone else str(not_finite)
         if (error := self._writer.take_error()) is not None:

@@ -96,6 +96,11 @@ def _published(search: Search, split: DataSplit) -> list[RetrainedModel]:
     ]
 
 
+def _mean(members: list[RetrainedModel]) -> np.ndarray:
+    """The ensemble's probabilities without temperature scaling."""
+    return np.mean([model.probabilities_NC for model in members], axis=0)
+
+
 def test_what_is_judged_is_the_mean_of_the_members_calibrated_probabilities(
     finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
 ) -> None:
@@ -107,6 +112,8 @@ def test_what_is_judged_is_the_mean_of_the_members_calibrated_probabilities(
     np.testing.assert_array_equal(final.predictions.probabilities_NC, mean_NC)
     labels_N = search.images.table["label"].to_numpy()[split.test_rows]
     assert final.metrics.test.accuracy.value == pytest.approx((mean_NC.argmax(axis=1) == labels_N).mean())
+    before = final.metrics.test.calibration.before
+    assert before.brier.value == pytest.approx(((_mean(members) - np.eye(4)[labels_N]) ** 2).sum(axis=1).mean())
     assert final.metrics.looks == 1
     assert temperature > 1.3
     assert final.metrics.test.references["published"].accuracy.value == 0, "averaged in the same way"
@@ -128,13 +135,31 @@ def test_figures_by_likeness_are_for_images_whose_patients_are_not_known(
     assert least.similarity < most.similarity < 0.999, "a test image is not compared with itself"
 
 
-def test_the_bundle_predicts_what_was_judged(finished: tuple[Search, DataSplit], final: Bundle) -> None:
+@pytest.mark.parametrize("elsewhere", [0, 1])
+def test_a_search_of_one_group_has_a_bundle_that_does_not_tell_unlike_images(
+    elsewhere: int, finished: tuple[Search, DataSplit], members: list[RetrainedModel]
+) -> None:
+    """One hospital for train and validation, and another for test. Found: it failed after the look at test."""
+    search, split = finished
+    group = np.where(split.split == "test", "B", "A").astype(object)
+    group[split.folds[0][0][:elsewhere]] = "B"  # one image is not enough to fit anything to
+    images = replace(search.images, table=search.images.table.assign(group=group))
+    best = best_trial(finished_trials(search.study))
+    assert best is not None
+    made = BundleFiles(search.plan, replace(split, images=images), {}, search.study, slots=1).final(best, members)
+    assert made.features is None and made.metrics.test is not None and made.metrics.test.groups == 1
+
+
+def test_the_bundle_predicts_what_was_judged(
+    finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
+) -> None:
     search, split = finished
     classifier = Classifier.load(search.folder / "best", "cpu")
     test_NHW = search.images.images_NHW[split.test_rows]
     classified = classifier.classify(test_NHW)
     assert final.predictions is not None
     np.testing.assert_allclose(classified.probabilities_NC, final.predictions.probabilities_NC, atol=1e-6)
+    np.testing.assert_allclose(classified.uncalibrated_NC, _mean(members), atol=1e-6)
     alone_NC = classifier.classify(test_NHW[3:4]).probabilities_NC
     np.testing.assert_array_equal(alone_NC, classified.probabilities_NC[3:4])
     assert classified.distance_N is not None and np.isfinite(classified.distance_N).all()

@@ -24,6 +24,7 @@ from lungct_tune.reporting.html import markdown
 from lungct_tune.reporting.mistakes_section import UNFOLDED, mistakes_section
 from lungct_tune.reporting.report_page import report_page
 from lungct_tune.reporting.search_section import search_charts
+from lungct_tune.reporting.test_charts import cancer_roc, precision_recall, roc
 from lungct_tune.reporting.test_section import Network, Pictures
 
 
@@ -35,6 +36,20 @@ def found(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> SearchRes
 @pytest.fixture(scope="module")
 def content(found: SearchResults) -> bytes:
     return report_page("one", found, Pictures())
+
+
+def test_curves_of_images_of_one_class_have_no_legend_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """As `evaluate` draws them where a hospital has cancers only."""
+    labels_N, probabilities_NC = np.zeros(6, dtype=int), np.tile([0.7, 0.3], (6, 1))
+    test = evaluate_predictions(labels_N, probabilities_NC, ("cancer", "normal"), np.arange(6))
+    assert test.cancer_vs_normal is not None
+    for chart in (
+        roc(labels_N, probabilities_NC, test.per_class),
+        precision_recall(labels_N, probabilities_NC, test.per_class),
+        cancer_roc(labels_N == 0, probabilities_NC[:, 0], test.cancer_vs_normal),
+    ):
+        assert chart.startswith("<")
+    assert [str(warning.message) for warning in recwarn if "legend" in str(warning.message)] == []
 
 
 def test_charts_of_parameters_wait_until_there_are_enough_completed_trials(found: SearchResults) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lungct_tune.training import pace
+from lungct_tune.training.graphed_step import WARM_UP_STEPS
 from lungct_tune.training.pace import (
     Pace,
     PaceOrder,
@@ -65,6 +67,30 @@ def test_the_measured_depths_are_the_ends_of_the_space_and_of_the_stages() -> No
     assert depths_to_measure(4, 49) == (4, 10, 22, 40, 49)
     assert depths_to_measure(5, 5) == (5,)
     assert Pace("CPU", 1, 0.1, 8, (5,), (0.1,), (0.01,)).step(11) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 8])
+def test_neither_the_first_steps_of_a_gpu_nor_the_capture_of_its_graph_are_timed(steps: int) -> None:
+    """Found: the timed epoch began with the capture."""
+    calls, clock = 0, 0.0
+
+    def train_epoch() -> None:
+        nonlocal calls, clock
+        for _ in range(steps):
+            calls += 1
+            clock += 0.5 if calls <= WARM_UP_STEPS else 20 if calls == WARM_UP_STEPS + 1 else 0.01
+
+    trainer = SimpleNamespace(steps=steps, train_epoch=train_epoch)
+    assert pace._step_seconds(trainer, True, lambda: clock) == pytest.approx(0.01)
+    assert calls == (pace._untimed_epochs(steps, on_gpu=True) + 1) * steps <= WARM_UP_STEPS + 2 * steps
+
+
+def test_one_epoch_of_a_cpu_is_not_timed_or_none_if_it_is_slow() -> None:
+    for first, expected in ((1.0, 0.1), (9.0, 3.0)):
+        seconds, clock = iter([first, 0.3]), [0.0]
+        trainer = SimpleNamespace(steps=3, train_epoch=lambda: clock.append(clock[-1] + next(seconds)))  # noqa: B023
+        it = pace._step_seconds(trainer, False, lambda: clock[-1])  # noqa: B023
+        assert it == pytest.approx(expected)
 
 
 def test_processes_are_never_faster_than_on_a_quiet_machine() -> None:

@@ -18,7 +18,7 @@ from toys import PX, SMALL, assert_same, toy_data, training
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
-from lungct_tune.training.trainer import NotFiniteLoss, schedule
+from lungct_tune.training.trainer import NotFiniteLoss, Trainer, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,6 +210,10 @@ def work_in_group(rank: int, world: int, folder: Path) -> None:
     shared.precision = torch.float32  # bfloat16 rounds other shares of a batch otherwise
     report["loss"], report["probabilities"] = shared.train_epoch(), shared.probabilities(range(48))
 
+    lower = training(NO_DROPOUT)
+    lower.precision = torch.bfloat16
+    report["loss in bfloat16"], report["dtypes"] = epoch_and_dtypes(lower)
+
     usual = training()
     usual.train_epoch()
     report["model"], report["state"] = usual.model_state(), usual.state_dict()
@@ -223,6 +227,16 @@ def work_in_group(rank: int, world: int, folder: Path) -> None:
             report[name] = f"{type(error).__name__}: {error}"
     torch.save(report, folder / f"{rank} of {world}.pt")
     dist.destroy_process_group()
+
+
+def epoch_and_dtypes(trainer: Trainer) -> tuple[float, set[tuple[str, torch.dtype]]]:
+    """The loss of an epoch, and what some parts of the network compute in."""
+    seen: set[tuple[str, torch.dtype]] = set()
+    for name in ("backbone.conv1", "backbone.bn1", "head.dense1", "head.logits"):
+        trainer.model.get_submodule(name).register_forward_hook(
+            lambda module, given, out, name=name: seen.add((name, out.dtype))
+        )
+    return trainer.train_epoch(), seen
 
 
 def test_validation_is_complete_and_in_order_for_any_number_of_workers(reports: list[dict[str, Any]]) -> None:
@@ -240,6 +254,18 @@ def test_workers_that_share_batches_learn_what_one_learns(reports: list[dict[str
     for report in reports:
         assert report["loss"] == pytest.approx(loss, rel=1e-5)
         np.testing.assert_allclose(report["probabilities"], alone.probabilities(range(48)), atol=1e-4)
+
+
+def test_only_the_backbone_of_a_group_computes_in_bfloat16(reports: list[dict[str, Any]]) -> None:
+    """Found: the head, the logits and the loss did too, since the shared batch norm gave float32."""
+    alone = training(NO_DROPOUT)
+    alone.precision = torch.bfloat16
+    loss, dtypes = epoch_and_dtypes(alone)
+    backbone, head = {("backbone.conv1", torch.bfloat16), ("backbone.bn1", torch.bfloat16)}, torch.float32
+    assert dtypes == backbone | {("head.dense1", head), ("head.logits", head)}
+    for report in reports:
+        assert report["dtypes"] == dtypes
+        assert report["loss in bfloat16"] == pytest.approx(loss, rel=2e-3)
 
 
 def test_workers_end_an_epoch_with_the_same_model(reports: list[dict[str, Any]]) -> None:

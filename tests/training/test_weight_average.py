@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +15,11 @@ from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.objective import OBJECTIVE, validation_figures
 from lungct_tune.training.weight_average import WeightAverage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
 
 
 def test_the_average_is_a_mean_at_first_and_exponential_after_its_horizon() -> None:
@@ -50,6 +56,27 @@ def test_statistics_are_those_of_the_training_images_under_the_averaged_weights(
     with torch.no_grad():
         before_norm = model.backbone.conv1(channels_NCHW)
     torch.testing.assert_close(model.backbone.bn1.running_mean, before_norm.mean(dim=(0, 2, 3)), atol=1e-4, rtol=1e-3)
+
+
+def test_statistics_of_figures_that_decide_nothing_are_of_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lungct_tune.training.trainer.IMAGES_FOR_NORMS", (8, 16, 40))
+    trained, batches = training(Hyperparameters(truncation_depth=1), batch_size=8, epochs=2), list[int]()
+    estimate = trained.average.estimate_norms
+
+    def counted(images: Iterable[Tensor], normalisation: str) -> None:
+        images = list(images)
+        batches.append(len(images))
+        estimate(images, normalisation)
+
+    monkeypatch.setattr(trained.average, "estimate_norms", counted)
+    trained.train_epoch()
+    for rough in (True, True, False, True):  # what is known from more images is not estimated from fewer
+        trained.probabilities([0], rough=rough)
+    trained.model_state()
+    assert batches == [1, 2]
+    trained.train_epoch()
+    trained.probabilities([0], rough=True)
+    assert batches == [1, 2, 5], "the last epoch decides"
 
 
 def test_validation_sees_after_the_first_epoch_what_running_statistics_hide() -> None:

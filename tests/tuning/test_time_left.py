@@ -112,7 +112,7 @@ def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_
     left.search_ended()
     left.retrain({"winner": PUBLISHED})
     for epoch in range(1, 10):
-        clock.now += epoch_s
+        clock.now += forecast.retraining_s(PUBLISHED, 1) - forecast.retraining_s(PUBLISHED, 0)
         left.retrained({"winner": epoch})
         assert left.seconds is not None
         latest.append(clock.now + left.seconds[1])

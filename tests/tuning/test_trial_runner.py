@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from trials import SHALLOW, comparable, epochs_of, order, run_all, runner, slot_plan
 
 from lungct_tune.experiment.folder import delete_states
-from lungct_tune.experiment.trial import Outcome
+from lungct_tune.experiment.trial import EpochFigures, Outcome
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import trial_runner
+from lungct_tune.tuning.fold_model import FoldModel
 from lungct_tune.tuning.retrain import STATE, RetrainOrder, retrain
 from lungct_tune.tuning.trial_runner import TrialRunner
 
@@ -116,6 +117,20 @@ def test_a_trial_goes_on_from_its_newest_state_as_if_it_had_never_stopped(plan: 
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert np.array_equal(*[np.load(folder / "valid.npy") for folder in folders])
+
+
+def test_only_the_figures_at_rungs_and_at_the_end_are_of_norms_from_many_images(
+    plan: SlotPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, train_and_validate = list[bool](), FoldModel.train_and_validate
+
+    def noted(self: FoldModel, *, rough: bool) -> EpochFigures:
+        asked.append(rough)
+        return train_and_validate(self, rough=rough)
+
+    monkeypatch.setattr(FoldModel, "train_and_validate", noted)
+    run_all(runner(plan, order(0), rungs=(2,)))
+    assert asked == [True, False, True, False]
 
 
 def test_a_trial_is_judged_and_kept_as_it_is_after_its_last_epoch(plan: SlotPlan) -> None:
