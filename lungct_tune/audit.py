@@ -72,12 +72,12 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     from lungct_tune.experiment.bundle import as_json
     from lungct_tune.reporting.audit_page import audit_page
     from lungct_tune.reporting.console import print_audit
-    from lungct_tune.reporting.output_file import check_free
+    from lungct_tune.reporting.output_file import GENERATOR, check_output
 
     if page:
-        check_free(page, "--html")
+        check_output(page, "--html", GENERATOR)
     if figures:
-        check_free(figures, "--json", mark='"verdict": {')
+        check_output(figures, "--json", '"verdict": {')
     assert settings.data and settings.image_size  # --data is required
     root = fetch_images(settings.data)
     images = read_images(

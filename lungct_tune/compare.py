@@ -61,13 +61,14 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     """
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.evaluation.comparison import CompareError, compare_models, read_judged
+    from lungct_tune.experiment.bundle import bundle_to_give
     from lungct_tune.experiment.folder import Experiment
     from lungct_tune.experiment.kept_settings import SETTINGS
     from lungct_tune.reporting.comparison_page import comparison_page, print_comparison, print_searches
-    from lungct_tune.reporting.output_file import check_free
+    from lungct_tune.reporting.output_file import GENERATOR, check_output
 
     if asked.html:
-        check_free(asked.html, "--html")
+        check_output(asked.html, "--html", GENERATOR)
     sources = [asked.first, *asked.others]
     folders = [Experiment.from_uri(source) for source in sources]
     are_searches = [folder.exists(SETTINGS) for folder in folders]
@@ -77,7 +78,8 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
         print_searches(curves, console)
     elif any(are_searches):
         search, model = (sources[are_searches.index(kind)] for kind in (True, False))
-        raise CompareError(f"{search} is a search and {model} is not; to compare the models, give {search}/best")
+        give = bundle_to_give(folders[sources.index(search)], search)
+        raise CompareError(f"{search} is a search and {model} is not; to compare the models, {give}")
     else:
         judged = [read_judged(source, folder) for source, folder in zip(sources, folders, strict=True)]
     compared = compare_models(judged) if len(judged) > 1 else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -47,8 +47,8 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     """Reads the bundle and the images, predicts, and writes report.html, metrics.json and predictions.csv.
 
     Raises:
-        EvaluateError: a class is not one of the bundle's, no image is left, or the output cannot be written.
-        UserError: the output folder exists, or is in a bundle.
+        EvaluateError: a class is not one of the bundle's, or no image is left.
+        UserError: the output folder exists, is in a bundle, or cannot be written.
         BundleError, DataError, StorageError: the bundle or the images cannot be used.
     """
     # imported only after the command line is checked, so that --help answers at once
@@ -63,14 +63,14 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.experiment.metrics import metrics_json
     from lungct_tune.reporting.console import print_judged
     from lungct_tune.reporting.evaluation_page import evaluation_page
-    from lungct_tune.reporting.output_file import check_new
+    from lungct_tune.reporting.output_file import check_output, written_whole
     from lungct_tune.reporting.test_section import Network
 
     bundle = Classifier.load(asked.bundle)
     settings = bundle.config["settings"]
     class_map = read_map(asked.map, bundle.classes)
     out = asked.out or Path(f"{Path(asked.data).absolute().name}-judged")
-    check_new(out, "--out")
+    check_output(out, "--out", is_folder=True)
 
     folder = fetch_images(asked.data)
     images = read_images(
@@ -87,20 +87,12 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     page = evaluation_page(settings["name"], metrics, predictions, images, network, command, phantoms=phantoms)
 
     files = {REPORT: page, METRICS: metrics_json(metrics), PREDICTIONS: predictions.as_csv()}
-    _write(out, files)
+    with written_whole(out, "--out") as new:
+        new.mkdir()
+        for name, content in files.items():
+            (new / name).write_bytes(content)
     print_judged(images, metrics, console, phantoms=phantoms)
     console.print(f"written: {', '.join(f'{out}/{name}' for name in files)}", soft_wrap=True, markup=False)
-
-
-def _write(out: Path, files: Mapping[str, bytes]) -> None:
-    from lungct_tune.evaluation.external import EvaluateError
-
-    try:
-        out.mkdir(parents=True)
-        for name, content in files.items():
-            (out / name).write_bytes(content)
-    except OSError as error:
-        raise EvaluateError(f"{out} cannot be written ({error}); choose another --out") from error
 
 
 if __name__ == "__main__":

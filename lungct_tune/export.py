@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
-from lungct_tune.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -56,14 +55,14 @@ def export(asked: argparse.Namespace, console: Console) -> None:
     from lungct_tune.data.cache import default_cache
     from lungct_tune.evaluation import exported
     from lungct_tune.evaluation.classifier import Classifier
-    from lungct_tune.reporting.output_file import check_new
+    from lungct_tune.reporting.output_file import check_output, written_whole
 
     classifier = Classifier.load(asked.bundle, device="cpu")
     settings = classifier.config["settings"]
     out = asked.out or Path(f"{settings['name']}{SUFFIXES[asked.to]}")
     beside = out.with_name(f"{out.name}.json")
     for file in (out, beside):
-        check_new(file, "--out")
+        check_output(file, "--out")
     data = asked.data
     if data is None and settings.get("data", "") is None:
         data = make_phantoms(default_cache(), settings["seed"])
@@ -77,11 +76,9 @@ def export(asked: argparse.Namespace, console: Console) -> None:
             f"{compared['largest_difference']:.2g}, and {compared['changed_classes']} classes change. Please report it "
             "with the versions of torch, onnx and onnxruntime"
         )
-    try:
-        out.write_bytes(graph.content)
-        beside.write_bytes(as_json({"file": out.name, "about": exported.about(classifier), "compared": compared}))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}); choose another --out") from error
+    with written_whole(out, "--out") as new, written_whole(beside, "--out") as new_beside:
+        new.write_bytes(graph.content)
+        new_beside.write_bytes(as_json({"file": out.name, "about": exported.about(classifier), "compared": compared}))
     console.print(
         f"{out}: {len(graph.content) / 1e6:.1f} MB; on {what} its probabilities differ from the bundle's by at most "
         f"{compared['largest_difference']:.1g}, and no class changes",

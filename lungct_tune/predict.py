@@ -98,7 +98,7 @@ def predict(asked: argparse.Namespace, console: Console) -> int:
 
 
 def _check_outputs(asked: argparse.Namespace) -> None:
-    from lungct_tune.reporting.output_file import check_new
+    from lungct_tune.reporting.output_file import check_output
 
     if asked.heatmaps and asked.address:
         raise UserError("--heatmaps are drawn on this machine; leave --address out, or draw them for fewer images")
@@ -106,9 +106,7 @@ def _check_outputs(asked: argparse.Namespace) -> None:
         return
     if asked.out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {asked.out}: its name must end in one of {', '.join(ENDINGS)}")
-    check_new(asked.out, "--out")
-    if not asked.out.absolute().parent.is_dir():
-        raise UserError(f"--out {asked.out}: there is no folder {asked.out.parent}; make it first")
+    check_output(asked.out, "--out")
 
 
 def _classify(

@@ -43,9 +43,9 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     # when there is something to draw, because they import torch
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
-    from lungct_tune.reporting.output_file import check_free
+    from lungct_tune.reporting.output_file import GENERATOR, check_output
 
-    check_free(asked.out, "--out")
+    check_output(asked.out, "--out", GENERATOR)
     experiment = locate(asked.source, asked.storage)
     found = read_results(experiment, asked.study)
 

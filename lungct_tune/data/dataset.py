@@ -98,6 +98,7 @@ def read_images(
     size: int,
     *,
     class_map: Mapping[str, str] | None = None,
+    check_map: bool = True,
     skip_unreadable: bool = False,
     cache: Path | None = None,
     progress: bool = True,
@@ -110,6 +111,7 @@ def read_images(
         root: a folder in a layout that `find_images` accepts; groups.csv is optional (see `listed_groups`).
         size: width and height of the decoded images in pixels.
         class_map: the class of each folder whose name is not one of the four classes.
+        check_map: refuse a class map with a key that matches nothing. A search may have started with one.
         skip_unreadable: leave out files that cannot be decoded instead of raising.
         cache: where decoded images are kept; $XDG_CACHE_HOME/lungct_tune or ~/.cache/lungct_tune by default.
         progress: show a bar while decoding, if stderr is a terminal.
@@ -122,6 +124,10 @@ def read_images(
     """
     cache = cache or default_cache()
     in_folder, sources = _find(root, class_map, table, cache, progress)
+    if in_folder.unmatched and check_map:
+        raise DataError(
+            f"{in_folder.unmatched}. Correct --class-map (for evaluate: --map), or class_map in the settings"
+        )
     files = in_folder.files
     digests, labels = [source.digest for source in sources], [file.class_name for file in files]
     paths = [root / file.path for file in files]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import csv
 import posixpath
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import StringIO
@@ -19,11 +17,17 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from lungct_tune.data.class_names import (
+    CANONICAL_CLASSES,
+    beginnings,
+    class_of_folder,
+    composed,
+    spellings_of,
+    unmatched_keys,
+)
 from lungct_tune.data.scan import DOCUMENTS, OTHER_FORMATS, OUTSIDE, Scan, scan
 from lungct_tune.errors import UserError, number_of
 from lungct_tune.files import read_text
-
-CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -86,6 +90,8 @@ class Found(NamedTuple):
     unreadable: list[tuple[str, str]]
     """(path, reason) of folders that cannot be opened, and of names that cannot be used."""
     left_aside: list[LeftAside]
+    unmatched: str = ""
+    """What is wrong with the class map, if some of its keys match nothing."""
 
 
 def scan_folder(root: Path) -> Scan:
@@ -115,7 +121,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
             unknown, class folders in several places, or fewer than two classes.
     """
     found = scan_folder(root)
-    spellings = {_letters(name): _canonical(mapped) for name, mapped in (class_map or {}).items()}
+    spellings = spellings_of(class_map)
     base = _base(root, found, spellings)
     inside = [path for path in found.files if _is_below(path, base)]
     for path in found.files:
@@ -126,16 +132,18 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
         _refuse_images_beside(root, base, split_folders, inside)
     files: list[ImageFile] = []
     unknown: Counter[str] = Counter()
+    names: set[str] = set()
     for folder in split_folders or [base]:
         below = _by_child(inside, folder)
         for class_folder in _children(found, folder):
             images = below.get(class_folder, [])
-            class_name = _class_of(posixpath.basename(class_folder), spellings)
+            class_name = class_of_folder(posixpath.basename(class_folder), spellings)
             if class_name is not None:
                 if not images and not any(_is_below(path, class_folder) for path, _ in found.unreadable):
                     raise DataError(f"the class folder {class_folder}/ in {root} holds no images; fill or remove it")
                 split = _split_of(folder) if split_folders else ""
                 files += [ImageFile(path, split, class_name) for path in images]
+                names.add(posixpath.basename(class_folder))
             else:
                 unknown.update(posixpath.dirname(path) for path in images if _suffix(path) not in _NO_PICTURES)
                 for path in images:
@@ -157,7 +165,9 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
     groups = [path for path in found.groups if PurePosixPath(path).parent in holding]
     for path in set(found.groups) - set(groups):
         found.put_aside(DOCUMENTS, path)
-    return Found(sorted(files), sorted(groups), sorted(found.unreadable), count_aside(found.aside))
+    wrong = unmatched_keys(class_map, {letters for name in names for letters in beginnings(name)}, names)
+    unmatched = wrong and f"no class folder in {root} is called {wrong}; there are {', '.join(sorted(names))}"
+    return Found(sorted(files), sorted(groups), sorted(found.unreadable), count_aside(found.aside), unmatched)
 
 
 def count_aside(aside: Mapping[str, Sequence[str]]) -> list[LeftAside]:
@@ -244,12 +254,12 @@ def read_listing(
         raise DataError(f"{file} is not a CSV file with the columns {','.join(columns)}: it has no {missing[0]}")
     rows = rows[[*columns, *rows.columns.intersection(list(also))]]
     inside = folder.relative_to(root).as_posix()
-    path_of = {_composed(path): path for path in paths} | {path: path for path in paths}
+    path_of = {composed(path): path for path in paths} | {path: path for path in paths}
     found, line_of = [], dict[str, int]()
     for line, row in enumerate(rows.to_dict("records"), start=2):
         where = f"{file}, line {line}: the path {row['path']!r}"
         spelled = posixpath.normpath(posixpath.join(inside, row["path"]))
-        path = path_of.get(spelled) or path_of.get(_composed(spelled))
+        path = path_of.get(spelled) or path_of.get(composed(spelled))
         if path is None:
             raise DataError(f"{where} is no image's; each line must name one image, relative to {folder}")
         if empty := [name for name, value in row.items() if not value]:
@@ -273,7 +283,8 @@ def _base(root: Path, found: Scan, spellings: Mapping[str, str]) -> str:
     above = {  # folders that have a class folder or a split folder
         posixpath.dirname(folder)
         for folder in found.folders
-        if folder in with_files and (_split_of(folder) or _class_of(posixpath.basename(folder), spellings) is not None)
+        if folder in with_files
+        and (_split_of(folder) or class_of_folder(posixpath.basename(folder), spellings) is not None)
     }
     bases: list[str] = []
     for folder in sorted(above, key=lambda folder: folder.split("/")):  # a folder before those inside it
@@ -341,38 +352,6 @@ def _split_of(folder: str) -> str:
 
 def _suffix(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
-
-
-def _composed(name: str) -> str:
-    """A name whose letters are composed as on Linux; macOS decomposes them."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _letters(name: str) -> str:
-    """A name without separators and without case, for comparing."""
-    return re.sub(r"[\W_]", "", _composed(name).casefold())
-
-
-def class_named(name: str, class_map: Mapping[str, str] | None) -> str:
-    """The class that a table names: by `class_map`, one of the four classes in any spelling, or another name."""
-    return {_letters(given): _canonical(mapped) for given, mapped in (class_map or {}).items()}.get(
-        _letters(name), _canonical(name)
-    )
-
-
-def _canonical(class_name: str) -> str:
-    """The display name of one of the four classes, in any spelling; other names are only stripped."""
-    return _class_of(class_name, {}) or _composed(class_name.strip())
-
-
-def _class_of(folder_name: str, spellings: Mapping[str, str]) -> str | None:
-    """The class that a folder's name means, or None; `spellings` has priority over the four classes."""
-    # A stage suffix begins at an underscore, but squamous_cell_carcinoma has underscores too. So every
-    # beginning of the name that ends at an underscore is tried, the longest first.
-    parts = folder_name.split("_")
-    beginnings = [_letters("".join(parts[:n])) for n in range(len(parts), 0, -1)]
-    known = {_letters(name): name for name in CANONICAL_CLASSES} | dict(spellings)
-    return next((known[name] for name in beginnings if name in known), None)
 
 
 def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 
 from lungct_tune.data.cache import AT_FIRST
+from lungct_tune.data.class_names import class_in_table, letters, spellings_of, unmatched_keys
 from lungct_tune.data.dicom_headers import Header, Pseudonym
 from lungct_tune.data.folders import (
     DataError,
     Found,
     ImageFile,
-    class_named,
     count_aside,
     listed_groups,
     read_listing,
@@ -57,7 +57,8 @@ def find_listed(
         rows = _images_of_series(root, table, headers, pseudonym)
     else:
         rows = read_listing(table, ["path", CLASS], found.files, root, root, also=[GROUP])
-    classes = {name: class_named(name, class_map) for name in rows[CLASS].unique()}
+    spellings = spellings_of(class_map)
+    classes = {name: class_in_table(name, spellings) for name in rows[CLASS].unique()}
     if len(set(classes.values())) < 2:
         raise DataError(f"{table} has images of fewer than two classes; add lines for another class")
     files = [ImageFile(str(path), "", classes[name]) for path, name in rows[CLASS].items()]
@@ -66,7 +67,10 @@ def find_listed(
         known |= rows[GROUP]
     for path in sorted({*found.files} - {*rows.index} - dict(unread).keys()):
         found.put_aside(UNLISTED, path)
-    return Found(sorted(files), [], sorted(found.unreadable + unread), count_aside(found.aside)), known
+    wrong = unmatched_keys(class_map, set(map(letters, classes)), classes)
+    unmatched = wrong and f"no class in {table} is called {wrong}; there are {', '.join(sorted(classes))}"
+    unreadable = sorted(found.unreadable + unread)
+    return Found(sorted(files), [], unreadable, count_aside(found.aside), unmatched), known
 
 
 def _images_of_series(

@@ -121,7 +121,8 @@ def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unr
             place = copy.name
             return ReadImage(decode(Path(copy.name), size, window).image_HW, file_digest(Path(copy.name)))
     except Exception as error:  # Pillow's plugins and storages raise many kinds of errors
-        return Unreadable(str(error).replace(place, "the file") or type(error).__name__)
+        said = (isinstance(error, OSError) and error.strerror) or str(error)  # without "[Errno 2]" and the path
+        return Unreadable(said.replace(place, "the file") or type(error).__name__)
 
 
 def _images_at(name: str, left_aside: Counter[str]) -> Iterable[InputImage]:

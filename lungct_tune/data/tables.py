@@ -17,10 +17,10 @@ def write_table(table: pd.DataFrame) -> bytes:
     """Encodes a table; `read_table` gives the same names.
 
     Spreadsheets take cells that begin with = + - @ for formulas, which may call programs. So names that begin like this
-    are written behind an apostrophe: https://owasp.org/www-community/attacks/CSV_Injection.
+    are written behind an apostrophe: https://owasp.org/www-community/attacks/CSV_Injection. A missing name is empty.
     """
     names = table.columns.intersection(NAMES)
-    shielded = {name: [_shield(text) for text in table[name].astype(str)] for name in names}
+    shielded = {name: [_shield(str(text)) for text in table[name].astype(object).fillna("")] for name in names}
     return table.assign(**shielded).to_csv(index=False).encode()
 
 

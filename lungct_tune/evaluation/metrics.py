@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
-from lungct_tune.data.folders import CANONICAL_CLASSES
+from lungct_tune.data.class_names import CANONICAL_CLASSES
 from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap, Statistic, share
 from lungct_tune.evaluation.calibration import calibration_errors, reliability_bins
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at

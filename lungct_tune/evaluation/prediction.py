@@ -64,9 +64,11 @@ def by_patient(images: pd.DataFrame, groups: Sequence[str], classes: tuple[str, 
     Returns:
         For each patient: images, unreadable, the path of the first image, the columns of `Classified.table` (without
         the distance), and what the images are classified as, such as "normal 5, adenocarcinoma 2". `learned_from` and
-        `unlike_training` are numbers of images.
+        `unlike_training` are numbers of images. Without a readable image all but the first four are missing values.
     """
     columns = probability_columns(classes)
+    said = ["cancer_or_normal"] if are_cancer_and_normal(classes) else []
+    said = ["class", *columns, *said, "images_say", "learned_from", "unlike_training"]
     patients = []
     for patient, rows in images.groupby(np.asarray(groups, dtype=object), sort=False):
         read = rows[rows["unreadable"] == ""]
@@ -85,4 +87,4 @@ def by_patient(images: pd.DataFrame, groups: Sequence[str], classes: tuple[str, 
             row["learned_from"] = None if (seen == "unknown").any() else int((seen != NEW).sum())
             row["unlike_training"] = None if unlike.isna().any() else int(unlike.sum())
         patients.append(row)
-    return pd.DataFrame(patients)
+    return pd.DataFrame(patients, columns=["patient", "images", "unreadable", "first_image", *said])

@@ -16,7 +16,7 @@ import numpy as np
 
 from lungct_tune import __version__
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import Experiment, locate
 from lungct_tune.files import MOST_TEXT, open_file
 
 FOLDER = "best"
@@ -70,6 +70,12 @@ def find_bundle(experiment: Experiment) -> str | None:
     """The bundle's folder: `best`, or before the search has ended the newest in `so_far/`. None if there is none."""
     so_far = _complete_so_far(experiment)  # listed first: the search deletes it once `best/` is written
     return FOLDER if has_bundle(experiment) else max(so_far, default=None)
+
+
+def bundle_to_give(experiment: Experiment, name: str) -> str:
+    """The words for a message that say where the bundle of a search is, which the user has called `name`."""
+    found = find_bundle(experiment)
+    return f"give {name.rstrip('/')}/{found}" if found else "no trial has completed yet, so it has no bundle"
 
 
 def _complete_so_far(experiment: Experiment) -> list[str]:
@@ -156,8 +162,17 @@ def verify(folder: Path) -> None:
     """Checks a bundle against its checksums.txt.
 
     Raises:
-        BundleError: a file is missing, altered or added; the message names the first one.
+        BundleError: there is no such folder, or it is that of a search; or a file is missing, altered or added; the
+            message names the first one.
     """
+    search = folder.parent if folder.name == FOLDER and not folder.exists() else folder
+    if (search / "settings.yaml").is_file():
+        raise BundleError(f"{search} is a search; {bundle_to_give(Experiment.from_uri(str(search)), str(search))}")
+    if not folder.is_dir():
+        raise BundleError(
+            f"there is no folder {folder}{locate(str(folder), '.').similar()}; give the folder of a bundle, "
+            "results/NAME/best or as pulled"
+        )
     for name, fault in checksum_errors(folder):
         raise BundleError(f"{folder / name}: {fault}; fetch the bundle again")
 

@@ -163,6 +163,7 @@ class Plan:
             fetch_images(root),
             settings.image_size,
             class_map=settings.class_map,
+            check_map=self.fingerprint is None,
             skip_unreadable=settings.skip_unreadable,
             table=settings.table,
             window=settings.ct_window,

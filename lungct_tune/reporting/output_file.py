@@ -1,8 +1,11 @@
-"""Checks output files: never overwrites a user's file, and never writes into a bundle."""
+"""Checks and writes outputs: never over a user's file, and never into a bundle."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import check_outside_bundles
@@ -11,32 +14,40 @@ GENERATOR = '<meta name="generator" content="lungct_tune">'
 """A tag in the head of every page, by which the program recognises its own pages."""
 
 
-def check_free(out: Path, flag: str, mark: str = GENERATOR) -> None:
-    """Checks that an output file can be written without overwriting a user's file.
-
-    Args:
-        flag: the option that named the file.
-        mark: text near the start of files of this program, which may be overwritten.
-
-    Raises:
-        UserError: `out` is a folder or a file that this program did not make, or it is in a bundle.
-    """
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
-    check_outside_bundles(out, flag)
-    if out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
-        raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
-
-
-def check_new(out: Path, flag: str) -> None:
-    """Checks that there is no output file or folder yet, and that it is in no bundle.
+def check_output(out: Path, flag: str, mark: str = "", *, is_folder: bool = False) -> None:
+    """Checks before any work that an output can be written, without overwriting what a user has.
 
     Args:
         flag: the option that named it.
+        mark: text near the start of files of this program, which may be overwritten. Without it, none may be.
+        is_folder: it is a folder to make, with those above it.
 
     Raises:
-        UserError: there is one, or it is in a bundle.
+        UserError: it is there already, it is in a bundle, or there is no folder for it.
     """
+    if out.is_dir() and not is_folder:
+        raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
     check_outside_bundles(out, flag)
-    if out.exists():
+    if mark and out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
+        raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
+    if not mark and out.exists():
         raise UserError(f"{out} is there already; choose another {flag}, or move it away")
+    if not is_folder and not out.absolute().parent.is_dir():
+        raise UserError(f"{flag} {out}: there is no folder {out.parent}; make it first")
+
+
+@contextmanager
+def written_whole(out: Path, flag: str) -> Iterator[Path]:
+    """The path at which to write a new file or folder. It gets its name when it is whole: a stop leaves nothing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=out.parent) as scratch:
+            new = Path(scratch, out.name)
+            yield new
+            new.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another {flag}") from error

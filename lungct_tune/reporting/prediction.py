@@ -12,11 +12,12 @@ from rich.console import Console
 from lungct_tune.data import tables
 from lungct_tune.data.seen_images import NEW
 from lungct_tune.display import print_prose
-from lungct_tune.errors import UserError, number_of
+from lungct_tune.errors import number_of
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.evaluation.metrics import are_cancer_and_normal
 from lungct_tune.experiment.predictions import probability_columns
 from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS
+from lungct_tune.reporting.output_file import written_whole
 
 MOST_PRINTED = 30
 """The most rows that are printed; of more, only the counts are."""
@@ -28,15 +29,13 @@ def write_table(table: pd.DataFrame, out: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with written_whole(out, "--out") as new:
         if out.suffix.lower() == ".csv":
-            out.write_bytes(tables.write_table(table))
+            new.write_bytes(tables.write_table(table))
         elif out.suffix.lower() == ".json":
-            table.to_json(out, orient="records", indent=2, double_precision=15)
+            table.to_json(new, orient="records", indent=2, double_precision=15)
         else:
-            table.to_parquet(out, index=False)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}); choose another --out") from error
+            table.to_parquet(new, index=False)
 
 
 def print_predictions(
@@ -58,7 +57,7 @@ def print_predictions(
         for _, row in table.iterrows():
             _print_row(row, classifier.classes, console)
     read, unread = rows[rows["unreadable"] == ""], rows[rows["unreadable"] != ""]
-    counted = table[table["class"].notna()] if "class" in table else table.iloc[:0]
+    counted = table[table["class"].notna()]
     what = "image" if patients is None else "patient"
     counts = ", ".join(f"{name} {n}" for name, n in counted["class"].value_counts().items()) if len(counted) else "none"
     console.print(f"classified: {number_of(len(counted), what)} ({counts})", soft_wrap=True, markup=False)

@@ -129,6 +129,17 @@ def test_class_map_opens_the_door_to_other_data_sets(root: Path) -> None:
     )
 
 
+def test_a_class_map_with_a_folder_that_is_not_there_is_refused(root: Path) -> None:
+    two_classes(root)
+    read_images(root, 16, class_map={"Normal": "healthy", "large cell carcinoma": "adenocarcinoma"})
+    with pytest.raises(DataError) as refused:
+        read_images(root, 16, class_map={"Normals": "other", "foo": "normal", "normal": "normal"})
+    assert f"no class folder in {root} is called 'Normals' (did you mean normal?), 'foo'; there are" in str(
+        refused.value
+    )
+    assert "--class-map (for evaluate: --map)" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [

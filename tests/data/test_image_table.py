@@ -39,6 +39,14 @@ def test_the_table_gives_paths_classes_and_groups(root: Path) -> None:
     assert (UNLISTED, 2, "a/4.png") in images.left_aside
 
 
+def test_a_class_map_with_a_class_that_the_table_does_not_have_is_refused(root: Path) -> None:
+    file = table(root, "a/0.png,normal,p", "a/1.png,benign_2,q")
+    with pytest.raises(
+        DataError, match=r"no class in .*table\.csv is called 'a', 'benign' \(did you mean benign_2\?\)"
+    ):
+        read_images(root, 16, table=file, class_map={"a": "x", "benign": "normal", "Benign 2": "benign"})
+
+
 @pytest.mark.parametrize("place", ["", "a"])
 def test_groups_csv_gives_the_groups_that_the_table_does_not(root: Path, place: str) -> None:
     inside = "" if place else "a/"

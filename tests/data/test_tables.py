@@ -20,3 +20,9 @@ def test_a_name_is_read_as_it_was_and_is_no_formula(name: str) -> None:
     rows = list(csv.reader(io.StringIO(content.decode())))[1:]
     assert not any(cell.startswith(("=", "+", "@", "\t")) for row in rows for cell in row)
     assert not any(cell.startswith("-") for cell in (rows[0][0], rows[1][1], rows[1][2]))
+
+
+@pytest.mark.parametrize("names", [["normal", None], [None, float("nan")], [pd.NA, 7]])
+def test_a_name_that_is_missing_is_empty(names: list[object]) -> None:
+    read = read_table(write_table(pd.DataFrame({"path": ["a", "b"], "class": names})))
+    assert list(read["class"]) == ["" if pd.isna(name) else str(name) for name in names]

@@ -107,3 +107,34 @@ def test_the_graph_divides_logits_by_the_temperature() -> None:
     with torch.no_grad():
         plain_NC = forward(classifier.model, as_grey(images), "imagenet").softmax(dim=1).numpy()
         np.testing.assert_allclose(Graph(scaled)(images).numpy(), calibrated(plain_NC, 2.5), atol=1e-6)
+
+
+def test_what_cannot_be_is_refused_before_the_graph_is_made(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungct_tune.evaluation.exported.images_to_compare", lambda *_: pytest.fail("it has begun"))
+    status, _, complained = run(bundle, "--to", "onnx", "--out", tmp_path / "none" / "x.onnx")
+    assert status == 2 and f"there is no folder {tmp_path}/none; make it first" in complained
+    (tmp_path / "y.onnx.json").touch()
+    status, _, complained = run(bundle, "--to", "onnx", "--out", tmp_path / "y.onnx")
+    assert status == 2 and "y.onnx.json is there already" in complained
+
+
+def test_who_stops_it_while_it_writes_finds_neither_file(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def stopped_at_the_second_file(path: Path, content: bytes) -> int:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", stopped_at_the_second_file)
+    status, _, complained = run(bundle, "--to", "torch", "--out", tmp_path / "lung.pt2")
+    assert status == 130 and "Nothing was written" in complained and not list(tmp_path.iterdir())
+
+
+def test_a_test_image_that_is_elsewhere_is_named_with_the_reason(bundle: Path, tmp_path: Path) -> None:
+    status, _, complained = run(bundle, "--to", "onnx", "--out", tmp_path / "x.onnx", "--data", tmp_path)
+    assert status == 2 and f"cannot be read in {tmp_path}: No such file or directory; correct --data" in complained

@@ -185,6 +185,7 @@ def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Pat
         (["--map", "normal=malignant"], "normal=malignant: this bundle's images can be adenocarcinoma, large cell"),
         (["--map", "normal"], "expected FOLDER=CLASS[,FOLDER=CLASS...]"),
         (["--map", ",".join(f"{name}=other" for name in (*CANCERS, "normal"))], "expected at least two"),
+        (["--map", "Normals=other"], "is called 'Normals' (did you mean normal?); there are adenocarcinoma, "),
         (["--data", "UNKNOWN"], "the classes of these folders"),
         (["--data", "EMPTY"], "found no images"),
         (["--data", "nowhere"], "nowhere is not a folder"),
@@ -226,6 +227,24 @@ def test_figures_that_are_there_are_not_written_over(
     assert main([str(bundle), "--data", str(elsewhere)]) == 2
     assert "hospital-judged is there already" in capsys.readouterr().err
     assert (tmp_path / "hospital-judged" / METRICS).read_bytes() == before
+
+
+def test_who_stops_it_while_it_writes_finds_nothing_and_may_run_it_again(
+    bundle: Path, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, command = Path.write_bytes, (bundle, "--data", elsewhere, "--out", tmp_path / "new" / "out")
+
+    def stopped_at_the_second_file(path: Path, content: bytes) -> int:
+        if path.name == METRICS:
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", stopped_at_the_second_file)
+        ended = run(*command)
+    assert ended.returncode == 130 and "Nothing was written" in ended.stderr
+    assert not list((tmp_path / "new").iterdir())
+    assert run(*command).returncode == 0
 
 
 def test_a_class_that_the_bundle_does_not_know_is_named(

@@ -126,19 +126,44 @@ def test_an_array_of_another_size_is_refused(bundle: Path) -> None:
     assert classifier.classify(np.zeros((0, 32, 32), np.uint8)).probabilities_NC.shape == (0, 4)
 
 
-def test_unreadable_files_are_rows_too_and_give_status_1(bundle: Path, patients: Path, tmp_path: Path) -> None:
+def test_unreadable_files_are_named_and_give_status_1(bundle: Path, patients: Path, tmp_path: Path) -> None:
     good = next(patients.glob("*/*.png"))
     (tmp_path / "in").mkdir()
     shutil.copy(good, tmp_path / "in" / "b.png")
     (tmp_path / "in" / "a.png").write_bytes(good.read_bytes()[:300])
     (tmp_path / "in" / "notes.txt").write_text("not an image, and not taken for one")
-    status, said, _ = run(bundle, tmp_path / "in", "--out", tmp_path / "out.json", "--heatmaps", tmp_path / "maps")
+    status, said, _ = run(bundle, tmp_path / "in", "--heatmaps", tmp_path / "maps")
     assert status == 1
     assert "classified: 1 image (" in said and "unreadable: 1 file" in said and "a.png: " in said
     assert "left aside: 1 text, tables" in said
-    broken, whole = json.loads((tmp_path / "out.json").read_text())
-    assert broken["class"] is None and broken["unreadable"] and whole["unreadable"] == ""
     assert [file.name for file in (tmp_path / "maps").iterdir()] == ["b.png.heatmap.png"]
+
+
+READERS = {
+    ".csv": lambda out: pd.read_csv(out, keep_default_na=False, na_values={"class": ""}),
+    ".json": lambda out: pd.DataFrame(json.loads(out.read_text())),
+    ".parquet": pd.read_parquet,
+}
+
+
+@pytest.mark.parametrize("ending", READERS)
+@pytest.mark.parametrize("by", ["image", "patient"])
+@pytest.mark.parametrize("readable", [0, 1])
+def test_unreadable_files_are_rows_too(
+    bundle: Path, patients: Path, tmp_path: Path, ending: str, by: str, readable: int
+) -> None:
+    """Each file is of a patient of its own."""
+    good, out = next(patients.glob("*/*.png")), tmp_path / f"out{ending}"
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.png").write_bytes(good.read_bytes()[:300])
+    if readable:
+        shutil.copy(good, tmp_path / "in" / "b" / "1.png")
+    status, said, complained = run(bundle, tmp_path / "in", "--by", by, "--out", out)
+    assert status == 1 and f"written: {out}" in said, complained
+    table = READERS[ending](out)
+    assert list(table["class"].notna()) == [False, bool(readable)]
+    assert [str(why) not in ("", "0") for why in table["unreadable"]] == [True, not readable]
 
 
 def test_images_and_patients_are_printed_with_their_whole_names_the_likeliest_class_first(

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import resource
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import optuna
 import pytest
 
-from lungct_tune.experiment.bundle import BundleError, as_json, has_bundle, verify, write_bundle
+from lungct_tune.experiment.bundle import BundleError, as_json, has_bundle, verify, write_bundle, write_so_far
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import load_study, sqlite_storage
 from lungct_tune.filesystem import StorageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FILES = {"model.safetensors": b"weights", "config.json": as_json({"a": 1})}
 
@@ -113,6 +110,32 @@ def test_a_file_that_was_added_to_a_bundle_is_refused_unless_a_file_manager_left
     (folder / "model.pickle").write_bytes(b"")
     with pytest.raises(BundleError, match=r"model\.pickle: not named in checksums\.txt"):
         verify(folder)
+
+
+def test_a_path_that_is_no_bundle_is_told_from_a_damaged_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(path: str) -> str:
+        with pytest.raises(BundleError) as refused:
+            verify(Path(path))
+        return str(refused.value)
+
+    monkeypatch.chdir(tmp_path)
+    search = Experiment.at("results", "one")
+    search.write("settings.yaml", b"")
+    Path("slice.png").touch()
+    for path in ("nosuch", "nosuch/best", "slice.png"):
+        assert refusal(path).startswith(f"there is no folder {path}; give the folder of a bundle")
+    for path in ("results/oen", "results/oen/best"):
+        assert refusal(path).startswith(f"there is no folder {path} (did you mean one?);")
+    for path in ("results/one", "results/one/best"):
+        assert refusal(path) == "results/one is a search; no trial has completed yet, so it has no bundle"
+    write_so_far(search, FILES, 12)
+    for path in ("results/one", "results/one/best"):
+        assert refusal(path) == "results/one is a search; give results/one/so_far/000012"
+    write_bundle(search, FILES)
+    assert refusal("results/one") == "results/one is a search; give results/one/best"
+    verify(Path("results/one/best"))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", "..", "a/b"])

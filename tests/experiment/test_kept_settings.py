@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ import yaml
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
+from lungct_tune.data import DataError
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan, plan_search, read_plan
 from lungct_tune.experiment.results import read_results
 from lungct_tune.experiment.study import open_study
+from lungct_tune.reporting.test_section import find_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,3 +116,15 @@ def test_images_do_not_pass_for_those_of_a_search_without_a_fingerprint(begun: P
     overwrite(begun, fingerprint=None)
     with pytest.raises(SettingsError, match=r"settings\.yaml is not one that a search wrote"):
         read_plan(begun.experiment, set())
+
+
+def test_a_search_goes_on_with_the_class_map_with_which_it_has_begun(begun: Plan) -> None:
+    """Earlier versions took a class map that named a folder that is not there."""
+    class_map = {"nowhere": "normal"}
+    with pytest.raises(DataError, match="is called 'nowhere'"):
+        replace(begun, settings=begun.settings.model_copy(update={"class_map": class_map})).load_and_split()
+    overwrite(begun, class_map=class_map)
+    plan = read_plan(begun.experiment, set())
+    assert plan.settings.class_map == class_map
+    assert len(plan.load_and_split().split)
+    assert not find_pictures(read_results(begun.experiment), None, is_local=True).missing

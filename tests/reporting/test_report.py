@@ -293,7 +293,7 @@ def test_a_file_of_the_users_is_never_overwritten(
     assert Path("report.html").read_text() == "<html>my own</html>"
     assert main([str(finished.folder), "--out", "."]) == 2
     assert main([str(finished.folder), "--out", "nowhere/page.html"]) == 2
-    assert "choose another --out" in capsys.readouterr().err
+    assert "there is no folder nowhere; make it first" in capsys.readouterr().err
     assert main([str(finished.folder), "--out", str(finished.folder / "best" / "report.html")]) == 2
     assert "is a bundle, whose checksums are final" in capsys.readouterr().err
     assert main(["one", "--storage", str(finished.folder.parent), "--out", "page.html"]) == 0
