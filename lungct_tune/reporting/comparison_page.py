@@ -162,7 +162,7 @@ def _chart(curves: Sequence[SearchCurve], by_time: bool) -> Markup:
     if not by_time:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     in_percent(axes.yaxis)
-    axes.legend(loc="lower right")
+    chart.legend("lower right")
     of = ", ".join(curve.name for curve in curves)
     return chart.svg(f"The best {OBJECTIVE_NAME} so far of {of}, by {'time' if by_time else 'trials'}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from markupsafe import Markup
@@ -70,6 +70,11 @@ class Chart:
         gid = f"tip-{len(self.tips)}"
         self.tips[gid] = text
         return gid
+
+    def legend(self, where: Literal["best", "lower right"]) -> None:
+        """Draws a legend, unless nothing has a name: images of one class have no curve, and new searches no trials."""
+        if self.axes.get_legend_handles_labels()[0]:
+            self.axes.legend(loc=where)
 
     def svg(self, alt: str) -> Markup:
         buffer = io.StringIO()

@@ -14,6 +14,9 @@ from lungct_tune.experiment.metrics import CancerMetrics, ClassMetrics, Figure, 
 from lungct_tune.reporting.format import interval, percent
 from lungct_tune.reporting.svg import BAD, CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
 
+MOST_LETTERS = 45
+"""Of a name in a chart of half the page's width."""
+
 
 @styled
 def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], of: str = "accuracy") -> Markup:
@@ -30,12 +33,19 @@ def worth(rows: Sequence[tuple[str, float, Sequence[float] | None, bool]], of: s
         if ends:
             axes.plot(ends, [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
         axes.plot([value], [row], "o" if ours else "D", color=colour, markersize=8 if ours else 6)
-        axes.text(0, row - 0.3, f"{plain(name)}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal")
+        axes.text(
+            0, row - 0.3, f"{_shortened(name)}: {100 * value:.1f} %", color=INK, weight="bold" if ours else "normal"
+        )
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.6, -0.8), yticks=[])
     axes.spines["left"].set_visible(False)
     in_percent(axes.xaxis)
     values = "; ".join(f"{name} {value:.3f}" for name, value, _, _ in rows)
     return chart.svg(f"{of.capitalize()} on the same test images, with 95 % intervals: {values}")
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name, such as a path: else no room for the chart would be left."""
+    return plain(name if len(name) <= MOST_LETTERS else f"…{name[1 - MOST_LETTERS :]}")
 
 
 @styled
@@ -51,7 +61,7 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[s
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
-    _legend(axes, "lower right")
+    chart.legend("lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
 
 
@@ -70,14 +80,8 @@ def precision_recall(
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
-    _legend(axes, "best")
+    chart.legend("best")
     return chart.svg("Precision-recall curves of each class against the rest")
-
-
-def _legend(axes: Any, where: str) -> None:
-    """Draws a legend, unless nothing has a name: images of one class have no curve."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc=where)
 
 
 def _line(c: int) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
     in_percent(axes.xaxis)
     in_percent(axes.yaxis)
-    _legend(axes, "lower right")
+    chart.legend("lower right")
     return chart.svg("ROC curve for cancer against normal, with the operating point marked")
 
 

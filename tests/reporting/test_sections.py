@@ -24,7 +24,7 @@ from lungct_tune.reporting.html import markdown
 from lungct_tune.reporting.mistakes_section import UNFOLDED, mistakes_section
 from lungct_tune.reporting.report_page import report_page
 from lungct_tune.reporting.search_section import search_charts
-from lungct_tune.reporting.test_charts import cancer_roc, precision_recall, roc
+from lungct_tune.reporting.test_charts import cancer_roc, precision_recall, roc, worth
 from lungct_tune.reporting.test_section import Network, Pictures
 
 
@@ -50,6 +50,13 @@ def test_curves_of_images_of_one_class_have_no_legend_and_no_warning(recwarn: py
     ):
         assert chart.startswith("<")
     assert [str(warning.message) for warning in recwarn if "legend" in str(warning.message)] == []
+
+
+def test_a_long_path_leaves_room_for_the_chart(recwarn: pytest.WarningsRecorder) -> None:
+    path = f"/data/{'a folder with a long name/' * 6}one/best"
+    chart = worth([(path, 0.5, (0.4, 0.6), True), ("two", 0.5, None, False)])
+    assert "…" in chart and "a long name/one/best: 50.0 %" in chart
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_charts_of_parameters_wait_until_there_are_enough_completed_trials(found: SearchResults) -> None:
