@@ -49,7 +49,7 @@ def test_a_search_goes_on_from_a_lost_worker_from_signals_and_the_loss_of_its_pr
         wait_for(lambda: number_of_epochs(experiment, 0), run)
         assert list(experiment.glob("trials/*/state-*.pt")), "a state was there for the slot that took over"
         pull_all_while_it_runs(experiment, tmp_path / "copy", capsys)
-        wait_for(lambda: ended_trials(experiment) >= 1 and epochs_of_running_trials(experiment), run)
+        wait_for(lambda: has_completed_trial(experiment) and epochs_of_running_trials(experiment), run)
         run.send_signal(signal.SIGTERM)
         output, _ = run.communicate(timeout=120)
     assert run.returncode == 130
@@ -193,6 +193,11 @@ def finished_numbers(trials: dict[int, optuna.trial.FrozenTrial]) -> list[int]:
 
 def ended_trials(experiment: Path) -> int:
     return len(finished_numbers(trials_of(experiment)))
+
+
+def has_completed_trial(experiment: Path) -> bool:
+    """Whether a trial ran to its end, so that there is a best one so far."""
+    return any(trial.state == TrialState.COMPLETE for trial in trials_of(experiment).values())
 
 
 def epochs_of_running_trials(experiment: Path) -> int:
