@@ -36,8 +36,9 @@ PERCENTILES = (8, 92)
 PACE_ERROR, MOST_ERROR = 0.08, 0.4
 """Standard deviation of the logarithm of all that the measured pace does not show. It grows with the slowdown."""
 
-NORM_IMAGES = 64
-"""Images of an estimate of batch-norm statistics, after most epochs (`IMAGES_FOR_NORMS` in training/trainer.py)."""
+NORM_IMAGES, LAST_NORM_IMAGES = 64, 4096
+"""Images of an estimate of batch-norm statistics: after most epochs, and after the last one (`IMAGES_FOR_NORMS` in
+training/trainer.py)."""
 
 TRIAL_S = 0.15
 """Seconds between two trials of a slot, without building the network (docs/benchmarks.md, "A further trial")."""
@@ -171,7 +172,8 @@ class Forecast:
         """Seconds of so many epochs of the retraining of a model, and of its prediction of test."""
         work, predict_s = self.work, self.pace.predict(hyperparameters.truncation_depth)
         images, workers = work.train_images if work.ensemble else work.searched_images, work.final_workers
-        return epochs * self._training_s(hyperparameters, images, workers) + work.test_images / workers * predict_s
+        forward_images = min(LAST_NORM_IMAGES, images) + work.test_images / workers
+        return epochs * self._training_s(hyperparameters, images, workers) + forward_images * predict_s
 
     @property
     def start_s(self) -> float:

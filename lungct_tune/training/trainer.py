@@ -176,8 +176,8 @@ class Trainer:
         Args:
             indices: of the images.
             images_NHW: other images than those of the training.
-            rough: before the last epoch, estimate the batch-norm statistics from few images. With 256, which take a
-                quarter of the time of training on 500 images, balanced accuracy changes by 0.01 to 0.02.
+            rough: before the last epoch, estimate the batch-norm statistics from 64 images instead of 256
+                (docs/benchmarks.md, "Norms from fewer images").
         """
         self._estimate_norms(rough)
         images_NHW = self.images_NHW if images_NHW is None else images_NHW
@@ -238,8 +238,8 @@ class Trainer:
 
         Every worker does it with the same images, so the result is the same for any number of workers.
         """
-        few, many, all_there_are = IMAGES_FOR_NORMS
-        most = all_there_are if self.epoch == self.epochs else few if rough else many
+        few, many, at_the_end = IMAGES_FOR_NORMS
+        most = at_the_end if self.epoch == self.epochs else few if rough else many
         if self._norms_of >= (self.epoch, most):
             return
         generator = torch.Generator().manual_seed(_mix(self.seed, 0, 0, 0))

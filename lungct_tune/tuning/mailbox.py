@@ -226,7 +226,8 @@ def opened_mailbox(search: str, avoided: set[str] | None = None) -> Iterator[Any
     avoided = set() if avoided is None else avoided
     mailbox = open_mailbox(search)
     try:
-        ray.get(mailbox.avoid.remote(avoided))
+        if avoided:  # else a search need not wait here until the mailbox has started
+            ray.get(mailbox.avoid.remote(avoided))
         yield mailbox
     finally:
         avoided |= avoided_nodes(search)
