@@ -152,12 +152,14 @@ class MLflowTracker:
             self._end(self._run("final", None, parameters), figures, Outcome.COMPLETED, Outcome.COMPLETED.value, None)
 
     def _read_runs(self) -> dict[str, _Run]:
+        """The runs that are there, by the names in their tags."""
         runs, token = {}, None
         while True:
             page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
             for run in page:
-                epochs, ended = int(run.data.metrics.get("epoch", 0)), run.info.status != "RUNNING"
-                runs[run.data.tags.get(TAG, "")] = _Run(run.info.run_id, bool(run.data.params), epochs, ended)
+                if (name := run.data.tags.get(TAG)) is not None:  # others are the user's own
+                    epochs, ended = int(run.data.metrics.get("epoch", 0)), run.info.status != "RUNNING"
+                    runs[name] = _Run(run.info.run_id, bool(run.data.params), epochs, ended)
             if not (token := page.token):
                 return runs
 
