@@ -29,9 +29,12 @@ GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
     ("address", "says"),
     [("127.0.0.1:9", "at 127.0.0.1:9 cannot be joined"), ("ray://head:10001", "does not run through Ray's client")],
 )
-def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str) -> None:
+def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=says):
         connect(address, verbose=False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match=says):
+        connect(None, verbose=False)
 
 
 def test_a_token_that_is_missing_here_is_said_with_how_to_get_it(tmp_path: Path) -> None:
