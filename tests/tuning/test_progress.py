@@ -126,6 +126,24 @@ def test_without_a_terminal_an_ended_trial_is_one_short_line() -> None:
     assert len(line) < 100
 
 
+def test_a_trial_that_failed_is_shown_when_the_study_is_told_of_it() -> None:
+    """Found: it had no line and no row, and the forecast went on with it as one that runs."""
+    shown = Shown(80, terminal=False)
+    with shown.progress:
+        failing, other, last = (shown.start(number) for number in range(3))
+        shown.train(failing, 1, 0.25)
+        shown.progress.on_trial_complete(0, [], failing)  # the searcher waits until another has ended well
+        shown.tally.add(record(0, 1, 0.25, Outcome.FAILED, "failed: the workers ended"))
+        shown.end(other, record(1, 9, 0.5, Outcome.COMPLETED))
+        shown.progress.on_trial_complete(0, [], last)
+        shown.tally.add(record(2, 0, 0.0, Outcome.FAILED, "failed: the workers ended"))  # at the end of the search
+    _, first, second, third = shown.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert first.startswith("trial 0 failed: the workers ended at 0.250; 1 of 60, ")
+    assert second.startswith("trial 1 completed at 0.500; 2 of 60, ")
+    assert third.startswith("trial 2 failed: the workers ended; 3 of 60, ")
+    assert not shown.progress._left._running
+
+
 def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
     shown = Shown(200, terminal=False)
     with shown.progress:

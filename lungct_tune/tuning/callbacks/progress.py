@@ -82,6 +82,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         self._held, self._stops = ExitStack(), False
 
     def __enter__(self) -> ProgressCallback:
+        self._note_ended()
         self._held.enter_context(self._display.showing(self._render))
         self._starting = self._held.enter_context(ExitStack())
         self._starting.enter_context(self._display.step("starting workers"))
@@ -89,6 +90,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+        self._note_ended()
         if self._stops:
             for trial in self._running.values():
                 trial.state = "interrupted"
@@ -126,20 +128,24 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         self._held.enter_context(self._display.step("saving the states of the trials that run"))
 
     def _end(self, trial: Any) -> None:
-        this, number = self._tally.last, trial.config["number"]
-        self._running.pop(number, None)
-        if this is None or this.number != number:
-            return
-        self._add(this)
-        self._left.end(this)
-        if not self._display.console.is_terminal:
-            figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
-            best = self._tally.best
-            best_so_far = (
-                f", best {best.last.balanced_accuracy:.3f} (trial {best.number})" if best and best.last else ""
-            )
-            text = f"trial {number} {this.ended}{figure}; {self._counts()}{best_so_far}; {self._left}"
-            self._display.console.print(text, soft_wrap=True)
+        self._running.pop(trial.config["number"], None)
+        self._note_ended()
+
+    def _note_ended(self) -> None:
+        """Shows the trials that the study has been told of: when one ends well, also those that failed before it."""
+        while self._tally.new:
+            this = self._tally.new.popleft()
+            self._running.pop(this.number, None)
+            self._add(this)
+            self._left.end(this)
+            if not self._display.console.is_terminal:
+                figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
+                best = self._tally.best
+                best_so_far = (
+                    f", best {best.last.balanced_accuracy:.3f} (trial {best.number})" if best and best.last else ""
+                )
+                text = f"trial {this.number} {this.ended}{figure}; {self._counts()}{best_so_far}; {self._left}"
+                self._display.console.print(text, soft_wrap=True)
 
     def _add(self, record: TrialRecord) -> None:
         self._last.append(record)
@@ -147,7 +153,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             self._published = record
 
     def _counts(self) -> str:
-        return f"{self._tally.finished} of {self._trials}"
+        return f"{self._tally.finished - len(self._tally.new)} of {self._trials}"
 
     def _render(self) -> RenderableType:
         rows = min(MOST_ROWS, max(FEWEST_ROWS, self._display.console.height - OTHER_LINES))
