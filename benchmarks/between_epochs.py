@@ -77,7 +77,7 @@ def small_plan(folder: Path, epochs: int) -> SlotPlan:
 def now(plan: SlotPlan, depth: int, epochs: int) -> tuple[float, float, int]:
     """Runs all epochs but the last; returns wall seconds, seconds of training and validation, and written bytes."""
     order = TrialOrder(depth, 0, Hyperparameters(truncation_depth=depth))
-    trial = TrialRunner(plan.experiment, plan.dataset, plan.folds, order, CPU, rungs=(epochs - 1,))
+    trial = TrialRunner(replace(plan, rungs=(epochs - 1,)), order, CPU, slot=1, warn=print)
     began, seconds, written, done = time.perf_counter(), 0.0, 0, 0
     while done < epochs - 1:
         report = trial.run()

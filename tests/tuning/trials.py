@@ -16,6 +16,7 @@ from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.workers import SlotPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
@@ -53,12 +54,11 @@ def order(number: int, hyperparameters: Hyperparameters = SHALLOW, seed: int = 3
     return TrialOrder(number, seed, hyperparameters)
 
 
-def runner(plan: SlotPlan, of: TrialOrder, **options: Any) -> TrialRunner:
-    """The trial on this process's worker."""
+def runner(plan: SlotPlan, of: TrialOrder, *, warn: Callable[[str], None] = print, **changes: Any) -> TrialRunner:
+    """The trial on this process's worker, as in slot 2."""
     import torch
 
-    options = {"rungs": plan.rungs, "checkpoint_interval": plan.checkpoint_interval} | options
-    return TrialRunner(plan.experiment, plan.dataset, plan.folds, of, torch.device("cpu"), **options)
+    return TrialRunner(replace(plan, **changes), of, torch.device("cpu"), 2, warn)
 
 
 def run_all(trial: TrialRunner) -> list[EpochReport]:
