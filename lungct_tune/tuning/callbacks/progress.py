@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ray import tune
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,6 +16,7 @@ from rich.text import Text
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.display import Display, print_prose
 from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, TrialRecord
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
@@ -49,7 +49,7 @@ def _interrupted(record: TrialRecord) -> _Running:
     return _Running(record.hyperparameters, len(record.history), score, "continues")
 
 
-class ProgressCallback(tune.Callback):  # type: ignore[misc]
+class ProgressCallback(SearchCallback):
     """Shows the trials of a search, how many have ended, the best one, and the time left.
 
     Args:
@@ -112,10 +112,10 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             self._left.add(number, running.hyperparameters, last.epoch, seconds)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial)
+        self._running.pop(trial.config["number"], None)
+        self._note_ended()
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial)
+    on_trial_error = on_trial_complete
 
     def say_stopping(self) -> None:
         """Says that the search stops, and what the trials that run have."""
@@ -126,10 +126,6 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         self._stops = True
         print_prose(self._display.console, f"{text}. Ctrl-C again ends it without waiting", "yellow")
         self._held.enter_context(self._display.step("saving the states of the trials that run"))
-
-    def _end(self, trial: Any) -> None:
-        self._running.pop(trial.config["number"], None)
-        self._note_ended()
 
     def _note_ended(self) -> None:
         """Shows the trials that the study has been told of: when one ends well, also those that failed before it."""
@@ -200,6 +196,3 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         if hidden > 0:
             table.caption, table.caption_justify = f"{hidden} other trials are not shown", "left"
         return table
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but a display cannot be moved to another process
