@@ -378,10 +378,7 @@ class SearchRun:
         from lungct_tune.experiment.study import read_trials
         from lungct_tune.tuning.time_left import TimeLeft
 
-        settings, plan = self.plan.settings, self.slot_plan
-        counts = settings.trials or 0, plan.rungs, plan.dataset.epochs, self.outlook.resources.slots
-        after = 1 + (settings.compare_baseline or settings.data is None), 2 * (settings.seeds or 0)
-        return TimeLeft(*counts, *after, read_trials(self.study), self.outlook.forecast)
+        return TimeLeft(self.outlook.work, read_trials(self.study), self.outlook.forecast)
 
     @contextmanager
     def _shown(self, step: str, *, announced: bool = False) -> Iterator[None]:

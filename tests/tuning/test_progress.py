@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from trials import workload
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.display import Display, print_prose, tracked
@@ -35,7 +36,7 @@ class Shown:
             file=io.StringIO(), width=width, height=height, force_terminal=terminal, color_system=None
         )
         self.tally = SearchTally(record for record in earlier if record.is_finished)
-        left = TimeLeft(60, (1, 3), EPOCHS, 2, 1, 0, earlier)
+        left = TimeLeft(workload(60, EPOCHS, (1, 3), slots=2), earlier)
         clock: Any = SimpleNamespace(waiting=0)
         display = Display(self.console)
         self.progress = ProgressCallback(self.tally, earlier, 60, EPOCHS, clock, left, display)

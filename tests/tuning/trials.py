@@ -9,6 +9,7 @@ import numpy as np
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.forecast import Workload
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
@@ -48,6 +49,11 @@ def slot_plan(folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, work
         rungs=tuple(range(1, epochs)),
         checkpoint_interval=0,
     )
+
+
+def workload(trials: int, epochs: int, rungs: tuple[int, ...], slots: int = 1, **more: Any) -> Workload:
+    """The work of a search on five images, with room to start its first retraining early."""
+    return Workload(trials, epochs, rungs, slots, 4, 1, 5, 0, batch_size=1, cpus=2, final_slots=slots, **more)
 
 
 def order(number: int, hyperparameters: Hyperparameters = SHALLOW, seed: int = 3) -> TrialOrder:
