@@ -50,7 +50,7 @@ class FinalSlots:
         trials_so_far: Callable[[], tuple[int, int]],
         last: tuple[int, int],
         avoided: set[str],
-        prepare: Callable[[], None] = lambda: None,
+        prepare: Callable[[], object] = lambda: None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._plan, self._slots, self._trials_so_far, self._last = plan, slots, trials_so_far, last

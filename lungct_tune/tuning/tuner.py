@@ -91,7 +91,7 @@ def make_final_slots(
     study: optuna.Study,
     slots: int,
     avoided: set[str],
-    prepare: Callable[[], None],
+    prepare: Callable[[], object],
     warn: Callable[[str], None],
 ) -> FinalSlots:
     """The slots of a search's final retrainings. The first may start while the last trials run.

@@ -106,8 +106,7 @@ class Seeds:
 
     def run(self, step: Callable[[TrialOrder], EpochReport]) -> dict[str, Any]:
         Queue.step = staticmethod(step)
-        trials = [self.published, self.winner]
-        return rerun_with_seeds(self.plan, self.winner, trials, [5, 6], 1, self.avoided, self.left, print)
+        return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.avoided, self.left, print)
 
 
 @pytest.fixture
