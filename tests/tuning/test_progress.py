@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from trials import workload
+from trials import record, workload
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.display import Display, print_prose, tracked
-from lungct_tune.experiment.trial import (
-    EpochCost,
-    EpochFigures,
-    EpochReport,
-    Outcome,
-    TrialOrder,
-    TrialRecord,
-)
+from lungct_tune.experiment.trial import EpochCost, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
@@ -47,8 +40,7 @@ class Shown:
         return trial
 
     def train(self, trial: Any, epochs: int, score: float) -> None:
-        figures = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.5) for epoch in range(1, epochs + 1))
-        report = EpochReport(Outcome.RUNNING, figures, EpochCost(epochs, 8, 0, 0.0))
+        report = EpochReport(Outcome.RUNNING, record(0, epochs, score).history, EpochCost(epochs, 8, 0, 0.0))
         self.progress.on_trial_result(0, [], trial, {REPORT: report})
 
     def end(self, trial: Any, record: TrialRecord) -> None:
@@ -59,11 +51,6 @@ class Shown:
         with self.console.capture() as text:
             self.console.print(self.progress._render())
         return [line.rstrip() for line in text.get().splitlines()]
-
-
-def record(number: int, epochs: int, score: float, outcome: Outcome, ended: str = "") -> TrialRecord:
-    history = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.5) for epoch in range(1, epochs + 1))
-    return TrialRecord(number, PUBLISHED, history, outcome, ended or outcome.value)
 
 
 def row(lines: list[str], number: int) -> str:

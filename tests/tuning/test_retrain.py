@@ -27,14 +27,7 @@ from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed, retrain_all
 from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.mailbox import opened_mailbox
-from lungct_tune.tuning.retrain import (
-    FEATURES,
-    PREDICTIONS,
-    STATE,
-    WEIGHTS,
-    RetrainOrder,
-    retrain,
-)
+from lungct_tune.tuning.retrain import FEATURES, PREDICTIONS, STATE, WEIGHTS, RetrainOrder, retrain
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
 from lungct_tune.tuning.workers import SlotPlan
 

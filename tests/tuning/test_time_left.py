@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
-from trials import workload
+from trials import record, workload
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import parse_space
 from lungct_tune.experiment.forecast import BEGINNING, BUNDLE_S, Forecast, Workload
-from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.training.pace import Pace
 from lungct_tune.tuning.time_left import TIMES_PLAYED, TimeLeft
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lungct_tune.experiment.trial import TrialRecord
 
 EPOCH_S = 2.0
 
@@ -27,11 +28,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def record(number: int, epochs: int, outcome: Outcome = Outcome.STOPPED) -> TrialRecord:
-    history = [EpochFigures(epoch, 0.5, 0.5, 1.0, 1.0, EPOCH_S, 0.0) for epoch in range(1, epochs + 1)]
-    return TrialRecord(number, PUBLISHED, tuple(history), outcome, outcome.value)
 
 
 def estimate(clock: Clock, earlier: Sequence[TrialRecord] = (), retrainings: int = 1) -> TimeLeft:
