@@ -51,7 +51,7 @@ from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.tuner import run_search
-from lungct_tune.tuning.workers import SlotPlan, _free_memory, _start_trial
+from lungct_tune.tuning.workers import SlotPlan, _free_memory
 
 AIMS_MS = {20: 5.0, 49: 10.0}
 """The most milliseconds outside training and validation for each epoch, by depth."""
@@ -221,7 +221,7 @@ def memory(folder: Path, console: Console) -> None:
     for number in range(1, TRIALS[-1] + 1):
         _free_memory()
         order = TrialOrder(number, 0, Hyperparameters(truncation_depth=49), weights_from=(1.0, 0.0))
-        trial = _start_trial({"plan": plan, "slot": 1, "mailbox": None}, order, CPU, warn=print)
+        trial = TrialRunner(plan, order, CPU, slot=1, warn=print)
         assert trial.run().is_last
         used = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         del trial
