@@ -51,7 +51,7 @@ from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.tuner import run_search
-from lungct_tune.tuning.workers import SlotPlan, _free_memory, _start_trial
+from lungct_tune.tuning.workers import SlotPlan, _free_memory
 
 AIMS_MS = {20: 5.0, 49: 10.0}
 """The most milliseconds outside training and validation for each epoch, by depth."""
@@ -77,7 +77,7 @@ def small_plan(folder: Path, epochs: int) -> SlotPlan:
 def now(plan: SlotPlan, depth: int, epochs: int) -> tuple[float, float, int]:
     """Runs all epochs but the last; returns wall seconds, seconds of training and validation, and written bytes."""
     order = TrialOrder(depth, 0, Hyperparameters(truncation_depth=depth))
-    trial = TrialRunner(plan.experiment, plan.dataset, plan.folds, order, CPU, rungs=(epochs - 1,))
+    trial = TrialRunner(replace(plan, rungs=(epochs - 1,)), order, CPU, slot=1, warn=print)
     began, seconds, written, done = time.perf_counter(), 0.0, 0, 0
     while done < epochs - 1:
         report = trial.run()
@@ -221,7 +221,7 @@ def memory(folder: Path, console: Console) -> None:
     for number in range(1, TRIALS[-1] + 1):
         _free_memory()
         order = TrialOrder(number, 0, Hyperparameters(truncation_depth=49), weights_from=(1.0, 0.0))
-        trial = _start_trial({"plan": plan, "slot": 1, "mailbox": None}, order, CPU, warn=print)
+        trial = TrialRunner(plan, order, CPU, slot=1, warn=print)
         assert trial.run().is_last
         used = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
         del trial

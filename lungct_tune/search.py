@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from lungct_tune.cli import exit_status, terminal
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.display import Display, print_prose
 from lungct_tune.errors import UserError, number_of
+from lungct_tune.experiment.trial import BASELINE, best_trial
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
     from concurrent.futures import Future
@@ -212,19 +214,17 @@ class SearchRun:
             KeyboardInterrupt, NodeRefused: see `run_search`.
         """
         from lungct_tune.experiment.study import finished_trials
-        from lungct_tune.experiment.trial import best_trial
         from lungct_tune.tuning.tuner import run_search
 
-        settings, slots = self.plan.settings, self.outlook.resources.slots
-        assert settings.trials is not None  # decided by the plan
-        self._announce(f"searching, {number_of(slots, 'trial')} at a time")
+        work = self.outlook.work
+        self._announce(f"searching, {number_of(work.slots, 'trial')} at a time")
         run_search(
             self.study,
             self.plan.space,
             self.slot_plan,
-            trials=settings.trials,
-            slots=slots,
-            seed=settings.seed,
+            trials=work.trials,
+            slots=work.slots,
+            seed=self.plan.settings.seed,
             display=self.display,
             avoided=self._avoided,
             left=self._left,
@@ -242,28 +242,27 @@ class SearchRun:
 
         The slots of the retrainings give their room back before.
         """
-        from lungct_tune.experiment.study import finished_trials
         from lungct_tune.tuning.rerun import rerun_with_seeds
 
         settings = self.plan.settings
         if not settings.seeds:
             return None
         slots.release()
-        self._announce(f"training winner and published configuration again, with {settings.seeds} other seeds each")
+        published = self._published(winner)
+        what = "winner and published configuration" if published else "the winner"
+        self._announce(f"training {what} again, with {settings.seeds} other seeds{' each' if published else ''}")
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
-        plan, at_once, trials = self.slot_plan, self.outlook.resources.slots, finished_trials(self.study)
+        plan, at_once = self.slot_plan, self.outlook.work.slots
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, winner, trials, seeds, at_once, self._avoided, self._left, self._warn)
+            return rerun_with_seeds(plan, winner, published, seeds, at_once, self._avoided, self._left, self._warn)
 
     def final_slots(self) -> FinalSlots:
         """The slots of the retrainings. The first may start before the search has ended."""
         from lungct_tune.tuning.tuner import make_final_slots
 
-        def import_pages() -> None:
-            import lungct_tune.reporting.report_page  # noqa: F401
-
-        settings, slots = self.plan.settings, self.outlook.resources.slots
-        return make_final_slots(settings, self.slot_plan, self.study, slots, self._avoided, import_pages, self._warn)
+        settings, slots = self.plan.settings, self.outlook.work.slots
+        pages = partial(import_module, "lungct_tune.reporting.report_page")
+        return make_final_slots(settings, self.slot_plan, self.study, slots, self._avoided, pages, self._warn)
 
     def retrain(
         self, winner: TrialRecord, slots: FinalSlots
@@ -283,7 +282,7 @@ class SearchRun:
         how = f"for an ensemble of {len(orders)} models" if settings.ensemble else "on train and validation"
         try:  # from the first word on, so that a stop at any moment says what is kept
             self._announce(f"retraining trial {winner.number} {how}, {len(winner.history)} epochs")
-            published = self._published(winner)
+            published = self._compared(winner)
             others = orders_of(settings, published, self.test) if published else []
             self._left.retrain({order.folder: order.hyperparameters for order in orders + others})
             showing = self.display.showing(self._left.retraining_bar)
@@ -296,20 +295,22 @@ class SearchRun:
             raise
         return models, (published, theirs) if published and theirs else None
 
-    def _published(self, winner: TrialRecord) -> TrialRecord | None:
-        """The trial of the published configuration; None if it is not compared with the winner."""
-        from lungct_tune.experiment.study import finished_trials
-        from lungct_tune.experiment.trial import BASELINE, best_trial
-
-        if not (self.plan.settings.compare_baseline or self.plan.settings.data is None):
+    def _compared(self, winner: TrialRecord) -> TrialRecord | None:
+        """The trial that is retrained for a comparison with the winner; None if there is none."""
+        if not self.outlook.work.compares:
             return None
-        published = best_trial(trial for trial in finished_trials(self.study) if trial.number == BASELINE)
-        if published is None or published.number == winner.number:
-            why = "is the winner" if published else "did not run to its end"
-            self.display.console.print(f"the published configuration {why}, so there is no comparison with it")
-            return None
-        self.display.console.print("the published configuration is retrained in the same way, for the comparison")
+        how = "is retrained in the same way, for the comparison"
+        if (published := self._published(winner)) is None:
+            why = "is the winner" if winner.number == BASELINE else "did not run to its end"
+            how = f"{why}, so there is no comparison with it"
+        self.display.console.print(f"the published configuration {how}")
         return published
+
+    def _published(self, winner: TrialRecord) -> TrialRecord | None:
+        """The trial of the published configuration; None if it is the winner, or did not run to its end."""
+        from lungct_tune.experiment.study import finished_trials
+
+        return best_trial(t for t in finished_trials(self.study) if t.number == BASELINE != winner.number)
 
     def write_bundle(
         self,
@@ -378,10 +379,7 @@ class SearchRun:
         from lungct_tune.experiment.study import read_trials
         from lungct_tune.tuning.time_left import TimeLeft
 
-        settings, plan = self.plan.settings, self.slot_plan
-        counts = settings.trials or 0, plan.rungs, plan.dataset.epochs, self.outlook.resources.slots
-        after = 1 + (settings.compare_baseline or settings.data is None), 2 * (settings.seeds or 0)
-        return TimeLeft(*counts, *after, read_trials(self.study), self.outlook.forecast)
+        return TimeLeft(self.outlook.work, read_trials(self.study), self.outlook.forecast)
 
     @contextmanager
     def _shown(self, step: str, *, announced: bool = False) -> Iterator[None]:

@@ -10,12 +10,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
+from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.settings import Settings
+from lungct_tune.display import Display
 from lungct_tune.experiment.bundle import CONFIG, write_bundle
 from lungct_tune.experiment.plan import PlanError, plan_search
+from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.filesystem import StorageError
-from lungct_tune.search import main, start_search
+from lungct_tune.search import SearchRun, main, start_search
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,3 +95,23 @@ def test_a_storage_where_no_folder_can_be_made_is_refused_before_the_images_are_
     with pytest.raises(StorageError, match="may not be written; choose another --storage"):
         plan_search(Settings.model_validate(asked | {"storage": str(tmp_path)}), set())
     assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("winner", "said"),
+    [(0, "training the winner again, with 2 other seeds\n"), (1, "training winner and published configuration again")],
+)
+def test_what_is_trained_with_other_seeds_is_said_as_it_is(
+    winner: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A published configuration that has won is not trained twice."""
+    last, trained = EpochFigures(1, 0.5, 0.5, 1.0, 1.0, 1.0, 0.1), list[Any]()
+    trials = [TrialRecord(number, PUBLISHED, (last,), Outcome.COMPLETED) for number in (0, 1)]
+    monkeypatch.setattr("lungct_tune.experiment.study.finished_trials", lambda study: trials)
+    monkeypatch.setattr("lungct_tune.tuning.rerun.rerun_with_seeds", lambda plan, *both: trained.extend(both[:2]))
+    nothing: Any = SimpleNamespace(work=SimpleNamespace(slots=1), release=lambda: None, bar=lambda: "")
+    plan: Any = SimpleNamespace(settings=Settings(seeds=2))
+    run = SearchRun(plan, nothing, {}, nothing, nothing, nothing, nothing, None, Display(Console()))
+    run._left = nothing
+    run.repeat_with_seeds(trials[winner], nothing)
+    assert said in capsys.readouterr().out and trained == [trials[winner], trials[0] if winner else None]

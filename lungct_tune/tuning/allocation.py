@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,7 +182,8 @@ def workers_that_fit(nodes: Sequence[Mapping[str, float]], each: Mapping[str, fl
 
     def on(node: Mapping[str, float], kind: str, amount: float) -> int:
         if kind == "GPU" and amount < 1:
-            return int(node.get(kind, 0)) * int(1 / amount + 1e-9)
+            part, whole = math.modf(node.get(kind, 0) + 1e-9)
+            return int(whole) * int(1 / amount + 1e-9) + int(part / amount + 1e-9)
         return int(node.get(kind, 0) / amount + 1e-9)
 
     return sum(min(on(node, kind, amount) for kind, amount in each.items()) for node in nodes)

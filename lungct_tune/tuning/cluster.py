@@ -51,10 +51,11 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
     Raises:
         ClusterError: there is no cluster at `address`, or Tune cannot use it from here.
     """
-    if address and address.startswith("ray://"):
+    at = address or os.environ.get("RAY_ADDRESS", "")
+    if at.startswith("ray://"):
         raise ClusterError(
-            f"--address {address}: Ray Tune does not run through Ray's client; give the head's HOST:PORT (6379) on a "
-            "node of the cluster, or send the command there with `ray job submit`"
+            f"{'--address' if address else 'RAY_ADDRESS'} {at}: Ray Tune does not run through Ray's client; give the "
+            "head's HOST:PORT (6379) on a node of the cluster, or send the command there with `ray job submit`"
         )
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # run_search has its own, for all signals
     # Trials use absolute paths; a change of the working folder would break the user's relative ones
@@ -65,7 +66,6 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's new reporter prints even at verbose=0
         # the search itself reports a trial's failure, in one line; Ray's log files have the traces
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-    at = address or os.environ.get("RAY_ADDRESS", "")
     host, _, port = at.rpartition(":")
     try:
         if host and port.isdigit():  # Ray itself would try for minutes before it reports an error

@@ -14,6 +14,7 @@ from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome
 from lungct_tune.stopping import stop_delayed
+from lungct_tune.tuning.allocation import workers_that_fit
 from lungct_tune.tuning.groups import waiting_for_room
 from lungct_tune.tuning.mailbox import NEWS_S, avoided_nodes, open_mailbox
 from lungct_tune.tuning.ray_compat import free_resources
@@ -49,7 +50,7 @@ class FinalSlots:
         trials_so_far: Callable[[], tuple[int, int]],
         last: tuple[int, int],
         avoided: set[str],
-        prepare: Callable[[], None] = lambda: None,
+        prepare: Callable[[], object] = lambda: None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._plan, self._slots, self._trials_so_far, self._last = plan, slots, trials_so_far, last
@@ -157,13 +158,8 @@ class FinalSlots:
             self._release()
 
     def _has_room(self) -> bool:
-        each, free = self._plan.resources_per_worker, free_resources()
-        on_nodes = [
-            min(int(resources.get(kind, 0) / amount + 1e-9) for kind, amount in each.items())
-            for node, resources in free.items()
-            if node not in self._avoided
-        ]
-        return sum(on_nodes) >= self._plan.workers
+        free = [resources for node, resources in free_resources().items() if node not in self._avoided]
+        return workers_that_fit(free, self._plan.resources_per_worker) >= self._plan.workers
 
 
 def retrain_all(

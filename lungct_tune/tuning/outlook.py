@@ -48,6 +48,7 @@ class Outlook:
     """The slots."""
     lines: dict[str, str]
     """For the plan, by name: cluster, time, price."""
+    work: Workload
     forecast: Forecast | None
     """None where the pace could not be measured."""
     seconds: tuple[float, float] | None
@@ -77,9 +78,9 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     on_worker = _pace_of_worker(order, resources) if len(nodes) > 1 else None
     pace = on_worker or measured_pace(order)
     prices = read_prices()
-    if pace is None:
-        return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, None, None)
     work = _workload(plan, split, resources, retraining, max(1, len(nodes)))
+    if pace is None:
+        return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, work, None, None)
     processes = min(work.cpus, work.slots_of_machine * work.workers)
     slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
     known = first_trials(plan.space, seed=plan.settings.seed, trials=work.trials, slots=work.slots)
@@ -91,7 +92,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     if slowdown >= BUSY:
         text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
     lines |= {"time": text} | _price_line(forecast, seconds, prices, resources, plan.settings.slots)
-    return Outlook(resources, lines, forecast, seconds)
+    return Outlook(resources, lines, work, forecast, seconds)
 
 
 def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:

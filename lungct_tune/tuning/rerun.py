@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,15 +15,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.folder import Experiment, trial_folder
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import over_seeds
-from lungct_tune.experiment.trial import (
-    BASELINE,
-    EpochFigures,
-    EpochReport,
-    Outcome,
-    TrialOrder,
-    TrialRecord,
-    best_trial,
-)
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
 from lungct_tune.tuning.mailbox import opened_mailbox
@@ -75,7 +67,7 @@ def rerun_trials(
 def rerun_with_seeds(
     plan: SlotPlan,
     winner: TrialRecord,
-    trials: Iterable[TrialRecord],
+    published: TrialRecord | None,
     seeds: Sequence[int],
     slots: int,
     avoided: set[str],
@@ -88,14 +80,13 @@ def rerun_with_seeds(
 
     Args:
         plan, slots, avoided, warn: see `rerun_trials`.
-        trials: of the search. The published configuration is trained if its trial ran to its end and is not the winner.
+        published: the trial of the published configuration; None if it is not trained.
         left: is told how far the trainings are.
 
     Raises:
         SeedFailed: a training has lost its workers too often, so there is no figure for its seed.
         StorageError: what had ended before cannot be read.
     """
-    published = best_trial(trial for trial in trials if trial.number == BASELINE != winner.number)
     both = [winner] if published is None else [winner, published]
     runs = dict(enumerate(product(both, seeds), start=1))
     orders = [TrialOrder(number, seed, trial.hyperparameters) for number, (trial, seed) in runs.items()]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lungct_tune.config.settings import Settings
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.training.trainer import Trainer
+    from lungct_tune.tuning.workers import SlotPlan
 
 STATE, WEIGHTS, PREDICTIONS = "last.pt", "model.safetensors", "test_probabilities.npy"
 FEATURES = "features.npz"
@@ -91,11 +92,9 @@ def read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel |
 
 
 def retrain(
-    experiment: Experiment,
-    dataset: SharedDataset,
+    plan: SlotPlan,
     order: RetrainOrder,
     device: torch.device,
-    rows: np.ndarray | None = None,
     must_save: Callable[[], bool] = lambda: False,
     warn: Callable[[str], None] = lambda sentence: None,
     note_epoch: Callable[[int], None] = lambda epoch: None,
@@ -103,8 +102,7 @@ def retrain(
     """Trains to the last epoch, predicts the test images, and writes the files. All workers call it together.
 
     Args:
-        dataset: the images of train and validation.
-        rows: those of them that are trained on; by default all.
+        plan: of the slot, with the images of train and validation.
         must_save: whether a state is to be saved as soon as possible, because this worker may be lost.
         warn: is called with a sentence if the storage refuses a state.
         note_epoch: is called with the number of each epoch that has ended.
@@ -114,7 +112,8 @@ def retrain(
     """
     import safetensors.torch
 
-    rows = dataset.rows if rows is None else rows
+    experiment, dataset = plan.experiment, plan.dataset
+    rows = dataset.rows if order.fold is None else plan.folds[order.fold].train_rows
     trainer = dataset.trainer(order.hyperparameters, rows, order.seed, device, epochs=order.epochs)
     _resume(experiment, order, trainer)
     writer, saved_at = StateWriter(experiment, lambda epoch: order.file(STATE)), time.monotonic()

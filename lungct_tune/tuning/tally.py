@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from lungct_tune.experiment.trial import KEPT_TRIALS, Outcome, TrialRecord
@@ -20,12 +20,13 @@ class SearchTally:
         self.outcomes: Counter[Outcome] = Counter()
         self.best: TrialRecord | None = None
         """As `best_trial` of the trials."""
-        self.last: TrialRecord | None = None
-        """The one that ended last."""
+        self.new: deque[TrialRecord] = deque()
+        """Those that have ended since; the display takes them from here."""
         self._kept: list[tuple[tuple[float, float], int]] = []
         """Rank and negative number of the trials that keep their weights, the best one last."""
         for trial in finished:
             self.add(trial)
+        self.new.clear()
 
     @property
     def finished(self) -> int:
@@ -44,7 +45,7 @@ class SearchTally:
             The number of the trial whose weights are not kept any more, which may be this one; None if all are kept.
         """
         self.outcomes[trial.outcome] += 1
-        self.last = trial
+        self.new.append(trial)
         if trial.outcome is not Outcome.COMPLETED or trial.last is None:
             return trial.number
         place = (trial.last.rank, -trial.number)

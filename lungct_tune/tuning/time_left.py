@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
@@ -30,12 +31,7 @@ class TimeLeft:
     unless even the earliest end would be after it.
 
     Args:
-        trials: of the whole search.
-        rungs: the epochs after which a trial may be stopped.
-        epochs: of a trial that is not stopped.
-        slots: trials at the same time.
-        retrainings: how many configurations are retrained afterwards.
-        seeds: how many more follow, in all slots.
+        work: of the whole search.
         earlier: the trials that have begun before this run.
         forecast: of the whole search; without one, a rough one is used as soon as an epoch has been timed.
         now: the clock, in seconds.
@@ -43,26 +39,21 @@ class TimeLeft:
 
     def __init__(
         self,
-        trials: int,
-        rungs: Sequence[int],
-        epochs: int,
-        slots: int,
-        retrainings: int,
-        seeds: int,
+        work: Workload,
         earlier: Sequence[TrialRecord],
         forecast: Forecast | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._trials, self._now = trials, now
+        self._work, self._now = work, now
         self._is_rough = forecast is None
-        self._forecast = forecast or _rough_forecast(trials, rungs, epochs, slots, retrainings, seeds)
+        self._forecast = forecast or _rough_forecast(work)
         self._made = (-math.inf, 0.0, (0.0, 0.0))
         """The last forecast: from when on another is made, when it was made, and its range."""
         self._hyperparameters: dict[int, Hyperparameters] = {}
         self._training_s = self._foreseen_s = 0.0
         """Of the epochs that were trained: how long they took, and what the forecast has for them."""
         self._has_started = False
-        self._reached = dict.fromkeys(rungs, 0)
+        self._reached = dict.fromkeys(work.rungs, 0)
         self._running: dict[int, int] = {}
         self._ended = 0
         self._retrainings: Mapping[str, Hyperparameters] = {}
@@ -81,7 +72,7 @@ class TimeLeft:
             if trial.is_finished:
                 self._reach(0, len(trial.history))
                 self._ended += 1
-        self._earlier_s, self._start, self._share = sum(trial.seconds for trial in earlier) / slots, now(), 0.0
+        self._earlier_s, self._start, self._share = sum(trial.seconds for trial in earlier) / work.slots, now(), 0.0
 
     def add(self, number: int, hyperparameters: Hyperparameters, epoch: int, seconds: Sequence[float]) -> None:
         """Counts epochs of a trial that runs.
@@ -103,7 +94,7 @@ class TimeLeft:
 
     def search_ended(self) -> None:
         """From now on only what follows the search is left."""
-        self._ended, self._running = self._trials, {}
+        self._ended, self._running = self._work.trials, {}
 
     def retrain(self, retrainings: Mapping[str, Hyperparameters]) -> None:
         """The retrainings start, of one model each, in this order; their keys are names for `retrained`."""
@@ -158,7 +149,7 @@ class TimeLeft:
         """A bar of the epochs of all retrainings; empty if there are none."""
         if (left := self._retraining) is None:
             return Text("")
-        each = self._forecast.work.epochs
+        each = self._work.epochs
         epochs = each * len(self._retrainings)
         done = epochs - sum(each - epoch for epoch in left.values())
         return _bar(done, epochs, f"epoch {done} of {epochs}")
@@ -203,25 +194,10 @@ class TimeLeft:
         )
 
 
-def _rough_forecast(
-    trials: int, rungs: Sequence[int], epochs: int, slots: int, retrainings: int, seeds: int
-) -> Forecast:
+def _rough_forecast(work: Workload) -> Forecast:
     """A forecast where the pace could not be measured: epochs take time in proportion to their depth."""
-    work = Workload(
-        *(trials, epochs, tuple(rungs), slots),
-        train_images=4,
-        valid_images=1,
-        searched_images=5,
-        test_images=0,
-        batch_size=1,
-        retrains=retrainings > 0,
-        compares=retrainings > 1,
-        seeds=seeds,
-        cpus=2,  # the first slot of the retrainings starts early
-        final_slots=slots,
-    )
     space = parse_space("truncation_depth: {low: 4, high: 49}", "")
-    return Forecast(work, space, Pace("", 0.0, 0.0, 1, (49,), (5.0,), (1.2,)))
+    return Forecast(replace(work, test_images=0), space, Pace("", 0.0, 0.0, 1, (49,), (5.0,), (1.2,)))
 
 
 def _bar(done: float, total: float, text: str) -> RenderableType:

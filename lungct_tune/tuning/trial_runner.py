@@ -17,22 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lungct_tune.experiment.folder import TRIAL_WEIGHTS, VALID, Experiment, old_state_file, state_file, trial_folder
-from lungct_tune.experiment.trial import (
-    EpochCost,
-    EpochFigures,
-    EpochReport,
-    Outcome,
-    TrialOrder,
-)
+from lungct_tune.experiment.folder import TRIAL_WEIGHTS, VALID, old_state_file, state_file, trial_folder
+from lungct_tune.experiment.trial import EpochCost, EpochFigures, EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
-from lungct_tune.tuning.fold_model import Fold, FoldModel, mean_figures
-from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.fold_model import FoldModel, mean_figures
 from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, saved_epochs
 
 if TYPE_CHECKING:
     import torch
+
+    from lungct_tune.tuning.workers import SlotPlan
 
 T = TypeVar("T")
 
@@ -66,37 +61,29 @@ class TrialRunner:
     A trial's figures are the means over its folds.
 
     Args:
-        experiment: where the trial's state is written, and read from at the start.
-        folds: one, or several for cross-validation.
+        plan: of the slot. Its experiment has the trial's states, of which the newest is read at the start.
         device: where this worker trains.
-        rungs: epochs after which early stopping decides, so a step ends there.
-        checkpoint_interval: seconds of training between two states.
         slot: the number of the slot, noted in the figures.
         warn: is called with a sentence if the storage refuses a file.
     """
 
     def __init__(
         self,
-        experiment: Experiment,
-        dataset: SharedDataset,
-        folds: Sequence[Fold],
+        plan: SlotPlan,
         order: TrialOrder,
         device: torch.device,
-        *,
-        rungs: Sequence[int] = (),
-        checkpoint_interval: float = 30.0,
-        slot: int | None = None,
-        warn: Callable[[str], None] = lambda sentence: None,
+        slot: int,
+        warn: Callable[[str], None],
     ) -> None:
         import torch.distributed as dist
 
-        self.order = order
-        self._experiment, self._epochs, self._rungs = experiment, dataset.epochs, rungs
-        self._interval, self._slot, self._warn = checkpoint_interval, slot, warn
+        self.order, folds = order, plan.folds
+        self._experiment, self._epochs, self._rungs = plan.experiment, plan.dataset.epochs, plan.rungs
+        self._interval, self._slot, self._warn = plan.checkpoint_interval, slot, warn
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._each_alone = len(folds) > 1
         mine = range(self._rank, len(folds), self._world) if self._each_alone else [0]
-        self._models = {k: FoldModel(dataset, folds[k], order, device, self._each_alone) for k in mine}
+        self._models = {k: FoldModel(plan.dataset, folds[k], order, device, self._each_alone) for k in mine}
         images = sum(model.images for model in self._models.values())
         self._images = sum(self._gather(images)) if self._each_alone else images
         self._in_order = np.argsort(np.concatenate([fold.valid_rows for fold in folds]))
@@ -104,7 +91,7 @@ class TrialRunner:
         self._ended = False
         # not a method of this object: a thread that still writes would keep the models of a trial that has ended
         self._state_file = partial(state_file, order.number, rank=self._rank)
-        self._writer = StateWriter(experiment, self._state_file)
+        self._writer = StateWriter(plan.experiment, self._state_file)
         self._resume()
         self._saved_at = time.monotonic()
         self._reported = 0

@@ -20,6 +20,7 @@ from lungct_tune.data.split import DataSplit
 from lungct_tune.display import Display
 from lungct_tune.errors import SearchStopped, UserError
 from lungct_tune.experiment.bundle import versions
+from lungct_tune.experiment.forecast import Workload
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import read_trials, rungs, study_errors
 from lungct_tune.experiment.trial import TrialRecord
@@ -90,7 +91,7 @@ def make_final_slots(
     study: optuna.Study,
     slots: int,
     avoided: set[str],
-    prepare: Callable[[], None],
+    prepare: Callable[[], object],
     warn: Callable[[str], None],
 ) -> FinalSlots:
     """The slots of a search's final retrainings. The first may start while the last trials run.
@@ -155,7 +156,8 @@ def run_search(
             return
         trained_s = sum(trial.seconds for trial in earlier)
         epochs = plan.dataset.epochs
-        left = left or TimeLeft(trials, plan.rungs, epochs, slots, retrainings=0, seeds=0, earlier=earlier)
+        alone = Workload(trials, epochs, plan.rungs, slots, 4, 1, 5, 0, batch_size=1, retrains=False)
+        left = left or TimeLeft(alone, earlier)
         clock = SlotTimeCallback(study, plan, slots)
         board = TensorBoardCallback(plan.experiment, storage_threads)
         callbacks = [clock, board, PrometheusCallback(tally, plan.experiment.name, trials, clock, trained_s)]

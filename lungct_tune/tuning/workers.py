@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
@@ -25,9 +25,6 @@ from lungct_tune.tuning.mailbox import DRAIN, ORDER, REPORT
 from lungct_tune.tuning.retrain import RetrainOrder, retrain
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import TrialRunner
-
-if TYPE_CHECKING:
-    import torch
 
 START_ATTEMPTS = 20
 """How often Ray Train tries to start a group of workers before it reports an error."""
@@ -123,7 +120,8 @@ def run_worker(config: dict[str, Any]) -> None:
 
     from lungct_tune.training.trainer import NotFiniteLoss
 
-    plan, mailbox, group = config["plan"], config["mailbox"], config["group"]
+    plan: SlotPlan = config["plan"]
+    mailbox, group = config["mailbox"], config["group"]
     node = ray.get_runtime_context().get_node_id()
     mailbox.start.remote(group, node)
     try:
@@ -157,12 +155,10 @@ def run_worker(config: dict[str, Any]) -> None:
                 trial = None
                 _free_memory()
             if isinstance(order, RetrainOrder):
-                note = partial(mailbox.note_epoch.remote, order.folder)
-                rows = None if order.fold is None else plan.folds[order.fold].train_rows
-                retrain(plan.experiment, plan.dataset, order, device, rows, must_save, warn, note)
+                retrain(plan, order, device, must_save, warn, partial(mailbox.note_epoch.remote, order.folder))
                 report = EpochReport(Outcome.COMPLETED)
             else:
-                trial = trial or _start_trial(config, order, device, warn)
+                trial = trial or TrialRunner(plan, order, device, config["slot"], warn)
                 report = trial.run(must_save)
         except NotFiniteLoss as error:  # of a retraining, on all workers; a trial reports it itself
             report = EpochReport(Outcome.DIVERGED, reason=str(error))
@@ -178,23 +174,6 @@ def run_worker(config: dict[str, Any]) -> None:
             trial, report = None, EpochReport(Outcome.OUT_OF_MEMORY, reason=reason)
         if is_first:
             ray.get(mailbox.put.remote((group, REPORT, sequence), report))
-
-
-def _start_trial(
-    config: dict[str, Any], order: TrialOrder, device: torch.device, warn: Callable[[str], None]
-) -> TrialRunner:
-    plan: SlotPlan = config["plan"]
-    return TrialRunner(
-        plan.experiment,
-        plan.dataset,
-        plan.folds,
-        order,
-        device,
-        rungs=plan.rungs,
-        checkpoint_interval=plan.checkpoint_interval,
-        slot=config["slot"],
-        warn=warn,
-    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study import (
-    open_study,
-)
+from lungct_tune.experiment.study import open_study
 from lungct_tune.experiment.study_journal import StudyStorage
-from lungct_tune.experiment.trial import (
-    EpochFigures,
-    EpochReport,
-    Outcome,
-)
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome
 from lungct_tune.tuning.searcher import OptunaSearcher
 from lungct_tune.tuning.slots import REPORT
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungct_tune.config.settings import validate
-from lungct_tune.tuning.allocation import ClusterError, divide, divide_for_retraining, workers_of
+from lungct_tune.tuning.allocation import ClusterError, divide, divide_for_retraining, workers_of, workers_that_fit
 from lungct_tune.tuning.cluster import connect, workers_have_gpus
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
     ("address", "says"),
     [("127.0.0.1:9", "at 127.0.0.1:9 cannot be joined"), ("ray://head:10001", "does not run through Ray's client")],
 )
-def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str) -> None:
+def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=says):
         connect(address, verbose=False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match=says):
+        connect(None, verbose=False)
 
 
 def test_a_token_that_is_missing_here_is_said_with_how_to_get_it(tmp_path: Path) -> None:
@@ -80,6 +83,7 @@ def test_a_fraction_of_a_gpu_lies_on_one_gpu() -> None:
     assert divide(settings(gpus_per_worker=0.4), node, FIXED).slots == 4  # not 5: the fifth would lie across both
     assert divide(settings(gpus_per_worker=0.6), node, FIXED).slots == 2
     assert divide(settings(gpus_per_worker=0.1), node, FIXED).slots == 16  # then the CPUs are what is scarce
+    assert workers_that_fit([{"CPU": 8.0, "GPU": 1.5}], {"CPU": 1, "GPU": 0.5}) == 3  # what others have left
 
 
 def test_the_retraining_has_the_workers_of_a_slot_and_several_get_a_whole_gpu_each() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+import optuna
 import pytest
 
+from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.search import main
 from lungct_tune.tuning.callbacks.mlflow import MLflowTracker, TrackingError
 
@@ -28,3 +30,16 @@ def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(TrackingError, match="uv pip install mlflow"):
         MLflowTracker("mlflow:http://127.0.0.1:9", "any", new=True)
+
+
+@pytest.mark.long
+def test_runs_that_the_user_has_added_to_the_experiment_are_left_alone(tmp_path: Path) -> None:
+    """Found: after a resume, or after an error, such a run kept all data of the search from MLflow."""
+    server = f"sqlite:///{tmp_path}/mlflow.db"
+    client = pytest.importorskip("mlflow").MlflowClient(server)
+    client.set_terminated(client.create_run(client.create_experiment("one"), run_name="my own").info.run_id)
+    study = optuna.create_study()
+    study.ask().set_user_attr("configuration", PUBLISHED.as_dict())
+    MLflowTracker(f"mlflow:{server}", "one", new=False)._copy(study)
+    (experiment,) = client.search_experiments(filter_string="name = 'one'")
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"my own", "trial_0000"}

@@ -58,8 +58,9 @@ def test_without_a_measured_pace_the_plan_says_so(
     phantoms: Path, space: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outlook, "measured_pace", lambda order: None)
-    plan = planned(phantoms, space, folder)
+    plan = planned(phantoms, space, folder, "--hold-test")
     seen = look_ahead(plan, plan.load_and_split())
+    assert not seen.work.retrains, "so the time left, which is estimated from the first epoch on, has no retraining"
     assert "not known" in seen.lines["time"] and seen.forecast is None and seen.seconds is None
 
 

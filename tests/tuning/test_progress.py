@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from trials import record, workload
 
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.display import Display, print_prose, tracked
-from lungct_tune.experiment.trial import (
-    EpochCost,
-    EpochFigures,
-    EpochReport,
-    Outcome,
-    TrialOrder,
-    TrialRecord,
-)
+from lungct_tune.experiment.trial import EpochCost, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
@@ -35,7 +29,7 @@ class Shown:
             file=io.StringIO(), width=width, height=height, force_terminal=terminal, color_system=None
         )
         self.tally = SearchTally(record for record in earlier if record.is_finished)
-        left = TimeLeft(60, (1, 3), EPOCHS, 2, 1, 0, earlier)
+        left = TimeLeft(workload(60, EPOCHS, (1, 3), slots=2), earlier)
         clock: Any = SimpleNamespace(waiting=0)
         display = Display(self.console)
         self.progress = ProgressCallback(self.tally, earlier, 60, EPOCHS, clock, left, display)
@@ -46,8 +40,7 @@ class Shown:
         return trial
 
     def train(self, trial: Any, epochs: int, score: float) -> None:
-        figures = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.5) for epoch in range(1, epochs + 1))
-        report = EpochReport(Outcome.RUNNING, figures, EpochCost(epochs, 8, 0, 0.0))
+        report = EpochReport(Outcome.RUNNING, record(0, epochs, score).history, EpochCost(epochs, 8, 0, 0.0))
         self.progress.on_trial_result(0, [], trial, {REPORT: report})
 
     def end(self, trial: Any, record: TrialRecord) -> None:
@@ -58,11 +51,6 @@ class Shown:
         with self.console.capture() as text:
             self.console.print(self.progress._render())
         return [line.rstrip() for line in text.get().splitlines()]
-
-
-def record(number: int, epochs: int, score: float, outcome: Outcome, ended: str = "") -> TrialRecord:
-    history = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.5) for epoch in range(1, epochs + 1))
-    return TrialRecord(number, PUBLISHED, history, outcome, ended or outcome.value)
 
 
 def row(lines: list[str], number: int) -> str:
@@ -124,6 +112,24 @@ def test_without_a_terminal_an_ended_trial_is_one_short_line() -> None:
     assert first == "starting workers"
     assert line.startswith("trial 7 stopped early after epoch 3 at 0.250; 1 of 60; ") and line.endswith("min left")
     assert len(line) < 100
+
+
+def test_a_trial_that_failed_is_shown_when_the_study_is_told_of_it() -> None:
+    """Found: it had no line and no row, and the forecast went on with it as one that runs."""
+    shown = Shown(80, terminal=False)
+    with shown.progress:
+        failing, other, last = (shown.start(number) for number in range(3))
+        shown.train(failing, 1, 0.25)
+        shown.progress.on_trial_complete(0, [], failing)  # the searcher waits until another has ended well
+        shown.tally.add(record(0, 1, 0.25, Outcome.FAILED, "failed: the workers ended"))
+        shown.end(other, record(1, 9, 0.5, Outcome.COMPLETED))
+        shown.progress.on_trial_complete(0, [], last)
+        shown.tally.add(record(2, 0, 0.0, Outcome.FAILED, "failed: the workers ended"))  # at the end of the search
+    _, first, second, third = shown.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert first.startswith("trial 0 failed: the workers ended at 0.250; 1 of 60, ")
+    assert second.startswith("trial 1 completed at 0.500; 2 of 60, ")
+    assert third.startswith("trial 2 failed: the workers ended; 3 of 60, ")
+    assert not shown.progress._left._running
 
 
 def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:

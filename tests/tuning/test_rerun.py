@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
-from trials import SHALLOW, slot_plan
+from trials import SHALLOW, slot_plan, workload
 
 from lungct_tune import replay
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
@@ -101,13 +101,12 @@ class Seeds:
         self.published = TrialRecord(0, PUBLISHED, history, Outcome.COMPLETED)
         self.winner = TrialRecord(7, SHALLOW, history, Outcome.COMPLETED)
         trials = [self.published, self.winner]
-        self.left = TimeLeft(2, (2,), 4, 1, 1, 4, trials, now=lambda: self.now)
+        self.left = TimeLeft(workload(2, 4, (2,), seeds=4), trials, now=lambda: self.now)
         self.left.search_ended()
 
     def run(self, step: Callable[[TrialOrder], EpochReport]) -> dict[str, Any]:
         Queue.step = staticmethod(step)
-        trials = [self.published, self.winner]
-        return rerun_with_seeds(self.plan, self.winner, trials, [5, 6], 1, self.avoided, self.left, print)
+        return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.avoided, self.left, print)
 
 
 @pytest.fixture

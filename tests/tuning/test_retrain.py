@@ -27,14 +27,7 @@ from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed, retrain_all
 from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.mailbox import opened_mailbox
-from lungct_tune.tuning.retrain import (
-    FEATURES,
-    PREDICTIONS,
-    STATE,
-    WEIGHTS,
-    RetrainOrder,
-    retrain,
-)
+from lungct_tune.tuning.retrain import FEATURES, PREDICTIONS, STATE, WEIGHTS, RetrainOrder, retrain
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
 from lungct_tune.tuning.workers import SlotPlan
 
@@ -78,6 +71,11 @@ def searched(images: ImageSet) -> SharedDataset:
     return dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) != "test"))
 
 
+def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
+    fold = Fold(searched(images).rows, searched(images).rows)
+    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, (), 30.0)
+
+
 def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
     return RetrainOrder(
         number=3,
@@ -97,9 +95,9 @@ def files(experiment: Experiment, one: RetrainOrder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a retraining that nothing stopped."""
-    experiment = Experiment.at(str(tmp_path_factory.mktemp("whole")), "one")
-    retrain(experiment, searched(images), order(images), CPU)
-    return files(experiment, order(images))
+    plan = slot_plan(images, tmp_path_factory.mktemp("whole"))
+    retrain(plan, order(images), CPU)
+    return files(plan.experiment, order(images))
 
 
 def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageSet, whole: dict[str, bytes]) -> None:
@@ -121,7 +119,7 @@ def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageS
 def test_a_stopped_retraining_continues_to_the_same_weights(
     images: ImageSet, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment, one, train_epoch = Experiment.at(str(tmp_path), "one"), order(images, interval=0.0), Trainer.train_epoch
+    plan, one, train_epoch = slot_plan(images, tmp_path), order(images, interval=0.0), Trainer.train_epoch
 
     def lost_in_the_third_epoch(trainer: Trainer) -> float:
         time.sleep(0.3)  # until the earlier epoch's state is written
@@ -132,28 +130,29 @@ def test_a_stopped_retraining_continues_to_the_same_weights(
     with monkeypatch.context() as losing:
         losing.setattr(Trainer, "train_epoch", lost_in_the_third_epoch)
         with pytest.raises(RuntimeError, match="lost"):
-            retrain(experiment, searched(images), one, CPU)
-    assert set(files(experiment, one)) == {STATE}
+            retrain(plan, one, CPU)
+    assert set(files(plan.experiment, one)) == {STATE}
     trained: list[int] = []
     with monkeypatch.context() as counting:
         counting.setattr(Trainer, "train_epoch", lambda trainer: (trained.append(trainer.epoch), train_epoch(trainer)))
-        retrain(experiment, searched(images), one, CPU)
+        retrain(plan, one, CPU)
     assert trained == [2, 3]
-    again = files(experiment, one)
+    again = files(plan.experiment, one)
     assert (again[WEIGHTS], again[PREDICTIONS]) == (whole[WEIGHTS], whole[PREDICTIONS])
 
 
 def test_a_damaged_state_is_not_continued_from(images: ImageSet, whole: dict[str, bytes], tmp_path: Path) -> None:
-    experiment, one = Experiment.at(str(tmp_path), "one"), order(images)
-    experiment.write(one.file(STATE), b"half a state")
-    retrain(experiment, searched(images), one, CPU)
-    assert files(experiment, one)[WEIGHTS] == whole[WEIGHTS]
+    plan, one = slot_plan(images, tmp_path), order(images)
+    plan.experiment.write(one.file(STATE), b"half a state")
+    retrain(plan, one, CPU)
+    assert files(plan.experiment, one)[WEIGHTS] == whole[WEIGHTS]
 
 
 def test_a_member_of_an_ensemble_is_the_model_that_the_trial_had(images: ImageSet, tmp_path: Path) -> None:
-    experiment, data, one = Experiment.at(str(tmp_path), "one"), searched(images), replace(order(images), fold=1)
+    plan, one = slot_plan(images, tmp_path), replace(order(images), fold=1)
+    experiment, data = plan.experiment, plan.dataset
     fold = Fold(np.delete(data.rows, np.s_[::3]), data.rows[::3])
-    retrain(experiment, data, one, CPU, fold.train_rows)
+    retrain(replace(plan, folds=(*plan.folds, fold)), one, CPU)
     trial = FoldModel(data, fold, TrialOrder(one.number, one.seed, one.hyperparameters), CPU, each_alone=True)
     for _ in range(one.epochs):
         trial.train_and_validate()
@@ -162,11 +161,6 @@ def test_a_member_of_an_ensemble_is_the_model_that_the_trial_had(images: ImageSe
     with np.load(io.BytesIO(files(experiment, one)[FEATURES])) as kept:
         assert set(kept["rows"]) == set(fold.train_rows)
     assert not files(experiment, order(images)) and not files(experiment, replace(one, fold=0)), "each has its own"
-
-
-def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
-    fold = Fold(searched(images).rows, searched(images).rows)
-    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, (), 30.0)
 
 
 def gated(one: RetrainOrder, gate: Path) -> RetrainOrder:

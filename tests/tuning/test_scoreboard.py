@@ -7,17 +7,12 @@ from collections.abc import Callable
 
 import pytest
 from processes import wait_for
+from trials import record
 
-from lungct_tune.config.hyperparameters import PUBLISHED
-from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
+from lungct_tune.experiment.trial import Outcome
 from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
 from lungct_tune.tuning.mailbox import Mailbox, opened_mailbox
 from lungct_tune.tuning.tally import SearchTally
-
-
-def trial(number: int, reached: float) -> TrialRecord:
-    last = EpochFigures(1, reached, reached, 1.0, 1.0, train_s=1.0, valid_s=0.1)
-    return TrialRecord(number, PUBLISHED, (last,), Outcome.COMPLETED)
 
 
 def test_rays_dashboard_has_one_running_task_that_says_how_many_trials_are_done_and_which_is_best(
@@ -38,12 +33,12 @@ def test_rays_dashboard_has_one_running_task_that_says_how_many_trials_are_done_
         board = ScoreboardCallback(mailbox, tally, 8)
         board.on_step_end(1, [])
         wait_for(shows("0 of 8 trials done"))
-        tally.add(trial(0, 0.5))
-        tally.add(trial(1, 0.612))
+        tally.add(record(0, 1, 0.5, Outcome.COMPLETED))
+        tally.add(record(1, 1, 0.612, Outcome.COMPLETED))
         board.on_step_end(2, [])
         wait_for(shows("2 of 8 trials done, best so far 61.2 % in trial 1"))
         board.on_step_end(3, [])
-        tally.add(trial(2, 0.4))
+        tally.add(record(2, 1, 0.4, Outcome.COMPLETED))
         board.on_experiment_end([])
         wait_for(shows("3 of 8 trials done, best so far 61.2 % in trial 1"))
     wait_for(lambda: not running())  # the search has ended, and nothing has failed

@@ -28,14 +28,7 @@ from lungct_tune.experiment.study import (
     read_trials,
     rungs,
 )
-from lungct_tune.experiment.trial import (
-    KEPT_TRIALS,
-    EpochReport,
-    Outcome,
-    TrialOrder,
-    TrialRecord,
-    best_trial,
-)
+from lungct_tune.experiment.trial import KEPT_TRIALS, EpochReport, Outcome, TrialOrder, TrialRecord, best_trial
 from lungct_tune.tuning.searcher import MAX_FAILED_IN_A_ROW, OptunaScheduler
 from lungct_tune.tuning.slots import REPORT
 

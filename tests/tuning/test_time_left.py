@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
+from trials import record, workload
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import parse_space
 from lungct_tune.experiment.forecast import BEGINNING, BUNDLE_S, Forecast, Workload
-from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.training.pace import Pace
 from lungct_tune.tuning.time_left import TIMES_PLAYED, TimeLeft
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lungct_tune.experiment.trial import TrialRecord
 
 EPOCH_S = 2.0
 
@@ -28,13 +30,8 @@ class Clock:
         return self.now
 
 
-def record(number: int, epochs: int, outcome: Outcome = Outcome.STOPPED) -> TrialRecord:
-    history = [EpochFigures(epoch, 0.5, 0.5, 1.0, 1.0, EPOCH_S, 0.0) for epoch in range(1, epochs + 1)]
-    return TrialRecord(number, PUBLISHED, tuple(history), outcome, outcome.value)
-
-
 def estimate(clock: Clock, earlier: Sequence[TrialRecord] = (), retrainings: int = 1) -> TimeLeft:
-    return TimeLeft(12, (1, 3), 9, 1, retrainings, 0, earlier, now=clock)
+    return TimeLeft(workload(12, 9, (1, 3), compares=retrainings > 1), earlier, now=clock)
 
 
 def train(left: TimeLeft, clock: Clock, number: int, epochs: int) -> None:
@@ -92,7 +89,7 @@ def foreseen(clock: Clock, trials: int = 8) -> tuple[TimeLeft, Forecast]:
     pace = Pace("CPU", 2.0, 0.1, 16, (20,), (0.5,), (0.01,))
     work = Workload(trials, 9, (3,), 1, 64, 10, 74, 20, 16, compares=True)
     forecast = Forecast(work, space, pace)
-    return TimeLeft(trials, (3,), 9, 1, 2, 0, (), forecast, clock), forecast
+    return TimeLeft(work, (), forecast, clock), forecast
 
 
 def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_put_off() -> None:
@@ -125,7 +122,9 @@ def test_a_forecast_is_there_before_the_first_epoch_and_the_latest_end_is_never_
 
 def test_retrainings_in_two_slots_are_left_together_and_their_epochs_are_counted_together() -> None:
     clock = Clock()
-    left = TimeLeft(12, (1, 3), 9, 2, 2, 0, [record(number, 9) for number in range(12)], now=clock)
+    left = TimeLeft(
+        workload(12, 9, (1, 3), slots=2, compares=True), [record(number, 9) for number in range(12)], now=clock
+    )
     left.search_ended()
     left.retrain({"winner": PUBLISHED, "published": PUBLISHED})
     for epoch in (3, 8):

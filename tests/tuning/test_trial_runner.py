@@ -60,7 +60,7 @@ def run_to(trial: TrialRunner, epoch: int) -> TrialRunner:
 
 
 def test_a_step_goes_to_the_next_rung_or_to_the_end_and_reports_all_epochs(plan: SlotPlan) -> None:
-    trial = runner(plan, order(0), rungs=(1, 3), slot=2)
+    trial = runner(plan, order(0), rungs=(1, 3))
     first, second, last = run_all(trial)
     assert [[figures.epoch for figures in report.epochs] for report in (first, second, last)] == [[1], [2, 3], [4]]
     assert first.outcome is second.outcome is Outcome.RUNNING and last.outcome is Outcome.COMPLETED
@@ -313,7 +313,7 @@ def _two_ranks(rank: int, folder: Path, phantoms: Path, folds: int) -> None:
             with pytest.raises(RuntimeError, match="workers are at different epochs"):
                 apart.run()
             retraining = RetrainOrder(1, order(2).hyperparameters, 0, 2, plan.dataset, checkpoint_interval=1e9)
-            retrain(plan.experiment, plan.dataset, retraining, torch.device("cpu"), must_save=lambda: rank == 1)
+            retrain(plan, retraining, torch.device("cpu"), must_save=lambda: rank == 1)
             assert rank == 1 or plan.experiment.exists(retraining.file(STATE)), "the second worker may be lost"
     finally:
         dist.destroy_process_group()

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, TrialOrder
+from lungct_tune.experiment.forecast import Workload
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.workers import SlotPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
@@ -49,16 +51,28 @@ def slot_plan(folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, work
     )
 
 
+def workload(trials: int, epochs: int, rungs: tuple[int, ...], slots: int = 1, **more: Any) -> Workload:
+    """The work of a search on five images, with room to start its first retraining early."""
+    return Workload(trials, epochs, rungs, slots, 4, 1, 5, 0, batch_size=1, cpus=2, final_slots=slots, **more)
+
+
+def record(
+    number: int, epochs: int, score: float = 0.5, outcome: Outcome = Outcome.STOPPED, ended: str = ""
+) -> TrialRecord:
+    """A trial of the published configuration after so many epochs, of two seconds each."""
+    history = tuple(EpochFigures(epoch, score, score, 1.0, 1.0, 2.0, 0.0) for epoch in range(1, epochs + 1))
+    return TrialRecord(number, PUBLISHED, history, outcome, ended or outcome.value)
+
+
 def order(number: int, hyperparameters: Hyperparameters = SHALLOW, seed: int = 3) -> TrialOrder:
     return TrialOrder(number, seed, hyperparameters)
 
 
-def runner(plan: SlotPlan, of: TrialOrder, **options: Any) -> TrialRunner:
-    """The trial on this process's worker."""
+def runner(plan: SlotPlan, of: TrialOrder, *, warn: Callable[[str], None] = print, **changes: Any) -> TrialRunner:
+    """The trial on this process's worker, as in slot 2."""
     import torch
 
-    options = {"rungs": plan.rungs, "checkpoint_interval": plan.checkpoint_interval} | options
-    return TrialRunner(plan.experiment, plan.dataset, plan.folds, of, torch.device("cpu"), **options)
+    return TrialRunner(replace(plan, **changes), of, torch.device("cpu"), 2, warn)
 
 
 def run_all(trial: TrialRunner) -> list[EpochReport]:

@@ -8,16 +8,15 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
-from ray import tune
-
 from lungct_tune.experiment.bundle import write_so_far
 from lungct_tune.experiment.folder import TRIAL_WEIGHTS, Experiment, trial_folder
 from lungct_tune.experiment.trial import TrialRecord
 from lungct_tune.filesystem import StorageError
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.tally import SearchTally
 
 
-class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
+class BestSoFarCallback(SearchCallback):
     """Writes a bundle to `so_far/` whenever another completed trial becomes the best.
 
     Args:
@@ -50,6 +49,3 @@ class BestSoFarCallback(tune.Callback):  # type: ignore[misc]
                 if weights is not None:
                     write_so_far(self._experiment, self._files(best, weights), finished)
                     self._kept = best.number
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but nothing reads it

@@ -6,15 +6,15 @@ import time
 from typing import Any
 
 import optuna
-from ray import tune
 
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.groups import waiting_for_room
 from lungct_tune.tuning.workers import SlotPlan
 
 COUNT_EVERY_S = 1.0
 
 
-class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
+class SlotTimeCallback(SearchCallback):
     """Writes the wall time of the search to the study, and the time of the slots that have room on the cluster."""
 
     def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
@@ -52,6 +52,3 @@ class SlotTimeCallback(tune.Callback):  # type: ignore[misc]
         self._kept = self._counted
         self._study.set_user_attr("wall_s", self._wall_s)
         self._study.set_user_attr("slot_s", self.slot_s)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but a clock cannot be moved to another process

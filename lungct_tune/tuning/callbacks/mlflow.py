@@ -14,6 +14,7 @@ import optuna
 from rich.console import Console
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.display import print_prose
 from lungct_tune.errors import UserError, first_line
 from lungct_tune.experiment.metrics import TestMetrics
 from lungct_tune.experiment.study import read_trials
@@ -98,9 +99,7 @@ class MLflowTracker:
             over.set()
             thread.join(timeout=LAST_CHANCE_S)
             if self._runs is None or thread.is_alive():
-                console.print(
-                    f"MLflow at {self._uri} did not receive the end of this search", style="yellow", soft_wrap=True
-                )
+                print_prose(console, f"MLflow at {self._uri} did not receive the end of this search", "yellow")
 
     def add_final(self, trial: int, hyperparameters: Hyperparameters, epochs: int, test: TestMetrics) -> None:
         """Adds the final model and its test figures to the next update."""
@@ -121,12 +120,8 @@ class MLflowTracker:
             except Exception as error:  # the search continues after any error
                 self._runs = None  # it is not known which data have arrived
                 if not complained:
-                    console.print(
-                        f"MLflow at {self._uri} does not accept the search's data ({first_line(error)}). The search "
-                        "continues and tries again",
-                        style="yellow",
-                        soft_wrap=True,
-                    )
+                    why = f"does not accept the search's data ({first_line(error)})"
+                    print_prose(console, f"MLflow at {self._uri} {why}. The search continues and tries again", "yellow")
                 complained = True
 
     def _copy(self, study: optuna.Study) -> None:
@@ -152,12 +147,14 @@ class MLflowTracker:
             self._end(self._run("final", None, parameters), figures, Outcome.COMPLETED, Outcome.COMPLETED.value, None)
 
     def _read_runs(self) -> dict[str, _Run]:
+        """The runs that are there, by the names in their tags."""
         runs, token = {}, None
         while True:
             page = self._client.search_runs([self._experiment], max_results=1000, page_token=token)
             for run in page:
-                epochs, ended = int(run.data.metrics.get("epoch", 0)), run.info.status != "RUNNING"
-                runs[run.data.tags.get(TAG, "")] = _Run(run.info.run_id, bool(run.data.params), epochs, ended)
+                if (name := run.data.tags.get(TAG)) is not None:  # others are the user's own
+                    epochs, ended = int(run.data.metrics.get("epoch", 0)), run.info.status != "RUNNING"
+                    runs[name] = _Run(run.info.run_id, bool(run.data.params), epochs, ended)
             if not (token := page.token):
                 return runs
 

@@ -6,15 +6,16 @@ import time
 from typing import Any
 
 import ray
-from ray import tune
 from rich.console import Console
 
+from lungct_tune.display import print_prose
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.ray_compat import draining_nodes
 
 PERIOD_S = 1.0
 
 
-class NodeWatchCallback(tune.Callback):  # type: ignore[misc]
+class NodeWatchCallback(SearchCallback):
     """Exchanges news with the slots through their mailbox, once a second."""
 
     def __init__(self, mailbox: Any, console: Console) -> None:
@@ -36,7 +37,4 @@ class NodeWatchCallback(tune.Callback):  # type: ignore[misc]
         except ray.exceptions.RayError:  # the mailbox is being started again
             return
         for warning in warnings:
-            self._console.print(warning, style="yellow", soft_wrap=True, markup=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but nothing reads it
+            print_prose(self._console, warning, "yellow")

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ray import tune
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,6 +16,7 @@ from rich.text import Text
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.display import Display, print_prose
 from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, TrialRecord
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
@@ -49,7 +49,7 @@ def _interrupted(record: TrialRecord) -> _Running:
     return _Running(record.hyperparameters, len(record.history), score, "continues")
 
 
-class ProgressCallback(tune.Callback):  # type: ignore[misc]
+class ProgressCallback(SearchCallback):
     """Shows the trials of a search, how many have ended, the best one, and the time left.
 
     Args:
@@ -82,6 +82,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         self._held, self._stops = ExitStack(), False
 
     def __enter__(self) -> ProgressCallback:
+        self._note_ended()
         self._held.enter_context(self._display.showing(self._render))
         self._starting = self._held.enter_context(ExitStack())
         self._starting.enter_context(self._display.step("starting workers"))
@@ -89,6 +90,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
+        self._note_ended()
         if self._stops:
             for trial in self._running.values():
                 trial.state = "interrupted"
@@ -110,10 +112,10 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             self._left.add(number, running.hyperparameters, last.epoch, seconds)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial)
+        self._running.pop(trial.config["number"], None)
+        self._note_ended()
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial)
+    on_trial_error = on_trial_complete
 
     def say_stopping(self) -> None:
         """Says that the search stops, and what the trials that run have."""
@@ -125,21 +127,21 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         print_prose(self._display.console, f"{text}. Ctrl-C again ends it without waiting", "yellow")
         self._held.enter_context(self._display.step("saving the states of the trials that run"))
 
-    def _end(self, trial: Any) -> None:
-        this, number = self._tally.last, trial.config["number"]
-        self._running.pop(number, None)
-        if this is None or this.number != number:
-            return
-        self._add(this)
-        self._left.end(this)
-        if not self._display.console.is_terminal:
-            figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
-            best = self._tally.best
-            best_so_far = (
-                f", best {best.last.balanced_accuracy:.3f} (trial {best.number})" if best and best.last else ""
-            )
-            text = f"trial {number} {this.ended}{figure}; {self._counts()}{best_so_far}; {self._left}"
-            self._display.console.print(text, soft_wrap=True)
+    def _note_ended(self) -> None:
+        """Shows the trials that the study has been told of: when one ends well, also those that failed before it."""
+        while self._tally.new:
+            this = self._tally.new.popleft()
+            self._running.pop(this.number, None)
+            self._add(this)
+            self._left.end(this)
+            if not self._display.console.is_terminal:
+                figure = f" at {this.last.balanced_accuracy:.3f}" if this.last else ""
+                best = self._tally.best
+                best_so_far = (
+                    f", best {best.last.balanced_accuracy:.3f} (trial {best.number})" if best and best.last else ""
+                )
+                text = f"trial {this.number} {this.ended}{figure}; {self._counts()}{best_so_far}; {self._left}"
+                self._display.console.print(text, soft_wrap=True)
 
     def _add(self, record: TrialRecord) -> None:
         self._last.append(record)
@@ -147,7 +149,7 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
             self._published = record
 
     def _counts(self) -> str:
-        return f"{self._tally.finished} of {self._trials}"
+        return f"{self._tally.finished - len(self._tally.new)} of {self._trials}"
 
     def _render(self) -> RenderableType:
         rows = min(MOST_ROWS, max(FEWEST_ROWS, self._display.console.height - OTHER_LINES))
@@ -194,6 +196,3 @@ class ProgressCallback(tune.Callback):  # type: ignore[misc]
         if hidden > 0:
             table.caption, table.caption_justify = f"{hidden} other trials are not shown", "left"
         return table
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but a display cannot be moved to another process

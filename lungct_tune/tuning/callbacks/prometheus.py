@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ray import tune
 from ray.util.metrics import Counter, Gauge, Metric
 
 from lungct_tune.experiment.trial import UNSUCCESSFUL, EpochReport, Outcome
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
 from lungct_tune.tuning.slots import REPORT
 from lungct_tune.tuning.tally import SearchTally
@@ -23,7 +23,7 @@ REFRESH_S = 5
 """How often gauges are set; Ray exports them every ten seconds."""
 
 
-class PrometheusCallback(tune.Callback):  # type: ignore[misc]
+class PrometheusCallback(SearchCallback):
     """Exports trials by state, the best figure, and for every slot the speed of training and the cost of checkpoints.
 
     The share of training time is the inverse of the bundle's `overhead_ratio` for the search so far.
@@ -88,6 +88,3 @@ class PrometheusCallback(tune.Callback):  # type: ignore[misc]
         self._training_s += sum(figures.seconds for figures in report.trained)
         self._of_slots[self._epoch, slot] = figures.seconds
         self._of_slots[self._speed, slot] = cost.images / figures.train_s
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but metrics cannot be moved to another process

@@ -11,16 +11,16 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.tally import SearchTally
 
 PERIOD_S = 2.0
 """The least time between two names, so that fast trials do not fill the dashboard."""
 
 
-class ScoreboardCallback(tune.Callback):  # type: ignore[misc]
+class ScoreboardCallback(SearchCallback):
     """Starts a task with another name when trials have ended, and ends the task before.
 
     Args:
@@ -52,9 +52,6 @@ class ScoreboardCallback(tune.Callback):  # type: ignore[misc]
         self._mailbox.note_ended.remote(ended)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._wait.options(name=name, scheduling_strategy=here).remote(self._mailbox, ended + 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but nothing reads it
 
 
 def _wait(mailbox: Any, trials: int) -> None:

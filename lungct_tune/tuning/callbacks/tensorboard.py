@@ -8,7 +8,6 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
-from ray import tune
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -19,6 +18,7 @@ from lungct_tune.experiment.trial import EpochFigures, EpochReport
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.background import BackgroundThreads
+from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.slots import REPORT
 
 FOLDER = "tune"
@@ -31,7 +31,7 @@ PREFIX = "ray/tune/"
 """Of the tags, as Ray Tune names them."""
 
 
-class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
+class TensorBoardCallback(SearchCallback):
     """Writes the figures of every epoch, and at a trial's end its hyperparameters, in a thread of its own.
 
     The files are in the experiment's folder on this machine. With remote storage they are uploaded when a trial ends.
@@ -67,14 +67,10 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
             self._thread.submit(lambda: [writer.flush() for writer in self._writers.values()])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial)
-
-    def _end(self, trial: Any) -> None:
         reached = trial.last_result.get(OBJECTIVE, 0.0) if trial.last_result else 0.0
         self._thread.submit(self._finish, str(trial), trial.config["configuration"], reached)
+
+    on_trial_error = on_trial_complete
 
     def _write(self, name: str, epochs: Sequence[EpochFigures]) -> None:
         if name not in self._writers:
@@ -103,6 +99,3 @@ class TensorBoardCallback(tune.Callback):  # type: ignore[misc]
         with suppress(StorageError):  # the files stay on this machine
             for file in (self._experiment.local_folder / FOLDER / name).iterdir():
                 self._experiment.write(f"{FOLDER}/{name}/{file.name}", file.read_bytes())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its configuration, but open files cannot be moved to another process
