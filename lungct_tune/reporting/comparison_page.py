@@ -186,7 +186,7 @@ def _facts(curves: Sequence[SearchCurve]) -> list[tuple[str, str]]:
 
 
 def _about(found: SearchResults) -> str:
-    hardware = found.study.get("cluster") or "hardware not noted"
+    hardware = found.study["cluster"] or "hardware not noted"
     return f"{found.done} of {found.settings['trials']} trials: {endings(found)}; {hardware}"
 
 

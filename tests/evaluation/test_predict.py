@@ -253,8 +253,9 @@ def test_images_at_a_uri_are_those_of_the_folder(bundle: Path, patients: Path, s
 def test_inputs_without_one_readable_image_end_in_a_sentence(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(bytes(tmp_path / "in") + b"/\xff.png")).write_bytes(b"x")
-    status, said, _ = run(bundle, tmp_path / "in")
+    status, said, _ = run(bundle, tmp_path / "in", "--heatmaps", tmp_path / "maps")
     assert status == 1 and "not UTF-8" in said
+    assert "written" not in said and not (tmp_path / "maps").exists()
     (tmp_path / "reports").mkdir()
     write_slice(tmp_path / "reports" / "one", np.zeros((32, 32), np.uint8), ImageType=["DERIVED", "LOCALIZER"])
     status, _, complained = run(bundle, tmp_path / "reports")
