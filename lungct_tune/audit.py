@@ -72,7 +72,7 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     from lungct_tune.experiment.bundle import as_json
     from lungct_tune.reporting.audit_page import audit_page
     from lungct_tune.reporting.console import print_audit
-    from lungct_tune.reporting.output_file import GENERATOR, check_output
+    from lungct_tune.reporting.output_file import GENERATOR, check_output, write_whole
 
     if page:
         check_output(page, "--html", GENERATOR)
@@ -91,13 +91,10 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     images, how, split = _split(images, settings, "split" in arguments)
     audit = audit_images(images, split, how, permuted=permuted)
     print_audit(audit, console)
-    try:
-        if figures:
-            figures.write_bytes(as_json(audit))
-        if page:
-            page.write_bytes(audit_page(audit, root))
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from error
+    if figures:
+        write_whole(figures, "--json", as_json(audit))
+    if page:
+        write_whole(page, "--html", audit_page(audit, root))
 
 
 def _split(images: ImageSet, settings: Settings, asked: bool) -> tuple[ImageSet, str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import gc
 import importlib
 import os
@@ -29,6 +30,9 @@ PROGRAM = "lungct-tune"
 OBJECTS = 50_000
 """How many new objects start Python's search for cycles. With its default of 700, what a command imports is searched
 again and again, for a tenth of the time until it answers."""
+
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+"""What the system refuses a user: permission, a write, a name that long, space. No other `OSError` is the user's."""
 
 COMMANDS = {
     "search": "Search for the best truncated ResNet50 for lung CT images, retrain it, and evaluate it once.",
@@ -114,6 +118,11 @@ def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
     except BrokenPipeError:
         without_reader(sys.stdout.fileno())
         return 130
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        _say(f"error: {error.filename}: {error.strerror}")
+        return 2
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, printable, terminal
-from lungct_tune.errors import UserError
 
 if TYPE_CHECKING:
     from lungct_tune.evaluation.comparison import Judged
@@ -65,7 +64,7 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.experiment.folder import Experiment
     from lungct_tune.experiment.kept_settings import SETTINGS
     from lungct_tune.reporting.comparison_page import comparison_page, print_comparison, print_searches
-    from lungct_tune.reporting.output_file import GENERATOR, check_output
+    from lungct_tune.reporting.output_file import GENERATOR, check_output, write_whole
 
     if asked.html:
         check_output(asked.html, "--html", GENERATOR)
@@ -86,10 +85,7 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     if compared:
         print_comparison(judged, compared, console)
     if asked.html:
-        try:
-            asked.html.write_bytes(comparison_page(curves, judged, compared, command))
-        except OSError as error:
-            raise UserError(f"{asked.html} cannot be written ({error}); choose another --html") from error
+        write_whole(asked.html, "--html", comparison_page(curves, judged, compared, command))
         console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
 
 

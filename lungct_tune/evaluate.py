@@ -63,13 +63,14 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.experiment.metrics import metrics_json
     from lungct_tune.reporting.console import print_judged
     from lungct_tune.reporting.evaluation_page import evaluation_page
+    from lungct_tune.reporting.format import place_name
     from lungct_tune.reporting.output_file import check_output, written_whole
     from lungct_tune.reporting.test_section import Network
 
     bundle = Classifier.load(asked.bundle)
     settings = bundle.config["settings"]
     class_map = read_map(asked.map, bundle.classes)
-    out = asked.out or Path(f"{Path(asked.data).absolute().name}-judged")
+    out = asked.out or Path(f"{place_name(asked.data)}-judged")
     check_output(out, "--out", is_folder=True)
 
     folder = fetch_images(asked.data)

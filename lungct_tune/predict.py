@@ -92,9 +92,10 @@ def predict(asked: argparse.Namespace, console: Console) -> int:
     if asked.out:
         write_table(table, asked.out)
     print_predictions(classifier, rows, patients, left_aside, console)
-    for written in filter(None, (asked.out, asked.heatmaps)):
+    is_read = rows["unreadable"] == ""
+    for written in filter(None, (asked.out, asked.heatmaps if is_read.any() else None)):
         console.print(f"written: {written}", soft_wrap=True, markup=False)
-    return int((rows["unreadable"] != "").any())
+    return int(not is_read.all())
 
 
 def _check_outputs(asked: argparse.Namespace) -> None:

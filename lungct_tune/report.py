@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
-from lungct_tune.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -43,7 +42,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     # when there is something to draw, because they import torch
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.results import read_results
-    from lungct_tune.reporting.output_file import GENERATOR, check_output
+    from lungct_tune.reporting.output_file import GENERATOR, check_output, write_whole
 
     check_output(asked.out, "--out", GENERATOR)
     experiment = locate(asked.source, asked.storage)
@@ -57,10 +56,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     if found.test or copies:
         pictures = find_pictures(found, asked.data, experiment.is_local, asked.table)
     page = report_page(experiment.name, found, pictures)
-    try:
-        asked.out.write_bytes(page)
-    except OSError as error:
-        raise UserError(f"{asked.out} cannot be written ({error}); choose another --out") from error
+    write_whole(asked.out, "--out", page)
     if pictures.missing:
         console.print(f"without pictures: {pictures.missing}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"{asked.out}: {len(page) / 1e6:.1f} MB", soft_wrap=True, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import shlex
@@ -121,6 +122,20 @@ def test_what_the_user_can_mend_is_said_and_gives_2(capsys: pytest.CaptureFixtur
 
     assert exit_status(run) == 2
     assert capsys.readouterr().err == "error: no such folder\n"
+
+
+def test_a_refusal_of_the_system_is_a_sentence_and_another_error_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/ward/images")
+
+    assert exit_status(refused) == 2 and exit_status((tmp_path / ("x" * 300)).exists) == 2
+    denied, too_long = capsys.readouterr().err.splitlines()
+    assert denied == "error: /ward/images: Permission denied"
+    assert too_long == f"error: {tmp_path}/{'x' * 300}: File name too long"
+    with pytest.raises(FileNotFoundError):
+        exit_status(lambda: (tmp_path / "lost").stat().st_size)
 
 
 @pytest.mark.parametrize(("own", "said"), [("", "Nothing was written."), ("To continue: x", "To continue: x")])

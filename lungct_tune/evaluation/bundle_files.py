@@ -167,7 +167,8 @@ class BundleFiles:
             return None, None
         table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.cross_validates else 'validation'} predictions"
-        labels_N, groups_N, uncalibrated_NC = table["label"].to_numpy(), table["group"].to_numpy(), _array(kept)
+        labels_N, groups_N = table["label"].to_numpy(), table["group"].to_numpy()
+        uncalibrated_NC = np.load(io.BytesIO(kept))
         scaling = fit_temperature(labels_N, uncalibrated_NC, groups_N, what)
         probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature)
         classes = self.split.images.classes
@@ -220,10 +221,6 @@ def _weights(models: Sequence[RetrainedModel]) -> bytes:
     if len(models) == 1:
         return models[0].weights
     return safetensors.torch.save(joined_states(safetensors.torch.load(model.weights) for model in models))
-
-
-def _array(npy: bytes) -> np.ndarray:
-    return np.asarray(np.load(io.BytesIO(npy)))
 
 
 def describe_model(

@@ -19,8 +19,8 @@ TEMPERATURES = (0.2, 5.0)
 PRIOR = 0.5
 """The standard deviation of the prior of the temperature's logarithm, whose mean is 0.
 
-Validation has few groups, and the epoch was chosen on them. An example on phantoms: validation had 24 images of 8
-groups, with an accuracy of 0.71 at the chosen epoch; on test it was 0.35. Without a prior the fitted temperature was
+Validation has few groups, and the trial was chosen on them. An example on phantoms: validation had 24 images of 8
+groups, with an accuracy of 0.71 for the chosen model; on test it was 0.35. Without a prior the fitted temperature was
 0.2, and the Brier score on test rose from 0.74 to 1.04. With this prior the temperature is 0.64 and the score 0.80.
 From some fifty groups on the prior hardly matters.
 """

@@ -133,9 +133,14 @@ class Classifier:
 
     @property
     def scaling(self) -> TemperatureScaling | None:
-        """The temperature of the probabilities; None without."""
+        """How the temperature was fitted; None without scaling."""
         kept = self.config["calibration"]
         return TemperatureScaling(kept["temperature"], FittedOn(**kept["fitted_on"])) if kept else None
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the probabilities; 1 without scaling."""
+        return self.scaling.temperature if self.scaling else 1.0
 
     @property
     def threshold(self) -> float:
@@ -154,12 +159,13 @@ class Classifier:
         """
         self._check(images_NHW)
         uncalibrated_MNC, features_ND = self._compute(images_NHW)
-        temperature = self.scaling.temperature if self.scaling else 1.0
         digests_N = [""] * len(images_NHW) if digests_N is None else digests_N
         return Classified(
             classes=self.classes,
             uncalibrated_NC=uncalibrated_MNC.mean(axis=0),
-            probabilities_NC=np.mean([calibrated(member_NC, temperature) for member_NC in uncalibrated_MNC], axis=0),
+            probabilities_NC=np.mean(
+                [calibrated(member_NC, self.temperature) for member_NC in uncalibrated_MNC], axis=0
+            ),
             threshold=self.threshold,
             seen_N=self.learned.seen(images_NHW, digests_N) if self.learned else None,
             distance_N=self.features.distances(features_ND) if self.features else None,

@@ -47,7 +47,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model = classifier.model.cpu().eval()
         self.normalisation = classifier.config["settings"]["normalisation"]
-        self.temperature = classifier.scaling.temperature if classifier.scaling else 1.0
+        self.temperature = classifier.temperature
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def about(classifier: Classifier) -> dict[str, str]:
         "window": ",".join(f"{value:g}" for value in classifier.window or ()) or "each DICOM file's own",
         "input": f"{INPUT}: uint8 grey (N, {classifier.image_size}, {classifier.image_size}), 0 black to 255 white",
         "output": f"{OUTPUT}: calibrated, float32 (N, {len(classifier.classes)}), in the order of classes",
-        "temperature": str(classifier.scaling.temperature if classifier.scaling else 1.0),
+        "temperature": str(classifier.temperature),
         "threshold": str(classifier.threshold),
         "threshold_means": "an image counts as cancer if the probabilities of all cancers together are above it",
         "bundle_sha256": hashlib.sha256(checksums).hexdigest(),

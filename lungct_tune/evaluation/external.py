@@ -22,7 +22,7 @@ from lungct_tune.experiment.metrics import EvaluationMetrics, LearnedFrom, LeftO
 from lungct_tune.experiment.predictions import Predictions
 
 OTHER = "other"
-"""The class of folders whose images are in none of the bundle's classes."""
+"""The class of folders whose images are in none of the bundle's classes, unless it is one of them."""
 
 
 class EvaluateError(UserError):
@@ -55,13 +55,16 @@ def read_map(text: str | None, classes: tuple[str, ...]) -> dict[str, str]:
 def evaluate_images(
     bundle: Classifier, images: ImageSet, class_map: dict[str, str], data: str
 ) -> tuple[EvaluationMetrics, Predictions]:
-    """Classifies the images that are not `OTHER` with the bundle's model; returns the figures and the predictions.
+    """Classifies the images with the bundle's model, without those that are mapped to `OTHER`.
 
     Args:
         bundle: the bundle.
         images: read with the bundle's `image_size` and the class map.
         class_map: of `read_map`; if it has "cancer", the classes are cancer and normal.
         data: where the images are, for metrics.json.
+
+    Returns:
+        The figures and the predictions.
 
     Raises:
         EvaluateError: some images are of classes that the bundle does not have, or the bundle is of an earlier version
@@ -74,7 +77,8 @@ def evaluate_images(
     two_classes = CANCER in class_map.values() and CANCER not in bundle.classes
     classes = (CANCER, NORMAL) if two_classes else bundle.classes
     names_N = _names(images, classes)
-    evaluated = np.flatnonzero(names_N != OTHER)
+    is_other_N = (names_N == OTHER) & (OTHER not in classes)  # it may be the name of a class of the model
+    evaluated = np.flatnonzero(~is_other_N)
     labels_N = np.array([classes.index(name) for name in names_N[evaluated]])
     rows = images.table.iloc[evaluated]
     classified = bundle.classify(images.images_NHW[evaluated], rows["digest"].to_numpy())
@@ -104,7 +108,7 @@ def evaluate_images(
         bundle=str(bundle.folder),
         class_map=class_map,
         left_out=LeftOut(
-            other=int((names_N == OTHER).sum()),
+            other=int(is_other_N.sum()),
             unreadable=len(images.unreadable),
             under_several_classes=sum(map(len, images.conflicts)),
         ),

@@ -197,7 +197,7 @@ def _cancer_against_normal(
     """Figures for cancer against normal. Cancer is predicted if the cancers' probability is above the threshold.
 
     The probabilities are calibrated, as a bundle gives them. Temperature scaling may change this prediction, though it
-    never changes the most probable of all classes (see `calibrated`).
+    never changes the most probable of all classes of a single network (see `calibrated`).
     """
     if not are_cancer_and_normal(classes):
         return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lungct_tune.reporting.format import place_name
 from lungct_tune.reporting.html import pairs_of_copies, render
 
 PAIRS_SHOWN = 60
@@ -19,7 +20,7 @@ def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
         root: the folder of the images.
     """
     shown = {
-        "title": f"Audit of the images in {root.name}",
+        "title": f"Audit of the images in {place_name(root)}",
         "warnings": [],
         "sections": [("verdict", "verdict"), ("there", "the images"), ("found", "findings")],
         "audit": audit,

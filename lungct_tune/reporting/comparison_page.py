@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting.format import endings, figure, percent
 from lungct_tune.reporting.html import render
-from lungct_tune.reporting.svg import CLASSES, Chart, in_percent, plain, styled
+from lungct_tune.reporting.svg import CLASSES, Chart, in_integers, in_percent, plain, styled, time_unit
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
@@ -83,7 +82,10 @@ def comparison_page(
         "models": _models(judged, compared) if compared else None,
         "test": test,
         "command": command,
-        "facts": [("searches" if curves else "models", ", ".join(names)), *_facts(curves)],
+        "facts": [
+            ("searches" if curves else "models", ", ".join(names)),
+            *((curve.name, _about(curve.results)) for curve in curves),
+        ],
         "versions": "",
     }
     return render("comparison.html", shown)
@@ -101,7 +103,8 @@ def search_rows(curves: Sequence[SearchCurve]) -> list[tuple[str, list[str]]]:
     steps = trial_steps(curves)
     rows = [(f"after {number_of(n, 'trial')}", [curve.after_trials(n) for curve in curves]) for n in steps]
     rows += [(f"after {_time(s)}", [curve.after_seconds(s) for curve in curves]) for s in time_steps(curves)]
-    ends = [f"{percent(curve.best[-1])}\n{number_of(curve.trials, 'trial')}{_until(curve)}" for curve in curves]
+    took = [f", {_time(curve.seconds[-1])}" if curve.seconds else "" for curve in curves]
+    ends = [f"{percent(c.best[-1])}\n{number_of(c.trials, 'trial')}{s}" for c, s in zip(curves, took, strict=True)]
     return [*[(title, cells(scores)) for title, scores in rows], ("at the end, or now", ends)]
 
 
@@ -134,13 +137,13 @@ def _each(curves: Sequence[SearchCurve], scores: Sequence[float | None]) -> str:
 
 def _searches(curves: Sequence[SearchCurve]) -> dict[str, Any]:
     """What the page shows of searches."""
-    charts = [_chart(curves, by_time=False)] + [_chart(curves, by_time=True)] * any(curve.seconds for curve in curves)
+    kinds = [False, True] if any(curve.seconds for curve in curves) else [False]
     return {
         "names": [curve.name for curve in curves],
         "rows": search_rows(curves),
         "about": about_searches(curves),
         "objective": OBJECTIVE_NAME,
-        "charts": charts,
+        "charts": [_chart(curves, by_time=by_time) for by_time in kinds],
     }
 
 
@@ -150,7 +153,7 @@ def _chart(curves: Sequence[SearchCurve], by_time: bool) -> Markup:
     chart = Chart(4.9, 3.0)
     axes = chart.axes
     longest = max(curve.seconds[-1] for curve in curves if curve.seconds) if by_time else 0.0
-    unit, name = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
+    unit, name = time_unit(longest)
     for i, curve in enumerate(curves):
         x = [s / unit for s in curve.seconds or ()] if by_time else list(range(1, curve.trials + 1))
         steps = [(at, score) for at, score in zip(x, curve.best, strict=False) if score is not None]
@@ -160,7 +163,7 @@ def _chart(curves: Sequence[SearchCurve], by_time: bool) -> Markup:
             axes.step(*zip(*steps, strict=True), where="post", label=plain(curve.name), marker=mark, **look)
     axes.set(xlabel=name if by_time else "trials that have ended", ylabel=f"best {OBJECTIVE_NAME}\nso far")
     if not by_time:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        in_integers(axes.xaxis)
     in_percent(axes.yaxis)
     chart.legend("lower right")
     of = ", ".join(curve.name for curve in curves)
@@ -181,17 +184,9 @@ def _models(judged: Sequence[Judged], compared: Sequence[Comparison]) -> dict[st
     }
 
 
-def _facts(curves: Sequence[SearchCurve]) -> list[tuple[str, str]]:
-    return [(curve.name, _about(curve.results)) for curve in curves]
-
-
 def _about(found: SearchResults) -> str:
-    hardware = found.study.get("cluster") or "hardware not noted"
+    hardware = found.study["cluster"] or "hardware not noted"
     return f"{found.done} of {found.settings['trials']} trials: {endings(found)}; {hardware}"
-
-
-def _until(curve: SearchCurve) -> str:
-    return f", {_time(curve.seconds[-1])}" if curve.seconds else ""
 
 
 def _time(seconds: float) -> str:

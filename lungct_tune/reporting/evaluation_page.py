@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 from lungct_tune.data import ImageSet
 from lungct_tune.experiment.metrics import EvaluationMetrics, TestMetrics, WithoutOverlap
 from lungct_tune.experiment.predictions import Predictions
-from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, figure
+from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, figure, place_name
 from lungct_tune.reporting.html import render
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
@@ -34,7 +32,7 @@ def evaluation_page(
     """
     test = metrics.test
     shown = {
-        "title": f"Evaluation of the model of {searched} on {PurePath(metrics.data).name}",
+        "title": f"Evaluation of the model of {searched} on {place_name(metrics.data)}",
         "verdict": external_verdict(metrics, searched),
         "warnings": [*([TRAINED_ON_PHANTOMS] if phantoms else []), *left_out(metrics)],
         "sections": [*((section, section) for section in ("verdict", "test", "mistakes")), ("again", "do it again")],

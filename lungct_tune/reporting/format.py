@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from os.path import abspath, basename
+from pathlib import Path
+
 from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 
@@ -49,6 +52,11 @@ def points(difference: Figure | None, of: str) -> str:
         return f"{value}, without an interval"
     low, high = (f"{100 * end:+.1f}" for end in difference.ci95)
     return f"{value} (95 % interval {low} to {high})"
+
+
+def place_name(place: Path | str) -> str:
+    """The name of a folder or a URI, also of "." and ".."."""
+    return basename(abspath(place))
 
 
 def looks_in_words(looks: int | None) -> str:

@@ -13,10 +13,11 @@ from PIL import Image
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.experiment.bundle import check_outside_bundles
-from lungct_tune.reporting.mistakes_section import MAP_RED
 
 PIXELS = 448
 """Width and height of a picture."""
+
+MAP_RED = (226, 46, 26)
 
 OPACITY = 170
 """Of the red where the evidence is highest, of 255."""
@@ -69,6 +70,11 @@ class HeatMapFolder:
 def overlay(image_HW: np.ndarray, map_hw: np.ndarray) -> Image.Image:
     """An image with its map in red: transparent at 0, of `OPACITY` at 1."""
     picture = Image.fromarray(image_HW).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).convert("RGB")
-    alpha = Image.fromarray(np.round(OPACITY * map_hw).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
-    picture.paste(MAP_RED, (0, 0), alpha)
+    picture.paste(MAP_RED, (0, 0), transparency(map_hw, PIXELS))
     return picture
+
+
+def transparency(map_hw: np.ndarray, pixels: int) -> Image.Image:
+    """How opaque the red of a map is, as a square image of so many pixels."""
+    alpha = Image.fromarray(np.round(OPACITY * map_hw).astype(np.uint8))
+    return alpha.resize((pixels, pixels), Image.Resampling.BICUBIC)

@@ -83,7 +83,7 @@ def pairs_of_copies(audit: Mapping[str, Any], root: Path, most: int) -> list[dic
 
 
 def _thumbnail(root: Path, name: str) -> str:
-    """The picture of a file in the folder of the images; "" if it is not there.
+    """The picture of a file in the folder of the images; "" if it is not there, or no image any more.
 
     The audit advises to delete one of two contradicting files. A stored audit may also have been changed by others, to
     get a picture from elsewhere on this machine into the page.
@@ -91,8 +91,11 @@ def _thumbnail(root: Path, name: str) -> str:
     path = root / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
         return ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the file has been decoded before
-        grey, _, _ = read_file(path, None, is_dicom(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the file has been decoded before
+            grey, _, _ = read_file(path, None, is_dicom(path))
+    except Exception:  # Pillow's plugins raise many kinds
+        return ""
     grey.thumbnail((THUMBNAIL, THUMBNAIL))
     return data_uri(grey, quality=70)

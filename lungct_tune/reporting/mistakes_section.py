@@ -11,6 +11,7 @@ from PIL import Image
 from lungct_tune.data import ImageSet
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.models.gradcam import evidence_scale, grad_cam
+from lungct_tune.reporting.heat_maps import MAP_RED, transparency
 from lungct_tune.reporting.html import data_uri
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ RIGHT_SHOWN = 2
 
 PIXELS = 224
 """Width of a shown image; smaller ones are shown as they are."""
-
-MAP_RED = (226, 46, 26)
 
 
 def mistakes_section(predictions: Predictions, pictures: Pictures, network: Network, seed: int) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def _map(map_hw: np.ndarray) -> str:
     """Encodes a map: red where it is high, transparent where it is low; "" for a map of zeros."""
     if not map_hw.any():
         return ""
-    alpha = Image.fromarray(np.round(170 * map_hw).astype(np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
+    alpha = transparency(map_hw, 112)
     image = Image.new("RGBA", alpha.size, MAP_RED)
     image.putalpha(alpha)
     return data_uri(image, quality=50)

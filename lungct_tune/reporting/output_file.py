@@ -28,26 +28,39 @@ def check_output(out: Path, flag: str, mark: str = "", *, is_folder: bool = Fals
     if out.is_dir() and not is_folder:
         raise UserError(f"{out} is a folder; give the file a name: {flag} {out / 'NAME'}")
     check_outside_bundles(out, flag)
-    if mark and out.is_file() and mark.encode() not in out.read_bytes()[:4096]:
-        raise UserError(f"{out} is there already, and was not made by lungct_tune; choose another {flag}")
-    if not mark and out.exists():
-        raise UserError(f"{out} is there already; choose another {flag}, or move it away")
+    if out.exists() and not (mark and _begins_with(mark, out)):
+        whose = ", and was not made by lungct_tune" if mark else ""
+        raise UserError(f"{out} is there already{whose}; choose another {flag}, or move it away")
     if not is_folder and not out.absolute().parent.is_dir():
         raise UserError(f"{flag} {out}: there is no folder {out.parent}; make it first")
 
 
+def _begins_with(mark: str, out: Path) -> bool:
+    if not out.is_file():
+        return False  # a device
+    with out.open("rb") as file:
+        return mark.encode() in file.read(4096)
+
+
 @contextmanager
 def written_whole(out: Path, flag: str) -> Iterator[Path]:
-    """The path at which to write a new file or folder. It gets its name when it is whole: a stop leaves nothing.
+    """The path at which to write a file or a new folder. It gets its name when it is whole: a stop leaves nothing.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", dir=out.parent) as scratch:
-            new = Path(scratch, out.name)
+        place = out.resolve()  # where a link leads to
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
+            new = Path(scratch, place.name)
             yield new
-            new.rename(out)
+            new.rename(place)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another {flag}") from error
+
+
+def write_whole(out: Path, flag: str, content: bytes) -> None:
+    """Writes a file, see `written_whole`."""
+    with written_whole(out, flag) as new:
+        new.write_bytes(content)

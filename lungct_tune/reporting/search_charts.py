@@ -26,8 +26,10 @@ from lungct_tune.reporting.svg import (
     WIDE,
     WINNER,
     Chart,
+    in_integers,
     in_percent,
     styled,
+    time_unit,
 )
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
@@ -66,7 +68,7 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
         reached, label = [*best, best[-1]], "best completed so far"
         axes.step([*numbers, trials[-1].number], reached, where="post", color=WINNER, linewidth=1.2, label=label)
     axes.set(xlabel="trial", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    in_integers(axes.xaxis)
     in_percent(axes.yaxis)
     axes.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1), handletextpad=0.1, columnspacing=1)
     return chart.svg(f"The {OBJECTIVE_NAME} of each of {len(seen)} trials {judged}, by their start")
@@ -91,7 +93,7 @@ def curves(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Ma
             axes.plot(x[-1:], y[-1:], _MARKS[trial.outcome], color=colour, markersize=4)
     _name_colours(axes, winner)
     axes.set(xlabel="epoch", ylabel=f"{OBJECTIVE_NAME}\n{judged}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    in_integers(axes.xaxis)
     in_percent(axes.yaxis)
     return chart.svg(f"Learning curves of {len(trials)} trials; those that were stopped early end in a triangle")
 
@@ -206,7 +208,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
     began = min(_began(epoch) for _, epoch in ran)
     slots = sorted({epoch.slot for _, epoch in ran if epoch.slot is not None})
     last = max(epoch.at or 0 for _, epoch in ran) - began
-    unit, name = (3600, "hours") if last > 7200 else (60, "minutes") if last > 120 else (1, "seconds")
+    unit, name = time_unit(last)
     chart = Chart(WIDE, 1.0 + 0.3 * len(slots))
     axes = chart.axes
     for trial, epochs in itertools.groupby(ran, key=lambda pair: pair[0]):
@@ -250,7 +252,7 @@ def validation(epochs: Sequence[EpochFigures], baseline: Sequence[EpochFigures],
         point.set_gid(chart.tip(f"epoch {epoch.epoch}: {figures}"))
     axes.set(xlabel="epoch", ylabel=f"accuracy {judged}")
     in_percent(axes.yaxis)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    in_integers(axes.xaxis)
     axes.legend()
     return chart.svg(f"The winner's accuracy and balanced accuracy {judged} by epoch")
 
@@ -269,7 +271,7 @@ def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
         figures = f"{epoch.log_loss:.3f} {judged}, {epoch.train_loss:.3f} in training"
         point.set_gid(chart.tip(f"epoch {epoch.epoch}: {figures}"))
     axes.set(xlabel="epoch", ylabel="negative log-likelihood")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    in_integers(axes.xaxis)
     axes.legend()
     return chart.svg(f"The winner's negative log-likelihood in training and {judged} by epoch")
 

@@ -181,9 +181,9 @@ def facts(found: SearchResults) -> list[tuple[str, str]]:
         ("images", f"{size} x {size} pixels, 8-bit grey"),
         ("pretrained weights", str(found.settings["weights"])),
         ("seed", str(found.settings["seed"])),
-        ("hardware", found.study.get("cluster", "not noted")),
+        ("hardware", found.study["cluster"] or "not noted"),
         ("trials", f"{found.done}, of {epochs} epochs in all"),
-        ("time of the search", f"{_duration(found.study.get('wall_s', 0))}; in epochs {_duration(training_s)}"),
+        ("time of the search", f"{_duration(found.study['wall_s'])}; in epochs {_duration(training_s)}"),
     ]
 
 

@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, SOFT, GRID, WINNER, PUBLISHED, BAD, OTHER, PAPER = (f"#0a0b{role:02x}" for role in range(1, 9))
 CLASSES = tuple(f"#0a0b{role:02x}" for role in range(16, 22))
@@ -95,6 +95,16 @@ class Chart:
         return Markup(
             re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1))
         )  # safe: matplotlib made it, and all text is escaped
+
+
+def in_integers(axis: Any) -> None:
+    """Labels an axis of counts, such as trials or epochs."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def time_unit(longest: float) -> tuple[int, str]:
+    """Seconds and name of the unit for an axis of times, up to the longest in seconds."""
+    return (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
 
 
 def in_percent(axis: Any) -> None:

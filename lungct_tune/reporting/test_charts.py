@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lungct_tune.evaluation.decision_curve import benefit_of_all, net_benefit
@@ -51,16 +52,12 @@ def _shortened(name: str) -> str:
 @styled
 def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[str, ClassMetrics]) -> Markup:
     """Each class against the rest: sensitivity against 1 - specificity."""
-    chart = Chart(4.4, 3.6)
-    axes = chart.axes
-    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    chart, axes = _of_shares(diagonal=True)
     for c, name in _defined(labels_N, per_class):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
         (line,) = axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
         line.set_gid(chart.tip(f"{name}, {per_class[name].n} images: AUROC {_with_interval(per_class[name].auroc)}"))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
-    in_percent(axes.xaxis)
-    in_percent(axes.yaxis)
     chart.legend("lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
 
@@ -70,18 +67,25 @@ def precision_recall(
     labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[str, ClassMetrics]
 ) -> Markup:
     """Each class against the rest: precision against recall."""
-    chart = Chart(4.4, 3.6)
-    axes = chart.axes
+    chart, axes = _of_shares(diagonal=False)
     for c, name in _defined(labels_N, per_class):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
         (line,) = axes.plot(sensitivity, value, label=plain(name), **_line(c))
         area = _with_interval(per_class[name].average_precision)
         line.set_gid(chart.tip(f"{name}, {per_class[name].n} images: average precision {area}"))
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
-    in_percent(axes.xaxis)
-    in_percent(axes.yaxis)
     chart.legend("best")
     return chart.svg("Precision-recall curves of each class against the rest")
+
+
+def _of_shares(*, diagonal: bool) -> tuple[Chart, Axes]:
+    """A chart with a share on either axis."""
+    chart = Chart(4.4, 3.6)
+    if diagonal:
+        chart.axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    in_percent(chart.axes.xaxis)
+    in_percent(chart.axes.yaxis)
+    return chart, chart.axes
 
 
 def _line(c: int) -> dict[str, Any]:
@@ -101,9 +105,7 @@ def _defined(labels_N: np.ndarray, classes: Iterable[str]) -> list[tuple[int, st
 @styled
 def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> Markup:
     """Sensitivity for cancer against 1 - specificity, with the thresholds that were chosen on other images."""
-    chart = Chart(4.4, 3.6)
-    axes = chart.axes
-    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    chart, axes = _of_shares(diagonal=True)
     if is_N.any() and not is_N.all():
         false_alarms, sensitivity, _ = roc_curve(is_N, score_N)
         (line,) = axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
@@ -121,8 +123,6 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
             hit, spared = _with_interval(rates.sensitivity), _with_interval(rates.specificity)
             point.set_gid(chart.tip(f"{label}; sensitivity {hit}, specificity {spared}"))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
-    in_percent(axes.xaxis)
-    in_percent(axes.yaxis)
     chart.legend("lower right")
     return chart.svg("ROC curve for cancer against normal, with the operating point marked")
 
@@ -151,9 +151,7 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
     Args:
         curves: by name; for each bin that has images: mean confidence, accuracy, number of images.
     """
-    chart = Chart(4.4, 3.6)
-    axes = chart.axes
-    axes.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    chart, axes = _of_shares(diagonal=True)
     for (name, bins), colour, dashes in zip(curves.items(), (SOFT, WINNER), ("--", "-"), strict=False):
         confidence, accuracy, n = np.array(bins).T
         axes.plot(confidence, accuracy, dashes, color=colour, linewidth=1.2, label=name)
@@ -162,7 +160,5 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
             point.set_gid(chart.tip(f"{name}: {images} images, confidence {percent(x)}, accuracy {percent(y)}"))
     axes.set(xlabel="confidence", ylabel="accuracy", title="reliability diagram", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)
-    in_percent(axes.xaxis)
-    in_percent(axes.yaxis)
     axes.legend(loc="upper left")
     return chart.svg("Reliability diagram: accuracy by confidence")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import run_here
 from s3 import put
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -22,6 +22,8 @@ from lungct_tune.experiment.bundle import METRICS, PREDICTIONS
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import BundleMetrics, metrics_json
 from lungct_tune.experiment.predictions import Predictions
+
+run = partial(run_here, main)
 
 CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal")
 N = 90
@@ -49,13 +51,6 @@ def written(folder: Path, predictions: Predictions, threshold: float = 0.5) -> P
     (folder / METRICS).write_bytes(metrics_json(BundleMetrics("made up", None, {}, {}, figures)))
     (folder / PREDICTIONS).write_bytes(predictions.as_csv())
     return folder
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """The command line in this process: exit status, stdout, stderr."""
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-        status = main([str(argument) for argument in arguments])
-    return status, said.getvalue(), complained.getvalue()
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pandas as pd
 import pytest
 from dicom_files import as_dicom, write_slice
 from PIL import Image
+from processes import run_here
 
 from lungct_tune.config.window import Window
 from lungct_tune.data import make_phantoms
@@ -32,12 +31,6 @@ def series(tmp_path_factory: pytest.TempPathFactory, pngs: Path) -> Path:
     return as_dicom(pngs, tmp_path_factory.mktemp("series"))
 
 
-def run(main: object, *arguments: object) -> tuple[int, str]:
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
-        status = main([str(argument) for argument in arguments])  # type: ignore[operator]
-    return status, said.getvalue()
-
-
 def test_predictions_for_dicom_are_those_for_the_same_slices(bundle: Path, pngs: Path, series: Path) -> None:
     paths = pd.read_csv(pngs / "groups.csv")["path"]
     classifier = Classifier.load(bundle)
@@ -52,7 +45,7 @@ def test_patients_are_joined_by_patient_id(bundle: Path, pngs: Path, series: Pat
     tables = []
     for folder in (pngs, series):
         out = tmp_path / f"{folder.name}.csv"
-        assert run(predict, bundle, folder, "--by", "patient", "--out", out)[0] == 0
+        assert run_here(predict, bundle, folder, "--by", "patient", "--out", out)[0] == 0
         tables.append(pd.read_csv(out))
     drawn, stored = tables
     assert len(drawn) == len(stored) == 20 and stored["patient"].str.fullmatch("patient-[0-9a-f]{16}").all()
@@ -65,8 +58,8 @@ def test_an_evaluation_on_dicom_has_the_figures_of_that_on_png(
 ) -> None:
     figures = []
     for folder in (pngs, series):
-        status, said = run(evaluate, bundle, "--data", folder, "--out", tmp_path / folder.name)
-        assert status == 0, said
+        status, _, complained = run_here(evaluate, bundle, "--data", folder, "--out", tmp_path / folder.name)
+        assert status == 0, complained
         figures.append(json.loads((tmp_path / folder.name / "metrics.json").read_text())["test"])
     assert figures[0] == figures[1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from processes import run_here
 from trained import THRESHOLD
 
 from lungct_tune.evaluation.calibration import calibrated
@@ -22,12 +23,7 @@ from lungct_tune.export import main
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """The command line in this process: exit status, stdout, stderr."""
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-        status = main([str(argument) for argument in arguments])
-    return status, said.getvalue(), complained.getvalue()
+run = partial(run_here, main)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch"])
@@ -102,7 +98,7 @@ def test_many_images_are_compared_some_at_a_time() -> None:
 
 def test_the_graph_divides_logits_by_the_temperature() -> None:
     classifier = at_depth(4)
-    scaled = SimpleNamespace(model=classifier.model, config=classifier.config, scaling=SimpleNamespace(temperature=2.5))
+    scaled = SimpleNamespace(model=classifier.model, config=classifier.config, temperature=2.5)
     images = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         plain_NC = forward(classifier.model, as_grey(images), "imagenet").softmax(dim=1).numpy()

@@ -247,6 +247,28 @@ def test_who_stops_it_while_it_writes_finds_nothing_and_may_run_it_again(
     assert run(*command).returncode == 0
 
 
+def test_a_class_of_the_model_that_is_called_other_is_evaluated(bundle: Path, elsewhere: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in bundle.iterdir() if path.name != CHECKSUMS}
+    other = files[CONFIG].replace(b'"squamous cell carcinoma"', b'"other"')
+    write_bundle(Experiment.at(str(tmp_path), "other"), files | {CONFIG: other})
+    ended = run(
+        *(tmp_path / "other" / "best", "--data", elsewhere, "--out", tmp_path / "out"),
+        *("--map", "squamous.cell.carcinoma=other"),
+    )
+    assert ended.returncode == 0 and "other 10" in ended.stdout, ended
+    assert "left out" not in ended.stdout
+
+
+def test_a_folder_that_is_called_by_a_dot_has_its_name(
+    bundle: Path, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, dots in ((elsewhere, "."), (elsewhere / "normal", "..")):
+        monkeypatch.chdir(folder)
+        out = tmp_path / f"out{dots}"
+        assert main([str(bundle), "--data", dots, "--out", str(out)]) == 0
+        assert "<title>Evaluation of the model of one on hospital</title>" in (out / "report.html").read_text()
+
+
 def test_a_class_that_the_bundle_does_not_know_is_named(
     bundle: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +16,7 @@ import skimage
 import sklearn
 from dicom_files import write_slice
 from PIL import Image, ImageDraw
+from processes import run_here
 from scipy.special import softmax
 from trained import THRESHOLD, write_trained_bundle
 
@@ -31,15 +31,10 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.predict import main
 from lungct_tune.reporting.heat_maps import HeatMapFolder
 
+run = partial(run_here, main)
+
 P = ["p_adenocarcinoma", "p_large_cell_carcinoma", "p_normal", "p_squamous_cell_carcinoma"]
 CANCERS = [P[0], P[1], P[3]]
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """The command line in this process: exit status, stdout, stderr."""
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-        status = main([str(argument) for argument in arguments])
-    return status, said.getvalue(), complained.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +248,9 @@ def test_images_at_a_uri_are_those_of_the_folder(bundle: Path, patients: Path, s
 def test_inputs_without_one_readable_image_end_in_a_sentence(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(bytes(tmp_path / "in") + b"/\xff.png")).write_bytes(b"x")
-    status, said, _ = run(bundle, tmp_path / "in")
+    status, said, _ = run(bundle, tmp_path / "in", "--heatmaps", tmp_path / "maps")
     assert status == 1 and "not UTF-8" in said
+    assert "written" not in said and not (tmp_path / "maps").exists()
     (tmp_path / "reports").mkdir()
     write_slice(tmp_path / "reports" / "one", np.zeros((32, 32), np.uint8), ImageType=["DERIVED", "LOCALIZER"])
     status, _, complained = run(bundle, tmp_path / "reports")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from processes import run_here
 from recorded_search import EPOCHS, Search, finished_search
 
 from lungct_tune.compare import main
@@ -17,12 +17,7 @@ from lungct_tune.evaluation.search_curves import SearchCurve, search_curve, time
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.results import read_results
 
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """The command line in this process: exit status, stdout, stderr."""
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
-        status = main([str(argument) for argument in arguments])
-    return status, said.getvalue(), complained.getvalue()
+run = partial(run_here, main)
 
 
 def curve_of(folder: Path) -> SearchCurve:

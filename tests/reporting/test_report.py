@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import io
 import re
@@ -30,6 +31,7 @@ from lungct_tune.experiment.metrics import Figure, RatesAt
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
+from lungct_tune.reporting.html import pairs_of_copies
 from lungct_tune.reporting.mistakes_section import MOST_SHOWN
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
@@ -302,6 +304,44 @@ def test_a_file_of_the_users_is_never_overwritten(
     assert Path("page.html").stat().st_mtime_ns > first
     assert (finished.folder / "best" / "checksums.txt").read_bytes() == sealed
     bundle.verify(finished.folder / "best")
+
+
+def test_a_full_disk_leaves_the_page_that_was_there_also_behind_a_link(
+    finished: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, link, write = tmp_path / "page.html", tmp_path / "link.html", Path.write_bytes
+    link.symlink_to(page)
+    assert main([str(finished.folder), "--out", str(link)]) == 0
+    assert link.is_symlink() and page.is_file()
+    before = page.read_bytes()
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name != page.name:
+            return write(path, content)
+        write(path, content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main([str(finished.folder), "--out", str(link)]) == 2
+    assert f"{link} cannot be written (No space left on device); choose another --out" in capsys.readouterr().err
+    assert page.read_bytes() == before and sorted(tmp_path.iterdir()) == [link, page]
+    assert main([str(finished.folder), "--out", "/dev/null"]) == 2, "a device would be replaced"
+
+
+def test_hardware_that_is_not_known_is_said_to_be(content: bytes) -> None:
+    assert b"<dt>hardware</dt><dd>not noted</dd>" in content
+
+
+def test_a_pair_of_copies_whose_file_is_no_image_any_more_is_shown_without_it(
+    found: SearchResults, phantoms: Path, tmp_path: Path
+) -> None:
+    assert found.audit is not None
+    (tmp_path / "text.png").write_text("no image")
+    pair = found.audit["copies"]["pairs"][0]
+    pair |= {"first": pair["first"] | {"path": "text.png"}}
+    copies = found.audit["copies"] | {"pairs": [pair]}
+    (shown,) = pairs_of_copies(found.audit | {"copies": copies}, tmp_path, 1)
+    assert [side["picture"] for side in shown["sides"]] == ["", ""]
 
 
 @pytest.mark.parametrize("lost", [bundle.MODEL, bundle.CONFIG, bundle.METRICS, bundle.PREDICTIONS])
