@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -275,7 +276,7 @@ class Settings(BaseModel):
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
         if self.weights not in (None, "imagenet", "none"):
-            paths["weights"] = str(Path(self.weights).expanduser().resolve())
+            paths["weights"] = str(Path(expanduser(self.weights)).resolve())
         return self.model_copy(update=paths)
 
     def as_yaml(self) -> str:

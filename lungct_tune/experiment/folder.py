@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -65,16 +66,13 @@ class Experiment:
 
     @classmethod
     def at(cls, storage: str, name: str) -> Experiment:
-        path = storage.removeprefix("file://")
-        if "://" not in path:
-            storage = str(Path(path).expanduser().resolve())
-        return cls(f"{storage.rstrip('/')}/{name}")
+        return cls(f"{cls.from_uri(storage).uri.rstrip('/')}/{name}")
 
     @classmethod
     def from_uri(cls, source: str) -> Experiment:
         """The experiment, or the bundle, in the folder at a path or URI."""
         path = source.removeprefix("file://")
-        return cls(source.rstrip("/") if "://" in path else str(Path(path).expanduser().resolve()))
+        return cls(source.rstrip("/") if "://" in path else str(Path(expanduser(path)).resolve()))
 
     @property
     def name(self) -> str:
@@ -208,10 +206,11 @@ class Experiment:
         """The names of the experiments on the same storage.
 
         Raises:
-            StorageError: the storage refuses, or has no such folder or bucket.
+            StorageError: the storage refuses.
         """
+        selector = pyarrow.fs.FileSelector(self.root.rpartition("/")[0], allow_not_found=True)
         with self._refusals("look around"):
-            beside: Any = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.root.rpartition("/")[0]))
+            beside: Any = self.filesystem.get_file_info(selector)
             settings: Any = self.filesystem.get_file_info([f"{folder.path}/settings.yaml" for folder in beside])
         return sorted(info.path.split("/")[-2] for info in settings if info.is_file)
 
@@ -255,6 +254,6 @@ def locate(source: str, storage: str) -> Experiment:
     from lungct_tune.experiment.bundle import FOLDER
 
     source = source.rstrip("/").removesuffix(f"/{FOLDER}")
-    if Path(source).name == source:
+    if Path(source).name == source != "..":
         return Experiment.at(storage, source)
     return Experiment.from_uri(source)

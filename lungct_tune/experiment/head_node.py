@@ -44,6 +44,8 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
     """
     try:
         config = yaml.safe_load(read_text(cluster))
+        if not isinstance(config, dict) or "cluster_name" not in config:
+            raise ValueError("it is no cluster file of `ray up`: it has no cluster_name")
         places = places_on_head(storage)
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")
@@ -53,7 +55,7 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
             yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE], "rsync_filter": []}, own)
             own.flush()
             _find(_Head(own.name), places, name).fetch(copy, everything, console)
-    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError, StorageError) as error:
+    except (OSError, ValueError, yaml.YAMLError, StorageError) as error:
         raise StorageError(f"--cluster {cluster}: {error}") from error
     yield Experiment(str(copy))
     shutil.rmtree(copy)

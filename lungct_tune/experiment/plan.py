@@ -266,6 +266,11 @@ def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:
             f"{experiment.name} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
             "used, so more trials would be chosen with knowledge of it: start a new search for them"
         )
+    if not experiment.is_local and (experiment.local_folder / "settings.yaml").exists():
+        raise PlanError(
+            f"{experiment.local_folder} has another search of this name, whose study would be replaced; run the "
+            "command in another folder"
+        )
 
 
 def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) -> Plan:
