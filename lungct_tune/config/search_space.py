@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lungct_tune.cli import suggestion
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
@@ -159,11 +154,8 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
         raise SpaceError(f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log")
     if missing := {"low", "high"} - set(value):
         raise SpaceError(f"{path}: {key}: a range needs {' and '.join(sorted(missing))}")
-    low, high, log = (
-        _number(path, key, value["low"]),
-        _number(path, key, value["high"]),
-        value.get("log", False),
-    )
+    low, high = (_number(path, key, value[end]) for end in ("low", "high"))
+    log = value.get("log", False)
     if not isinstance(log, bool):
         raise SpaceError(f"{path}: {key}: log is {_shown(log)}; it must be true or false")
     if low > high:

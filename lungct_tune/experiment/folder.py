@@ -137,16 +137,15 @@ class Experiment:
         with self.filesystem.open_output_stream(target) as stream:
             stream.write(content)
 
-    def read(self, path: str, most: int | None = None) -> bytes | None:
+    def read(self, path: str, most: int = MOST_BYTES) -> bytes | None:
         """Returns a file's content, or None if there is no such file.
 
         Args:
-            most: bytes that are read; by default `MOST_BYTES`.
+            most: bytes that are read.
 
         Raises:
             StorageError: the storage refuses, or it is no regular file of at most so many bytes.
         """
-        most = MOST_BYTES if most is None else most
         with self._refusals(f"read {path}"), suppress(FileNotFoundError):
             if self.is_local:
                 with open_file(Path(self.uri, path), most) as file:
