@@ -222,7 +222,8 @@ def _new(asked: Settings) -> Plan:
 def _resumed(asked: Settings, given: set[str]) -> Plan:
     assert asked.resume is not None
     experiment, asked = Experiment.at(asked.storage, asked.resume), asked.with_absolute_paths()
-    plan = read_plan(experiment, given)
+    # images may have moved: the fingerprint says whether they are those of the search
+    plan = read_plan(experiment, given, **{field: getattr(asked, field) for field in given & {"data", "table"}})
     begun = plan.settings
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)

@@ -12,7 +12,7 @@ import yaml
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
-from lungct_tune.data import DataError
+from lungct_tune.data import DataError, make_phantoms
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan, PlanError, plan_search, read_plan
 from lungct_tune.experiment.results import read_results
@@ -110,6 +110,21 @@ def test_paths_that_are_given_again_are_used_and_are_in_the_command_that_resumes
     assert plan.settings.data == phantoms and f"--data {phantoms}" in plan.resume_command
     local = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent))
     assert "--data" not in plan_search(local, {"resume", "storage"}).resume_command
+
+
+def test_images_that_have_moved_are_given_again_and_are_those_of_the_search(
+    begun: Plan, phantoms: Path, tmp_path: Path
+) -> None:
+    overwrite(begun, data=str(tmp_path / "where they were"))
+    storage = str(Path(begun.experiment.uri).parent)
+
+    def resumed(data: Path) -> Plan:
+        return plan_search(Settings(resume="begun", storage=storage, data=data), {"resume", "storage", "data"})
+
+    assert resumed(phantoms).load_and_split().images.root == phantoms
+    others = make_phantoms(tmp_path, seed=9, patients=30, size=48)
+    with pytest.raises(PlanError, match="are not those that begun started with"):
+        resumed(others).load_and_split()
 
 
 def test_a_remote_search_does_not_replace_the_study_of_another_search_of_its_name(
