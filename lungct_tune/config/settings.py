@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from lungct_tune.cli import command_line, suggestion
-from lungct_tune.config.addresses import check_database, check_server, without_secrets
+from lungct_tune.config.addresses import check_database, check_server, shown
 from lungct_tune.config.window import Window, parse_window
 from lungct_tune.config.yaml_file import read_yaml
 from lungct_tune.errors import UserError
@@ -35,8 +35,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 FOLDS = 5
 """The number of folds where the user gives none and the search has some, see `experiment/folds.py`."""
-
-_LONGEST = 300  # characters of a value in a message
 
 OF_ONE_RUN = frozenset({"resume", "judge", "plan", "address", "track", "verbose"})
 """Settings of one run of the program. They are neither kept in an experiment nor taken from one."""
@@ -325,7 +323,7 @@ def _explain(problem: Any) -> str:
         reason = f"expected {limits['expected'].replace(chr(39), '')}{suggestion(str(value), _choices(field))}"
     elif kind in _REASONS:
         reason = _REASONS[kind].format(**limits)
-    return f"{field} = {_shown(value)}: {reason}" if field else reason
+    return f"{field} = {shown(value)}: {reason}" if field else reason
 
 
 _REASONS = {
@@ -348,19 +346,13 @@ def _choices(field: str) -> tuple[str, ...]:
     return tuple(getattr(Settings.model_fields[field].annotation, "__args__", ()))
 
 
-def _shown(value: Any) -> str:
-    """A user's value for a message: without secrets, and not endless."""
-    text = without_secrets(repr(value))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except (OSError, ValueError) as error:
         raise SettingsError(f"settings file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {_shown(values)}")
+        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {shown(values)}")
     fields = {key.replace("-", "_"): value for key, value in values.items()}
     if len(fields) < len(values):
         twice = ", ".join(key for key in values if "-" in key and key.replace("-", "_") in values)
