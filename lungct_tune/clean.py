@@ -8,15 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.errors import UserError, number_of
-
-if TYPE_CHECKING:
-    from lungct_tune.experiment.folder import Experiment
 
 EXAMPLES = """\
 examples:
@@ -41,17 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _run(asked, terminal()), "Run the same command again to continue.")
 
 
-def _run(asked: argparse.Namespace, console: Console) -> None:
-    from lungct_tune.experiment.folder import locate
-
-    clean(locate(asked.source, asked.storage), console, unfinished=asked.unfinished)
-
-
 class NotCleaned(UserError):
     """Nothing was removed. The message says why and what to do."""
 
 
-def clean(experiment: Experiment, console: Console, *, unfinished: bool = False) -> None:
+def _run(asked: argparse.Namespace, console: Console) -> None:
     """Prints what can be removed, and removes it.
 
     Raises:
@@ -61,14 +51,16 @@ def clean(experiment: Experiment, console: Console, *, unfinished: bool = False)
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import has_bundle
     from lungct_tune.experiment.disk_use import as_size, not_needed, remove, sizes_by_kind
+    from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.lock import exclusive_lock
     from lungct_tune.experiment.plan import no_such_search
 
+    experiment = locate(asked.source, asked.storage)
     if not experiment.exists("settings.yaml"):
         raise NotCleaned(no_such_search(experiment))
     with exclusive_lock(experiment, console.print):
         ended = has_bundle(experiment)
-        if not unfinished and not ended:
+        if not asked.unfinished and not ended:
             raise NotCleaned(
                 f"{experiment.uri} has not ended, so nothing was removed. With --unfinished its states and weights are "
                 "removed: it can be resumed then, but the trials and trainings that had not ended begin again"

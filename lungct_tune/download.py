@@ -5,11 +5,12 @@ python -m lungct_tune.download --help
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lungct_tune.cli import command_line, exit_status
+from lungct_tune.cli import command_line, command_words, exit_status
 from lungct_tune.errors import UserError
 
 DATASET = "mohamedhanyyy/chest-ctscan-images"
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(folder: Path) -> None:
     found = download(folder)
-    print(f"The images are in {found}. Next: python -m lungct_tune.search --data {found}")
+    next_command = shlex.join([*command_words("search"), "--data", str(found)])
+    print(f"The images are in {found}. Next: {next_command}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from lungct_tune.download import main
@@ -28,3 +30,12 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     assert main([str(tmp_path)]) == 2
     assert "pip install kagglehub" in capsys.readouterr().err
+
+
+def test_the_command_that_is_said_to_be_next_runs_with_any_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaggle = SimpleNamespace(dataset_download=lambda name, output_dir: output_dir)
+    monkeypatch.setitem(sys.modules, "kagglehub", kaggle)
+    assert main(["CT images"]) == 0
+    assert shlex.split(capsys.readouterr().out.partition("Next: ")[2])[-2:] == ["--data", "CT images"]

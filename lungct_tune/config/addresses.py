@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 from urllib.parse import urlsplit
+
+LONGEST = 300
+"""Characters of a value in a message."""
 
 SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 """Pattern for options of a database URL that may hold a password; drivers have many, such as sslpassword."""
@@ -12,6 +16,12 @@ SECRETS = "pass(?!file)|pwd|secret|token|odbc_connect"
 def without_secrets(text: str) -> str:
     """Hides NAME:PASSWORD@ and ?OPTIONS of URLs in a user's text, so that a message can quote it."""
     return re.sub(r"[^/'\n]*:.*@|(?<=\?).*", "***", text)
+
+
+def shown(value: Any) -> str:
+    """A user's value for a message: without secrets, and not endless."""
+    text = without_secrets(repr(value))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def check_database(url: str) -> None:

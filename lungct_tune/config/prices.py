@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
+from lungct_tune.config.yaml_file import read_yaml
 from lungct_tune.errors import UserError
-from lungct_tune.files import open_file
 
 PACKAGE = Path(__file__).parents[1]
 PRICES = Path("clusters", "prices.yaml")
@@ -97,8 +96,7 @@ def read_prices() -> tuple[Path, Prices] | None:
     if file is None:
         return None
     try:
-        with open_file(file, MOST_BYTES) as stream:
-            content = parse_yaml(stream.read())
+        content = read_yaml(file)
     except (OSError, ValueError) as error:
         raise PricesError(f"{file}: {error}") from error
     try:

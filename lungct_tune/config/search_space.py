@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lungct_tune.cli import suggestion
+from lungct_tune.config.addresses import shown
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.config.yaml_file import parse_yaml
 from lungct_tune.errors import UserError
@@ -34,9 +30,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 10),
 }
 """The least and greatest allowed value of each parameter. A space may only narrow these."""
-
-
-_LONGEST = 200  # characters of a value in a message
 
 
 class SpaceError(UserError):
@@ -123,10 +116,10 @@ def parse_space(text: str, path: str) -> SearchSpace:
     except ValueError as error:
         raise SpaceError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise SpaceError(f"{path}: expected lines of `parameter: range`, found {_shown(content)}")
+        raise SpaceError(f"{path}: expected lines of `parameter: range`, found {shown(content)}")
     fixed = content.pop("fixed_trials", None) or []
     if not isinstance(fixed, list):
-        raise SpaceError(f"{path}: fixed_trials: expected a list of trials, found {_shown(fixed)}")
+        raise SpaceError(f"{path}: fixed_trials: expected a list of trials, found {shown(fixed)}")
     trials = [PUBLISHED] + [_fixed_trial(path, f"fixed_trials[{i}]", trial) for i, trial in enumerate(fixed)]
     distributions: dict[str, BaseDistribution] = {}
     constants: dict[str, int | float] = {}
@@ -159,13 +152,10 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
         raise SpaceError(f"{path}: {key}: {sorted(map(str, unknown))} not understood; a range has low, high, log")
     if missing := {"low", "high"} - set(value):
         raise SpaceError(f"{path}: {key}: a range needs {' and '.join(sorted(missing))}")
-    low, high, log = (
-        _number(path, key, value["low"]),
-        _number(path, key, value["high"]),
-        value.get("log", False),
-    )
+    low, high = (_number(path, key, value[end]) for end in ("low", "high"))
+    log = value.get("log", False)
     if not isinstance(log, bool):
-        raise SpaceError(f"{path}: {key}: log is {_shown(log)}; it must be true or false")
+        raise SpaceError(f"{path}: {key}: log is {shown(log)}; it must be true or false")
     if low > high:
         raise SpaceError(f"{path}: {key}: low {low} is above high {high}")
     if log and low <= 0:
@@ -190,22 +180,17 @@ def _number(path: str, key: str, value: Any) -> int | float:
         number = float("nan")
     if not low <= number <= high or (integer and number != int(number)):
         kind = "a whole number" if integer else "a number"
-        raise SpaceError(f"{path}: {key}: {_shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}")
+        raise SpaceError(f"{path}: {key}: {shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}")
     return int(number) if integer else number
 
 
 def _fixed_trial(path: str, where: str, trial: Any) -> Hyperparameters:
     if not isinstance(trial, dict):
-        raise SpaceError(f"{path}: {where}: expected parameters and values, found {_shown(trial)}")
+        raise SpaceError(f"{path}: {where}: expected parameters and values, found {shown(trial)}")
     for key in trial:
         _known(path, key, f"{where}: ")
     values = {key: _number(path, key, value) for key, value in trial.items()}
     return Hyperparameters(**(PUBLISHED.as_dict() | values))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _known(path: str, key: Any, where: str = "") -> None:

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,11 +23,11 @@ from pydantic import (
 )
 
 from lungct_tune.cli import command_line, suggestion
-from lungct_tune.config.addresses import check_database, check_server, without_secrets
+from lungct_tune.config.addresses import check_database, check_server, shown
 from lungct_tune.config.window import Window, parse_window
-from lungct_tune.config.yaml_file import MOST_BYTES, parse_yaml
+from lungct_tune.config.yaml_file import read_yaml
 from lungct_tune.errors import UserError
-from lungct_tune.files import is_text, open_file
+from lungct_tune.files import is_text
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -34,8 +35,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 FOLDS = 5
 """The number of folds where the user gives none and the search has some, see `experiment/folds.py`."""
-
-_LONGEST = 300  # characters of a value in a message
 
 OF_ONE_RUN = frozenset({"resume", "judge", "plan", "address", "track", "verbose"})
 """Settings of one run of the program. They are neither kept in an experiment nor taken from one."""
@@ -74,8 +73,8 @@ def _place(value: Any) -> Any:
     return place if "://" in place else Path(place)
 
 
-def _flag(help: str, metavar: str = "N") -> Any:
-    return Field(None, description=help, json_schema_extra={"metavar": metavar})
+def _flag(help: str, metavar: str = "N", default: Any = None) -> Any:
+    return Field(default, description=help, json_schema_extra={"metavar": metavar})
 
 
 class Settings(BaseModel):
@@ -106,9 +105,7 @@ class Settings(BaseModel):
     split: Literal["grouped", "official"] = Field(
         "grouped", description="70/10/20 that keeps groups together, or the published folders"
     )
-    split_seed: Seed = Field(
-        0, description="the seed of the grouped split and of the folds (0)", json_schema_extra={"metavar": "N"}
-    )
+    split_seed: Seed = _flag("the seed of the grouped split and of the folds (0)", default=0)
     split_file: Path | None = _flag(
         "a split of your own instead of --split: CSV of path, split and, if known, group", "FILE"
     )
@@ -131,34 +128,24 @@ class Settings(BaseModel):
     compare_baseline: bool = Field(
         False, description="also retrain and evaluate the published configuration (phantoms: always)"
     )
-    workers: Positive = Field(
-        1, description="Ray Train workers of a slot, data parallel (1)", json_schema_extra={"metavar": "N"}
-    )
-    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="CPUs a worker reserves, fractions allowed (1)", json_schema_extra={"metavar": "F"}
-    )
+    workers: Positive = _flag("Ray Train workers of a slot, data parallel (1)", default=1)
+    cpus_per_worker: Annotated[float, Field(gt=0)] = _flag("CPUs a worker reserves, fractions allowed (1)", "F", 1.0)
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = _flag(
         "GPUs a worker reserves, fractions share one (1 if there are GPUs)", "F"
     )
     slots: Positive | None = _flag("trials at the same time (as many as the cluster holds)")
-    checkpoint_interval: Annotated[float, Field(ge=0)] = Field(
-        30.0,
-        description="seconds of training between two saved states of a trial (30)",
-        json_schema_extra={"metavar": "S"},
+    checkpoint_interval: Annotated[float, Field(ge=0)] = _flag(
+        "seconds of training between two saved states of a trial (30)", "S", 30.0
     )
     final_workers: Positive | None = _flag("workers of the final retraining (as a slot has; with folds 1)")
-    storage: str = Field(
-        "./results",
-        description="where experiments go: a folder, s3://, gs://... (./results)",
-        json_schema_extra={"metavar": "URI"},
-    )
+    storage: str = _flag("where experiments go: a folder, s3://, gs://... (./results)", "URI", "./results")
     name: Name | None = _flag("the experiment's name (time and data)", "NAME")
     study: str | None = _flag("a database for Optuna (a file in the experiment's folder)", "URL")
     track: str | None = _flag("mlflow:http://HOST:PORT, a server to copy the study to", "mlflow:URI")
     resume: Name | None = _flag("continue an interrupted search", "NAME")
     hold_test: bool = Field(False, description="end before the test split is looked at; --judge looks at it")
     judge: Name | None = _flag("evaluate the best of a search with --hold-test on the test split, once", "NAME")
-    seed: Seed = Field(0, description="the seed of all other random numbers (0)", json_schema_extra={"metavar": "N"})
+    seed: Seed = _flag("the seed of all other random numbers (0)", default=0)
     address: str | None = _flag("address of a Ray cluster (the running one, else a local one)", "ADDR")
     plan: bool = Field(False, description="print what a search would do, and stop")
     verbose: bool = Field(False, description="show Ray's own output too")
@@ -215,26 +202,12 @@ class Settings(BaseModel):
             raise ValueError("expected a folder, or a URI such as s3://BUCKET/FOLDER")
         return storage
 
-    @field_validator("window")
+    @field_validator("window", "study", "track")
     @classmethod
-    def _a_window(cls, window: str | None) -> str | None:
-        if window is not None:
-            parse_window(window)
-        return window
-
-    @field_validator("study")
-    @classmethod
-    def _a_database(cls, url: str | None) -> str | None:
-        if url is not None:
-            check_database(url)
-        return url
-
-    @field_validator("track")
-    @classmethod
-    def _a_server(cls, track: str | None) -> str | None:
-        if track is not None:
-            check_server(track)
-        return track
+    def _understood(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None:
+            {"window": parse_window, "study": check_database, "track": check_server}[info.field_name or ""](text)
+        return text
 
     @model_validator(mode="after")
     def _found(self) -> Self:
@@ -275,7 +248,7 @@ class Settings(BaseModel):
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
         if self.weights not in (None, "imagenet", "none"):
-            paths["weights"] = str(Path(self.weights).expanduser().resolve())
+            paths["weights"] = str(Path(expanduser(self.weights)).resolve())
         return self.model_copy(update=paths)
 
     def as_yaml(self) -> str:
@@ -350,7 +323,7 @@ def _explain(problem: Any) -> str:
         reason = f"expected {limits['expected'].replace(chr(39), '')}{suggestion(str(value), _choices(field))}"
     elif kind in _REASONS:
         reason = _REASONS[kind].format(**limits)
-    return f"{field} = {_shown(value)}: {reason}" if field else reason
+    return f"{field} = {shown(value)}: {reason}" if field else reason
 
 
 _REASONS = {
@@ -373,20 +346,13 @@ def _choices(field: str) -> tuple[str, ...]:
     return tuple(getattr(Settings.model_fields[field].annotation, "__args__", ()))
 
 
-def _shown(value: Any) -> str:
-    """A user's value for a message: without secrets, and not endless."""
-    text = without_secrets(repr(value))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with open_file(path, MOST_BYTES) as file:
-            values = parse_yaml(file.read())
+        values = read_yaml(path)
     except (OSError, ValueError) as error:
         raise SettingsError(f"settings file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {_shown(values)}")
+        raise SettingsError(f"settings file {path}: expected lines of `field: value`, found {shown(values)}")
     fields = {key.replace("-", "_"): value for key, value in values.items()}
     if len(fields) < len(values):
         twice = ", ".join(key for key in values if "-" in key and key.replace("-", "_") in values)

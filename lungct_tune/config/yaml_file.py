@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
+
+from lungct_tune.files import open_file
 
 MOST_BYTES = 500_000
 """Of a YAML file. The parser is slow, and settings have some hundred lines."""
@@ -36,6 +39,17 @@ def _mapping(loader: _Loader, node: MappingNode) -> dict[str, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_yaml(file: Path) -> Any:
+    """The values in a YAML file, see `parse_yaml`.
+
+    Raises:
+        OSError: it cannot be opened, or is too long, see `open_file`.
+        ValueError: see `parse_yaml`.
+    """
+    with open_file(file, MOST_BYTES) as stream:
+        return parse_yaml(stream.read())
 
 
 def parse_yaml(content: bytes | str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -65,16 +66,13 @@ class Experiment:
 
     @classmethod
     def at(cls, storage: str, name: str) -> Experiment:
-        path = storage.removeprefix("file://")
-        if "://" not in path:
-            storage = str(Path(path).expanduser().resolve())
-        return cls(f"{storage.rstrip('/')}/{name}")
+        return cls(f"{cls.from_uri(storage).uri.rstrip('/')}/{name}")
 
     @classmethod
     def from_uri(cls, source: str) -> Experiment:
         """The experiment, or the bundle, in the folder at a path or URI."""
         path = source.removeprefix("file://")
-        return cls(source.rstrip("/") if "://" in path else str(Path(path).expanduser().resolve()))
+        return cls(source.rstrip("/") if "://" in path else str(Path(expanduser(path)).resolve()))
 
     @property
     def name(self) -> str:
@@ -139,16 +137,15 @@ class Experiment:
         with self.filesystem.open_output_stream(target) as stream:
             stream.write(content)
 
-    def read(self, path: str, most: int | None = None) -> bytes | None:
+    def read(self, path: str, most: int = MOST_BYTES) -> bytes | None:
         """Returns a file's content, or None if there is no such file.
 
         Args:
-            most: bytes that are read; by default `MOST_BYTES`.
+            most: bytes that are read.
 
         Raises:
             StorageError: the storage refuses, or it is no regular file of at most so many bytes.
         """
-        most = MOST_BYTES if most is None else most
         with self._refusals(f"read {path}"), suppress(FileNotFoundError):
             if self.is_local:
                 with open_file(Path(self.uri, path), most) as file:
@@ -208,10 +205,11 @@ class Experiment:
         """The names of the experiments on the same storage.
 
         Raises:
-            StorageError: the storage refuses, or has no such folder or bucket.
+            StorageError: the storage refuses.
         """
+        selector = pyarrow.fs.FileSelector(self.root.rpartition("/")[0], allow_not_found=True)
         with self._refusals("look around"):
-            beside: Any = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.root.rpartition("/")[0]))
+            beside: Any = self.filesystem.get_file_info(selector)
             settings: Any = self.filesystem.get_file_info([f"{folder.path}/settings.yaml" for folder in beside])
         return sorted(info.path.split("/")[-2] for info in settings if info.is_file)
 
@@ -255,6 +253,6 @@ def locate(source: str, storage: str) -> Experiment:
     from lungct_tune.experiment.bundle import FOLDER
 
     source = source.rstrip("/").removesuffix(f"/{FOLDER}")
-    if Path(source).name == source:
+    if Path(source).name == source != "..":
         return Experiment.at(storage, source)
     return Experiment.from_uri(source)

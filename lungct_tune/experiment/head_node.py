@@ -44,6 +44,8 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
     """
     try:
         config = yaml.safe_load(read_text(cluster))
+        if not isinstance(config, dict) or "cluster_name" not in config:
+            raise ValueError("it is no cluster file of `ray up`: it has no cluster_name")
         places = places_on_head(storage)
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")
@@ -52,8 +54,8 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
             # rsync-down excludes what the cluster file excludes
             yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE], "rsync_filter": []}, own)
             own.flush()
-            _find(_Head(own.name), places, name).fetch(copy, everything, console)
-    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError, StorageError) as error:
+            _find(own.name, places, name).fetch(copy, everything, console)
+    except (OSError, ValueError, yaml.YAMLError, StorageError) as error:
         raise StorageError(f"--cluster {cluster}: {error}") from error
     yield Experiment(str(copy))
     shutil.rmtree(copy)
@@ -76,13 +78,13 @@ def places_on_head(storage: str | None) -> list[str]:
     return [f"~/{folder}"] if storage and storage.startswith("~/") else [f"~/{folder}", f"~/lungct_tune/{folder}"]
 
 
-def _find(head: _Head, places: Sequence[str], name: str) -> _OnHead:
+def _find(cluster: str, places: Sequence[str], name: str) -> _OnHead:
     """Finds the experiment of that name in the first folder that has one."""
     look = f"for kept in {' '.join(f'{place}/*/settings.yaml' for place in places)}; do echo found $kept; done"
-    found = re.findall(r"^found (.+)/([^/*]+)/settings\.yaml\r*$", head.ray("exec", look), re.MULTILINE)
+    found = re.findall(r"^found (.+)/([^/*]+)/settings\.yaml\r*$", _ray("exec", cluster, look), re.MULTILINE)
     for folder, experiment in found:
         if experiment == name:
-            return _OnHead(head, folder, name)
+            return _OnHead(cluster, folder, name)
     names = sorted({experiment for _, experiment in found})
     there = f"there are: {', '.join(names)}" if names else "there are no experiments"
     raise StorageError(
@@ -91,42 +93,40 @@ def _find(head: _Head, places: Sequence[str], name: str) -> _OnHead:
     )
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The head of a cluster, reached by Ray's launcher."""
+def _ray(command: str, cluster: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> str:
+    """Runs a command of Ray's launcher; returns its output, which may include a login shell's.
 
-    cluster: str
-    """A cluster file."""
+    Args:
+        cluster: the cluster file.
+        meanwhile: is called again and again until the command ends.
 
-    def ray(self, command: str, *arguments: str, meanwhile: Callable[[], None] = lambda: None) -> str:
-        """Runs one of the launcher's commands; returns its output, which may include a login shell's.
-
-        Raises:
-            StorageError: it failed; the message has the last lines of its output.
-        """
-        options = ("--log-style", "pretty", "--log-color", "false")
-        words = [sys.executable, "-m", "ray.scripts.scripts", command, *options, self.cluster, *arguments]
-        with (
-            tempfile.TemporaryFile("w+", errors="replace") as log,  # no pipe: ssh's master keeps it open for 10 s more
-            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT) as process,
-        ):
-            while process.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.2)
-                meanwhile()
-            log.seek(0)
-            output = log.read()
-        if process.returncode:
-            lines = [line for line in output.splitlines() if line.strip() and "StrictHostKeyChecking" not in line]
-            raise StorageError("\n".join([f"nothing was fetched from the head; `ray {command}` says", *lines[-3:]]))
-        return output
+    Raises:
+        StorageError: it failed; the message has the last lines of its output.
+    """
+    options = ("--log-style", "pretty", "--log-color", "false")
+    words = [sys.executable, "-m", "ray.scripts.scripts", command, *options, cluster, *arguments]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,  # no pipe: ssh's master keeps it open for 10 s more
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.2)
+            meanwhile()
+        log.seek(0)
+        output = log.read()
+    if process.returncode:
+        lines = [line for line in output.splitlines() if line.strip() and "StrictHostKeyChecking" not in line]
+        raise StorageError("\n".join([f"nothing was fetched from the head; `ray {command}` says", *lines[-3:]]))
+    return output
 
 
 @dataclass(frozen=True)
 class _OnHead:
     """An experiment on the disk of a head."""
 
-    head: _Head
+    cluster: str
+    """The cluster file."""
     folder: str
     """The folder of the experiments."""
     name: str
@@ -175,14 +175,14 @@ class _OnHead:
 
     def _run(self, command: str) -> str:
         """Runs a command in the experiments' folder; returns its output."""
-        return self.head.ray("exec", f"cd {shlex.quote(self.folder)} && {{ {command}; }}")
+        return _ray("exec", self.cluster, f"cd {shlex.quote(self.folder)} && {{ {command}; }}")
 
     def _rsync(self, source: str, target: str, size: int, console: Console) -> None:
         with transfer_bar(console) as bar:
             task = bar.add_task(self.name, total=size)
             folder = Path(target).parent
-            self.head.ray(
-                *("rsync-down", "--verbose", f"{self.folder}/{source}", target),
+            _ray(
+                *("rsync-down", self.cluster, "--verbose", f"{self.folder}/{source}", target),
                 meanwhile=lambda: bar.update(task, completed=_size(folder)),
             )
 

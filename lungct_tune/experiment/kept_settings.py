@@ -85,10 +85,9 @@ def confirm_paths(kept: Mapping[str, Any], experiment: Experiment, given: Collec
 
 
 def paths_to_give(settings: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """Which of data, table and weights the user has to give again, see `confirm_paths`."""
-    return [name for name in paths_in(settings) if not experiment.is_local or "://" in str(settings[name])]
+    """Which of data, table and weights the user has to give again, see `confirm_paths`.
 
-
-def paths_in(settings: Mapping[str, Any]) -> list[str]:
-    """Which of data, table and weights are files or a URI; phantoms, ImageNet's weights and random weights are not."""
-    return [name for name in ("data", "table", "weights") if settings.get(name) not in (None, "imagenet", "none")]
+    Phantoms, ImageNet's weights and random weights are neither files nor URIs.
+    """
+    paths = [name for name in ("data", "table", "weights") if settings.get(name) not in (None, "imagenet", "none")]
+    return [name for name in paths if not experiment.is_local or "://" in str(settings[name])]

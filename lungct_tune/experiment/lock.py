@@ -68,9 +68,9 @@ def _locked_on_this_machine(experiment: Experiment) -> Iterator[None]:
 
 
 def _refuse_another_machine(experiment: Experiment, say: Callable[[str], None]) -> None:
-    found = _running(experiment)
-    if found is None or found["host"] == socket.gethostname():  # a process of this machine would have the lock
-        return
+    found, here = _running(experiment), _place(experiment)
+    if found is None or (found["host"] == here["host"] and found["folder"] in (None, here["folder"])):
+        return  # a process that runs it from here would have the lock; earlier versions wrote no folder
     say(f"{found['host']} has not ended {experiment.name}: looking for {SILENT_S:.0f} s whether it still runs it")
     deadline = time.monotonic() + SILENT_S
     while (now := _running(experiment)) is not None and time.monotonic() < deadline:
@@ -84,15 +84,20 @@ def _refuse_another_machine(experiment: Experiment, say: Callable[[str], None]) 
 
 def _running(experiment: Experiment) -> dict[str, Any] | None:
     """What the machine that runs the search has written last; None if none runs it."""
-    with suppress(ValueError, KeyError):  # another program has written the file
+    with suppress(ValueError, KeyError, TypeError):  # another program has written the file
         found = json.loads(experiment.read(RUNNING) or b"{}")
-        return {name: found[name] for name in ("host", "process", "times")}
+        return {name: found[name] for name in ("host", "process", "times")} | {"folder": found.get("folder")}
     return None
+
+
+def _place(experiment: Experiment) -> dict[str, Any]:
+    """The host, and the folder of the lock, which depends on the working folder."""
+    return {"host": socket.gethostname(), "folder": str(experiment.local_folder)}
 
 
 @contextmanager
 def _telling_other_machines(experiment: Experiment) -> Iterator[None]:
-    ended, me = Event(), {"host": socket.gethostname(), "process": os.getpid()}
+    ended, me = Event(), _place(experiment) | {"process": os.getpid()}
 
     def tell() -> None:
         for times in count():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, field_validator
@@ -11,16 +10,6 @@ from pydantic import BaseModel, Field, FiniteFloat, field_validator
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.bundle import CONFIG
 from lungct_tune.experiment.form import check_form, read_json
-from lungct_tune.experiment.metrics import FittedOn
-
-
-def _known(values: Mapping[str, Any], form: type[Any]) -> Mapping[str, Any]:
-    """These values, if they are fields of a dataclass and have all that it needs."""
-    names = {field.name for field in fields(form)}
-    needed = {field.name for field in fields(form) if field.default is MISSING and field.default_factory is MISSING}
-    if wrong := sorted(set(values) - names) or sorted(needed - set(values)):
-        raise ValueError(f"{wrong[0]!r} is unknown or missing")
-    return values
 
 
 class _Model(BaseModel):
@@ -39,15 +28,15 @@ class _Preprocessing(BaseModel):
     window: _Window | None = None
 
 
+class _FittedOn(BaseModel, extra="forbid"):
+    images: int
+    groups: int
+    what: str
+
+
 class _Calibration(BaseModel):
     temperature: Annotated[FiniteFloat, Field(ge=0.01, le=100)]
-    fitted_on: dict[str, Any]
-
-    @field_validator("fitted_on")
-    @classmethod
-    def _of_images(cls, value: dict[str, Any]) -> dict[str, Any]:
-        FittedOn(**_known(value, FittedOn))
-        return value
+    fitted_on: _FittedOn
 
 
 class _Training(BaseModel):
@@ -57,7 +46,8 @@ class _Training(BaseModel):
     @field_validator("configuration")
     @classmethod
     def _of_a_trial(cls, value: dict[str, int | float]) -> dict[str, int | float]:
-        Hyperparameters(**_known(value, Hyperparameters))
+        if unknown := value.keys() - {field.name for field in fields(Hyperparameters)}:
+            raise ValueError(f"{min(unknown)!r} is unknown")
         return value
 
 

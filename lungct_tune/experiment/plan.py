@@ -17,7 +17,7 @@ import yaml
 
 from lungct_tune.cli import command_words
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
-from lungct_tune.config.settings import Settings, SettingsError, flags, validate
+from lungct_tune.config.settings import OF_ONE_RUN, Settings, SettingsError, flags, validate
 from lungct_tune.data import fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
 from lungct_tune.data.split import DataSplit, restore_split, split_and_fold
@@ -27,7 +27,7 @@ from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
 from lungct_tune.experiment.lock import exclusive_lock
-from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, has_database
+from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror
 from lungct_tune.filesystem import StorageError
 from lungct_tune.stopping import was_asked
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     import optuna
     import torch
 
-CHANGEABLE = {
+CHANGEABLE = OF_ONE_RUN | {
     *("trials", "hold_test", "slots", "final_workers", "cpus_per_worker", "gpus_per_worker", "storage", "study"),
-    *("checkpoint_interval", "compare_baseline", "seeds", "resume", "address", "track", "plan", "verbose"),
+    *("checkpoint_interval", "compare_baseline", "seeds"),
 }
 """The settings that may change when a search is resumed. A change of any other would make it another search."""
 
@@ -70,7 +70,7 @@ class Plan:
     @cached_property
     def _study_file(self) -> Path:
         database = self.study_folder / DATABASE
-        is_old = self.fingerprint is not None and (database.exists() or has_database(self.experiment))
+        is_old = self.fingerprint is not None and (database.exists() or self.experiment.exists(DATABASE))
         return database if is_old else self.study_folder / JOURNAL
 
     @property
@@ -80,18 +80,9 @@ class Plan:
 
     def command(self, how: str) -> str:
         """The command that does something with this search: `--resume` or `--judge`."""
-        words = [*command_words("search"), how, self.experiment.name]
-        if self.settings.storage != "./results":
-            words += ["--storage", self.settings.storage]
-        if self.settings.study:
-            words += ["--study", self.settings.study]
         settings = self.settings.model_dump()
-        words += flags(settings, paths_to_give(settings, self.experiment))
-        if self.settings.address:
-            words += ["--address", self.settings.address]
-        if self.settings.track:
-            words += ["--track", self.settings.track]
-        return shlex.join(words)
+        given = ["storage", "study", *paths_to_give(settings, self.experiment), "address", "track"]
+        return shlex.join([*command_words("search"), how, self.experiment.name, *flags(settings, given)])
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
@@ -231,7 +222,8 @@ def _new(asked: Settings) -> Plan:
 def _resumed(asked: Settings, given: set[str]) -> Plan:
     assert asked.resume is not None
     experiment, asked = Experiment.at(asked.storage, asked.resume), asked.with_absolute_paths()
-    plan = read_plan(experiment, given)
+    # images may have moved: the fingerprint says whether they are those of the search
+    plan = read_plan(experiment, given, **{field: getattr(asked, field) for field in given & {"data", "table"}})
     begun = plan.settings
     if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
@@ -265,6 +257,11 @@ def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:
         raise PlanError(
             f"{experiment.name} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
             "used, so more trials would be chosen with knowledge of it: start a new search for them"
+        )
+    if not experiment.is_local and (experiment.local_folder / "settings.yaml").exists():
+        raise PlanError(
+            f"{experiment.local_folder} has another search of this name, whose study would be replaced; run the "
+            "command in another folder"
         )
 
 

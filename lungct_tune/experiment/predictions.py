@@ -73,4 +73,5 @@ def _predictions(table: pd.DataFrame, classes: Sequence[str]) -> Predictions:
 
 def probability_columns(classes: Sequence[str]) -> list[str]:
     """The names of the columns that hold the probability of each class."""
-    return [f"p_{name.replace(' ', '_')}" for name in classes]
+    columns = [f"p_{name.replace(' ', '_')}" for name in classes]
+    return columns if len(set(columns)) == len(classes) else [f"p_{name}" for name in classes]

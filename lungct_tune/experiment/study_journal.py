@@ -23,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from lungct_tune.errors import SearchStopped
+from lungct_tune.errors import SearchStopped, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -221,12 +221,15 @@ def opened_journal(file: Path) -> Iterator[StudyStorage]:
     """Opens a journal for writing; at the end the last changes are written.
 
     Raises:
-        JournalError: it cannot be opened, or at the end not be written.
+        JournalError: it cannot be opened, is damaged, or at the end cannot be written.
     """
     try:
         storage = StudyStorage(file)
     except OSError as error:
         raise JournalError(f"the study {file} cannot be opened: {_reason(error)}") from error
+    except Exception as error:  # Optuna raises any kind about lines that it has not written
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise JournalError(f"the study {file} is damaged ({reason}); restore it") from error
     try:
         yield storage
     finally:

@@ -133,15 +133,6 @@ def is_study(path: str) -> bool:
     return path in (DATABASE, JOURNAL) or path.startswith(f"{PARTS}/")
 
 
-def has_database(experiment: Experiment) -> bool:
-    """Whether an older version began the search, with a SQLite study.
-
-    Raises:
-        StorageError: the storage cannot be read.
-    """
-    return experiment.exists(DATABASE)
-
-
 def copy_study(experiment: Experiment, folder: Path) -> Path | None:
     """Copies the study to a folder, as it was at one moment, even while a search writes to it.
 

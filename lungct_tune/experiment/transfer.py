@@ -64,7 +64,7 @@ def fetch(experiment: Experiment, dest: Path, console: Console, *, everything: b
         BundleError: the bundle is damaged on the storage.
         StorageError: the experiment cannot be read, or the connection broke.
     """
-    part = dest.with_name(f"{dest.name or '_'}.part")
+    part = dest.parent / f"{dest.name or '_'}.part"  # . and / have no name
     try:
         return _fetch_verified(experiment, dest, part, console, everything)
     except StorageError as error:

@@ -90,12 +90,6 @@ def test_an_unknown_key_of_the_file_is_refused_with_the_known_ones(tmp_path: Pat
         read_settings(["--settings", str(file)])
 
 
-def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        read_settings(["--trails", "3"])
-    assert "--trails" in capsys.readouterr().err
-
-
 def test_phantoms_get_small_defaults_and_a_choice_stays(tmp_path: Path) -> None:
     phantoms, real = validate({"trials": 3}).for_data(), validate({"data": tmp_path, "trials": 3}).for_data()
     assert (phantoms.weights, real.weights) == ("none", "imagenet")

@@ -12,9 +12,9 @@ import yaml
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
-from lungct_tune.data import DataError
+from lungct_tune.data import DataError, make_phantoms
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.plan import Plan, plan_search, read_plan
+from lungct_tune.experiment.plan import Plan, PlanError, plan_search, read_plan
 from lungct_tune.experiment.results import read_results
 from lungct_tune.experiment.study import open_study
 from lungct_tune.reporting.test_section import find_pictures
@@ -110,6 +110,37 @@ def test_paths_that_are_given_again_are_used_and_are_in_the_command_that_resumes
     assert plan.settings.data == phantoms and f"--data {phantoms}" in plan.resume_command
     local = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent))
     assert "--data" not in plan_search(local, {"resume", "storage"}).resume_command
+
+
+def test_images_that_have_moved_are_given_again_and_are_those_of_the_search(
+    begun: Plan, phantoms: Path, tmp_path: Path
+) -> None:
+    overwrite(begun, data=str(tmp_path / "where they were"))
+    storage = str(Path(begun.experiment.uri).parent)
+
+    def resumed(data: Path) -> Plan:
+        return plan_search(Settings(resume="begun", storage=storage, data=data), {"resume", "storage", "data"})
+
+    assert resumed(phantoms).load_and_split().images.root == phantoms
+    others = make_phantoms(tmp_path, seed=9, patients=30, size=48)
+    with pytest.raises(PlanError, match="are not those that begun started with"):
+        resumed(others).load_and_split()
+
+
+def test_a_remote_search_does_not_replace_the_study_of_another_search_of_its_name(
+    begun: Plan, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study of a remote search is in results/NAME of the working folder, where a local search may be."""
+    monkeypatch.chdir(tmp_path)
+    local = Path("results", "begun")
+    local.mkdir(parents=True)
+    asked = Settings(resume="begun", storage=as_remote(begun), data=phantoms)
+    plan = plan_search(asked, {"resume", "storage", "data"})
+    (local / "settings.yaml").touch()
+    with pytest.raises(PlanError, match=r"results/begun has another search of this name.*in another folder"):
+        plan_search(asked, {"resume", "storage", "data"})
+    with pytest.raises(PlanError, match="has another search of this name"), plan.locked(print):
+        pytest.fail("its study is about to be replaced")
 
 
 def test_images_do_not_pass_for_those_of_a_search_without_a_fingerprint(begun: Plan) -> None:

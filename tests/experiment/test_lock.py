@@ -57,6 +57,19 @@ def test_a_search_that_another_machine_runs_is_refused(one: Experiment, on_machi
     assert not one.exists(RUNNING)
 
 
+def test_a_search_that_runs_from_another_folder_of_this_machine_is_refused(
+    one: Experiment, on_machine: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock's file is in the working folder."""
+    on_machine("here")
+    with exclusive_lock(one):
+        wait_for(lambda: one.exists(RUNNING), within_s=20)
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        with pytest.raises(StorageError, match="here is running one, in process"), exclusive_lock(one):
+            pytest.fail("two processes run it")
+
+
 def test_a_search_whose_machine_has_crashed_goes_on_after_a_while(
     one: Experiment, on_machine: Callable[[str], None]
 ) -> None:
@@ -69,7 +82,9 @@ def test_a_search_whose_machine_has_crashed_goes_on_after_a_while(
     assert len(said) == 1 and said[0].startswith("gone has not ended one: looking for 3 s")
 
 
-@pytest.mark.parametrize("left", [b'{"host": "here", "process": 1, "times": 9}', b"notes", b'{"host": "there"}', b""])
+@pytest.mark.parametrize(
+    "left", [b'{"host": "here", "process": 1, "times": 9}', b"notes", b"[]", b'{"host": "there"}', b""]
+)
 def test_what_a_crash_on_the_same_machine_or_another_program_has_left_is_not_waited_for(
     one: Experiment, on_machine: Callable[[str], None], left: bytes
 ) -> None:

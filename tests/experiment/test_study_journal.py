@@ -147,6 +147,10 @@ def test_what_was_synced_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
 def test_a_journal_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="cannot be opened"), opened_journal(tmp_path / "nowhere" / "study.journal"):
         pass
+    for foreign in (b"notes\n", b"[1]\n"):
+        (tmp_path / "study.journal").write_bytes(foreign)
+        with pytest.raises(JournalError, match="is damaged"), opened_journal(tmp_path / "study.journal"):
+            pass
 
 
 # ---- the copy on remote storage -------------------------------------------------------------------------

@@ -94,10 +94,29 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path: Path, capsys: pytest.C
     assert main(["two", "--storage", f"{tmp_path}/no-experiment"]) == 2
     assert "there are no experiments" in capsys.readouterr().err
     assert main(["two", "--storage", f"{tmp_path}/nowhere"]) == 2
-    assert f"{tmp_path}/nowhere" in capsys.readouterr().err
+    assert f"no experiment 'two' in {tmp_path}/nowhere; there are no experiments" in capsys.readouterr().err
+    assert main(["two", "--storage", "~nobody-here/x"]) == 2
+    assert "~nobody-here/x; there are no experiments" in capsys.readouterr().err
     assert main(["2026-phantoms", str(tmp_path / "model"), "--storage", str(tmp_path)]) == 2
     assert "no trial has completed yet" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["2026-phantoms", "no-experiment"]
+
+
+@pytest.mark.parametrize("dest", [".", "/"])
+def test_a_folder_without_a_name_is_in_the_way_like_any_other(
+    tmp_path: Path, dest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished(tmp_path)
+    assert main([f"{tmp_path}/one", dest]) == 2
+    assert f"{dest} already exists and was not changed. Give another DEST" in capsys.readouterr().err
+
+
+def test_the_folder_above_is_a_path_and_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path)
+    (tmp_path / "one" / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "one" / "results")
+    assert main(["..", str(tmp_path / "model")]) == 0
+    verify(tmp_path / "model")
 
 
 def test_one_pull_at_a_time_fills_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

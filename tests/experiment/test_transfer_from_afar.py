@@ -241,6 +241,8 @@ def test_a_destination_that_is_taken_is_said_before_a_head_is_asked(
     [
         (None, "No such file"),
         ("a: [", "while parsing"),
+        ("", "no cluster file of `ray up`"),
+        ("- cluster_name", "no cluster file of `ray up`"),
         ("cluster_name: x\nprovider: {type: local, head_ip: h}", "ray exec"),
     ],
 )
