@@ -46,6 +46,8 @@ _NO_PICTURES = {
 }
 """Files that lie beside class folders without a fault. Inside a class folder they may hold slices, and are reported."""
 
+_COLUMNS = {name.lower(): name for name in ("path", "class", "group", "split", "patient_known", "SeriesInstanceUID")}
+
 _LISTED = 20  # folders that an error message names; it only counts the others
 
 
@@ -204,13 +206,16 @@ def listed_groups(root: Path, files: list[str], paths: list[str]) -> dict[str, L
 def read_rows(file: Path) -> pd.DataFrame:
     """Reads a CSV that a user has written, all of it as text, without spaces around the values. Paths keep theirs.
 
+    Known columns are found in any case: a column of groups that is called "Group" must not be missed.
+
     Raises:
-        DataError: it cannot be read, is no CSV, or a line has more or fewer values than there are columns.
+        DataError: it cannot be read, is no CSV, names a column twice, or a line has more or fewer values than there are
+            columns.
     """
     try:
         text = read_text(file)
         _refuse_uneven_lines(file, text)
-        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
+        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False).rename(columns=_column)
         return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -218,11 +223,18 @@ def read_rows(file: Path) -> pd.DataFrame:
         raise DataError(f"{file} is not a CSV file: {error}") from error
 
 
+def _column(name: str) -> str:
+    return _COLUMNS.get(name.strip().lower(), name.strip())
+
+
 def _refuse_uneven_lines(file: Path, text: str) -> None:
-    """Refuses lines of which pandas would shift the values to other columns, or fill in empty ones."""
+    """Refuses columns and lines of which pandas would rename, shift or fill in some."""
     reader = csv.reader(StringIO(text, newline=None), strict=True)
     lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
-    columns = len(next(lines, []))
+    names = list(map(_column, next(lines, [])))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{file} has several columns {twice[0]!r}; remove or rename one")
+    columns = len(names)
     for values in lines:
         if len(values) != columns:
             raise DataError(
