@@ -27,11 +27,12 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.data import groups_by_likeness, make_phantoms, phantoms
+from lungct_tune.data import make_phantoms, phantoms
 from lungct_tune.data.copies import PRINT, find_copies
 from lungct_tune.data.decode import THUMBNAIL
 from lungct_tune.data.folders import find_images
-from lungct_tune.data.grey import to_grey
+from lungct_tune.data.grey import read_grey
+from lungct_tune.data.groups import groups_by_likeness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -194,7 +195,7 @@ def main() -> None:
         if not asked.data:
             paths = [path for path in paths if path.stem.endswith("-0")]  # one slice of each patient
         chosen = np.random.default_rng(0).permutation(len(paths))[: asked.images]
-        quality([to_grey(Image.open(paths[i])) for i in chosen], console)
+        quality([read_grey(Image.open(paths[i])).image for i in chosen], console)
 
 
 if __name__ == "__main__":

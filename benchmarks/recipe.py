@@ -38,7 +38,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lungct_tune.data.dataset import ImageSet, read_images
 from lungct_tune.data.decode import open_image
-from lungct_tune.data.grey import to_grey
+from lungct_tune.data.grey import read_grey
 from lungct_tune.data.groups import join_groups, unit_vectors
 from lungct_tune.data.split import fold_images
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
@@ -134,7 +134,7 @@ ROWS: dict[str, Recipe] = {
 
 def square(path: Path, size: int, geometry: str) -> np.ndarray:
     """A grey image of a file, uint8 (size, size)."""
-    grey = to_grey(open_image(path))
+    grey = read_grey(open_image(path)).image
     if geometry == "squash":
         return np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
     if geometry == "body":

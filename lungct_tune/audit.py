@@ -32,11 +32,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C."""
-    parser = command_line(
-        "audit",
-        EXAMPLES,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = command_line("audit", EXAMPLES, argument_default=argparse.SUPPRESS)
     parser.add_argument("--data", metavar="DIR", required=True, help="images, as for lungct_tune.search; or a URI")
     parser.add_argument(
         "--html", metavar="FILE", type=Path, help="write a page, with the copies as pairs of thumbnails"

@@ -105,22 +105,19 @@ def decode_all(
     content = [version, size, window, list(zip(digests, labels, strict=True))]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     pixels, findings = cache / f"{key}.npy", cache / f"{key}.json"
-    if not _is_intact(pixels, findings):
-        require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2 + PRINT**2))
-        # a network drive keeps the folder of a file that is still mapped
-        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as scratch:
-            found, is_lasting = _decode_into(Path(scratch), paths, digests, labels, size, window, progress)
-            new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
-            if not is_lasting:
-                return np.load(new_pixels, mmap_mode="r"), found
+    if entry := _read_entry(pixels, findings):
+        return np.load(pixels, mmap_mode="r"), entry
+    require_space(cache, len(paths) * (2 * size**2 + THUMBNAIL**2 + PRINT**2))
+    # a network drive keeps the folder of a file that is still mapped
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as scratch:
+        found, is_lasting = _decode_into(Path(scratch), paths, digests, labels, size, window, progress)
+        new_pixels, new_findings = Path(scratch, "kept.npy"), Path(scratch, "findings.json")
+        images_NHW = np.load(new_pixels, mmap_mode="r")
+        if is_lasting:
             new_findings.write_text(json.dumps({"sha256": _digest(new_pixels), **asdict(found)}))
             new_pixels.replace(pixels)
             new_findings.replace(findings)
-    entry = json.loads(findings.read_text())
-    del entry["sha256"]
-    entry["copies"] = [Copy(*pair) for pair in entry["copies"]]
-    entry["properties"] = [FileProperties(*file) for file in entry["properties"]]
-    return np.load(pixels, mmap_mode="r"), Reading(**entry)
+    return images_NHW, found
 
 
 def is_passing(error: Exception) -> bool:
@@ -129,11 +126,17 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
-def _is_intact(pixels: Path, findings: Path) -> bool:
+def _read_entry(pixels: Path, findings: Path) -> Reading | None:
+    """What the entry's second file says; None if there is no entry, or it is damaged."""
     try:
-        return bool(json.loads(findings.read_text())["sha256"] == _digest(pixels))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        entry = json.loads(findings.read_text())
+        if entry.pop("sha256") != _digest(pixels):
+            return None
+        copies = [Copy(*pair) for pair in entry.pop("copies")]
+        properties = [FileProperties(*file) for file in entry.pop("properties")]
+        return Reading(**entry, copies=copies, properties=properties)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _digest(pixels: Path) -> str:

@@ -16,22 +16,12 @@ from lungct_tune.config.window import Window
 from lungct_tune.data.cache import decode_all, default_cache, file_digest
 from lungct_tune.data.decode import DECODER_VERSION, FileProperties
 from lungct_tune.data.dicom_headers import pseudonyms, read_headers
-from lungct_tune.data.folders import (
-    DataError,
-    Found,
-    LeftAside,
-    count_aside,
-    find_images,
-    listed_groups,
-    scan_folder,
-)
+from lungct_tune.data.folders import DataError, Found, LeftAside, count_aside, find_images, first_lines, scan_folder
 from lungct_tune.data.groups import join_groups, merge
 from lungct_tune.data.image_table import find_listed
 from lungct_tune.errors import number_of
 
 _READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-
-_LISTED = 20  # files that an error message names; it only counts the others
 
 
 class CopyOf(NamedTuple):
@@ -135,7 +125,11 @@ def read_images(
 
     unreadable = in_folder.unreadable + [(files[i].path, reason) for i, reason in found.unreadable]
     if unreadable and not skip_unreadable:
-        raise DataError(_unreadable_message(root, unreadable))
+        raise DataError(
+            f"{number_of(len(unreadable), 'file')} in {root} cannot be read as images:\n"
+            f"{first_lines([f'{path}: {reason}' for path, reason in unreadable])}\n"
+            "Repair or remove them, or leave them out with --skip-unreadable"
+        )
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise DataError(
@@ -164,16 +158,21 @@ def read_images(
             f"unreadable: {number_of(len(unreadable), 'file')}; with a copy under another class: "
             f"{number_of(sum(map(len, found.conflicts)), 'file')}"
         )
-    conflicts = [tuple(files[i].path for i in twins) for twins in found.conflicts]
     copies = [
         CopyOf(files[pair.first].path, files[pair.second].path, labels[pair.first], labels[pair.second], *pair[2:])
         for pair in found.copies
     ]
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    without_content = tuple(files[i].path for i in found.plain)
     return ImageSet(
-        *(root, rows, images_NHW, classes, unreadable, conflicts, copies, found.group_counts, fingerprint),
-        without_content=without_content,
+        root=root,
+        table=rows,
+        images_NHW=images_NHW,
+        classes=classes,
+        unreadable=unreadable,
+        conflicts=[tuple(files[i].path for i in twins) for twins in found.conflicts],
+        copies=copies,
+        group_counts=found.group_counts,
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        without_content=tuple(files[i].path for i in found.plain),
         left_aside=tuple(in_folder.left_aside),
     )
 
@@ -195,23 +194,20 @@ def _find(
     """Finds the images in a data folder, and what is known of each; leaves DICOM files aside that are no slices."""
     if table is None:
         found = find_images(root, class_map)
-        paths = [file.path for file in found.files]
-        known = {path: group.name for path, group in listed_groups(root, found.groups, paths).items()}
-        digests = _digests(root, paths)
+        digests = _digests(root, [file.path for file in found.files])
         headers = read_headers(root, digests, cache, progress)
     else:
         all_files = scan_folder(root)
         digests = _digests(root, all_files.files)
         headers = read_headers(root, digests, cache, progress)
-        found, known = find_listed(root, table, all_files, headers, pseudonyms(cache), class_map)
+        found = find_listed(root, table, all_files, headers, pseudonyms(cache), class_map)
     aside: dict[str, list[str]] = {}
     for path in (file.path for file in found.files if file.path in headers):
         if (header := headers[path]) is None:
             digests[path] = ""  # nobody knows whose image it is: it counts as unreadable, see `decode_all`
         elif header.aside:
             aside.setdefault(header.aside, []).append(path)
-    no_slices = {path for paths in aside.values() for path in paths}
-    files = [file for file in found.files if file.path not in no_slices]
+    files = [file for file in found.files if not ((header := headers.get(file.path)) and header.aside)]
     if lost := {file.class_name for file in found.files} - {file.class_name for file in files}:
         raise DataError(
             f"no image of {', '.join(sorted(lost))} is left in {root}: its files are {' and '.join(sorted(aside))}"
@@ -220,23 +216,10 @@ def _find(
     for path in (file.path for file in files):
         header = headers.get(path)
         patient = header.patient if header else ""
-        sources.append(_Source(digests[path], known.get(path) or patient or None, path in known))
+        sources.append(_Source(digests[path], found.groups.get(path) or patient or None, path in found.groups))
     return found._replace(files=files, left_aside=found.left_aside + count_aside(aside)), sources
 
 
 def _digests(root: Path, paths: Sequence[str]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         return dict(zip(paths, pool.map(file_digest, (root / path for path in paths)), strict=True))
-
-
-def _unreadable_message(root: Path, unreadable: list[tuple[str, str]]) -> str:
-    lines = [f"  {path}: {reason}" for path, reason in unreadable[:_LISTED]]
-    if len(unreadable) > _LISTED:
-        lines.append(f"  … and {len(unreadable) - _LISTED} more")
-    return "\n".join(
-        [
-            f"{number_of(len(unreadable), 'file')} in {root} cannot be read as images:",
-            *lines,
-            "Repair or remove them, or leave them out with --skip-unreadable",
-        ]
-    )

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lungct_tune.config.window import Window
 from lungct_tune.data.copies import PRINT
-from lungct_tune.data.dicom import begins_as_dicom, read_dicom
+from lungct_tune.data.dicom import is_dicom, read_dicom
 from lungct_tune.data.grey import MOST_BYTES, MOST_PIXELS, read_grey
 from lungct_tune.files import open_file
 
@@ -74,13 +74,10 @@ def decode(path: Path, size: int, window: Window | None = None) -> Decoded:
         DataError: it is DICOM, and pydicom is not installed.
     """
     with open_file(path, MOST_BYTES) as file:
-        length, is_in_dicom = os.fstat(file.fileno()).st_size, begins_as_dicom(file)
+        length = os.fstat(file.fileno()).st_size
     if length == 0:
         raise ValueError("empty file")
-    if not is_in_dicom:
-        with open_image(path) as image:
-            image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
-    grey, mode, format = read_file(path, window, is_in_dicom)
+    grey, mode, format = read_file(path, window)
     properties = FileProperties(*grey.size, mode, format, length)
     image_HW, thumbnail_HW, fingerprint_HW = (
         np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR)) for side in (size, THUMBNAIL, PRINT)
@@ -91,10 +88,12 @@ def decode(path: Path, size: int, window: Window | None = None) -> Decoded:
     return Decoded(image_HW, thumbnail_HW, fingerprint_HW, properties, pixel_digest.hexdigest(), is_plain)
 
 
-def read_file(path: Path, window: Window | None, is_in_dicom: bool) -> tuple[Image.Image, str, str]:
-    """The image in a file as 8-bit grey at its own size, how it is stored, and its format, see `FileProperties`."""
-    if is_in_dicom:
+def read_file(path: Path, window: Window | None = None) -> tuple[Image.Image, str, str]:
+    """The image in a file as 8-bit grey at its own size, how it is stored, and its format; raises as `decode` does."""
+    if is_dicom(path):
         return *read_dicom(path, window), "DICOM"
+    with open_image(path) as image:
+        image.verify()  # checks checksums, which Pillow's PNG decoder skips; the file must then be opened again
     with open_image(path) as image:
         return *read_grey(image), image.format or ""
 

@@ -59,12 +59,7 @@ def is_dicom(path: Path) -> bool:
         OSError: it cannot be opened.
     """
     with open_file(path, MOST_BYTES) as file:
-        return begins_as_dicom(file)
-
-
-def begins_as_dicom(file: BufferedReader) -> bool:
-    """Whether the content of a file that is open at its begin says that it is DICOM."""
-    return file.read(_PREAMBLE + len(_MAGIC))[_PREAMBLE:] == _MAGIC
+        return file.read(_PREAMBLE + len(_MAGIC))[_PREAMBLE:] == _MAGIC
 
 
 def packages() -> dict[str, str]:
@@ -159,7 +154,8 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
         photometric, depth = str(header.PhotometricInterpretation), int(header.BitsStored)
         if photometric not in (*_GREYS, *_COLOURS, _PALETTE):
             raise _Refused("its photometric interpretation is not read")
-        in_hounsfield = header.get("Modality", "CT") == "CT" and _is_rescaled(header)
+        is_rescaled = header.get("RescaleSlope") is not None and header.get("RescaleIntercept") is not None
+        in_hounsfield = header.get("Modality", "CT") == "CT" and is_rescaled
     if frames > 1:
         raise ValueError("has several frames, and one slice is read from a file; save each frame as a file of its own")
     if width * height > MOST_PIXELS:
@@ -177,10 +173,6 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
         is_grey = photometric in _GREYS
         grey = Image.fromarray(_in_grey(values, dataset, window)) if is_grey else _luma(values, dataset)
     return grey, f"{photometric};{depth}"
-
-
-def _is_rescaled(header: Dataset) -> bool:
-    return header.get("RescaleSlope") is not None and header.get("RescaleIntercept") is not None
 
 
 class _Refused(ValueError):

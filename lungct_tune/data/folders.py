@@ -46,7 +46,9 @@ _NO_PICTURES = {
 }
 """Files that lie beside class folders without a fault. Inside a class folder they may hold slices, and are reported."""
 
-_LISTED = 20  # folders that an error message names; it only counts the others
+_COLUMNS = {name.lower(): name for name in ("path", "class", "group", "split", "patient_known", "SeriesInstanceUID")}
+
+_LISTED = 20  # files or folders that an error message names; it only counts the others
 
 
 class DataError(UserError):
@@ -85,8 +87,8 @@ class Found(NamedTuple):
 
     files: list[ImageFile]
     """Sorted by path."""
-    groups: list[str]
-    """The paths of the files groups.csv that are used."""
+    groups: dict[str, str]
+    """The groups that the user lists, by path."""
     unreadable: list[tuple[str, str]]
     """(path, reason) of folders that cannot be opened, and of names that cannot be used."""
     left_aside: list[LeftAside]
@@ -118,7 +120,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
 
     Raises:
         DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
-            unknown, class folders in several places, or fewer than two classes.
+            unknown, class folders in several places, fewer than two classes, or a malformed groups.csv.
     """
     found = scan_folder(root)
     spellings = spellings_of(class_map)
@@ -167,7 +169,9 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
         found.put_aside(DOCUMENTS, path)
     wrong = unmatched_keys(class_map, {letters for name in names for letters in beginnings(name)}, names)
     unmatched = wrong and f"no class folder in {root} is called {wrong}; there are {', '.join(sorted(names))}"
-    return Found(sorted(files), sorted(groups), sorted(found.unreadable), count_aside(found.aside), unmatched)
+    listed = listed_groups(root, sorted(groups), [file.path for file in files])
+    known = {path: group.name for path, group in listed.items()}
+    return Found(sorted(files), known, sorted(found.unreadable), count_aside(found.aside), unmatched)
 
 
 def count_aside(aside: Mapping[str, Sequence[str]]) -> list[LeftAside]:
@@ -204,13 +208,16 @@ def listed_groups(root: Path, files: list[str], paths: list[str]) -> dict[str, L
 def read_rows(file: Path) -> pd.DataFrame:
     """Reads a CSV that a user has written, all of it as text, without spaces around the values. Paths keep theirs.
 
+    Known columns are found in any case: a column of groups that is called "Group" must not be missed.
+
     Raises:
-        DataError: it cannot be read, is no CSV, or a line has more or fewer values than there are columns.
+        DataError: it cannot be read, is no CSV, names a column twice, or a line has more or fewer values than there are
+            columns.
     """
     try:
         text = read_text(file)
         _refuse_uneven_lines(file, text)
-        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
+        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False).rename(columns=_column)
         return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -218,11 +225,18 @@ def read_rows(file: Path) -> pd.DataFrame:
         raise DataError(f"{file} is not a CSV file: {error}") from error
 
 
+def _column(name: str) -> str:
+    return _COLUMNS.get(name.strip().lower(), name.strip())
+
+
 def _refuse_uneven_lines(file: Path, text: str) -> None:
-    """Refuses lines of which pandas would shift the values to other columns, or fill in empty ones."""
+    """Refuses columns and lines of which pandas would rename, shift or fill in some."""
     reader = csv.reader(StringIO(text, newline=None), strict=True)
     lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
-    columns = len(next(lines, []))
+    names = list(map(_column, next(lines, [])))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{file} has several columns {twice[0]!r}; remove or rename one")
+    columns = len(names)
     for values in lines:
         if len(values) != columns:
             raise DataError(
@@ -355,10 +369,7 @@ def _suffix(path: str) -> str:
 
 
 def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
-    lines = [f"  {folder}/ ({number_of(count, 'image')})" for folder, count in list(unknown.items())[:_LISTED]]
-    if len(unknown) > _LISTED:
-        lines.append(f"  … and {len(unknown) - _LISTED} more")
-    listing = "\n".join(lines)
+    listing = first_lines([f"{folder}/ ({number_of(count, 'image')})" for folder, count in unknown.items()])
     example = posixpath.basename(next(iter(unknown)))
     return (
         f"the classes of these folders in {root} are not known:\n{listing}\n"
@@ -366,6 +377,12 @@ def _unknown_classes(root: Path, unknown: Mapping[str, int]) -> str:
         f'--class-map "{example}=CLASS,…" or class_map: {{{example}: CLASS, …}} in the settings file '
         "(for evaluate: --map)"
     )
+
+
+def first_lines(lines: Sequence[str]) -> str:
+    """The first lines of a list for an error message, and how many there are more."""
+    more = [f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return "\n".join(f"  {line}" for line in [*lines[:_LISTED], *more])
 
 
 def _aside_in_words(found: Scan) -> str:

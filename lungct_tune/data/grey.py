@@ -48,11 +48,6 @@ class Grey(NamedTuple):
     """Pillow's mode of the file, and what else the file says of its pixels: "L", "RGB;16", "L turned", ..."""
 
 
-def to_grey(image: Image.Image) -> Image.Image:
-    """8-bit grey ("L") of an image that is not loaded yet, see `read_grey`."""
-    return read_grey(image).image
-
-
 def read_grey(image: Image.Image) -> Grey:
     """8-bit grey of an image that is not loaded yet, upright.
 

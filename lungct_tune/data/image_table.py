@@ -33,8 +33,8 @@ def find_listed(
     headers: Mapping[str, Header | None],
     pseudonym: Pseudonym,
     class_map: Mapping[str, str] | None = None,
-) -> tuple[Found, dict[str, str]]:
-    """Finds the images that a table names, and the known groups by path.
+) -> Found:
+    """Finds the images that a table names.
 
     The table is a CSV file. Each line has a path, relative to `root`, or the SeriesInstanceUID of a DICOM series; its
     class; and perhaps its group, for example the patient. Without groups, files groups.csv in the data folder may give
@@ -70,7 +70,7 @@ def find_listed(
     wrong = unmatched_keys(class_map, set(map(letters, classes)), classes)
     unmatched = wrong and f"no class in {table} is called {wrong}; there are {', '.join(sorted(classes))}"
     unreadable = sorted(found.unreadable + unread)
-    return Found(sorted(files), [], unreadable, count_aside(found.aside), unmatched), known
+    return Found(sorted(files), known, unreadable, count_aside(found.aside), unmatched)
 
 
 def _images_of_series(

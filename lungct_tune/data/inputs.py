@@ -70,19 +70,21 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
     """All images that are named: by a file, a folder with its subfolders, a URI of either, or a pattern with * or ?.
 
     A file that is named itself is always taken. In folders, documents and clutter are left aside, as `scan` does, and
-    DICOM files that are no slices. An image that is named twice is taken once. Groups of one name in several files
-    groups.csv are different patients: their folders are added to the names. The header of a DICOM file at a URI is
-    not read here, so its patient is its folder.
+    DICOM files that are no slices. A file that is named twice counts once, with its group in a groups.csv if one of
+    its folders is named. Groups of one name in several files groups.csv are different patients: their folders are
+    added to the names. The header of a DICOM file at a URI is not read here, so its patient is its folder.
 
     Raises:
         DataError: there is nothing at one of the inputs, no file is an image, a storage refuses, a groups.csv is
             malformed, or there are DICOM files and pydicom is not installed.
     """
     found: dict[str, InputImage] = {}
-    left_aside: Counter[str] = Counter()
+    reasons: dict[str, str] = {}  # of the files that are left aside
     for name in inputs:
-        for image in _images_at(name, left_aside):
-            found.setdefault(image.source, image)
+        for image in _images_at(name, reasons):
+            if image.source not in found or image.listed_in:
+                found[image.source] = image
+    left_aside = Counter(reason for source, reason in reasons.items() if source not in found)
     if not found:
         raise DataError(f"there are no images; left aside: {', '.join(f'{n} {why}' for why, n in left_aside.items())}")
     return Inputs(_told_apart(list(found.values())), left_aside)
@@ -125,33 +127,33 @@ def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unr
         return Unreadable(said.replace(place, "the file") or type(error).__name__)
 
 
-def _images_at(name: str, left_aside: Counter[str]) -> Iterable[InputImage]:
+def _images_at(name: str, reasons: dict[str, str]) -> Iterable[InputImage]:
     if "://" in name and not name.startswith("file://"):
-        return _images_at_uri(name, left_aside)
-    path = Path(name.removeprefix("file://"))
+        return _images_at_uri(name, reasons)
+    path = Path(unquote(name.removeprefix("file://")) if name.startswith("file://") else name)
     if path.is_dir():
-        return _images_in(path, left_aside)
+        return _images_in(path, reasons)
     if path.exists():
         return [_image_at(path)[0]]
     if matches := sorted(glob.glob(str(path), recursive=True)):
-        return [image for match in matches for image in _images_at(match, left_aside)]
+        return [image for match in matches for image in _images_at(match, reasons)]
     raise DataError(f"{name}: there is no such file or folder; give image files, folders, URIs, or a pattern in quotes")
 
 
-def _images_in(folder: Path, left_aside: Counter[str]) -> list[InputImage]:
+def _images_in(folder: Path, reasons: dict[str, str]) -> list[InputImage]:
     try:
         found = scan(folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
     if not found.files and not found.unreadable:
         raise DataError(f"{folder}: there are no images in this folder")
-    left_aside.update({reason: len(files) for reason, files in found.aside.items()})
+    reasons.update({str(folder / path): reason for reason, files in found.aside.items() for path in files})
     paths = sorted(found.files)
     listed, images = listed_groups(folder, found.groups, paths), []
     for path in paths:
         image, aside = _image_at(folder / path)
         if aside:
-            left_aside[aside] += 1
+            reasons[image.source] = aside
         elif path in listed:
             name, file = listed[path]
             images.append(image._replace(group=name, listed_in=str((folder / file).parent)))
@@ -161,7 +163,7 @@ def _images_in(folder: Path, left_aside: Counter[str]) -> list[InputImage]:
     return images + faulty
 
 
-def _images_at_uri(uri: str, left_aside: Counter[str]) -> list[InputImage]:
+def _images_at_uri(uri: str, reasons: dict[str, str]) -> list[InputImage]:
     try:
         filesystem, place = resolve_filesystem(uri)
         (at,) = filesystem.get_file_info([place])
@@ -172,16 +174,13 @@ def _images_at_uri(uri: str, left_aside: Counter[str]) -> list[InputImage]:
         raise DataError(str(error)) from error
     except Exception as error:  # fsspec's file systems raise any kind
         raise DataError(refusal(uri, "list it", error)) from error
-    inside = [PurePosixPath(info.path).relative_to(place).as_posix() for info in below if info.is_file]
-    images = [path for path in inside if why_aside(path) is None]
-    if not images:
+    inside = sorted(PurePosixPath(info.path).relative_to(place).as_posix() for info in below if info.is_file)
+    source_of = {path: f"{uri.rstrip('/')}/{path if _is_literal(uri) else quote(path, safe=_PLAIN)}" for path in inside}
+    aside = {path: reason for path in inside if (reason := why_aside(path))}
+    if len(aside) == len(inside):
         raise DataError(f"{uri}: there are no images")
-    left_aside.update(filter(None, map(why_aside, inside)))
-    return [_alone(f"{uri.rstrip('/')}/{_quoted(uri, path)}") for path in sorted(images)]
-
-
-def _quoted(uri: str, path: str) -> str:
-    return path if _is_literal(uri) else quote(path, safe=_PLAIN)
+    reasons.update({source_of[path]: reason for path, reason in aside.items()})
+    return [_alone(source) for path, source in source_of.items() if path not in aside]
 
 
 def _is_literal(uri: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ DOWNLOADS = 16
 """Files fetched at the same time."""
 
 
-def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool = True) -> Path:
+def fetch_images(uri: str | Path, cache: Path | None = None) -> Path:
     """Returns a local folder of the images: a path as it is, or a copy of all files below a URI.
 
     Fetches new and changed files, and deletes files that are no longer at the URI. A file is unchanged if its size and
@@ -65,15 +64,12 @@ def fetch_images(uri: str | Path, cache: Path | None = None, *, progress: bool =
                 path.rmdir()
             elif not path.is_dir() and path.relative_to(copy).as_posix() not in remote_files:
                 path.unlink()
-        pool = ThreadPoolExecutor(DOWNLOADS)
+        what = f"Fetching {len(missing)} of {len(remote_files)} files"
         try:
-            what = f"Fetching {len(missing)} of {len(remote_files)} files"
-            fetched = tracked(pool.map(fetch, missing), what, len(missing), shown=progress and bool(missing))
-            deque(fetched, maxlen=0)
+            with ThreadPoolExecutor(DOWNLOADS) as pool:
+                list(tracked(pool.map(fetch, missing), what, len(missing), shown=bool(missing)))
         except Exception as error:
             raise DataError(f"--data {refusal(uri, 'fetch it', error)}") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
     return copy
 
 

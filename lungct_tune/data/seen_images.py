@@ -36,13 +36,6 @@ def list_learned(images: ImageSet, rows: np.ndarray) -> bytes:
     return table.drop_duplicates().to_csv(index=False).encode()
 
 
-def _read_learned(learned: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The sha256 of each file in the CSV of `list_learned`, and the thumbnails, (N, SIDE, SIDE) uint8."""
-    table = pd.read_csv(BytesIO(learned), dtype=str)
-    thumbnails = [np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]]
-    return table["sha256"].to_numpy(dtype=str), np.array(thumbnails, np.uint8).reshape(-1, SIDE, SIDE)
-
-
 class LearnedImages:
     """The training images of a model, as `list_learned` lists them.
 
@@ -54,7 +47,10 @@ class LearnedImages:
     """
 
     def __init__(self, csv: bytes) -> None:
-        self._digests, learned_NHW = _read_learned(csv)
+        table = pd.read_csv(BytesIO(csv), dtype=str)
+        self._digests = table["sha256"].to_numpy(dtype=str)
+        learned = [np.frombuffer(bytes.fromhex(row), dtype=np.uint8) for row in table["thumbnail"]]
+        learned_NHW = np.array(learned, np.uint8).reshape(-1, SIDE, SIDE)
         self._flipped = [unit_vectors(learned_NHW[:, ::y, ::x]) for y, x in FLIPS.values()]
 
     def seen(self, images_NHW: np.ndarray, digests_N: Sequence[str] | np.ndarray) -> np.ndarray:

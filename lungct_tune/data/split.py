@@ -21,6 +21,9 @@ SPLITS = ("train", "valid", "test")
 POOLED = "train+valid"
 """The name of train and valid together, if they are divided into folds."""
 
+UNSPLIT = "unsplit"
+"""The name of the only part, if there are too few images to split."""
+
 _SHARES = {"train": 0.7, "test": 0.2, "valid": 0.1}  # largest first: ties go to the largest
 
 
@@ -125,10 +128,6 @@ def _check_train_has_all_classes(image_set: ImageSet, is_train: np.ndarray, wher
             f"{where} has no image of {names}, so no model can learn it; move images of that class there, or choose "
             "--split grouped"
         )
-
-
-UNSPLIT = "unsplit"
-"""The name of the only part, if there are too few images to split."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,6 @@ from PIL import Image
 from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
 from lungct_tune.data.decode import read_file
-from lungct_tune.data.dicom import is_dicom
 from lungct_tune.reporting.format import figure, interval, percent
 from lungct_tune.reporting.output_file import GENERATOR
 
@@ -94,7 +93,7 @@ def _thumbnail(root: Path, name: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the file has been decoded before
-            grey, _, _ = read_file(path, None, is_dicom(path))
+            grey, _, _ = read_file(path)
     except Exception:  # Pillow's plugins raise many kinds
         return ""
     grey.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -14,19 +14,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from lungct_tune.data.cache import default_cache
 from lungct_tune.files import replace_file
 
 if TYPE_CHECKING:
     from lungct_tune.training.trainer import Trainer
+
+T = TypeVar("T")
 
 KNOTS = (10, 22, 40)
 """The last depths of ResNet50's first three stages. Between them the time of a step is nearly linear in the depth."""
@@ -103,10 +105,6 @@ class Pace:
             step_s=tuple(map(fmean, zip(*(pace.step_s for pace in paces), strict=True))),
             predict_s=tuple(map(fmean, zip(*(pace.predict_s for pace in paces), strict=True))),
         )
-
-    @classmethod
-    def from_dict(cls, kept: dict[str, Any]) -> Self:
-        return cls(**_with_tuples(kept))
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def device_name(*, gpu: bool) -> str:
 def measured_pace(order: PaceOrder) -> Pace | None:
     """The pace of this machine, from the cache or measured now, which takes seconds; None if that fails."""
     try:
-        return Pace.from_dict(json.loads(order.file.read_bytes()))
+        return _read(Pace, order.file.read_bytes())
     except (OSError, ValueError, TypeError):
         pass
     paces = _measure_side_by_side(order)
@@ -211,7 +209,7 @@ def _measure_side_by_side(order: PaceOrder) -> list[Pace]:
                 subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
             )
         outputs = [process.communicate(timeout=MOST_S)[0] for process in processes]
-        return [Pace.from_dict(json.loads(output)) for output in outputs]
+        return [_read(Pace, output) for output in outputs]
     except (OSError, subprocess.TimeoutExpired, ValueError, TypeError):
         return []
     finally:
@@ -223,8 +221,6 @@ def _measure_side_by_side(order: PaceOrder) -> list[Pace]:
 def measure(order: PaceOrder) -> Pace:
     """Measures in this process: trains a short epoch at each depth, and predicts."""
     import torch
-
-    from lungct_tune.training.trainer import Trainer  # noqa: F401
 
     torch.set_num_threads(order.threads)
     device = torch.device("cuda" if order.gpu and torch.cuda.is_available() else "cpu")
@@ -304,15 +300,10 @@ def _step_seconds(trainer: Trainer, on_gpu: bool, finish: Callable[[], float]) -
     return (finish() - began) / trainer.steps
 
 
-def main(argv: Iterable[str]) -> None:
-    """Measures what the first argument asks for, and prints the result."""
-    order = PaceOrder(**_with_tuples(json.loads(next(iter(argv)))))
-    print(json.dumps(asdict(measure(order))))
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _read(kind: type[T], content: bytes | str) -> T:
+    values: dict[str, Any] = json.loads(content)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(json.dumps(asdict(measure(_read(PaceOrder, sys.argv[1])))))

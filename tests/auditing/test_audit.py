@@ -217,9 +217,6 @@ def test_bare_class_folders_are_split_as_a_search_would_or_audited_without_a_spl
     assert "--split official" not in capsys.readouterr().err
 
 
-# The verdict
-
-
 # The page
 
 

