@@ -16,9 +16,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from optuna.distributions import FloatDistribution
 from recorded_search import Search, finished_search, with_test
 
 from lungct_tune.auditing.audit import audit_images
@@ -31,11 +28,10 @@ from lungct_tune.experiment.metrics import Figure, RatesAt
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
-from lungct_tune.reporting.html import pairs_of_copies
 from lungct_tune.reporting.mistakes_section import MOST_SHOWN
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.report_page import command, report_page
-from lungct_tune.reporting.search_section import about_the_search, edge, over_seeds
+from lungct_tune.reporting.search_section import about_the_search, over_seeds
 from lungct_tune.reporting.test_section import Pictures, find_pictures
 
 if TYPE_CHECKING:
@@ -332,18 +328,6 @@ def test_hardware_that_is_not_known_is_said_to_be(content: bytes) -> None:
     assert b"<dt>hardware</dt><dd>not noted</dd>" in content
 
 
-def test_a_pair_of_copies_whose_file_is_no_image_any_more_is_shown_without_it(
-    found: SearchResults, phantoms: Path, tmp_path: Path
-) -> None:
-    assert found.audit is not None
-    (tmp_path / "text.png").write_text("no image")
-    pair = found.audit["copies"]["pairs"][0]
-    pair |= {"first": pair["first"] | {"path": "text.png"}}
-    copies = found.audit["copies"] | {"pairs": [pair]}
-    (shown,) = pairs_of_copies(found.audit | {"copies": copies}, tmp_path, 1)
-    assert [side["picture"] for side in shown["sides"]] == ["", ""]
-
-
 @pytest.mark.parametrize("lost", [bundle.MODEL, bundle.CONFIG, bundle.METRICS, bundle.PREDICTIONS])
 def test_a_bundle_that_has_lost_a_file_is_not_taken_for_a_search_without_a_model(
     lost: str, finished: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -401,11 +385,3 @@ def test_seeds_compare_winner_and_published_configuration() -> None:
     both = over_seeds(of_winner | {"published": published, "difference": {"value": 0.075, "ci95": [-0.2, 0.35]}})
     assert "published configuration reached 67.5" in both
     assert "paired by seed: +7.5 points of balanced accuracy (95 % interval -20.0 to +35.0)" in both
-
-
-@given(st.floats(1e-4, 1e-2))
-def test_an_edge_is_an_edge_on_the_parameters_own_scale(value: float) -> None:
-    where = edge(value, FloatDistribution(1e-4, 1e-2, log=True))
-    share = np.log(value / 1e-4) / np.log(100)
-    assert where == ("the lower end" if share <= 0.02 else "the upper end" if share >= 0.98 else "")
-    assert edge(2e-2, FloatDistribution(1e-4, 1e-2)) == "outside"

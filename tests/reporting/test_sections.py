@@ -9,6 +9,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution
 from recorded_search import finished_search
 
 from lungct_tune.evaluation.inference import build_model
@@ -20,10 +23,10 @@ from lungct_tune.experiment.trial import Outcome
 from lungct_tune.reporting.cancer_section import cancer_section
 from lungct_tune.reporting.checklist import checklist
 from lungct_tune.reporting.data_section import data_section
-from lungct_tune.reporting.html import markdown
+from lungct_tune.reporting.html import markdown, pairs_of_copies
 from lungct_tune.reporting.mistakes_section import UNFOLDED, mistakes_section
 from lungct_tune.reporting.report_page import report_page
-from lungct_tune.reporting.search_section import search_charts
+from lungct_tune.reporting.search_section import edge, search_charts
 from lungct_tune.reporting.test_charts import cancer_roc, precision_recall, roc, worth
 from lungct_tune.reporting.test_section import Network, Pictures
 
@@ -172,3 +175,23 @@ def test_the_model_card_is_part_of_the_page_and_safe(found: SearchResults, conte
     assert "<h3>Model card: one</h3>" in card and "<td>balanced accuracy</td>" in card
     assert "<img" not in markdown("<img src=x> [x](javascript:alert(1))") and "javascript:" in markdown("javascript:")
     assert 'href="javascript' not in markdown("[x](javascript:alert(1))")
+
+
+def test_a_pair_of_copies_whose_file_is_no_image_any_more_is_shown_without_it(
+    found: SearchResults, phantoms: Path, tmp_path: Path
+) -> None:
+    assert found.audit is not None
+    (tmp_path / "text.png").write_text("no image")
+    pair = found.audit["copies"]["pairs"][0]
+    pair |= {"first": pair["first"] | {"path": "text.png"}}
+    copies = found.audit["copies"] | {"pairs": [pair]}
+    (shown,) = pairs_of_copies(found.audit | {"copies": copies}, tmp_path, 1)
+    assert [side["picture"] for side in shown["sides"]] == ["", ""]
+
+
+@given(st.floats(1e-4, 1e-2))
+def test_an_edge_is_an_edge_on_the_parameters_own_scale(value: float) -> None:
+    where = edge(value, FloatDistribution(1e-4, 1e-2, log=True))
+    share = np.log(value / 1e-4) / np.log(100)
+    assert where == ("the lower end" if share <= 0.02 else "the upper end" if share >= 0.98 else "")
+    assert edge(2e-2, FloatDistribution(1e-4, 1e-2)) == "outside"
