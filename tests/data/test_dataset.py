@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,14 @@ def test_a_damaged_cache_is_rebuilt(root: Path, cache: Path, suffix: str, damage
     if damage != "removed":
         file.write_bytes(content if damage == "flipped" else content[:20])
     np.testing.assert_array_equal(read_images(root, 16).images_NHW, expected)
+
+
+@pytest.mark.parametrize("lost", ["sha256", "copies", "plain"])
+def test_a_cache_entry_that_lacks_something_is_rebuilt(root: Path, cache: Path, lost: str) -> None:
+    expected = read_images(two_classes(root), 16).fingerprint
+    (file,) = cache.glob("*.json")
+    file.write_text(json.dumps({name: found for name, found in json.loads(file.read_text()).items() if name != lost}))
+    assert read_images(root, 16).fingerprint == expected
 
 
 def test_a_cache_larger_than_an_images_file_may_be_is_checked_too(
