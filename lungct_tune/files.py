@@ -6,10 +6,19 @@ import os
 import stat
 import tempfile
 from io import BufferedReader
+from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
+from urllib.parse import unquote
 
 MOST_TEXT = 10_000_000
 """Bytes of a settings file, a search space or a table."""
+
+
+def local_path(address: str) -> Path | None:
+    """The path that a user names, also with ~, or as file:// with %20 for a space; None for any other URI."""
+    if address.startswith("file://"):
+        return Path(unquote(address.removeprefix("file://")))
+    return None if "://" in address else Path(expanduser(address))
 
 
 def open_file(path: Path, most: int) -> BufferedReader:

@@ -6,7 +6,6 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,7 +26,7 @@ from lungct_tune.config.addresses import check_database, check_server, shown
 from lungct_tune.config.window import Window, parse_window
 from lungct_tune.config.yaml_file import read_yaml
 from lungct_tune.errors import UserError
-from lungct_tune.files import is_text
+from lungct_tune.files import is_text, local_path
 
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -66,11 +65,11 @@ def pairs(value: Any) -> Any:
 
 
 def _place(value: Any) -> Any:
-    """Returns a folder, also one written as file://, as a path; any other URI as it is."""
-    if not isinstance(value, str):
-        return value
-    place = value.removeprefix("file://")
-    return place if "://" in place else Path(place)
+    """Returns what a user calls a place as a path, but a URI of other than local files as it is."""
+    return local_path(value) or value if isinstance(value, str) else value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_place)]
 
 
 def _flag(help: str, metavar: str = "N", default: Any = None) -> Any:
@@ -92,12 +91,14 @@ class Settings(BaseModel):
     class_map: Annotated[dict[str, str] | None, BeforeValidator(pairs)] = _flag(
         "other class names: FOLDER=CLASS[,...]", "MAP"
     )
-    table: Path | None = _flag("a CSV of path (or SeriesInstanceUID), class and group, for loose images", "FILE")
+    table: LocalPath | None = _flag("a CSV of path (or SeriesInstanceUID), class and group, for loose images", "FILE")
     window: str | None = _flag(
         "of CT values in DICOM files: lung, mediastinum or CENTER,WIDTH (each file's own)", "WINDOW"
     )
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
-    space: Path | None = _flag("the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE")
+    space: LocalPath | None = _flag(
+        "the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE"
+    )
     trials: Positive | None = _flag("trials to run (40; phantoms 20)")
     epochs: Positive | None = _flag("the most epochs of a trial (48; phantoms 10)")
     image_size: Annotated[int, Field(ge=32, le=2048)] | None = _flag("width and height, in pixels (224; phantoms 48)")
@@ -106,7 +107,7 @@ class Settings(BaseModel):
         "grouped", description="70/10/20 that keeps groups together, or the published folders"
     )
     split_seed: Seed = _flag("the seed of the grouped split and of the folds (0)", default=0)
-    split_file: Path | None = _flag(
+    split_file: LocalPath | None = _flag(
         "a split of your own instead of --split: CSV of path, split and, if known, group", "FILE"
     )
     folds: Annotated[int, Field(ge=1, le=50)] | None = _flag(
@@ -248,7 +249,7 @@ class Settings(BaseModel):
         if isinstance(self.data, Path):
             paths["data"] = self.data.resolve()
         if self.weights not in (None, "imagenet", "none"):
-            paths["weights"] = str(Path(expanduser(self.weights)).resolve())
+            paths["weights"] = str((local_path(self.weights) or Path(self.weights)).resolve())
         return self.model_copy(update=paths)
 
     def as_yaml(self) -> str:

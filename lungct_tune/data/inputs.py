@@ -21,6 +21,7 @@ from lungct_tune.data.dicom_headers import pseudonyms, read_header
 from lungct_tune.data.folders import DataError, listed_groups
 from lungct_tune.data.grey import MOST_BYTES
 from lungct_tune.data.scan import scan, why_aside
+from lungct_tune.files import local_path
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 _PLAIN = "/!$&'()*+,;=:@~"  # what a URI's path may have beside letters and digits (RFC 3986)
@@ -128,9 +129,8 @@ def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unr
 
 
 def _images_at(name: str, reasons: dict[str, str]) -> Iterable[InputImage]:
-    if "://" in name and not name.startswith("file://"):
+    if (path := local_path(name)) is None:
         return _images_at_uri(name, reasons)
-    path = Path(unquote(name.removeprefix("file://")) if name.startswith("file://") else name)
     if path.is_dir():
         return _images_in(path, reasons)
     if path.exists():

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import expanduser  # Path.expanduser raises an error for a user who does not exist
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,7 +13,7 @@ from uuid import uuid4
 import pyarrow
 import pyarrow.fs
 
-from lungct_tune.files import open_file
+from lungct_tune.files import local_path, open_file
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 CHUNK = 4 * 2**20
@@ -71,8 +70,8 @@ class Experiment:
     @classmethod
     def from_uri(cls, source: str) -> Experiment:
         """The experiment, or the bundle, in the folder at a path or URI."""
-        path = source.removeprefix("file://")
-        return cls(source.rstrip("/") if "://" in path else str(Path(expanduser(path)).resolve()))
+        path = local_path(source)
+        return cls(str(path.resolve()) if path else source.rstrip("/"))
 
     @property
     def name(self) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from lungct_tune.config.settings import Settings, SettingsError, flags, read_settings, validate
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_every_field_is_a_flag_and_help_fits_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +153,14 @@ def test_a_window_that_is_none_is_refused(window: str) -> None:
 def test_images_may_be_a_uri_and_a_folder_may_be_written_as_one(tmp_path: Path) -> None:
     assert validate({"data": "s3://bucket/ct"}).with_absolute_paths().data == "s3://bucket/ct"
     assert validate({"data": f"file://{tmp_path}"}).data == validate({"data": str(tmp_path)}).data == tmp_path
+    assert validate({"data": "file:///two%20words"}).data == Path("/two words")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path() -> None:
+    """Found: it was for weights and storage only, where no shell had replaced it before."""
+    names = ("data", "table", "space", "split_file", "weights")
+    settings = validate({name: f"~/here/{name}" for name in names}).with_absolute_paths()
+    assert all(str(getattr(settings, name)) == str(Path.home() / "here" / name) for name in names)
 
 
 @pytest.mark.parametrize(
