@@ -93,6 +93,8 @@ class Workload:
     """How many of the final models are trained at the same time."""
     final_workers: int = 1
     """Of each of these."""
+    message_s: float = 0.0
+    """Seconds of a message between workers that share a batch. Each batch norm sends two in a step."""
 
     @property
     def final_models(self) -> int:
@@ -186,7 +188,7 @@ class Forecast:
         depth, share = hyperparameters.truncation_depth, min(self.work.batch_size, images) // workers
         steps = images // max(1, share * workers)
         step = self.pace.step(depth, hyperparameters.frozen_depth) * share / self.pace.images
-        return steps * step
+        return steps * (step + (2 * depth * self.work.message_s if workers > 1 else 0.0))
 
     def _play(self, progress: Progress, round_: int) -> float:
         """Seconds to the bundle in one draw. More trials only add to the same draws."""

@@ -39,6 +39,9 @@ lasts as long as the search."""
 MOST_WAITING_S = 180.0
 """How long a measurement on the cluster may take."""
 
+MESSAGE_S = 0.001
+"""Seconds of a small message between processes of a machine, over Gloo. Between GPUs it does not count."""
+
 
 @dataclass(frozen=True)
 class Outlook:
@@ -168,6 +171,7 @@ def _workload(
         slots_of_machine=math.ceil(resources.slots / nodes),
         final_slots=min(resources.slots, retraining.slots),
         final_workers=retraining.workers,
+        message_s=0.0 if resources.resources_per_worker.get("GPU") else MESSAGE_S,
     )
 
 

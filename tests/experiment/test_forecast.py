@@ -153,6 +153,8 @@ def test_workers_of_a_retraining_share_its_images() -> None:
         it = Forecast(slot, SPACE, replace(PACE, images=16 // workers, step_s=tuple(s / workers for s in PACE.step_s)))
         shared = it.retraining_s(Hyperparameters(truncation_depth=10), 5)
         assert shared - norms == pytest.approx((alone - norms) / workers), "each worker estimates the norms"
+        slow = replace(it, work=replace(slot, message_s=0.001)).retraining_s(Hyperparameters(truncation_depth=10), 5)
+        assert slow - shared == pytest.approx(5 * 20 * 2 * 10 * 0.001), "epochs, steps, messages of each norm"
 
 
 def test_five_retrainings_in_two_slots_take_three_turns_and_a_slot_without_workers_starts_first() -> None:
