@@ -39,8 +39,8 @@ lasts as long as the search."""
 MOST_WAITING_S = 180.0
 """How long a measurement on the cluster may take."""
 
-MESSAGE_S = 0.001
-"""Seconds of a small message between processes of a machine, over Gloo. Between GPUs it does not count."""
+MESSAGE_S = 0.002
+"""Seconds of a message between workers on CPUs, over Gloo, with waiting for each other. Between GPUs it does not count."""
 
 
 @dataclass(frozen=True)
