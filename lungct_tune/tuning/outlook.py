@@ -40,7 +40,7 @@ MOST_WAITING_S = 180.0
 """How long a measurement on the cluster may take."""
 
 MESSAGE_S = 0.002
-"""Seconds of a message between workers on CPUs, over Gloo, with waiting for each other. Between GPUs it does not count."""
+"""Seconds of a message between workers on CPUs, over Gloo, with waiting for each other. Those of GPUs do not count."""
 
 
 @dataclass(frozen=True)
