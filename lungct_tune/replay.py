@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.display import print_prose
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,8 @@ def replay(
     from lungct_tune.tuning.rerun import replay_trial
 
     console.print(
-        f"trial {trial.number} of {plan.experiment.name}: {trial.hyperparameters}; {len(trial.history)} epochs again",
+        f"trial {trial.number} of {plan.experiment.name}: {trial.hyperparameters}; "
+        f"{number_of(len(trial.history), 'epoch')} again",
         soft_wrap=True,
     )
     report, provenance = replay_trial(plan, split, weights, trial, lambda said: print_prose(console, said, "yellow"))

@@ -281,7 +281,7 @@ class SearchRun:
         orders = orders_of(settings, winner, self.test)
         how = f"for an ensemble of {len(orders)} models" if settings.ensemble else "on train and validation"
         try:  # from the first word on, so that a stop at any moment says what is kept
-            self._announce(f"retraining trial {winner.number} {how}, {len(winner.history)} epochs")
+            self._announce(f"retraining trial {winner.number} {how}, {number_of(len(winner.history), 'epoch')}")
             published = self._compared(winner)
             others = orders_of(settings, published, self.test) if published else []
             self._left.retrain({order.folder: order.hyperparameters for order in orders + others})

@@ -128,7 +128,7 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
 
 def _nothing(experiment: Experiment) -> str:
     if experiment.exists("settings.yaml"):
-        return f"{experiment.name}: no trial has completed yet, so there is no model to pull. Try again later"
+        return f"{experiment.name} has no model to pull: no trial has completed yet, or `clean` has deleted it"
     names = experiment.siblings()
     there = f"there are: {', '.join(names)}" if names else "there are no experiments"
     return f"no experiment {experiment.name!r} in {experiment.uri.rpartition('/')[0]}; {there}"

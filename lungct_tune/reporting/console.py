@@ -97,9 +97,8 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
     """
     settings = plan.settings
     while_it_runs, at_end = expected_bytes(settings, plan.space, slots)
-    console.print(
-        f"\n{plan.experiment.name}: {settings.trials} trials of at most {settings.epochs} epochs", style="bold"
-    )
+    work = f"{number_of(settings.trials or 0, 'trial')} of at most {number_of(settings.epochs or 0, 'epoch')}"
+    console.print(f"\n{plan.experiment.name}: {work}", style="bold")
     lines = {
         **outlook,
         "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none yet",
@@ -158,8 +157,8 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, conso
     effort = metrics.search
     ended = ", ".join(f"{count} {how}" for how, count in effort["ended"].items())
     ratio = f", overhead ratio {effort['overhead_ratio']:.2f}" if effort["overhead_ratio"] else ""
-    said = f"search: {effort['trials']} trials ({ended}), {effort['epochs']} epochs, {effort['wall_s']:.0f} s{ratio}"
-    print_prose(console, said)
+    trials, epochs = number_of(effort["trials"], "trial"), number_of(effort["epochs"], "epoch")
+    print_prose(console, f"search: {trials} ({ended}), {epochs}, {effort['wall_s']:.0f} s{ratio}")
     if (seeds := metrics.seeds) is not None:
         scores = ", ".join(f"{score:.3f}" for score in seeds[OBJECTIVE])
         print_prose(

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
-from lungct_tune.errors import UserError
+from lungct_tune.errors import UserError, number_of
 from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.serving.model import Model
 from lungct_tune.serving.web import APPLICATION, MODEL, Web
@@ -89,7 +89,8 @@ def serving(
         try:
             _start(web, host, port)
             each = f"{gpus:g} GPU" if gpus else "1 CPU"
-            yield f"{least} to {most} replicas, each with {each}" if most > least else f"{least} replicas with {each}"
+            several = f"{least} to {most} replicas, each"
+            yield f"{several if most > least else number_of(least, 'replica')} with {each}"
         finally:
             # Ray Serve kills its controller, which still has a task, and Ray would print that
             silence.enter_context(redirect_stdout(io.StringIO()))
@@ -130,7 +131,7 @@ def _scale(replicas: Replicas, resources: Mapping[str, Any]) -> tuple[float, int
     room = int(resources.get(kind, 0) / each + 1e-9)
     if replicas.least > room and autoscaler_nodes() == []:
         raise ClusterError(
-            f"{replicas.least} replicas with {each:g} {kind} each do not fit: the cluster has "
+            f"{number_of(replicas.least, 'replica')} with {each:g} {kind} each: too many, since the cluster has "
             f"{resources.get(kind, 0):g} {kind}. Give smaller --replicas or --gpus-per-replica, or another --address"
         )
     return gpus, replicas.least, replicas.most or max(replicas.least, room)

@@ -126,7 +126,7 @@ def test_ctrl_c_ends_the_command_and_its_ray(bundle: Path, how: signal.Signals) 
         with running("serve", str(bundle), "--port", str(port), "--replicas", "1", environment=environment) as process:
             assert process.stdout is not None
             said = process.stdout.readline() + process.stdout.readline()
-            assert f"http://127.0.0.1:{port} (1 replicas with 1 CPU)" in said and "Ctrl-C ends it" in said
+            assert f"http://127.0.0.1:{port} (1 replica with 1 CPU)" in said and "Ctrl-C ends it" in said
             assert serves()
             image = {"files": ("x.png", next(bundle.parents[1].rglob("config.json")).read_bytes())}
             assert requests.post(f"http://127.0.0.1:{port}/predict", files=image, timeout=60).status_code == 422
