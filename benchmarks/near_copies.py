@@ -32,7 +32,7 @@ from lungct_tune.data.copies import PRINT, find_copies
 from lungct_tune.data.decode import THUMBNAIL
 from lungct_tune.data.folders import find_images
 from lungct_tune.data.grey import read_grey
-from lungct_tune.data.groups import groups_by_likeness
+from lungct_tune.data.groups import SERIES_CORRELATION, groups_by_likeness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,10 +149,8 @@ def _search_copies(folder: str, n: int) -> int:
 
 
 def _search_groups(folder: str, n: int) -> int:
-    (groups_N,) = groups_by_likeness(
-        np.load(f"{folder}/thumbnails.npy", mmap_mode="r")[:n], [str(i) for i in range(n)]
-    ).values()
-    return int(groups_N.max()) + 1
+    thumbnails_NHW = np.load(f"{folder}/thumbnails.npy", mmap_mode="r")[:n]
+    return int(groups_by_likeness(thumbnails_NHW, [str(i) for i in range(n)])[SERIES_CORRELATION].max()) + 1
 
 
 def _measured(search: Callable[[str, int], int], folder: str, n: int) -> tuple[float, float, float, int]:

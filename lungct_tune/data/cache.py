@@ -207,7 +207,7 @@ def _decode_into(
     pairs_P2 = np.array([pair[:2] for pair in found], dtype=np.intp).reshape(-1, 2)
     groups = {
         threshold: merge(groups_N, *pairs_P2.T)
-        for threshold, groups_N in groups_by_likeness(thumbnails_NHW, digests_N, CORRELATIONS).items()
+        for threshold, groups_N in groups_by_likeness(thumbnails_NHW, digests_N).items()
     }
     conflicts = [readable[alike] for alike in label_conflicts(merge(np.arange(len(readable)), *pairs_P2.T), labels_N)]
     is_kept = ~np.isin(readable, np.concatenate([*conflicts, np.empty(0, dtype=int)]))

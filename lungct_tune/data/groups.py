@@ -36,29 +36,26 @@ def unit_vectors(images_NHW: np.ndarray) -> np.ndarray:
     return np.asarray(vectors_ND / np.where(lengths_N1 > 0, lengths_N1, 1))
 
 
-def groups_by_likeness(
-    thumbnails_NHW: np.ndarray, digests: Sequence[str], thresholds: Sequence[float] = (SERIES_CORRELATION,)
-) -> dict[float, np.ndarray]:
-    """Groups images that have the same bytes, or whose pixels have a Pearson correlation of at least the threshold.
+def groups_by_likeness(thumbnails_NHW: np.ndarray, digests: Sequence[str]) -> dict[float, np.ndarray]:
+    """Groups images that have the same bytes, or whose pixels have a Pearson correlation of at least a threshold.
 
     Groups are connected components: images A and C are in one group if both are similar to B.
 
     Args:
         thumbnails_NHW: uint8, all of one size; `read_images` gives 64 by 64.
-        digests: the hash of each image's file.
-        thresholds: correlations, above 0. An image with a single grey value is grouped only with its byte copies.
+        digests: the hash of each image's file. An image with a single grey value is grouped only with its byte copies.
 
     Returns:
-        For each threshold, the group of each image, (N,) int, numbered from 0 in the order of appearance.
+        For each of `CORRELATIONS`, the group of each image, (N,) int, numbered from 0 in the order of appearance.
     """
-    groups = dict.fromkeys(thresholds, pd.factorize(np.asarray(digests, dtype=object))[0])
+    groups = dict.fromkeys(CORRELATIONS, pd.factorize(np.asarray(digests, dtype=object))[0])
     starts = range(0, len(thumbnails_NHW), _BLOCK)
     for start in starts:
         rows_ND = unit_vectors(thumbnails_NHW[start : start + _BLOCK])
         for other in (other for other in starts if other >= start):
             columns_ND = unit_vectors(thumbnails_NHW[other : other + _BLOCK])
             correlations = rows_ND @ columns_ND.T
-            for threshold in thresholds:
+            for threshold in CORRELATIONS:
                 # Merged block by block, so that memory stays linear even if all images are similar.
                 rows, columns = np.nonzero(correlations >= threshold)
                 left, right = groups[threshold][start + rows], groups[threshold][other + columns]
