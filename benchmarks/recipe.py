@@ -121,6 +121,7 @@ ROWS: dict[str, Recipe] = {
     "default + batch 16": replace(DEFAULT, batch=16, horizon=32),
     "default + batch 64": replace(DEFAULT, batch=64, horizon=8),
     "default + dropout 0.2": replace(DEFAULT, dropout=0.2),
+    "default + 10 frozen": replace(DEFAULT, frozen=10),
     "default + 24 epochs": replace(DEFAULT, epochs=24),
     "default + 24 epochs, batch 16": replace(DEFAULT, epochs=24, batch=16, horizon=32),
     "default + 48 epochs": replace(DEFAULT, epochs=48),
