@@ -153,14 +153,19 @@ def test_a_window_that_is_none_is_refused(window: str) -> None:
 def test_images_may_be_a_uri_and_a_folder_may_be_written_as_one(tmp_path: Path) -> None:
     assert validate({"data": "s3://bucket/ct"}).with_absolute_paths().data == "s3://bucket/ct"
     assert validate({"data": f"file://{tmp_path}"}).data == validate({"data": str(tmp_path)}).data == tmp_path
-    assert validate({"data": "file:///two%20words"}).data == Path("/two words")
+    (tmp_path / "two words").mkdir()
+    assert validate({"data": f"file://{tmp_path}/two%20words"}).data == tmp_path / "two words"
 
 
-def test_a_tilde_is_the_home_folder_in_every_path() -> None:
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found: it was for weights and storage only, where no shell had replaced it before."""
-    names = ("data", "table", "space", "split_file", "weights")
-    settings = validate({name: f"~/here/{name}" for name in names}).with_absolute_paths()
-    assert all(str(getattr(settings, name)) == str(Path.home() / "here" / name) for name in names)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("table", "space", "split_file", "weights")
+    for name in names:
+        (tmp_path / name).touch()
+    settings = validate({"data": "~", **{name: f"~/{name}" for name in names}}).with_absolute_paths()
+    assert settings.data == tmp_path
+    assert all(str(getattr(settings, name)) == str(tmp_path / name) for name in names)
 
 
 @pytest.mark.parametrize(
