@@ -262,7 +262,8 @@ class SearchRun:
 
         settings, slots = self.plan.settings, self.outlook.work.slots
         pages = partial(import_module, "lungct_tune.reporting.report_page")
-        return make_final_slots(settings, self.slot_plan, self.study, slots, self._avoided, pages, self._warn)
+        left, avoided = self._left, self._avoided
+        return make_final_slots(settings, self.slot_plan, self.study, slots, left, avoided, pages, self._warn)
 
     def retrain(
         self, winner: TrialRecord, slots: FinalSlots

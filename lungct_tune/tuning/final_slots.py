@@ -36,10 +36,9 @@ class FinalSlots:
     Args:
         plan: the configuration of each slot.
         slots: how many there are at most.
-        trials_so_far: tells how many trials have begun, and how many of them have ended.
-        last: how many trials will have begun, and how many have ended, when the last ones run.
+        nears_end: tells whether the search needs no more room, and will end soon.
         avoided: the nodes on which no worker may start. Those that the retrainings find are added to it.
-        prepare: is called now and then once a trial has ended, for the driver's imports that are needed at the end.
+        prepare: is called now and then from that moment on, for the driver's imports that are needed at the end.
         warn: is called with what slots and workers have to say, a sentence each.
     """
 
@@ -47,13 +46,12 @@ class FinalSlots:
         self,
         plan: SlotPlan,
         slots: int,
-        trials_so_far: Callable[[], tuple[int, int]],
-        last: tuple[int, int],
+        nears_end: Callable[[], bool],
         avoided: set[str],
         prepare: Callable[[], object] = lambda: None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        self._plan, self._slots, self._trials_so_far, self._last = plan, slots, trials_so_far, last
+        self._plan, self._slots, self._nears_end = plan, slots, nears_end
         self._avoided, self._prepare, self._warn = avoided, prepare, warn
         self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
         self._queue: SlotQueue | None = None
@@ -140,9 +138,7 @@ class FinalSlots:
         crowded = 0  # how often in a row: workers that start wait for a moment
         try:
             while not self._ended.wait(WATCH_S):
-                begun, ended = self._trials_so_far()
-                if ended:
-                    self._prepare()
+                nears_end = self._nears_end()
                 self._avoided |= avoided_nodes(self._plan.experiment.name)
                 crowded = crowded + 1 if waiting_for_room(self._plan.experiment.name) else 0
                 if self._queue and crowded > 1:
@@ -150,9 +146,10 @@ class FinalSlots:
                     # nodes, and none of them holds a worker
                     self._release()
                     return
-                are_last = begun >= self._last[0] and ended >= self._last[1]
-                if are_last and not self._queue and not crowded and self._has_room():
+                if nears_end and not self._queue and not crowded and self._has_room():
                     self._start(1)
+                if nears_end:
+                    self._prepare()
         except Exception as error:  # of the study or the cluster: the search goes on, and needs the room
             self._warn(f"the workers of the retraining start only after the search: {error}")
             self._release()

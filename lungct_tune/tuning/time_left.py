@@ -52,7 +52,8 @@ class TimeLeft:
         self._hyperparameters: dict[int, Hyperparameters] = {}
         self._training_s = self._foreseen_s = 0.0
         """Of the epochs that were trained: how long they took, and what the forecast has for them."""
-        self._has_started = False
+        self.has_started = False
+        """Whether an epoch has been trained in this run."""
         self._reached = dict.fromkeys(work.rungs, 0)
         self._running: dict[int, int] = {}
         self._ended = 0
@@ -85,7 +86,7 @@ class TimeLeft:
         self._reach(self._running.get(number, 0), epoch)
         self._running[number] = epoch
         self._time(hyperparameters, seconds)
-        self._has_started |= bool(seconds)
+        self.has_started |= bool(seconds)
 
     def end(self, trial: TrialRecord) -> None:
         """Counts a trial that has ended."""
@@ -186,7 +187,7 @@ class TimeLeft:
             running=running,
             reached=self._reached,
             slowness=self._training_s / self._foreseen_s if self._foreseen_s else None,
-            started=self._has_started,
+            started=self.has_started,
             winner=next(iter(self._retrainings.values()), None),
             retraining=None if left is None else after,
             final_slots=self._final_slots,

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -54,6 +55,10 @@ from lungct_tune.tuning.workers import SlotPlan
 MAX_FAILURES = 10
 """How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""
 
+SOON_S = 60.0
+"""How long before the end of a whole search workers of the retraining may start in room that the search leaves free.
+Their start takes some 10 s."""
+
 STORAGE_THREADS = 4
 """Threads that delete and upload files, so that a storage with a latency of 100 ms keeps up with 20 trials a second."""
 
@@ -90,6 +95,7 @@ def make_final_slots(
     plan: SlotPlan,
     study: optuna.Study,
     slots: int,
+    left: TimeLeft,
     avoided: set[str],
     prepare: Callable[[], object],
     warn: Callable[[str], None],
@@ -98,18 +104,30 @@ def make_final_slots(
 
     Args:
         slots: of the search.
+        left: estimates the time to the end of the whole search.
         avoided, prepare, warn: see `FinalSlots`.
     """
     assert settings.trials is not None  # decided by the plan
     resources = plan_retraining_resources(settings)
     plan = replace(plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
 
-    def trials_so_far() -> tuple[int, int]:
-        states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        return sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
+    soon = partial(nears_end, study, settings.trials, slots, left)
+    return FinalSlots(plan, min(slots, resources.slots), soon, avoided, prepare, warn)
 
-    last = (settings.trials, max(1, settings.trials - slots))
-    return FinalSlots(plan, min(slots, resources.slots), trials_so_far, last, avoided, prepare, warn)
+
+def nears_end(study: optuna.Study, trials: int, slots: int, left: TimeLeft) -> bool:
+    """Whether every slot of a search has a trial, and one has no more of them or the whole search will end soon.
+
+    Args:
+        trials: of the whole search.
+        left: estimates the time to its end.
+    """
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    begun, ended = sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
+    if begun < min(trials, slots) or not left.has_started:
+        return False
+    seconds = left.seconds
+    return (begun >= trials and ended > 0) or (seconds is not None and seconds[1] < SOON_S)
 
 
 def run_search(

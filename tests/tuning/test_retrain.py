@@ -180,7 +180,7 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
 ) -> None:
     """There is room for two of the three slots. One trains a model, the other the rest at the same time."""
     monkeypatch.setattr("lungct_tune.tuning.slot_actor.RELEASE_S", 0.0)  # their workers do not end in time
-    plan, one, ended, gate = slot_plan(images, tmp_path), order(images), 0, tmp_path / "gate"
+    plan, one, near, gate = slot_plan(images, tmp_path), order(images), False, tmp_path / "gate"
     orders = [gated(one, gate), *(replace(one, number=number) for number in (4, 5))]
     notes: list[dict[str, int]] = []
 
@@ -188,10 +188,10 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
         wait_for(lambda: all(plan.experiment.read(other.file(PREDICTIONS)) for other in orders[1:]), within_s=120)
         gate.touch()
 
-    with FinalSlots(plan, 3, lambda: (2, ended), last=(2, 1), avoided=set()) as slots:
+    with FinalSlots(plan, 3, lambda: near, avoided=set()) as slots:
         time.sleep(3)
         assert train_workers() == [], "the search still needs the room"
-        ended = 1
+        near = True
         wait_for(train_workers, within_s=120)
         results, _ = retrain_all(
             plan.experiment, orders, [], slots, others_end_first, lambda now: notes.append({**now})
@@ -199,7 +199,7 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
     assert [result.weights for result in results] == [whole[WEIGHTS]] * 3
     assert notes[0] == {each.folder: 0 for each in orders} and notes[-1] == {}
     assert nothing_held()
-    with FinalSlots(plan, 2, lambda: (2, 1), last=(2, 1), avoided=set()) as idle:
+    with FinalSlots(plan, 2, lambda: True, avoided=set()) as idle:
         (read,), _ = retrain_all(plan.experiment, [one], [], idle)
         time.sleep(3)
         assert train_workers() == [], "there is nothing to retrain"
@@ -215,7 +215,7 @@ def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Pat
     plan, one = slot_plan(images, tmp_path), order(images)
     waits, fails = gated(one, tmp_path / "gate"), replace(one, number=4, test=TooLarge(**vars(one.test)))
     with (
-        FinalSlots(plan, 2, lambda: (0, 0), (1, 1), set()) as slots,
+        FinalSlots(plan, 2, lambda: False, set()) as slots,
         pytest.raises(RetrainingFailed, match=r"test does not fit[\s\S]*--resume continues"),
     ):
         retrain_all(plan.experiment, [waits, fails], [], slots)
@@ -228,12 +228,12 @@ def test_a_retraining_that_diverges_costs_only_the_comparison_or_is_told_with_wh
 ) -> None:
     plan, one, said = slot_plan(images, tmp_path), order(images), list[str]()
     diverging = replace(one, number=4, hyperparameters=replace(one.hyperparameters, backbone_lr=1e18, head_lr=1e18))
-    with FinalSlots(plan, 2, lambda: (0, 0), (1, 1), set(), warn=said.append) as slots:
+    with FinalSlots(plan, 2, lambda: False, set(), warn=said.append) as slots:
         ours, theirs = retrain_all(plan.experiment, [one], [diverging], slots)
     assert len(ours) == 1 and theirs == []
     assert len(said) == 1 and said[0].startswith("the retraining of trial 4 has diverged: loss ")
     with (
-        FinalSlots(plan, 1, lambda: (0, 0), (1, 1), set(), warn=said.append) as slots,
+        FinalSlots(plan, 1, lambda: False, set(), warn=said.append) as slots,
         pytest.raises(RetrainingFailed, match=r"the retraining of trial 4 has diverged[\s\S]*with more trials"),
     ):
         retrain_all(plan.experiment, [one, diverging], [], slots)
@@ -246,7 +246,7 @@ def test_a_slot_that_started_early_gives_its_room_back_to_a_search_that_waits_fo
     """Also if the workers of the search's slots have another shape. The search and the retraining waited for ever."""
     import ray
 
-    with FinalSlots(slot_plan(images, tmp_path), 1, lambda: (2, 1), last=(2, 1), avoided=set()):
+    with FinalSlots(slot_plan(images, tmp_path), 1, lambda: True, avoided=set()):
         wait_for(train_workers, within_s=120)
         everything = {"CPU": ray.cluster_resources()["CPU"]}
         group = ray.util.placement_group([everything], name="one-slot-1-a")
@@ -262,7 +262,7 @@ def test_no_retraining_starts_on_a_node_that_the_search_leaves_alone(
 
     plan, everywhere = slot_plan(images, tmp_path), {node["NodeID"] for node in ray.nodes()}
     avoided = set[str]()
-    with FinalSlots(plan, 1, lambda: (2, 1), (2, 1), avoided) as slots:
+    with FinalSlots(plan, 1, lambda: True, avoided) as slots:
         with opened_mailbox("one", avoided) as mailbox:
             ray.get(mailbox.avoid.remote(everywhere))
             time.sleep(3)
@@ -281,12 +281,12 @@ def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_a
     """Its thread ended, and kept the room for which the search may wait."""
     warnings: list[str] = []
 
-    def trials_so_far() -> tuple[int, int]:
+    def nears_end() -> bool:
         if train_workers():
             raise StudyError("the database is locked")
-        return 2, 1
+        return True
 
-    with FinalSlots(slot_plan(images, tmp_path), 1, trials_so_far, last=(2, 1), avoided=set(), warn=warnings.append):
+    with FinalSlots(slot_plan(images, tmp_path), 1, nears_end, avoided=set(), warn=warnings.append):
         wait_for(lambda: warnings and not train_workers(), within_s=120)
         assert "the database is locked" in warnings[0]
 

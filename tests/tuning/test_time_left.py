@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import optuna
 import pytest
 from rich.console import Console
 from trials import record, workload
@@ -150,3 +151,22 @@ def test_slower_epochs_than_foreseen_put_the_end_off() -> None:
     left.end(record(0, 9))
     clock.now += 60  # a new forecast is not made at every call
     assert first is not None and left.seconds is not None and left.seconds[0] > first[1]
+
+
+def test_the_retraining_may_start_beside_the_last_trial_or_shortly_before_the_end() -> None:
+    """But not while slots of the search start, which need the room."""
+    from lungct_tune.tuning.tuner import SOON_S, nears_end
+
+    study, clock, work = optuna.create_study(), Clock(), workload(3, 9, (3,))
+    left = TimeLeft(work, (), now=clock)
+    first, second = study.ask(), study.ask()
+    assert not nears_end(study, 3, 2, left), "no epoch has been trained"
+    left.add(first.number, PUBLISHED, 1, [4 * SOON_S])
+    assert not nears_end(study, 3, 2, left), "the search takes much longer"
+    assert not nears_end(study, 2, 2, left), "both slots have a trial"
+    study.tell(first, 0.5)
+    assert nears_end(study, 2, 2, left), "one slot has no more trials"
+    quick = TimeLeft(work, (), now=clock)
+    quick.add(second.number, PUBLISHED, 8, [0.1])
+    assert quick.seconds is not None and quick.seconds[1] < SOON_S
+    assert nears_end(study, 3, 2, quick) and not nears_end(study, 4, 3, quick), "the third slot has no trial yet"
