@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -101,7 +102,7 @@ def before(plan: SlotPlan, depth: int, epochs: int) -> tuple[float, float, int]:
         loss = trainer.train_epoch()
         trained = time.perf_counter()
         probabilities_NC = trainer.probabilities(positions)
-        found = validation_figures(labels_N, probabilities_NC)
+        found: dict[str, Any] = dict(validation_figures(labels_N, probabilities_NC))
         ended = time.perf_counter()
         seconds += ended - epoch_began
         figures = EpochFigures(epoch, **found, train_loss=loss, train_s=trained - epoch_began, valid_s=ended - trained)
@@ -194,7 +195,7 @@ def second_table(folder: Path, depths: list[int], seconds: float, console: Conso
         wall, _, _ = now(small_plan(folder, 10), depth, 10)
         epochs = max(10, int(seconds * 9 / wall))
         plan = replace(small_plan(folder, epochs), experiment=Experiment.at(str(folder), f"search-{depth}"))
-        plan = replace(plan, dataset=replace(plan.dataset, images=ray.put(plan.dataset.images)))
+        plan = replace(plan, dataset=replace(plan.dataset, images=ray.put(np.asarray(plan.dataset.images))))
         space = parse_space(f"truncation_depth: {depth}\ndropout: {{low: 0.0, high: 0.5}}", "benchmark")
         space = replace(space, fixed_trials=())
         with opened_journal(folder / f"{depth}.journal") as storage:

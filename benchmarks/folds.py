@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.training.trainer import Trainer
@@ -67,7 +68,7 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
     timings: multiprocessing.SimpleQueue[tuple[str, float]] = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(worker, args=(asked, timings), nprocs=WORKERS)
+    spawn(worker, args=(asked, timings), nprocs=WORKERS)
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
     while not timings.empty():
         way, took = timings.get()

@@ -93,7 +93,7 @@ def documented(
             run_config=train.RunConfig(
                 name=tune.get_context().get_trial_id(),
                 storage_path=str(folder / "documented-train"),
-                callbacks=[TuneReportCallback()],
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]  # of Train V2; mypy sees V1
             ),
         ).fit()
 
@@ -108,7 +108,8 @@ def documented(
     ).fit()
     wall = time.perf_counter() - began
     assert not results.errors
-    return wall, sum(float(result.metrics_dataframe["seconds"].sum()) for result in results)
+    frames = [results[i].metrics_dataframe for i in range(len(results))]
+    return wall, sum((float(frame["seconds"].sum()) for frame in frames if frame is not None), 0.0)
 
 
 def train_loop(config: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ def run(search: tuple[int, int, int, int, str], number: int, folder: Path) -> Re
         raise SystemExit(done.stdout)
     planned = read_results(Experiment.at(str(folder), f"s{number}")).study[PLANNED]
     ended = (folder / f"s{number}" / "best" / "checksums.txt").stat().st_mtime
-    return Result(*planned["seconds"], ended - planned["began"])
+    low, high = planned["seconds"]
+    return Result(low, high, ended - planned["began"])
 
 
 def main() -> None:

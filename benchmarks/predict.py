@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 
 from lungct_tune.config.hyperparameters import Hyperparameters
-from lungct_tune.config.settings import Settings
+from lungct_tune.config.settings import validate
 from lungct_tune.data import make_phantoms, read_images
 from lungct_tune.data.seen_images import list_learned
 from lungct_tune.evaluation.bundle_files import describe_model
@@ -71,7 +71,7 @@ def prepare(folder: Path, depth: int, px: int, n: int) -> tuple[Classifier, list
     images = read_images(root, px, cache=folder / "cache", progress=False)
     model, rows = TruncatedResNet50(depth), np.arange(len(images.table))
     features_ND = pooled_features(model, torch.tensor(np.array(images.images_NHW)), rows, "imagenet")
-    settings = Settings(name="one", image_size=px, normalisation="imagenet")
+    settings = validate({"name": "one", "image_size": px, "normalisation": "imagenet"})
     configuration = Hyperparameters(truncation_depth=depth)
     files = {
         MODEL: safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()}),

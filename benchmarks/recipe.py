@@ -25,6 +25,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,6 @@ ROWS: dict[str, Recipe] = {
     "default + no label smoothing": replace(DEFAULT, smoothing=0.0),
     "default + no flips": replace(DEFAULT, flip=0.0),
     "default + rotation 30°": replace(DEFAULT, rotation=30.0),
-    "default + rotation 72°, zoom 20 %": replace(DEFAULT, rotation=72.0, zoom=0.2),
     "default + intensity 0.1": replace(DEFAULT, intensity=0.1),
     "default + intensity 0.3": replace(DEFAULT, intensity=0.3),
     "default + noise 0.03": replace(DEFAULT, noise=0.03),
@@ -127,7 +127,6 @@ ROWS: dict[str, Recipe] = {
     "default + 48 epochs": replace(DEFAULT, epochs=48),
     "default + average of 4 models": replace(DEFAULT, models=4),
     "default + float32": replace(DEFAULT, float32=True),
-    "default + 96 pixels": replace(DEFAULT, size=96),
     "default, depth 20": replace(DEFAULT, depth=20),
     "linear probe": replace(REFERENCE, frozen=22),
 }
@@ -188,7 +187,7 @@ def stages(model: TruncatedResNet50) -> Iterator[tuple[int, nn.Parameter]]:
 
 
 def optimizer_of(model: TruncatedResNet50, recipe: Recipe) -> torch.optim.AdamW:
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p], "peak": recipe.backbone_lr * recipe.decay_by_stage**behind, "backbone": True}
         for behind, p in stages(model)
     ] + [{"params": [p], "peak": recipe.head_lr, "backbone": False} for p in model.head.parameters()]
@@ -206,7 +205,7 @@ def train(
     classes = int(labels_N.max()) + 1
     model = TruncatedResNet50(recipe.depth, recipe.frozen, recipe.dropout, classes, initialise=False)
     load_backbone(model, state)
-    model = model.to(grey_N1HW.device, memory_format=torch.channels_last)
+    model = model.to(grey_N1HW.device).to(memory_format=torch.channels_last)
     optimizer, generator = optimizer_of(model, recipe), Generator().manual_seed(seed)
     averaged = AveragedModel(
         model, avg_fn=lambda mean, value, n: mean + (value - mean) / min(recipe.horizon, int(n) + 2)
@@ -333,30 +332,31 @@ class Judged:
         nll = -np.log(np.maximum(probabilities_NC[np.arange(len(labels_N)), labels_N], 1e-4)).mean()
         bin_N = np.minimum((top_N * BINS).astype(int), BINS - 1)  # of equal width
         ece = sum(abs((right_N - top_N)[bin_N == k].sum()) for k in range(BINS)) / len(labels_N)
-        figures = (round(float(figure), 4) for figure in (recall, nll, ece))
-        return cls(*figures, np.packbits(right_N).tobytes().hex(), round(seconds, 1))
+        accuracy, nll, ece = (round(float(figure), 4) for figure in (recall, nll, ece))
+        return cls(accuracy, nll, ece, np.packbits(right_N).tobytes().hex(), round(seconds, 1))
 
     def right_N(self, n: int) -> np.ndarray:
         return np.unpackbits(np.frombuffer(bytes.fromhex(self.right), np.uint8), count=n).astype(float)
 
 
+def weighted_mean(values_N: np.ndarray, weight_N: np.ndarray, counts_BN: np.ndarray) -> np.ndarray:
+    """Means (B,) over B samples of N images, in which each image is so many times."""
+    return np.asarray(counts_BN @ (weight_N * values_N) / (counts_BN @ weight_N))
+
+
 def print_table(rows: dict[str, Recipe], images: ImageSet, results: Results, seeds: list[int]) -> None:
-    labels_N, groups_N = images.table["label"].to_numpy(), images.table["group"].to_numpy()
-    bootstrap, weight_N = ClusterBootstrap(groups_N), 1 / np.bincount(labels_N)[labels_N]
+    labels_N, bootstrap = images.table["label"].to_numpy(), ClusterBootstrap(images.table["group"].to_numpy())
+    weight_N = 1 / np.bincount(labels_N)[labels_N]
     columns = ("recipe", "seeds", "balanced accuracy", "difference, 95 %", "NLL", "ECE", "time")
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, recipe in rows.items():
         reference = rows["default" if name.startswith("default + ") else "f89f17a"]
-        pairs = [(results.get(recipe, seed), results.get(reference, seed)) for seed in seeds]
-        both = [(row, old) for row, old in pairs if row and old]
-        if not both:
+        found = [(results.get(recipe, seed), results.get(reference, seed)) for seed in seeds]
+        if not (both := [(row, old) for row, old in found if row and old]):
             continue
         mean = np.mean([(row.balanced_accuracy, row.nll, row.ece, row.seconds / old.seconds) for row, old in both], 0)
         better_N = np.mean([row.right_N(len(labels_N)) - old.right_N(len(labels_N)) for row, old in both], axis=0)
-        gain = bootstrap.figure(
-            lambda w_BN, b_N=better_N: w_BN @ (weight_N * b_N) / (w_BN @ weight_N),
-            bootstrap.count(bootstrap.everything_N),
-        )
+        gain = bootstrap.figure(partial(weighted_mean, better_N, weight_N), bootstrap.count(bootstrap.everything_N))
         low, high = gain.ci95 or (math.nan, math.nan)
         print(
             f"| {name} | {len(both)} | {mean[0]:.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f}) "

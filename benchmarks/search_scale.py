@@ -139,8 +139,8 @@ def now(plan: SlotPlan, space: SearchSpace, load: Load, progress: Progress, fold
         progress.note()
         return add(self, *arguments)
 
-    SearchTally.add = note  # type: ignore[method-assign]
-    tuner.TuneSlot = LightSlot  # type: ignore[misc, assignment]
+    SearchTally.add = note  # type: ignore[assignment, method-assign]
+    tuner.TuneSlot = LightSlot  # type: ignore[attr-defined, misc, assignment]
     try:
         with opened_journal(folder / "study.journal") as storage:
             study = open_study(storage, "one", space, load.epochs, new=True)
@@ -148,7 +148,7 @@ def now(plan: SlotPlan, space: SearchSpace, load: Load, progress: Progress, fold
                 study, space, plan, trials=load.trials, slots=load.slots, seed=0, display=Display(Console(quiet=True))
             )
     finally:
-        SearchTally.add = add  # type: ignore[method-assign]
+        SearchTally.add = add  # type: ignore[assignment, method-assign]
 
 
 class Alone(Searcher):  # type: ignore[misc]

@@ -16,9 +16,9 @@ from statistics import median
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
+from torch.multiprocessing.spawn import spawn
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.training.shared_norm import SharedBatchNorm
@@ -93,7 +93,7 @@ def main() -> None:
     asked = parser.parse_args()
     print("| pixels | batch | a step, before | now | times as fast |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, args=(f"{folder}/rendezvous", asked.depth, asked.epochs), nprocs=WORKERS)
+        spawn(work, args=(f"{folder}/rendezvous", asked.depth, asked.epochs), nprocs=WORKERS)
 
 
 if __name__ == "__main__":
