@@ -54,7 +54,8 @@ class TimeLeft:
         """Of the epochs that were trained: how long they took, and what the forecast has for them."""
         self.has_started = False
         """Whether an epoch has been trained in this run."""
-        self._reached = dict.fromkeys(work.rungs, 0)
+        self._reached: dict[int, set[int]] = {rung: set() for rung in work.rungs}
+        """The numbers of the trials that have reached each rung."""
         self._running: dict[int, int] = {}
         self._ended = 0
         self._retrainings: Mapping[str, Hyperparameters] = {}
@@ -71,7 +72,7 @@ class TimeLeft:
             if self._is_rough:
                 self._time(trial.hyperparameters, [figures.seconds for figures in trial.history])
             if trial.is_finished:
-                self._reach(0, len(trial.history))
+                self._reach(trial.number, len(trial.history))
                 self._ended += 1
         self._earlier_s, self._start, self._share = sum(trial.seconds for trial in earlier) / work.slots, now(), 0.0
 
@@ -83,7 +84,7 @@ class TimeLeft:
             seconds: of each epoch that was trained.
         """
         self._hyperparameters[number] = hyperparameters
-        self._reach(self._running.get(number, 0), epoch)
+        self._reach(number, epoch)
         self._running[number] = epoch
         self._time(hyperparameters, seconds)
         self.has_started |= bool(seconds)
@@ -159,9 +160,10 @@ class TimeLeft:
         left = self.seconds
         return "time left: known after the first epoch" if left is None else f"{as_range(*left)} left"
 
-    def _reach(self, before: int, epoch: int) -> None:
-        for rung in self._reached:
-            self._reached[rung] += before < rung <= epoch
+    def _reach(self, number: int, epoch: int) -> None:
+        for rung, trials in self._reached.items():
+            if rung <= epoch:
+                trials.add(number)  # once, also if lost workers make it train the epochs before again
 
     def _time(self, hyperparameters: Hyperparameters, seconds: Sequence[float]) -> None:
         self._training_s += sum(seconds)
@@ -185,7 +187,7 @@ class TimeLeft:
         return Progress(
             ended=self._ended,
             running=running,
-            reached=self._reached,
+            reached={rung: len(trials) for rung, trials in self._reached.items()},
             slowness=self._training_s / self._foreseen_s if self._foreseen_s else None,
             started=self.has_started,
             winner=next(iter(self._retrainings.values()), None),

@@ -85,6 +85,14 @@ def test_a_resumed_search_knows_at_once_what_earlier_trials_took() -> None:
     assert many.seconds < few.seconds and many.share > few.share > 0
 
 
+def test_a_trial_that_lost_its_workers_reaches_a_rung_once() -> None:
+    left = estimate(Clock())
+    for epoch in (4, 2, 5):
+        left.add(1, PUBLISHED, epoch, [EPOCH_S])
+    left.add(2, PUBLISHED, 2, [EPOCH_S])
+    assert left._progress.reached == {1: 2, 3: 1}
+
+
 def foreseen(clock: Clock, trials: int = 8) -> tuple[TimeLeft, Forecast]:
     space = parse_space("truncation_depth: {low: 20, high: 20}", "space")
     pace = Pace("CPU", 2.0, 0.1, 16, (20,), (0.5,), (0.01,))
