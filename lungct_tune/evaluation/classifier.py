@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,13 +81,13 @@ class Classifier:
     """The model of a bundle, with all that its answers depend on. It can be pickled."""
 
     folder: Path
-    model: Model
+    model: Model = field(repr=False)
     """On the CPU until it has classified images; from then on on the GPU, if there is one."""
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
     """config.json."""
-    learned: LearnedImages | None
+    learned: LearnedImages | None = field(repr=False)
     """None where a bundle of an earlier version does not list its training images."""
-    features: TrainingFeatures | None
+    features: TrainingFeatures | None = field(repr=False)
     """None where a bundle of an earlier version, of a search that has not ended, or of one group does not have them."""
     device: str | None = None
     """Where it computes. None: on the GPU if there is one. A GPU computes in lower precision than a CPU."""

@@ -74,6 +74,7 @@ def test_each_image_gets_a_row_with_the_answers_of_the_bundles_model(
 ) -> None:
     assert sorted(rows["path"]) == sorted(map(str, patients.glob("*/*.png")))
     classifier = Classifier.load(bundle)
+    assert repr(classifier) == f"Classifier(folder={bundle!r}, device=None)", "a notebook shows it, without the weights"
     images_NHW = np.array([np.asarray(Image.open(path).convert("L").resize((32, 32), 2)) for path in rows["path"]])
     classified = classifier.classify(images_NHW)
     np.testing.assert_allclose(rows[P], classified.probabilities_NC, atol=1e-6)
