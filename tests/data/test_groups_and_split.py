@@ -139,6 +139,20 @@ def test_a_malformed_groups_file_is_refused(tmp_path: Path, content: str) -> Non
         read_images(tmp_path, 16)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("path;group\nnormal/0.png;1\n", "no path; name the columns in the first line, with commas between them"),
+        ("path,group\nnormal/0.png,Müller\n", r"is not UTF-8 text .*; save it again as CSV in UTF-8"),
+    ],
+)
+def test_what_a_spreadsheet_wrote_is_refused_with_what_to_do(tmp_path: Path, content: str, says: str) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "groups.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=says):
+        read_images(tmp_path, 16)
+
+
 def test_a_line_with_a_value_too_many_is_named(tmp_path: Path) -> None:
     two_classes(tmp_path)
     (tmp_path / "groups.csv").write_text("path,group\nnormal/0.png,1,\n")
