@@ -91,7 +91,7 @@ def evaluate_predictions(
         },
         without_overlap=None
         if overlap_N is None or not overlap_N.any()
-        else _without_overlap(labels_N, predicted_N, groups_N, others, ~overlap_N),
+        else _without_overlap(labels_N, predicted_N, classes, groups_N, others, ~overlap_N),
         by_likeness=None if similarity_N is None else _by_likeness(labels_N, predicted_N, groups_N, similarity_N),
     )
 
@@ -234,16 +234,21 @@ def _calibration(
 def _without_overlap(
     labels_N: np.ndarray,
     predicted_N: np.ndarray,
+    classes: tuple[str, ...],
     groups_N: np.ndarray,
     others: Mapping[str, tuple[str, np.ndarray]],
     new_N: np.ndarray,
 ) -> WithoutOverlap:
     """The figures on the images that are new to the model, with a bootstrap of their groups alone."""
+    missing = tuple(name for c, name in enumerate(classes) if not (labels_N[new_N] == c).any())
     n = int(new_N.sum())
     if n == 0:
         nothing = Figure(None, None)
         return WithoutOverlap(
-            0, nothing, {kind: ReferenceAccuracy(name, nothing) for kind, (name, _) in others.items()}
+            0,
+            nothing,
+            {kind: ReferenceAccuracy(name, nothing) for kind, (name, _) in others.items()},
+            missing=missing,
         )
     labels_N, predicted_N, bootstrap = labels_N[new_N], predicted_N[new_N], ClusterBootstrap(groups_N[new_N])
     return WithoutOverlap(
@@ -258,6 +263,7 @@ def _without_overlap(
             for kind, (name, other_N) in others.items()
         },
         balanced_accuracy=_balanced_accuracy(labels_N, predicted_N, bootstrap),
+        missing=missing,
     )
 
 
