@@ -2,9 +2,10 @@
 
 python benchmarks/coverage.py [--simulations 400]
 
-Groups have 1 to 4 images. Each group has its own beta-distributed rate, so that the results of its images have the
-given correlation. A 95 % interval should contain the true value in 95 of 100 simulations. With 400 simulations the
-standard error of a figure is 0.011.
+Groups have 1 to 4 images, or very unequal numbers of them: log-normal with a median of 8, and one in twenty has more
+than 50. Each group has its own beta-distributed rate, so that the results of its images have the given correlation. For
+the balanced accuracy, the classes have different numbers of groups of one image. A 95 % interval should contain the
+true value in 95 of 100 simulations. With 400 simulations the standard error of a figure is 0.011.
 """
 
 from __future__ import annotations
@@ -16,34 +17,60 @@ from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
+from lungct_tune.experiment.metrics import Figure
 
 GROUPS = (3, 5, 10, 20, 50, 150)
 TRUTHS, CORRELATIONS = (0.8, 0.95), (0.1, 0.9)
+CLASSES = ((3, 40, 40, 40), (10, 30, 30, 30), (20, 20, 20, 20), (5, 100), (10, 100))
 
 
-def coverage(groups: int, truth: float, alike: float, simulations: int) -> float:
+def coverage(groups: int, truth: float, alike: float, simulations: int, *, is_unequal: bool = False) -> float:
+    """Of the accuracy."""
     held = []
     for simulation in range(simulations):
         rng = np.random.default_rng([groups, simulation])
-        groups_N = np.repeat(np.arange(groups), rng.integers(1, 5, groups))
+        sizes_G = 1 + rng.lognormal(2, 1.2, groups).astype(int) if is_unequal else rng.integers(1, 5, groups)
+        groups_N = np.repeat(np.arange(groups), sizes_G)
         rates_G = rng.beta(truth * (1 / alike - 1), (1 - truth) * (1 / alike - 1), groups)
         right_N = rng.random(len(groups_N)) < rates_G[groups_N]
-        interval = ClusterBootstrap(groups_N, seed=simulation).rate(right_N, groups_N >= 0).ci95
-        if interval:  # there is none if all resamples give the same value
-            held.append(interval[0] <= truth <= interval[1])
+        held += _held(ClusterBootstrap(groups_N, seed=simulation).rate(right_N), truth)
     return float(np.mean(held))
+
+
+def balanced_coverage(groups: tuple[int, ...], truth: float, simulations: int) -> float:
+    """Of the balanced accuracy, with this sensitivity of each class."""
+    held, class_N = [], np.repeat(np.arange(len(groups)), groups)
+    classes = [class_N == c for c in range(len(groups))]
+    for simulation in range(simulations):
+        right_N = np.random.default_rng([*groups, simulation]).random(len(class_N)) < truth
+        bootstrap = ClusterBootstrap(np.arange(len(class_N)), seed=simulation)
+        held += _held(bootstrap.mean_rate(right_N, classes), truth)
+    return float(np.mean(held))
+
+
+def _held(figure: Figure, truth: float) -> list[bool]:
+    """Empty if there is no interval, because all resamples give the same value."""
+    return [figure.ci95[0] <= truth <= figure.ci95[1]] if figure.ci95 else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=400, metavar="N")
-    asked = parser.parse_args()
+    asked, console = parser.parse_args(), Console(highlight=False)
     kinds = [(truth, alike) for truth in TRUTHS for alike in CORRELATIONS]
-    table = Table("groups", *(f"{truth}, {alike}" for truth, alike in kinds), title="accuracy, correlation in a group")
-    for groups in GROUPS:
-        held = [coverage(groups, truth, alike, asked.simulations) for truth, alike in kinds]
-        table.add_row(str(groups), *(f"{share:.3f}" for share in held))
-    Console(highlight=False).print(table)
+    for is_unequal in (False, True):
+        sizes = "groups of very unequal sizes" if is_unequal else "groups of 1 to 4 images"
+        title = f"accuracy, correlation in a group; {sizes}"
+        table = Table("groups", *(f"{truth}, {alike}" for truth, alike in kinds), title=title)
+        for groups in GROUPS:
+            held = [coverage(groups, *kind, asked.simulations, is_unequal=is_unequal) for kind in kinds]
+            table.add_row(str(groups), *(f"{share:.3f}" for share in held))
+        console.print(table)
+    table = Table("groups of each class", *map(str, TRUTHS), title="balanced accuracy")
+    for of_classes in CLASSES:
+        held = [balanced_coverage(of_classes, truth, asked.simulations) for truth in TRUTHS]
+        table.add_row(", ".join(map(str, of_classes)), *(f"{share:.3f}" for share in held))
+    console.print(table)
 
 
 if __name__ == "__main__":

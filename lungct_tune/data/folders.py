@@ -221,6 +221,8 @@ def read_rows(file: Path) -> pd.DataFrame:
         return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error}); save it again as CSV in UTF-8") from error
     except (ValueError, csv.Error) as error:
         raise DataError(f"{file} is not a CSV file: {error}") from error
 
@@ -265,7 +267,10 @@ def read_listing(
     """
     rows = read_rows(file)
     if missing := [name for name in columns if name not in rows]:
-        raise DataError(f"{file} is not a CSV file with the columns {','.join(columns)}: it has no {missing[0]}")
+        raise DataError(
+            f"{file} is not a CSV file with the columns {','.join(columns)}: it has no {missing[0]}; name the columns "
+            "in the first line, with commas between them"
+        )
     rows = rows[[*columns, *rows.columns.intersection(list(also))]]
     inside = folder.relative_to(root).as_posix()
     path_of = {composed(path): path for path in paths} | {path: path for path in paths}

@@ -6,11 +6,11 @@ would count as a patient, and the interval would be too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm, t
+from scipy.stats import norm, t
 
 from lungct_tune.experiment.metrics import Figure
 
@@ -28,11 +28,6 @@ def group_weights(groups_N: np.ndarray) -> np.ndarray:
     return np.asarray(1 / sizes_G[group_of_N])
 
 
-def share(hit_N: np.ndarray, among_N: np.ndarray) -> Statistic:
-    """The share of hits among these images (both bool)."""
-    return lambda weights_BN: weights_BN @ (hit_N & among_N) / (weights_BN @ among_N)
-
-
 class ClusterBootstrap:
     """Figures with intervals by a cluster bootstrap. All use the same resamples, so that differences are paired.
 
@@ -45,6 +40,9 @@ class ClusterBootstrap:
     - A figure from fewer than two groups has no interval.
     - A rate of 0 or 1 is the same in all resamples, so its percentiles would have no width. Its interval reaches to the
       Clopper-Pearson limit for the same number of independent groups: for 12 of 12 groups it is 0.735 to 1.
+    - A mean of rates of which some are 0 or 1, such as the balanced accuracy, is less certain than its resamples show,
+      because none of them has an error in a class without one. So its interval is widened by the Clopper-Pearson limit
+      of these classes. The two distances add as squares (MOVER: Zou and Donner, Statistics in Medicine 2008).
     - Any other figure that is the same in all resamples has no interval. An example is the difference of two models
       that are right on the same images.
 
@@ -75,12 +73,15 @@ class ClusterBootstrap:
         """
         return len(np.unique(self.groups_N[among_N]))
 
-    def figure(self, statistic: Statistic, groups: int, *, is_rate: bool = False) -> Figure:
+    def figure(
+        self, statistic: Statistic, groups: int, *, is_rate: bool = False, unseen: tuple[float, float] = (0.0, 0.0)
+    ) -> Figure:
         """A figure's value and interval, None where they are not defined.
 
         Args:
             groups: how many groups the figure is computed from.
             is_rate: whether it is a share between 0 and 1. At 0 and at 1 its interval has the Clopper-Pearson limit.
+            unseen: how far it may be below and above its value for what no resample shows.
         """
         step = max(1, _BLOCK // max(1, len(self.groups_N)))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -97,9 +98,13 @@ class ClusterBootstrap:
             return Figure(value, None)
         level = norm.cdf(-np.sqrt(groups / (groups - 1)) * t.ppf(0.975, groups - 1))
         low, high = np.quantile(resampled, [level, 1 - level])
-        if is_rate and (np.isclose(value, 0) or np.isclose(value, 1)):
-            clopper_pearson = binomtest(round(value) * groups, groups).proportion_ci(method="exact")
-            low, high = min(low, clopper_pearson.low), max(high, clopper_pearson.high)
+        below, above = unseen
+        if is_rate:
+            below, above = (_beyond(groups) if np.isclose(value, end) else 0.0 for end in (1, 0))
+        if below:
+            low = value - np.hypot(max(value - low, 0), below)
+        if above:
+            high = value + np.hypot(max(high - value, 0), above)
         return Figure(value, None if np.isclose(low, high) else (float(low), float(high)))
 
     def rate(self, hit_N: np.ndarray, among_N: np.ndarray | None = None) -> Figure:
@@ -108,11 +113,71 @@ class ClusterBootstrap:
         Args:
             hit_N, among_N: bool.
         """
-        among_N = self.everything_N if among_N is None else among_N
-        return self.figure(share(hit_N, among_N), self.count(among_N), is_rate=True)
+        return self.mean_rate(hit_N, [self.everything_N if among_N is None else among_N])
+
+    def mean_rate(
+        self,
+        hit_N: np.ndarray,
+        strata: Sequence[np.ndarray],
+        other_N: np.ndarray | None = None,
+        *,
+        is_fixed: bool = False,
+    ) -> Figure:
+        """The mean of the shares of hits in some strata, such as the classes; or its difference, paired by image.
+
+        Args:
+            hit_N: bool.
+            strata: bool, (N,) each.
+            other_N: other hits, bool. Their mean share is subtracted.
+            is_fixed: whether the hits, or the other hits if they are given, are those of a rule that always names one
+                class: it is right on all of this class, and on nothing else.
+        """
+        gains_N = hit_N.astype(float) if other_N is None else hit_N.astype(float) - other_N
+        if other_N is None:
+            unseen = (0.0, 0.0) if is_fixed else self.unseen(hit_N, strata)
+        else:
+            differ = [bool((hit_N != other_N)[in_stratum_N].any()) for in_stratum_N in strata]
+            ours, theirs = self.unseen(hit_N, strata, differ), self.unseen(other_N, strata, differ)
+            theirs = (0.0, 0.0) if is_fixed else theirs
+            unseen = float(np.hypot(ours[0], theirs[1])), float(np.hypot(ours[1], theirs[0]))
+
+        def mean_share(weights_BN: np.ndarray) -> np.ndarray:
+            shares = [weights_BN @ (gains_N * among_N) / (weights_BN @ among_N) for among_N in strata]
+            return np.asarray(np.mean(shares, axis=0))
+
+        return self.figure(mean_share, self.least_groups(strata), unseen=unseen)
+
+    def least_groups(self, strata: Sequence[np.ndarray]) -> int:
+        """How many groups a mean over strata counts as: that with the fewest is the least certain, and weighs 1 / K."""
+        fewest = min((self.count(in_stratum_N) for in_stratum_N in strata), default=0)
+        return min(self.count(np.any(strata, axis=0)), len(strata) * fewest) if fewest else 0
+
+    def unseen(
+        self, hit_N: np.ndarray, strata: Sequence[np.ndarray], counts: Sequence[bool] | None = None
+    ) -> tuple[float, float]:
+        """How far a mean share of hits may be below and above its value for what no resample shows.
+
+        This is in the strata without an error, and in those without a hit.
+
+        Args:
+            counts: for each stratum, whether it is looked at; by default all are.
+        """
+        shares = [float(hit_N[in_stratum_N].mean()) if in_stratum_N.any() else np.nan for in_stratum_N in strata]
+        looked_at = list(zip(strata, shares, counts or [True] * len(strata), strict=True))
+
+        def beyond(end: float) -> float:
+            alike = [in_stratum_N for in_stratum_N, share, is_one in looked_at if is_one and share == end]
+            return len(alike) / len(strata) * _beyond(self.least_groups(alike)) if alike else 0.0
+
+        return beyond(1.0), beyond(0.0)
 
     def mean(self, values_N: np.ndarray) -> Figure:
         """The mean over the images."""
         return self.figure(
             lambda weights_BN: weights_BN @ values_N / weights_BN.sum(axis=1), self.count(self.everything_N)
         )
+
+
+def _beyond(groups: int) -> float:
+    """The distance from a rate of 0 or 1 to its Clopper-Pearson limit."""
+    return float(1 - 0.025 ** (1 / groups))

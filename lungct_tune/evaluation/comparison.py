@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lungct_tune.errors import UserError
-from lungct_tune.evaluation.bootstrap import ClusterBootstrap, Statistic, share
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, balanced_difference, cancer_or_normal, mcnemar
 from lungct_tune.evaluation.ranking import auroc
 from lungct_tune.experiment.bundle import CHECKSUMS, METRICS, PREDICTIONS, check_sums
@@ -142,20 +142,20 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
     ours, theirs = first.predictions, other.predictions
     gained, lost, p = mcnemar(other.right_N, first.right_N)
     differences = [
-        bootstrap.mean(other.right_N.astype(float) - first.right_N),
+        bootstrap.mean_rate(other.right_N, [bootstrap.everything_N], first.right_N),
         balanced_difference(ours.labels_N, theirs.predicted_N, ours.predicted_N, bootstrap),
     ]
     if are_cancer_and_normal(ours.classes):
         is_N = ours.labels_N != ours.classes.index(NORMAL)
-        cancers, normals = bootstrap.count(is_N), bootstrap.count(~is_N)
+        (score_N, positive_N), (first_score_N, first_positive_N) = map(_of_cancer, (other, first))
+        ranked, first_ranked = auroc(is_N, score_N), auroc(is_N, first_score_N)
         differences += [
-            bootstrap.figure(_difference(that, this), groups)
-            for that, this, groups in zip(
-                _of_cancer(other, is_N),
-                _of_cancer(first, is_N),
-                (cancers, normals, min(cancers, normals)),
-                strict=True,
-            )
+            bootstrap.mean_rate(positive_N, [is_N], first_positive_N),
+            bootstrap.mean_rate(~positive_N, [~is_N], ~first_positive_N),
+            bootstrap.figure(
+                lambda weights_BN: ranked(weights_BN) - first_ranked(weights_BN),
+                min(bootstrap.count(is_N), bootstrap.count(~is_N)),
+            ),
         ]
     return Comparison(
         name=other.name,
@@ -166,12 +166,7 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
     )
 
 
-def _difference(one: Statistic, other: Statistic) -> Statistic:
-    return lambda weights_BN: one(weights_BN) - other(weights_BN)
-
-
-def _of_cancer(judged: Judged, is_N: np.ndarray) -> tuple[Statistic, Statistic, Statistic]:
-    """Sensitivity and specificity for cancer at the model's operating point, and the AUROC."""
+def _of_cancer(judged: Judged) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of cancer, and whether it is above the model's operating point."""
     score_N = cancer_or_normal(judged.predictions.probabilities_NC, judged.predictions.classes)[:, 0]
-    positive_N = score_N > judged.threshold
-    return share(positive_N, is_N), share(~positive_N, ~is_N), auroc(is_N, score_N)
+    return score_N, score_N > judged.threshold

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
 from lungct_tune.data.class_names import CANONICAL_CLASSES
-from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap, Statistic, share
+from lungct_tune.evaluation.bootstrap import INTERVAL, ClusterBootstrap
 from lungct_tune.evaluation.calibration import calibration_errors, reliability_bins
 from lungct_tune.evaluation.ranking import auroc, average_precision, sensitivity_at
 from lungct_tune.experiment.metrics import (
@@ -91,7 +91,7 @@ def evaluate_predictions(
         },
         without_overlap=None
         if overlap_N is None or not overlap_N.any()
-        else _without_overlap(labels_N, predicted_N, groups_N, others, ~overlap_N),
+        else _without_overlap(labels_N, predicted_N, classes, groups_N, others, ~overlap_N),
         by_likeness=None if similarity_N is None else _by_likeness(labels_N, predicted_N, groups_N, similarity_N),
     )
 
@@ -107,23 +107,20 @@ def are_cancer_and_normal(classes: tuple[str, ...]) -> bool:
     return NORMAL in classes and len(classes) > 1 and set(classes) <= {NORMAL, *CANCERS}
 
 
+def _of_classes(labels_N: np.ndarray) -> list[np.ndarray]:
+    """For each class that has images, which they are, (N,) bool."""
+    return [labels_N == c for c in np.unique(labels_N)]
+
+
+def _is_fixed(predicted_N: np.ndarray, of_classes: list[np.ndarray]) -> bool:
+    """Whether these are predictions of one class for images of several: a rule that looks at nothing."""
+    return len(of_classes) > 1 and len(np.unique(predicted_N)) == 1
+
+
 def _balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
     """The mean sensitivity of the classes that have images."""
-    return bootstrap.figure(_mean_sensitivity(labels_N, predicted_N), _least_groups(labels_N, bootstrap), is_rate=True)
-
-
-def _mean_sensitivity(labels_N: np.ndarray, predicted_N: np.ndarray) -> Statistic:
-    rates = [share(labels_N == predicted_N, labels_N == c) for c in np.unique(labels_N)]
-    return lambda weights_BN: np.asarray(np.mean([rate(weights_BN) for rate in rates], axis=0))
-
-
-def _least_groups(labels_N: np.ndarray, bootstrap: ClusterBootstrap) -> int:
-    """How many groups a mean over the classes counts as.
-
-    If every prediction is right, the class with the fewest groups is the least certain, and its weight is 1 / K.
-    """
-    by_class = [bootstrap.count(labels_N == c) for c in np.unique(labels_N)]
-    return min(bootstrap.count(bootstrap.everything_N), len(by_class) * min(by_class, default=0))
+    of_classes = _of_classes(labels_N)
+    return bootstrap.mean_rate(labels_N == predicted_N, of_classes, is_fixed=_is_fixed(predicted_N, of_classes))
 
 
 def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterBootstrap) -> Figure:
@@ -138,31 +135,20 @@ def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterB
         ]
         return np.asarray(np.mean(f1_KB, axis=0))
 
-    return bootstrap.figure(macro, _least_groups(labels_N, bootstrap), is_rate=True)
+    is_one_or_zero_K = (of_class_KN == positive_KN).all(axis=1) | ~(of_class_KN & positive_KN).any(axis=1)
+    unseen = bootstrap.unseen(labels_N == predicted_N, list(of_class_KN), is_one_or_zero_K.tolist())
+    of_classes = _of_classes(labels_N)
+    if _is_fixed(predicted_N, of_classes):
+        unseen = 0.0, 0.0
+    return bootstrap.figure(macro, bootstrap.least_groups(of_classes), unseen=unseen)
 
 
 def balanced_difference(
     labels_N: np.ndarray, predicted_N: np.ndarray, other_N: np.ndarray, bootstrap: ClusterBootstrap
 ) -> Figure:
-    """The balanced accuracy of predictions minus that of others, paired by image.
-
-    No resample has an error of a model that makes none. So if one of the two makes none, the interval reaches as far as
-    that model's own (Clopper-Pearson) does.
-    """
-    ours, theirs = _mean_sensitivity(labels_N, predicted_N), _mean_sensitivity(labels_N, other_N)
-    groups = _least_groups(labels_N, bootstrap)
-    difference = bootstrap.figure(lambda weights_BN: ours(weights_BN) - theirs(weights_BN), groups)
-    is_perfect, other_is_perfect = (labels_N == predicted_N).all(), (labels_N == other_N).all()
-    if is_perfect == other_is_perfect:
-        return difference
-    limits = bootstrap.figure(ours if is_perfect else theirs, groups, is_rate=True).ci95
-    if limits is None or difference.value is None:
-        return difference
-    low, high = difference.ci95 or (difference.value, difference.value)
-    less = 1 - limits[0]
-    if is_perfect:
-        return Figure(difference.value, (min(low, difference.value - less), high))
-    return Figure(difference.value, (low, max(high, difference.value + less)))
+    """The balanced accuracy of predictions minus that of others, paired by image."""
+    of_classes, is_fixed = _of_classes(labels_N), _is_fixed(other_N, _of_classes(labels_N))
+    return bootstrap.mean_rate(labels_N == predicted_N, of_classes, labels_N == other_N, is_fixed=is_fixed)
 
 
 def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
@@ -248,16 +234,21 @@ def _calibration(
 def _without_overlap(
     labels_N: np.ndarray,
     predicted_N: np.ndarray,
+    classes: tuple[str, ...],
     groups_N: np.ndarray,
     others: Mapping[str, tuple[str, np.ndarray]],
     new_N: np.ndarray,
 ) -> WithoutOverlap:
     """The figures on the images that are new to the model, with a bootstrap of their groups alone."""
+    missing = tuple(name for c, name in enumerate(classes) if not (labels_N[new_N] == c).any())
     n = int(new_N.sum())
     if n == 0:
         nothing = Figure(None, None)
         return WithoutOverlap(
-            0, nothing, {kind: ReferenceAccuracy(name, nothing) for kind, (name, _) in others.items()}
+            0,
+            nothing,
+            {kind: ReferenceAccuracy(name, nothing) for kind, (name, _) in others.items()},
+            missing=missing,
         )
     labels_N, predicted_N, bootstrap = labels_N[new_N], predicted_N[new_N], ClusterBootstrap(groups_N[new_N])
     return WithoutOverlap(
@@ -272,6 +263,7 @@ def _without_overlap(
             for kind, (name, other_N) in others.items()
         },
         balanced_accuracy=_balanced_accuracy(labels_N, predicted_N, bootstrap),
+        missing=missing,
     )
 
 
@@ -309,7 +301,7 @@ def _reference(
         name=name,
         accuracy=bootstrap.rate(others_N),
         balanced_accuracy=_balanced_accuracy(labels_N, other_N, bootstrap),
-        difference=bootstrap.mean(right_N.astype(float) - others_N),
+        difference=bootstrap.mean_rate(right_N, [bootstrap.everything_N], others_N),
         balanced_difference=balanced_difference(labels_N, predicted_N, other_N, bootstrap),
         mcnemar_p=mcnemar(right_N, others_N)[2],
     )

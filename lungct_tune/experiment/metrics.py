@@ -165,6 +165,8 @@ class WithoutOverlap:
     references: dict[str, ReferenceAccuracy]
     balanced_accuracy: Figure = Figure(None, None)
     """Not defined in bundles of version 0.1."""
+    missing: tuple[str, ...] = ()
+    """The classes that have none of these images; empty in bundles of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,11 @@ class TestMetrics:
     by_likeness: ByLikeness | None = None
     """None where all patients are known or a class has a single image, on other data than the search's, and in bundles
     of version 0.1."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The classes that have none of the images."""
+        return tuple(name for name, of_class in self.per_class.items() if not of_class.n)
 
 
 @dataclass(frozen=True)

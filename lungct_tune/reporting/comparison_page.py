@@ -43,6 +43,8 @@ def print_comparison(judged: Sequence[Judged], compared: Sequence[Comparison], c
             table.add_row(name, *points(difference))
         console.print(table)
         say(sentence(first, other))
+    for text in overlaps(judged):
+        say(text, "bold yellow")
     say(f"\n{LIMITS}", "dim")
 
 
@@ -177,6 +179,7 @@ def _models(judged: Sequence[Judged], compared: Sequence[Comparison]) -> dict[st
     return {
         "first": first.name,
         "compared": [(other, sentence(first, other)) for other in compared],
+        "overlaps": overlaps(judged),
         "columns": list(compared[0].differences),
         "points": points,
         "limits": LIMITS,
@@ -198,11 +201,21 @@ def _time(seconds: float) -> str:
 def sentence(first: Judged, other: Comparison) -> str:
     """Whether a model is shown to be better than the first, and McNemar's test."""
     low, high = other.differences["accuracy"].ci95 or (0.0, 0.0)
-    shown = "more accurate" if low > 0 else "less accurate" if high < 0 else "neither more nor less accurate"
+    shown = "shown to be more" if low > 0 else "shown to be less" if high < 0 else "not shown to be more or less"
     return (
-        f"{other.name} is shown to be {shown} than {first.name}. {other.gained} images are right with it only, "
+        f"{other.name} is {shown} accurate than {first.name}. {other.gained} images are right with it only, "
         f"{other.lost} with {first.name} only: McNemar's exact p = {other.mcnemar_p:.2g}."
     )
+
+
+def overlaps(judged: Sequence[Judged]) -> list[str]:
+    """Which models were trained on groups of the test images, a sentence for each."""
+    seen = [(one.name, one.metrics.n, one.metrics.without_overlap) for one in judged]
+    return [
+        f"{name} was trained on images of the groups of {n - new.n} of the {n} test images: its figures are too high."
+        for name, n, new in seen
+        if new
+    ]
 
 
 def points(f: Figure) -> tuple[str, str]:

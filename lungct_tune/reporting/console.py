@@ -37,7 +37,7 @@ from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import planned_and_taken
 from lungct_tune.experiment.trial import TrialRecord
-from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, in_words, looks_in_words
+from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, in_words, looks_in_words, missing_in_words
 from lungct_tune.training.objective import OBJECTIVE, judged
 
 if TYPE_CHECKING:
@@ -239,7 +239,13 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         print_prose(console, f"cancer against normal: {rates}", hang=2)
     if (clean := test.without_overlap) is not None:
-        print_prose(console, f"accuracy on the {clean.n} images without group overlap: {in_words(clean.accuracy)}")
+        print_prose(
+            console,
+            f"these figures are too high, since the model was trained on some of the groups; on the {clean.n} images "
+            f"without group overlap: accuracy {in_words(clean.accuracy)}, balanced accuracy "
+            f"{in_words(clean.balanced_accuracy)}.{missing_in_words(clean.missing)}",
+            "bold yellow",
+        )
     if (halves := test.by_likeness) is not None:
         least, most = (in_words(half.balanced_accuracy) for half in (halves.least, halves.most))
         print_prose(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lungct_tune.data import ImageSet
 from lungct_tune.experiment.metrics import EvaluationMetrics, TestMetrics, WithoutOverlap
 from lungct_tune.experiment.predictions import Predictions
-from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, figure, place_name
+from lungct_tune.reporting.format import TRAINED_ON_PHANTOMS, figure, missing_in_words, place_name
 from lungct_tune.reporting.html import render
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.reporting.test_section import Network, Pictures, compared_accuracies, test_section
@@ -60,14 +60,15 @@ def external_verdict(metrics: EvaluationMetrics, searched: str) -> list[tuple[st
     )
     figures = f"accuracy {figure(new.accuracy)}, balanced accuracy {figure(new.balanced_accuracy)}"
     if test.without_overlap is None:
-        found = f"On {test.n} images in {test.groups} groups: {figures}."
+        found = f"On {test.n} images in {test.groups} groups: {figures}.{missing_in_words(new.missing)}"
     elif not new.n:
         found = f"The model was trained on images of all {test.groups} groups, or on images that look like them."
     else:
         found = (
-            f"On the {new.n} images of groups that the model was not trained on: {figures}. It was trained on images "
-            f"of the groups of the {test.n - new.n} others, or on images that look like them. On all {test.n} images "
-            f"the accuracy is too high: {figure(test.accuracy)}."
+            f"On the {new.n} images of groups that the model was not trained on: {figures}."
+            f"{missing_in_words(new.missing)} It was trained on images of the groups of the {test.n - new.n} others, "
+            f"or on images that look like them. On all {test.n} images the accuracy is too high: "
+            f"{figure(test.accuracy)}."
         )
     return [("Question", asked), ("Result", found), ("Conclusion", _worth(new))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os.path import abspath, basename
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def looks_in_words(looks: int | None) -> str:
         f"{looks} finished searches on this storage have been evaluated on this test split. The figures of the best of "
         "several are too high: quote those of the first, or evaluate on images that none of them has seen."
     )
+
+
+def missing_in_words(classes: Sequence[str]) -> str:
+    """That classes have none of the images that were spoken of, as a further sentence; "" if there are none."""
+    if not classes:
+        return ""
+    these = "this class" if len(classes) == 1 else "these classes"
+    return f" None of these images is of {' or '.join(classes)}: the figures say nothing about {these}."
 
 
 def endings(found: SearchResults) -> str:

@@ -14,7 +14,7 @@ from lungct_tune.experiment.forecast import as_range, as_time
 from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import parameter_importance
-from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, Outcome, TrialRecord
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent, points
 from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
@@ -57,7 +57,7 @@ def about_the_search(found: SearchResults) -> list[str]:
             "The winner is the published configuration: "
             + ("no other was tried." if found.done == 1 else "no other trial was better.")
         )
-    elif found.baseline is not None:
+    elif found.baseline is not None and found.baseline.outcome is Outcome.COMPLETED:
         gain = last.balanced_accuracy - found.baseline_score
         sentences.append(
             f"{found.judged.capitalize()} the winner is {100 * gain:.1f} points of {OBJECTIVE_NAME} above the "

@@ -9,7 +9,16 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.metrics import MAJORITY, PUBLISHED, Figure, ReferenceAccuracy, TestMetrics, WithoutOverlap
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.trial import BASELINE
-from lungct_tune.reporting.format import SAME_GROUP, endings, figure, interval, looks_in_words, percent, points
+from lungct_tune.reporting.format import (
+    SAME_GROUP,
+    endings,
+    figure,
+    interval,
+    looks_in_words,
+    missing_in_words,
+    percent,
+    points,
+)
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
 
@@ -52,7 +61,7 @@ def _found_out(found: SearchResults) -> str:
         f"The winner, {what}, {how}, is right on {percent(found.test.accuracy.value)} of "
         f"{found.test.n} test images (95 % interval {interval(found.test.accuracy)}). Its balanced accuracy, the mean "
         f"over the classes of the share that is right, is {figure(found.test.balanced_accuracy)}. Always predicting "
-        f"{majority.name} is right on {percent(majority.accuracy.value)}."
+        f"{majority.name} is right on {percent(majority.accuracy.value)}.{missing_in_words(found.test.missing)}"
     )
 
 
@@ -84,7 +93,7 @@ def _worth_of_test(found: SearchResults, test: TestMetrics) -> Iterator[str]:
         accuracy, balanced = figure(new.accuracy), figure(new.balanced_accuracy)
         yield (
             f"{too_high}{overlap}. On the {new.n} others the accuracy is {accuracy} and the balanced accuracy "
-            f"{balanced}; the comparisons are made on these."
+            f"{balanced}; the comparisons are made on these.{missing_in_words(new.missing)}"
         )
     if is_shown and not found.phantoms:
         yield _scope(found)
@@ -150,6 +159,8 @@ def against_the_simple(test: TestMetrics | WithoutOverlap, *, disease: bool) -> 
     rule = f"a rule that sees only {RULES[other.name].title}" if other.name in RULES else "the simple rule"
     name = f"always predicting {other.name}" if kind == MAJORITY else rule
     if is_above_zero(comparison):
+        if set(test.references) <= {MAJORITY, PUBLISHED}:  # no shortcut was tried
+            return f"The model is better than {name}: {difference}."
         return f"The model is better than every simple rule on the same images. The hardest is {name}: {difference}."
     unless = "" if kind == MAJORITY or not disease else "The figures do not show that the model recognises disease. "
     return f"{unless}The model is not shown to be better than {name}: {difference}."

@@ -62,6 +62,33 @@ def test_the_interval_of_an_auroc_holds_the_truth() -> None:
     assert held / SIMULATIONS >= LEAST
 
 
+@pytest.mark.parametrize(("groups", "truths"), [((10, 100), (0.9, 0.9)), ((3, 40, 40, 40), (0.7, 0.9, 0.9, 0.9))])
+def test_a_class_of_few_groups_without_an_error_makes_a_mean_over_classes_no_surer(
+    groups: tuple[int, ...], truths: tuple[float, ...]
+) -> None:
+    """The few groups of a class are often all right by chance, and no resample shows that others would not be."""
+    class_N, held, gains_held = np.repeat(np.arange(len(groups)), groups), 0, 0
+    classes = [class_N == c for c in range(len(groups))]
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng(simulation)
+        right_N, other_N = (rng.random(len(class_N)) < np.array(truths)[class_N] - less for less in (0, 0.3))
+        bootstrap = ClusterBootstrap(np.arange(len(class_N)), seed=simulation)
+        low, high = limits(bootstrap.mean_rate(right_N, classes))
+        held += 0 <= low <= np.mean(truths) <= high <= 1
+        low, high = limits(bootstrap.mean_rate(right_N, classes, other_N))
+        gains_held += low <= 0.3 <= high
+    assert held / SIMULATIONS >= LEAST and gains_held / SIMULATIONS >= LEAST
+
+
+def test_a_rule_that_always_names_one_class_is_certain() -> None:
+    """One that happens to be right on all of a class, and on nothing of the other, is not."""
+    class_N, bootstrap = np.arange(20) % 2, ClusterBootstrap(np.arange(20))
+    classes = [class_N == 0, class_N == 1]
+    assert bootstrap.mean_rate(class_N == 1, classes, is_fixed=True) == Figure(0.5, None)
+    low, high = limits(bootstrap.mean_rate(class_N == 1, classes))
+    assert (low, high) == pytest.approx((0.025 ** (1 / 10) / 2, 1 - 0.025 ** (1 / 10) / 2))
+
+
 def test_a_difference_is_paired() -> None:
     """Two models that fail on the same images differ by less than their accuracies' intervals would let one think."""
     rng = np.random.default_rng(0)

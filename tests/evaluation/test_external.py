@@ -125,8 +125,11 @@ def test_images_that_it_has_learned_from_are_told(
         flipped = ImageOps.mirror(image.convert("L"))
     flipped.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
-    assert "trained on 1 of these files, and on images that look like 1 more" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained on 1 of these files, and on images that look like 1 more" in said
     metrics, _ = judged(tmp_path / "out")
+    balanced = metrics["test"]["leak_free"]["balanced_accuracy"]["value"]
+    assert "on the 40 images without group overlap: accuracy" in said and f"balanced accuracy {balanced:.3f}" in said
     page = (tmp_path / "out" / "report.html").read_text()
     accuracy = f"{100 * metrics['test']['leak_free']['accuracy']['value']:.1f}"
     assert f"On the 40 images of groups that the model was not trained on: accuracy {accuracy}" in page

@@ -175,6 +175,7 @@ def test_images_without_group_overlap_are_judged_apart() -> None:
     assert figures.without_overlap.n == 2 and figures.without_overlap.accuracy.value == 0.5
     assert figures.without_overlap.balanced_accuracy.value == 0.5
     assert figures.without_overlap.references["majority class"].balanced_difference.value == 0
+    assert figures.without_overlap.missing == CLASSES[:2] and figures.missing == ()
     apart = evaluate_predictions(labels, one_hot([0, 1, 2, 0]), CLASSES, np.arange(4), overlap_N=overlap & False)
     assert apart.without_overlap is None
 

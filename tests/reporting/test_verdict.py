@@ -11,7 +11,9 @@ from recorded_search import finished_search, with_test
 
 from lungct_tune.experiment.metrics import Figure, ReferenceAccuracy, WithoutOverlap
 from lungct_tune.experiment.results import SearchResults, read_results
+from lungct_tune.experiment.trial import Outcome
 from lungct_tune.reporting.model_card import model_card
+from lungct_tune.reporting.search_section import about_the_search
 from lungct_tune.reporting.verdict import verdict
 
 
@@ -101,6 +103,44 @@ def test_with_group_overlap_the_verdict_is_of_the_images_without(gained: SearchR
     nothing = WithoutOverlap(0, Figure(None, None), others())
     all_seen = replace(with_test(gained, without_overlap=nothing), split=gained.split.assign(group=0))
     assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 16 of the 16 ")
+
+
+def test_one_rule_is_not_every_rule(gained: SearchResults) -> None:
+    """As in an evaluation on images from elsewhere, where no shortcut is tried."""
+    always = {"majority class": others()["majority class"]}
+    told = conclusion(gained, references=always)
+    assert told.startswith("The model is better than always predicting majority: +40.0 points") and "every" not in told
+
+
+def test_a_class_without_images_is_named(gained: SearchResults) -> None:
+    """The balanced accuracy is then the mean of the other classes."""
+    assert gained.test is not None
+    first, *rest = gained.test.per_class
+    emptied = gained.test.per_class | {first: replace(gained.test.per_class[first], n=0)}
+    said = f"None of these images is of {first}: the figures say nothing about this class."
+    assert said in verdict(with_test(gained, per_class=emptied))[1] and said not in verdict(gained)[1]
+    clean = WithoutOverlap(9, Figure(0.7, None), others(), Figure(0.6, None), missing=tuple(rest[:2]))
+    seen = replace(with_test(gained, without_overlap=clean), split=gained.split.assign(group=gained.split["label"]))
+    assert f"None of these images is of {rest[0]} or {rest[1]}: the figures say nothing about these" in verdict(seen)[2]
+
+
+def test_a_model_card_has_both_accuracies_without_group_overlap(gained: SearchResults) -> None:
+    clean = WithoutOverlap(9, Figure(0.7, None), {}, Figure(0.6, None))
+    card = model_card("one", with_test(gained, without_overlap=clean)).decode()
+    assert "| accuracy on the 9 images without group overlap | 70.0" in card
+    assert "| balanced accuracy on these | 60.0" in card
+
+
+def test_a_published_configuration_that_did_not_run_to_its_end_has_no_figure_to_compare_with(
+    gained: SearchResults,
+) -> None:
+    """After its first epochs any winner is far above it."""
+    gain = "above the published configuration"
+    assert any(gain in said for said in about_the_search(gained))
+    first, *rest = gained.trials
+    for outcome in (Outcome.RUNNING, Outcome.DIVERGED):
+        cut = replace(gained, trials=[replace(first, outcome=outcome, history=first.history[:1]), *rest])
+        assert not any(gain in said for said in about_the_search(cut)), outcome
 
 
 def test_a_bundle_without_paired_differences_says_so(gained: SearchResults) -> None:
