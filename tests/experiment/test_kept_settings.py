@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from optuna.trial import create_trial
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
@@ -83,6 +84,15 @@ def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
     asked = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent), study=study_url)
     plan = plan_search(asked, {"resume", "storage", "study"})
     assert plan.study_url == study_url and f"--study {study_url}" in plan.resume_command
+
+
+def test_a_search_that_is_ended_early_has_no_more_trials_than_it_asked_for(begun: Plan) -> None:
+    """Found: "2 of 1 trials have ended", after --resume with fewer trials than had ended."""
+    with begun.opened_study(new=False) as study:
+        for _ in range(2):
+            study.add_trial(create_trial(value=0.5, user_attrs={"configuration": {}, "outcome": "completed"}))
+    found = read_results(begun.experiment)
+    assert (found.done, found.settings["trials"]) == (2, 2)
 
 
 def test_the_study_of_a_start_that_failed_is_named(begun: Plan) -> None:
