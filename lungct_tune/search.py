@@ -160,7 +160,7 @@ def start_search(
     From here on `--resume` can continue it. All images are shared now, so that images that do not fit are refused now.
 
     Raises:
-        PlanError, StorageError: see `Plan.locked`; or a node cannot use the storage, or the images do not fit.
+        PlanError, StorageError: see `Plan`; or a node cannot use the storage, or the images do not fit.
         StudyError, TrackingError: the study or the tracking server cannot be used.
     """
     from lungct_tune.experiment import bundle
@@ -177,6 +177,7 @@ def start_search(
         tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
         held.enter_context(plan.locked(partial(print_prose, display.console)))
         study = held.enter_context(plan.opened_study(new=is_new))
+        plan.check_weights(study)
         outlook.keep(study, new=is_new)
         plan.save(split)
         experiment.write(bundle.AUDIT, bundle.as_json(audit))

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lungct_tune.config.yaml_file import read_yaml
 from lungct_tune.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 PRICES = Path("clusters", "prices.yaml")
+
+MAX_WORKERS = 2
+"""The most workers of a cluster whose file does not say so (Ray's default for all clouds)."""
 
 Amount = Annotated[float, Field(ge=0, lt=100_000, allow_inf_nan=False, strict=True)]
 
@@ -35,6 +38,12 @@ class NodePrice(BaseModel):
     gpus: Annotated[int, Field(ge=0, le=64, strict=True)] = 0
     looked_up: Annotated[str, Field(min_length=1, max_length=100)]
     """When and where."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.gpu is None) != (self.gpus == 0):
+            raise ValueError("gpu and gpus are the name of its GPU and how many it has; give both, or neither")
+        return self
 
 
 class Prices(BaseModel):
@@ -77,8 +86,21 @@ class PricedCluster:
     def hourly(self, prices: Prices, workers: int) -> tuple[float, float]:
         """The least and the most that an hour of the head and of so many workers costs."""
         head = prices.node_types[self.head.instance].on_demand
-        of_worker = [_price(prices.node_types[kind.instance], kind.is_spot) for kind in self.workers] or [0.0]
-        return head + workers * min(of_worker), head + workers * max(of_worker)
+        kinds = sorted((_price(prices.node_types[kind.instance], kind.is_spot), kind.most) for kind in self.workers)
+        return head + _price_of(workers, kinds), head + _price_of(workers, kinds[::-1])
+
+
+def _price_of(workers: int, kinds: Sequence[tuple[float, int]]) -> float:
+    """The price of so many workers of these types, as many of the first as there may be, then of the next.
+
+    Args:
+        kinds: the price of each type, and the most nodes of it.
+    """
+    total = 0.0
+    for price, most in kinds:
+        total += price * min(workers, most)
+        workers -= min(workers, most)
+    return total
 
 
 def _price(price: NodePrice, is_spot: bool) -> float:
@@ -109,7 +131,10 @@ def _explain(file: Path, problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     found = "" if problem["type"] == "missing" else f", found {problem['input']!r:.100}"
     known = f"; a node type has {', '.join(NodePrice.model_fields)}" if problem["type"] == "extra_forbidden" else ""
-    return f"{file}: {key + ': ' if key else ''}{problem['msg'].lower()}{found}{known}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        reason = f"expected {'KEY: VALUE' if key else 'the keys currency and node_types'}"
+    return f"{file}: {key + ': ' if key else ''}{reason[0].lower()}{reason[1:]}{found}{known}"
 
 
 def priced_cluster(file: Path) -> PricedCluster | None:
@@ -123,13 +148,24 @@ def priced_cluster(file: Path) -> PricedCluster | None:
         types = config["available_node_types"]
         head = config["head_node_type"]
         of_workers = [kind for name, kind in types.items() if kind.get("max_workers", name != head)]
-        most = config.get("max_workers", 0)
-        workers = tuple(_node_type(kind, kind.get("max_workers", most)) for kind in of_workers)
-        return PricedCluster(
-            str(file), _node_type(types[head], 1), workers, most, float(config.get("idle_timeout_minutes", 5))
-        )
+        most = _count(config.get("max_workers", MAX_WORKERS))
+        workers = tuple(_node_type(kind, _count(kind.get("max_workers", most))) for kind in of_workers)
+        most_workers = min(most, sum(kind.most for kind in workers))
+        idle_minutes = float(config.get("idle_timeout_minutes", 5))
+        return PricedCluster(str(file), _node_type(types[head], 1), workers, most_workers, idle_minutes)
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _count(value: Any) -> int:
+    """A number of nodes.
+
+    Raises:
+        TypeError: it is none; Ray refuses such a file too.
+    """
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is no number of nodes")
+    return value
 
 
 def _node_type(kind: Mapping[str, Any], most: int) -> NodeType:

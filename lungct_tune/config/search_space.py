@@ -170,7 +170,7 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
     return FloatDistribution(low, high, log=log)
 
 
-def _number(path: str, key: str, value: Any) -> int | float:
+def _number(path: str, key: str, value: Any, where: str = "") -> int | float:
     low, high = LIMITS[key]
     integer = isinstance(getattr(PUBLISHED, key), int)
     # YAML 1.1 reads 1e-5 as text, but the user means a number
@@ -180,7 +180,9 @@ def _number(path: str, key: str, value: Any) -> int | float:
         number = float("nan")
     if not low <= number <= high or (integer and number != int(number)):
         kind = "a whole number" if integer else "a number"
-        raise SpaceError(f"{path}: {key}: {shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}")
+        raise SpaceError(
+            f"{path}: {where}{key}: {shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}"
+        )
     return int(number) if integer else number
 
 
@@ -189,7 +191,7 @@ def _fixed_trial(path: str, where: str, trial: Any) -> Hyperparameters:
         raise SpaceError(f"{path}: {where}: expected parameters and values, found {shown(trial)}")
     for key in trial:
         _known(path, key, f"{where}: ")
-    values = {key: _number(path, key, value) for key, value in trial.items()}
+    values = {key: _number(path, key, value, f"{where}: ") for key, value in trial.items()}
     return Hyperparameters(**(PUBLISHED.as_dict() | values))
 
 

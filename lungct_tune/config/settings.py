@@ -66,6 +66,8 @@ def pairs(value: Any) -> Any:
 
 def _place(value: Any) -> Any:
     """Returns what a user calls a place as a path, but a URI of other than local files as it is."""
+    if not isinstance(value, str | Path | None):
+        raise ValueError("expected the path of a file or folder")
     return local_path(value) or value if isinstance(value, str) else value
 
 
@@ -199,7 +201,9 @@ class Settings(BaseModel):
     @field_validator("storage")
     @classmethod
     def _a_place(cls, storage: str) -> str:
-        if "://" in storage and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://.", storage):
+        scheme = r"[A-Za-z][A-Za-z0-9+.-]"
+        one_slash = re.match(rf"{scheme}+:/[^/]", storage)  # would be a folder called "s3:"
+        if one_slash or ("://" in storage and not re.match(rf"{scheme}*://.", storage)):
             raise ValueError("expected a folder, or a URI such as s3://BUCKET/FOLDER")
         return storage
 
@@ -324,6 +328,8 @@ def _explain(problem: Any) -> str:
         reason = f"expected {limits['expected'].replace(chr(39), '')}{suggestion(str(value), _choices(field))}"
     elif kind in _REASONS:
         reason = _REASONS[kind].format(**limits)
+        if field in ("resume", "judge") and kind == "string_pattern_mismatch":
+            reason = "expected the name of a search; the folder or bucket that it is in goes to --storage"
     return f"{field} = {shown(value)}: {reason}" if field else reason
 
 
@@ -335,7 +341,6 @@ _REASONS = {
     "finite_number": "expected a finite number",
     "string_type": "expected text; in YAML, put it into quotes",
     "string_pattern_mismatch": "only letters, digits, dots, hyphens and underscores, the first a letter or digit",
-    "path_type": "expected the path of a file or folder",
     "dict_type": "expected a mapping of folders to classes",
 } | dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "expected a whole number")
 _REASONS |= dict.fromkeys(("float_type", "float_parsing"), "expected a number")
@@ -358,4 +363,4 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if len(fields) < len(values):
         twice = ", ".join(key for key in values if "-" in key and key.replace("-", "_") in values)
         raise SettingsError(f"settings file {path}: {twice} is there twice, with - and with _; remove one of the two")
-    return fields
+    return {key: value for key, value in fields.items() if value is not None}  # `trials:` leaves it out

@@ -30,6 +30,9 @@ TIMES_PLAYED = 100
 
 MOST_TRIALS_PLAYED, FEWEST_TIMES = 20_000, 8
 
+MOST_OF_ROUND = 10_000
+"""The most trials that are played in one round. Those after them count as their mean."""
+
 PERCENTILES = (8, 92)
 """The ends of the range."""
 
@@ -236,11 +239,16 @@ class Forecast:
         busy += [begin] * max(0, work.slots - len(busy))
         heapq.heapify(busy)
         end = max(busy) if progress.running else begin
-        for number in range(progress.ended + len(progress.running), work.trials):
+        first, all_s = progress.ended + len(progress.running), 0.0
+        played = max(0, min(work.trials - first, MOST_OF_ROUND))
+        for number in range(first, first + played):
             last = self._last_epoch(number, 0, random, reached)
             completed += last == work.epochs and number != BASELINE
             seconds = TRIAL_S + self.pace.build_s + last * random.slot_s(number)
             end = max(end, heapq.heapreplace(busy, busy[0] + seconds) + seconds)
+            all_s += seconds
+        if (others := work.trials - first - played) > 0:
+            end += others * all_s / played / work.slots
         return end, completed
 
     def _last_epoch(self, number: int, epoch: int, random: _Draws, reached: dict[int, int]) -> int:
@@ -277,7 +285,7 @@ class _Draws:
         self._forecast, work = forecast, forecast.work
         random = np.random.default_rng((12, round_))
         self.error = np.random.default_rng((13, round_)).standard_normal()
-        table = random.random((work.trials + 2, 2 + len(work.rungs))).tolist()
+        table = random.random((min(work.trials, MOST_OF_ROUND) + 2, 2 + len(work.rungs))).tolist()
         (ties, share), (self.luck, chosen) = (row[:2] for row in table[:2])
         self.ties, self.share_wrong = MOST_TIES * ties, WRONG[0] + share * (WRONG[1] - WRONG[0])
         self._table: list[list[float]] = table[2:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -40,6 +41,10 @@ CHANGEABLE = OF_ONE_RUN | {
     *("checkpoint_interval", "compare_baseline", "seeds"),
 }
 """The settings that may change when a search is resumed. A change of any other would make it another search."""
+
+
+WEIGHTS = "weights_sha256"
+"""The user attribute of the study with the sha256 of the file of weights. Earlier versions kept none."""
 
 
 class PlanError(UserError):
@@ -138,7 +143,7 @@ class Plan:
             if not self.experiment.is_local:
                 held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))
             storage = held.enter_context(opened_journal(file)) if is_journal else sqlite_storage(file)
-            yield open_study(storage, *how, new=new)
+            yield open_study(storage, *how, new=new, file=file)
 
     def load_and_split(self) -> DataSplit:
         """Finds, decodes (once), groups and splits the images.
@@ -179,6 +184,24 @@ class Plan:
 
         source = self.settings.weights or ""
         return None if source == "none" else read_covering(source, self.space.deepest)
+
+    def check_weights(self, study: optuna.Study) -> None:
+        """Checks that a file of weights is the one that the search started with. The study keeps its sha256.
+
+        Raises:
+            PlanError: it is another one.
+        """
+        source = self.settings.weights or "none"
+        if source in ("imagenet", "none"):
+            return
+        with Path(source).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if study.user_attrs.get(WEIGHTS, digest) != digest:
+            raise PlanError(
+                f"the weights in {source} are not those that {self.experiment.name} started with; restore them, or "
+                "start a new search"
+            )
+        study.set_user_attr(WEIGHTS, digest)
 
     def save(self, split: DataSplit) -> None:
         """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started."""
@@ -225,11 +248,19 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
     # images may have moved: the fingerprint says whether they are those of the search
     plan = read_plan(experiment, given, **{field: getattr(asked, field) for field in given & {"data", "table"}})
     begun = plan.settings
-    if other := sorted(field for field in given - CHANGEABLE if getattr(asked, field) != getattr(begun, field)):
+    if "space" in given and asked.space and parse_space(read_space(asked.space), str(asked.space)) != plan.space:
+        raise SettingsError(
+            f"a resumed search cannot change space; it began with {experiment.uri}/space.yaml, and {asked.space} is "
+            "another one"
+        )
+    # a copy of the space, or of a file of weights (see `check_weights`), may be anywhere
+    moved: set[str] = set() if {asked.weights, begun.weights} & {None, "imagenet", "none"} else {"weights"}
+    fixed = given - CHANGEABLE - moved - {"space"}
+    if other := sorted(field for field in fixed if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
     _check_may_run(experiment, is_new=False)
-    changed = {field: getattr(asked, field) for field in given & CHANGEABLE}
+    changed = {field: getattr(asked, field) for field in given & (CHANGEABLE | moved)}
     return replace(plan, settings=validate(begun.model_dump() | {"storage": asked.storage} | changed))
 
 

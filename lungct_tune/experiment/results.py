@@ -261,11 +261,13 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     assert kept is not None  # the caller has read it
     space, split, audit = (experiment.read(name) for name in ("space.yaml", SPLIT, AUDIT))
     check_trials(study)
+    trials = read_trials(study)
+    ended = sum(trial.is_finished for trial in trials)  # more than asked for, if `--resume` got a lower --trials
     return SearchResults(
-        settings=kept,
+        settings=kept | {"trials": max(kept["trials"], ended)},
         space=parse_space((space or b"").decode(errors="replace"), f"{experiment.uri}/space.yaml"),
         study=check_form(study.user_attrs, _StudyAttributes, "the study").model_dump(),
-        trials=read_trials(study),
+        trials=trials,
         split=_read_split(split or b""),
         audit=read_audit(audit) if audit else None,
         bundle=bundle,

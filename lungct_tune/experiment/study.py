@@ -80,7 +80,9 @@ def rungs(epochs: int) -> tuple[int, ...]:
     return tuple(rung for rung in (first, first * REDUCTION) if rung * 3 <= epochs * 2)
 
 
-def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs: int, *, new: bool) -> optuna.Study:
+def open_study(
+    storage: str | BaseStorage, name: str, space: SearchSpace, epochs: int, *, new: bool, file: Path | None = None
+) -> optuna.Study:
     """Creates a study with the fixed trials enqueued, or opens the study of a resumed search.
 
     The study's pruner is asynchronous successive halving (Li et al., MLSys 2020), which is asked at the `rungs`. It is
@@ -88,6 +90,7 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
 
     Args:
         storage: an URL for Optuna, or an open storage.
+        file: that of an open storage, for messages.
 
     Raises:
         StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
@@ -95,7 +98,7 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
     from sqlalchemy.engine import make_url
 
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(epochs)[0], reduction_factor=REDUCTION)
-    where = repr(name)
+    where = f"{name!r} in {file}" if file else repr(name)
     refusals: tuple[type[Exception], ...] = (*study_errors(), ImportError, ValueError)
     try:
         if isinstance(storage, str):
@@ -108,7 +111,10 @@ def open_study(storage: str | BaseStorage, name: str, space: SearchSpace, epochs
             return study
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
     except optuna.exceptions.DuplicatedStudyError as error:
-        raise StudyError(f"there is a study {where} already; choose another --name") from error
+        raise StudyError(
+            f"there is a study {where} already, though no search of that name is in the --storage: its start may have "
+            "failed. Choose another --name, or delete that study if nobody needs it"
+        ) from error
     except KeyError as error:
         raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
     except refusals as error:

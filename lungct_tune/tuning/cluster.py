@@ -52,10 +52,11 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
         ClusterError: there is no cluster at `address`, or Tune cannot use it from here.
     """
     at = address or os.environ.get("RAY_ADDRESS", "")
-    if at.startswith("ray://"):
+    if at.startswith(("ray://", "http://", "https://")):
+        what = "Ray's client" if at.startswith("ray://") else "the server of `ray job`"
         raise ClusterError(
-            f"{'--address' if address else 'RAY_ADDRESS'} {at}: Ray Tune does not run through Ray's client; give the "
-            "head's HOST:PORT (6379) on a node of the cluster, or send the command there with `ray job submit`"
+            f"{'--address' if address else 'RAY_ADDRESS'} {at}: Ray Tune does not run through {what}; give the head's "
+            "HOST:PORT (6379) on a node of the cluster, or send the command there with `ray job submit`"
         )
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # run_search has its own, for all signals
     # Trials use absolute paths; a change of the working folder would break the user's relative ones

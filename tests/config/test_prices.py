@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from lungct_tune.config.prices import PricesError, priced_cluster, read_prices, without_price
+from lungct_tune.config.prices import PricedCluster, PricesError, priced_cluster, read_prices, without_price
 
 REPOSITORY = Path(__file__).parents[2]
 LINE = "{on_demand: 1.0, spot: 0.4, gpu: L4, gpus: 1, looked_up: today}"
@@ -47,6 +48,36 @@ def test_an_hour_costs_the_head_and_the_workers_on_spot_or_on_demand(prices: Pat
     assert cluster.hourly(found[1], 3) == pytest.approx((1 + 3 * 0.4, 1 + 3 * 1.0))
 
 
+def _cluster(tmp_path: Path, limits: str, *of_types: str) -> PricedCluster | None:
+    """The cluster of cluster.yaml with other limits: of all workers, of on-demand and of spot ones."""
+    config = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    del config["max_workers"]
+    for kind, limit in zip(("gpu-on-demand", "gpu-spot"), of_types, strict=False):
+        config["available_node_types"][kind] |= yaml.safe_load(limit)
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(config | yaml.safe_load(limits)))
+    return priced_cluster(tmp_path / "cluster.yaml")
+
+
+def test_no_more_workers_are_paid_for_than_ray_would_start(prices: Path, tmp_path: Path) -> None:
+    """Found: a file without max_workers had none, and the limit of a type did not count."""
+    types = dict.fromkeys(("g6.xlarge", "m7i.xlarge"), LINE)
+    prices.write_text("currency: dollars\nnode_types:\n" + "".join(f"  {k}: {v}\n" for k, v in types.items()))
+    found, by_default, limited = (
+        read_prices(),
+        _cluster(tmp_path, "{}"),
+        _cluster(tmp_path, "{max_workers: 9}", "{max_workers: 1}", "{max_workers: 2}"),
+    )
+    assert found is not None and by_default is not None and limited is not None
+    assert by_default.most_workers == 2 and limited.most_workers == 3
+    assert limited.hourly(found[1], 3) == pytest.approx((1 + 2 * 0.4 + 1.0,) * 2)
+    assert limited.hourly(found[1], 2) == pytest.approx((1 + 2 * 0.4, 1 + 0.4 + 1.0))
+
+
+@pytest.mark.parametrize("limits", ["{max_workers: '4'}", "{max_workers: -1}", "{max_workers: 2.5}"])
+def test_a_cluster_file_that_ray_refuses_has_no_price(tmp_path: Path, limits: str) -> None:
+    assert _cluster(tmp_path, limits) is None
+
+
 def test_a_type_without_a_price_is_named(prices: Path) -> None:
     prices.write_text(f"currency: dollars\nnode_types: {{m7i.xlarge: {LINE}}}\n")
     found, cluster = read_prices(), priced_cluster(REPOSITORY / "cluster.yaml")
@@ -63,7 +94,10 @@ def test_a_type_without_a_price_is_named(prices: Path) -> None:
         ("currency: dollars\nnode_types: {a: {on_demand: .nan, looked_up: x}}", "node_types.a.on_demand"),
         ("currency: dollars\nnode_types: {a: {on_demand: 1}}", "node_types.a.looked_up"),
         ("currency: dollars\nnode_types: {a: {on_demand: 1, looked_up: x, per_day: 2}}", "node_types.a.per_day"),
-        ("currency: dollars\nnode_types: {a: 1.5}", "node_types.a"),
+        ("currency: dollars\nnode_types: {a: 1.5}", "node_types.a: expected KEY: VALUE, found 1.5"),
+        ("currency: dollars\nnode_types: {a: {on_demand: 1, gpu: L4, looked_up: x}}", "node_types.a: gpu and gpus"),
+        ("currency: dollars\nnode_types: {a: {on_demand: 1, gpus: 1, looked_up: x}}", "give both, or neither"),
+        ("", "expected the keys currency and node_types"),
         ("currency: dollars\ncurrency: euros\nnode_types: {}", "currency"),
         ("currency: dollars\nnode_types: {a: &x {on_demand: 1, looked_up: x}, b: *x}", "aliases"),
         ("- 1", "prices.yaml"),

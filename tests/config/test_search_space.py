@@ -77,6 +77,10 @@ def test_ranges_choices_and_constants() -> None:
         ("dropout: 0.3", "varies no parameter"),
         ("dropout: {low: 0, high: 0.5}\nfixed_trials: 3", "fixed_trials: expected a list"),
         ("dropout: {low: 0, high: 0.5}\nfixed_trials: [{deep: 3}]", "fixed_trials[0]: deep: no such parameter"),
+        (
+            "dropout: {low: 0, high: 0.5}\nfixed_trials: [{}, {dropout: 2}]",
+            "fixed_trials[1]: dropout: 2 is not allowed",
+        ),
     ],
 )
 def test_a_malformed_space_is_refused_with_file_key_and_reason(text: str, says: str) -> None:

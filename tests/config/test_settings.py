@@ -62,6 +62,7 @@ def test_class_map_from_the_command_line() -> None:
         (["--class-map", "benign"], ["class_map", "'benign'", "FOLDER=CLASS"]),
         (["--data", "no/such/folder"], ["no/such/folder", "not a folder"]),
         (["--name", "a/b"], ["name", "'a/b'"]),
+        (["--resume", "results/lung"], ["resume = 'results/lung'", "the name of a search", "--storage"]),
         (["--settings", "no.yaml"], ["no.yaml", "cannot be read"]),
     ],
 )
@@ -177,6 +178,10 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
         ("checkpoint_interval: .nan", "checkpoint_interval = nan"),
         ("study: ''", "study = '': it is empty"),
         ("storage: '://'", "storage = '://': expected a folder"),
+        ("storage: s3:/bucket/x", "storage = 's3:/bucket/x': expected a folder, or a URI"),
+        ("data: 5", "data = 5: expected the path of a file or folder"),
+        ("data: [a]", "data = ['a']: expected the path"),
+        ("space: {a: b}", "space = {'a': 'b'}: expected the path"),
         ("trials: 3\ntrials: 4", "the key 'trials' is there twice"),
         ("name: 2024", "in YAML, put it into quotes"),
         ('data: "a\\0b"', "not UTF-8"),
@@ -187,7 +192,14 @@ def test_a_file_that_says_something_else_than_it_seems_is_refused(tmp_path: Path
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(SettingsError) as refusal:
         read_settings(["--settings", str(tmp_path / "x.yaml")])
-    assert says in str(refusal.value)
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_key_without_a_value_is_left_out(tmp_path: Path) -> None:
+    """Found: a search that was resumed with such a file had no number of trials."""
+    (tmp_path / "x.yaml").write_text("trials:\nworkers: null\nseed: 3\n")
+    settings, given = read_settings(["--settings", str(tmp_path / "x.yaml"), "--resume", "one"])
+    assert settings.workers == 1 and given == {"seed", "resume"}
 
 
 def test_folders_may_be_named_as_yaml_names_numbers(tmp_path: Path) -> None:

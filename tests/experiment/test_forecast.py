@@ -135,6 +135,16 @@ def test_an_epoch_is_its_steps_its_norms_and_its_validation() -> None:
     assert it.epoch_s(Hyperparameters(truncation_depth=10)) == pytest.approx(4 * 0.1 + 64 * 0.002 + 10 * 0.002)
 
 
+def test_of_very_many_trials_the_first_are_played_and_stand_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: a million trials took minutes and gigabytes."""
+    work = Workload(2_000, 9, (3,), 4, 64, 16, 80, 0, 16)
+    all_played = forecast(work).total()
+    monkeypatch.setattr("lungct_tune.experiment.forecast.MOST_OF_ROUND", 500)
+    it = forecast(work)
+    assert it.total() == pytest.approx(all_played, rel=0.1)
+    assert all(len(draws._table) == 500 for draws in it._draws.values())
+
+
 def test_an_ensemble_takes_a_training_for_each_fold() -> None:
     work = Workload(8, 5, (2,), 1, train_images=64, valid_images=16, searched_images=80, test_images=20, batch_size=16)
     plain, ensemble = forecast(replace(work, folds=5)), forecast(replace(work, folds=5, ensemble=True))

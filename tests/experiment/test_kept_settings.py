@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from optuna.trial import create_trial
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
@@ -16,7 +17,7 @@ from lungct_tune.data import DataError, make_phantoms
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan, PlanError, plan_search, read_plan
 from lungct_tune.experiment.results import read_results
-from lungct_tune.experiment.study import open_study
+from lungct_tune.experiment.study import StudyError, open_study
 from lungct_tune.reporting.test_section import find_pictures
 
 if TYPE_CHECKING:
@@ -85,6 +86,22 @@ def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
     assert plan.study_url == study_url and f"--study {study_url}" in plan.resume_command
 
 
+def test_a_search_that_is_ended_early_has_no_more_trials_than_it_asked_for(begun: Plan) -> None:
+    """Found: "2 of 1 trials have ended", after --resume with fewer trials than had ended."""
+    with begun.opened_study(new=False) as study:
+        for _ in range(2):
+            study.add_trial(create_trial(value=0.5, user_attrs={"configuration": {}, "outcome": "completed"}))
+    found = read_results(begun.experiment)
+    assert (found.done, found.settings["trials"]) == (2, 2)
+
+
+def test_the_study_of_a_start_that_failed_is_named(begun: Plan) -> None:
+    """The storage was full, so that there is a study and no search."""
+    Path(begun.experiment.uri, "settings.yaml").unlink()
+    with pytest.raises(StudyError, match=r"'begun' in .*begun/study\.journal already.*delete that study"):
+        begun.opened_study(new=True).__enter__()
+
+
 def test_what_belongs_to_one_run_is_not_taken_from_the_storage(begun: Plan) -> None:
     """A tracking server gets a password, and a cluster a token."""
     overwrite(begun, track="mlflow:http://elsewhere", address="elsewhere:6379", plan=True)
@@ -110,6 +127,36 @@ def test_paths_that_are_given_again_are_used_and_are_in_the_command_that_resumes
     assert plan.settings.data == phantoms and f"--data {phantoms}" in plan.resume_command
     local = Settings(resume="begun", storage=str(Path(begun.experiment.uri).parent))
     assert "--data" not in plan_search(local, {"resume", "storage"}).resume_command
+
+
+def test_a_resumed_search_keeps_its_space_wherever_a_copy_of_it_is(begun: Plan, tmp_path: Path) -> None:
+    """Found: a file that had changed since was taken for the same by its path, and a copy for another one."""
+    folder, copy = str(Path(begun.experiment.uri).parent), tmp_path / "copy.yaml"
+    asked = Settings(resume="begun", storage=folder, space=copy)
+    copy.write_text(f"# mine\n{begun.space_text}")
+    assert plan_search(asked, {"resume", "storage", "space"}).space == begun.space
+    copy.write_text("dropout: {low: 0, high: 0.1}")
+    overwrite(begun, space=str(copy))
+    with pytest.raises(SettingsError, match=r"cannot change space; it began with .*begun/space\.yaml"):
+        plan_search(asked, {"resume", "storage", "space"})
+
+
+def test_weights_that_have_moved_are_used_and_others_are_refused(begun: Plan, tmp_path: Path) -> None:
+    """Found: on another machine they had to be under the same path, and under that path any others would do."""
+    storage, weights = str(Path(begun.experiment.uri).parent), tmp_path / "resnet.pth"
+    weights.write_bytes(b"these")
+    overwrite(begun, weights="/where/they/were.pth")
+    plan = plan_search(
+        Settings(resume="begun", storage=storage, weights=str(weights)), {"resume", "storage", "weights"}
+    )
+    with plan.opened_study(new=False) as study:
+        plan.check_weights(study)
+        plan.check_weights(study)
+        weights.write_bytes(b"those")
+        with pytest.raises(PlanError, match=r"resnet\.pth are not those that begun started with"):
+            plan.check_weights(study)
+    with pytest.raises(SettingsError, match="cannot change weights"):
+        plan_search(Settings(resume="begun", storage=storage, weights="none"), {"resume", "storage", "weights"})
 
 
 def test_images_that_have_moved_are_given_again_and_are_those_of_the_search(

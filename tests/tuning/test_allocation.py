@@ -27,7 +27,11 @@ GPU_NODES = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
 
 @pytest.mark.parametrize(
     ("address", "says"),
-    [("127.0.0.1:9", "at 127.0.0.1:9 cannot be joined"), ("ray://head:10001", "does not run through Ray's client")],
+    [
+        ("127.0.0.1:9", "at 127.0.0.1:9 cannot be joined"),
+        ("ray://head:10001", "does not run through Ray's client"),
+        ("http://127.0.0.1:8265", "does not run through the server of `ray job`; give the head's HOST:PORT"),
+    ],
 )
 def test_a_cluster_that_cannot_be_joined_is_named(address: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=says):

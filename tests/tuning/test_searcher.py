@@ -142,7 +142,7 @@ def test_a_study_is_neither_taken_over_nor_begun_twice(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="there is no study 'one' in sqlite"):
         open_study(url, "one", space, EPOCHS, new=False)
     open_study(url, "one", space, EPOCHS, new=True)
-    with pytest.raises(StudyError, match="already; choose another --name"):
+    with pytest.raises(StudyError, match=r"already, though .* Choose another --name"):
         open_study(url, "one", space, EPOCHS, new=True)
     with pytest.raises(StudyError, match="cannot be opened"):
         open_study("redis://127.0.0.1:9", "one", space, EPOCHS, new=True)
