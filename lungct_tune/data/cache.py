@@ -129,7 +129,8 @@ def is_passing(error: Exception) -> bool:
 def reason_of(error: Exception, path: str) -> str:
     """Why a file could not be read: without its path, which may be that of a copy, and without "[Errno 2]"."""
     said = (isinstance(error, OSError) and error.strerror) or str(error)
-    return said.replace(path, "the file") or type(error).__name__
+    # a name without a folder may be a word of the message
+    return said.replace(path if "/" in path else repr(path), "the file") or type(error).__name__
 
 
 def _read_entry(pixels: Path, findings: Path) -> Reading | None:
