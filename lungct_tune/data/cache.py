@@ -126,6 +126,13 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
+def reason_of(error: Exception, path: str) -> str:
+    """Why a file could not be read: without its path, which may be that of a copy, and without "[Errno 2]"."""
+    said = (isinstance(error, OSError) and error.strerror) or str(error)
+    # a name without a folder may be a word of the message
+    return said.replace(path if "/" in path else repr(path), "the file") or type(error).__name__
+
+
 def _read_entry(pixels: Path, findings: Path) -> Reading | None:
     """What the entry's second file says; None if there is no entry, or it is damaged."""
     try:
@@ -192,7 +199,7 @@ def _decode_into(
             if digests[i] and is_passing(error):  # a file without a digest has another key once it can be read
                 passing.append(i)
             if digests[i] or isinstance(error, (OSError, MemoryError)):
-                return str(error).replace(str(paths[i]), "the file") or type(error).__name__
+                return reason_of(error, str(paths[i]))
         if not digests[i]:
             return AT_FIRST
         images_NHW[i], thumbnails_NHW[i], fingerprints_NHW[i], properties[i], pixel_digests[i], is_plain[i] = decoded

@@ -28,7 +28,7 @@ from lungct_tune.files import open_file
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-VERSION = 2
+VERSION = 3
 """Part of every cache key. Raise it when a change gives other pixels, groups or reasons for the same file."""
 
 NO_IMAGES = "DICOM objects without an image: reports, plans, doses, segmentations, directories"
@@ -46,6 +46,11 @@ _NO_IMAGE_MODALITIES = {"SEG", "RTDOSE"}  # these have pixels that are no grey v
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7."  # of one frame; with 1 to 4 behind it, of several
 _GREYS, _PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
 _COLOURS = {"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
+_HOUNSFIELD = ("HU", "HU_MOD", "US")  # rescale types; US is unspecified
+_OF_FRAMES = {
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
+}
 _BLOCK = 1_000_000  # pixels that are scaled at a time, since float64 takes four times the memory
 
 _FRAME_SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of JPEG and JPEG-LS: start of frame
@@ -154,25 +159,39 @@ def read_dicom(path: Path, window: Window | None) -> tuple[Image.Image, str]:
         photometric, depth = str(header.PhotometricInterpretation), int(header.BitsStored)
         if photometric not in (*_GREYS, *_COLOURS, _PALETTE):
             raise _Refused("its photometric interpretation is not read")
+        _unfold(header)
         is_rescaled = header.get("RescaleSlope") is not None and header.get("RescaleIntercept") is not None
         in_hounsfield = header.get("Modality", "CT") == "CT" and is_rescaled
+        in_hounsfield = in_hounsfield and (header.get("RescaleType") or "HU") in _HOUNSFIELD
     if frames > 1:
         raise ValueError("has several frames, and one slice is read from a file; save each frame as a file of its own")
     if width * height > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels; at most {MOST_PIXELS:,} pixels are decoded")
     if window is not None and not (in_hounsfield and photometric in _GREYS):
         raise ValueError(
-            "the window cannot be applied: its values are not in Hounsfield units, because it is no CT or has no "
-            "rescale slope and intercept"
+            "the window cannot be applied: its values are not in Hounsfield units, because it is no CT, has no "
+            "rescale slope and intercept, or has another rescale type"
         )
     from pydicom import dcmread
 
     with open_file(path, MOST_BYTES) as file, nameless("its pixels cannot be decoded"):
         dataset = dcmread(file)
+        _unfold(dataset)
         values = _decoded(dataset)
         is_grey = photometric in _GREYS
         grey = Image.fromarray(_in_grey(values, dataset, window)) if is_grey else _luma(values, dataset)
     return grey, f"{photometric};{depth}"
+
+
+def _unfold(dataset: Dataset) -> None:
+    """Puts what an enhanced image says of its only frame where other images say it (PS3.3, C.7.6.16)."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in (dataset.get(groups) or [])[:1]:
+            for sequence, names in _OF_FRAMES.items():
+                for item in (group.get(sequence) or [])[:1]:
+                    for name in names:
+                        if name in item:
+                            setattr(dataset, name, item.get(name))
 
 
 class _Refused(ValueError):
@@ -273,6 +292,11 @@ def _in_grey(values_HW: np.ndarray, dataset: Dataset, window: Window | None) -> 
 def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
     from pydicom.pixels.processing import apply_rescale, apply_windowing
 
+    rescale = [_numbers(dataset, name) for name in ("RescaleSlope", "RescaleIntercept")]
+    if any(rescale) != all(rescale) or _numbers(dataset, "ModalityLUTSequence"):
+        raise _Refused(
+            "its window is for rescaled values, and it has a lookup table or only one of slope and intercept"
+        )
     # where a window begins and ends in what apply_windowing returns depends on how the values are stored
     try:
         black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)

@@ -6,6 +6,7 @@ import glob
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from errno import EACCES, ELOOP, ENOENT, EPERM
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow.fs
 
 from lungct_tune.config.window import Window
-from lungct_tune.data.cache import default_cache, file_digest
+from lungct_tune.data.cache import default_cache, file_digest, reason_of
 from lungct_tune.data.decode import decode
 from lungct_tune.data.dicom_headers import pseudonyms, read_header
 from lungct_tune.data.folders import DataError, listed_groups
@@ -25,6 +26,7 @@ from lungct_tune.files import local_path
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 _PLAIN = "/!$&'()*+,;=:@~"  # what a URI's path may have beside letters and digits (RFC 3986)
+_FAULTS = (ENOENT, ELOOP, EACCES, EPERM)  # such as links that lead nowhere; other errors may be gone the next time
 _CHUNK = 1_000_000  # bytes of a file that are fetched at a time
 
 _pseudonyms = lru_cache(maxsize=1)(pseudonyms)
@@ -124,8 +126,7 @@ def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unr
             place = copy.name
             return ReadImage(decode(Path(copy.name), size, window).image_HW, file_digest(Path(copy.name)))
     except Exception as error:  # Pillow's plugins and storages raise many kinds of errors
-        said = (isinstance(error, OSError) and error.strerror) or str(error)  # without "[Errno 2]" and the path
-        return Unreadable(said.replace(place, "the file") or type(error).__name__)
+        return Unreadable(reason_of(error, place))
 
 
 def _images_at(name: str, reasons: dict[str, str]) -> Iterable[InputImage]:
@@ -194,8 +195,8 @@ def _image_at(path: Path) -> tuple[InputImage, str]:
     try:
         header = read_header(path, lambda kind, value: _pseudonyms(default_cache())(kind, value))
     except (OSError, MemoryError) as error:  # it may be readable by now, but not its patient
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
-        return image._replace(fault=f"{reason}; run the command again"), ""
+        again = "" if getattr(error, "errno", None) in _FAULTS else "; run the command again"
+        return image._replace(fault=f"{reason_of(error, str(path))}{again}"), ""
     return image._replace(group=header.patient or image.group), header.aside
 
 

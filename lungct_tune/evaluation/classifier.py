@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -31,6 +33,25 @@ from lungct_tune.models.preprocessing import as_grey, forward
 
 BATCH = 32
 """Images that a GPU computes together, and that commands read or compare at a time."""
+
+
+_LOCK, _BEFORE = Lock(), list[int]()  # torch's number of threads before, once for each call that computes now
+
+
+@contextmanager
+def _kept_threads() -> Iterator[int]:
+    """Yields torch's number of threads, and sets it again.
+
+    What the threads of a call set is the default of new threads, also of those that make the next call.
+    """
+    with _LOCK:
+        _BEFORE.append(threads := _BEFORE[0] if _BEFORE else torch.get_num_threads())
+    try:
+        yield threads
+    finally:
+        with _LOCK:
+            _BEFORE.pop()
+            torch.set_num_threads(threads)
 
 
 class ClassifyError(UserError):
@@ -155,9 +176,11 @@ class Classifier:
             digests_N: the sha256 of each image's file, to recognise a training image by its file.
 
         Raises:
-            ClassifyError: they are not such images.
+            ClassifyError: they are not such images, or there is not one digest for each.
         """
         self._check(images_NHW)
+        if digests_N is not None and len(digests_N) != len(images_NHW):
+            raise ClassifyError(f"{len(digests_N)} digests for {len(images_NHW)} images; give one for each")
         uncalibrated_MNC, features_ND = self._compute(images_NHW)
         digests_N = [""] * len(images_NHW) if digests_N is None else digests_N
         return Classified(
@@ -179,7 +202,7 @@ class Classifier:
         each image alone, by one thread, and as many images at a time as torch has threads.
         """
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        on_gpu, threads = device.type == "cuda", torch.get_num_threads()
+        on_gpu = device.type == "cuda"
         at_once, side = BATCH if on_gpu else 1, self.image_size
         members, normalisation = members_of(self.model.to(device).eval()), self.config["settings"]["normalisation"]
 
@@ -193,14 +216,12 @@ class Classifier:
             probabilities_MNC, pooled_ND = logits_MNC.softmax(dim=2)[:, : len(some_NHW)], features()[: len(some_NHW)]
             return probabilities_MNC.cpu().numpy(), pooled_ND.cpu().numpy()
 
-        try:
-            with (
-                recorded_features(self.model) as features,
-                ThreadPoolExecutor(1 if on_gpu else threads, "classify", torch.set_num_threads, (1,)) as pool,
-            ):
-                outputs = list(pool.map(compute, range(0, len(images_NHW), at_once)))
-        finally:
-            torch.set_num_threads(threads)  # what the pool's threads have set is the default of new threads
+        with (
+            recorded_features(self.model) as features,
+            _kept_threads() as threads,
+            ThreadPoolExecutor(1 if on_gpu else threads, "classify", torch.set_num_threads, (1,)) as pool,
+        ):
+            outputs = list(pool.map(compute, range(0, len(images_NHW), at_once)))
         none = (
             np.empty((len(members), 0, len(self.classes)), np.float32),
             np.empty((0, feature_channels(self.model)), np.float32),
@@ -217,7 +238,12 @@ class Classifier:
         Returns:
             One row for each: path, the columns of `Classified.table`, and why it is unreadable ("" if it is not).
             In the row of an unreadable file the other columns are missing values.
+
+        Raises:
+            ClassifyError: it is one path, and no list of them.
         """
+        if isinstance(sources, str | Path):
+            raise ClassifyError(f"give classify_files a list of files: [{str(sources)!r}]")
         names = [str(source) for source in sources]
         return self.tabulate(names, [self.read(name) for name in names])
 
@@ -262,9 +288,10 @@ class Classifier:
         return np.array([image.image_HW for image in images], dtype=np.uint8).reshape(-1, size, size)
 
     def _check(self, images_NHW: np.ndarray) -> None:
-        size = self.image_size
-        if images_NHW.dtype != np.uint8 or images_NHW.ndim != 3 or images_NHW.shape[1:] != (size, size):
+        size, is_array = self.image_size, isinstance(images_NHW, np.ndarray)
+        if not is_array or images_NHW.dtype != np.uint8 or images_NHW.shape[1:] != (size, size):
+            given = f"{images_NHW.dtype} {images_NHW.shape}" if is_array else type(images_NHW).__name__
             raise ClassifyError(
-                f"this bundle classifies images as uint8 arrays (N, {size}, {size}), and these are {images_NHW.dtype} "
-                f"{images_NHW.shape}. Give classify_files the files, or decode them at {size} pixels"
+                f"this bundle classifies images as uint8 arrays (N, {size}, {size}), not as {given}. Give "
+                f"classify_files the files, or decode them at {size} pixels"
             )

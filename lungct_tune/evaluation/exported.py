@@ -72,6 +72,7 @@ def about(classifier: Classifier) -> dict[str, str]:
         "image_size": str(classifier.image_size),
         "window": ",".join(f"{value:g}" for value in classifier.window or ()) or "each DICOM file's own",
         "input": f"{INPUT}: uint8 grey (N, {classifier.image_size}, {classifier.image_size}), 0 black to 255 white",
+        "resizing": "bilinear with antialiasing (Pillow's BILINEAR), to a square whatever the proportions",
         "output": f"{OUTPUT}: calibrated, float32 (N, {len(classifier.classes)}), in the order of classes",
         "temperature": str(classifier.temperature),
         "threshold": str(classifier.threshold),

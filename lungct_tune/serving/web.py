@@ -165,7 +165,7 @@ async def _uploads(request: Request, pictures: bool) -> list[Upload]:
     Raises:
         HTTPException: it is too large, late, or no form with files.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise HTTPException(415, "send images as multipart/form-data, in the field `files`")
     if int(request.headers.get("content-length", 0)) > MOST_BYTES:  # uvicorn lets only numbers through
         raise _too_large()

@@ -46,6 +46,20 @@ def test_a_given_window_replaces_that_of_the_file(tmp_path: Path, way: dict[str,
     np.testing.assert_array_equal(decode(path, SIDE, parse_window("-600,1500")).image_HW, SLICE)
 
 
+def test_an_enhanced_image_of_one_frame_has_window_and_rescale_in_groups(tmp_path: Path) -> None:
+    path = write_slice(tmp_path / "x", SLICE)
+    dataset, shared, frame, values, shown = pydicom.dcmread(path), *(pydicom.Dataset() for _ in range(4))
+    for item, names in ((values, ("RescaleSlope", "RescaleIntercept")), (shown, ("WindowCenter", "WindowWidth"))):
+        for name in names:
+            item[name] = dataset[name]
+            del dataset[name]
+    shared.PixelValueTransformationSequence, frame.FrameVOILUTSequence = [values], [shown]
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], [frame]
+    dataset.save_as(path)
+    for window in (None, WINDOWS["lung"]):
+        np.testing.assert_array_equal(decode(path, SIDE, window).image_HW, SLICE)
+
+
 def test_without_any_window_deep_values_are_scaled_by_percentiles_and_padding_is_black(tmp_path: Path) -> None:
     windowless = ("WindowCenter", "WindowWidth")
     path = write_slice(tmp_path / "x", SLICE, without=windowless)
@@ -255,6 +269,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown colours": ({"PhotometricInterpretation": "PLANTED"}, "photometric interpretation is not read"),
     "one sample of colours": ({"PhotometricInterpretation": "RGB"}, "samples per pixel|cannot be decoded"),
     "a window for no CT": ({"Modality": "MR", "read": WINDOWS["lung"]}, "not in Hounsfield units"),
+    "a window for another quantity": ({"RescaleType": "ED", "read": WINDOWS["lung"]}, "another rescale type"),
+    "no slope but an intercept": ({"without": ("RescaleSlope",)}, "only one of slope and intercept"),
+    "a lookup table": ({"ModalityLUTSequence": [pydicom.Dataset()]}, "has a lookup table"),
     "a window without rescale": ({"window": None, "bits": 8, "read": WINDOWS["lung"]}, "not in Hounsfield units"),
 }
 

@@ -148,3 +148,12 @@ def test_predict_does_not_take_a_folder_for_the_patient_of_a_header_that_fails_o
         break_it(monkeypatch, broken)
         faults = {image.source: image.fault for image in find_inputs([str(named)]).images}
         assert faults.pop(str(broken)).endswith("; run the command again") and not any(faults.values())
+
+
+def test_a_link_that_leads_nowhere_is_a_fault_that_stays(tmp_path: Path) -> None:
+    root = slices(tmp_path, PatientID="one")
+    (root / "normal/link").symlink_to(tmp_path / "nowhere")
+    faults = {image.source: image.fault for image in find_inputs([str(root)]).images}
+    assert faults.pop(str(root / "normal/link")) == "No such file or directory" and not any(faults.values())
+    unreadable = read_images(root, 32, cache=tmp_path / "cache", skip_unreadable=True).unreadable
+    assert unreadable == [("normal/link", "No such file or directory")]

@@ -21,7 +21,7 @@ from scipy.special import softmax
 from trained import THRESHOLD, write_trained_bundle
 
 from lungct_tune.data import make_phantoms, read_images
-from lungct_tune.data.inputs import find_inputs
+from lungct_tune.data.inputs import find_inputs, read_input
 from lungct_tune.data.seen_images import NEW, SAME_FILE
 from lungct_tune.evaluation.classifier import Classifier, ClassifyError
 from lungct_tune.evaluation.operating_point import choose_operating_point
@@ -116,10 +116,24 @@ def test_what_is_no_ct_slice_is_unlike_training(bundle: Path, tmp_path: Path) ->
 
 def test_an_array_of_another_size_is_refused(bundle: Path) -> None:
     classifier = Classifier.load(bundle)
-    for wrong in (np.zeros((1, 48, 48), np.uint8), np.zeros((32, 32), np.uint8), np.zeros((1, 32, 32))):
+    wrong_ones = (np.zeros((1, 48, 48), np.uint8), np.zeros((32, 32), np.uint8), np.zeros((1, 32, 32)), [])
+    for wrong in wrong_ones:
         with pytest.raises(ClassifyError, match=r"uint8 arrays \(N, 32, 32\)"):
-            classifier.classify(wrong)
+            classifier.classify(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ClassifyError, match="1 digests for 2 images"):
+        classifier.classify(np.zeros((2, 32, 32), np.uint8), [""])
+    with pytest.raises(ClassifyError, match=r"a list of files: \['slice.png'\]"):
+        classifier.classify_files("slice.png")
     assert classifier.classify(np.zeros((0, 32, 32), np.uint8)).probabilities_NC.shape == (0, 4)
+
+
+def test_the_reason_is_not_cut_by_a_file_whose_name_is_a_word_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "image").write_text("none")
+    monkeypatch.chdir(tmp_path)
+    assert read_input("image", 32, None) == read_input(str(tmp_path / "image"), 32, None)
+    assert "not an image in one of the formats" in str(read_input("image", 32, None))
 
 
 def test_unreadable_files_are_named_and_give_status_1(bundle: Path, patients: Path, tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ def test_forms_that_are_none_are_refused(server: Server) -> None:
     many = server.predict(*[("x.png", b"x")] * (MOST_FILES + 1))
     assert many.status_code == 400 and str(MOST_FILES) in many.json()["detail"]
     assert send(server, {"Content-Type": "image/png", "Content-Length": "1"}, [b"x"]).status == 415
+    capitals = {"Content-Type": "Multipart/Form-Data; boundary=b", "Content-Length": "7"}
+    assert send(server, capitals, [b"--b--\r\n"]).status == 400  # a form, with no file in it
     empty = send(server, {"Content-Length": "7"}, [b"--b--\r\n"])
     assert empty.status == 400 and b"no file" in empty.read()
 
