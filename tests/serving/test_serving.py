@@ -145,15 +145,18 @@ def test_counters_count(server: Server, phantoms: Path) -> None:
     before = server.metrics()
     server.predict(read(next(phantoms.glob("*/*/*.png"))), ("x", b"x"))
     server.predict(("x", b"x"), token="wrong")
+    assert send(server, {"Content-Type": "multipart/form-data", "Content-Length": "1"}, [b"x"]).status == 400
     now = server.metrics()
     for name, more in (
         ('lungct_requests_total{status="200"}', 1),
         ('lungct_requests_total{status="401"}', 1),
+        ('lungct_requests_total{status="400"}', 1),
+        ('lungct_requests_total{status="500"}', 0),
         ('lungct_images_total{answer="classified"}', 1),
         ('lungct_images_total{answer="unreadable"}', 1),
-        ("lungct_request_seconds_count", 2),
+        ("lungct_request_seconds_count", 3),
     ):
-        assert now[name] == before.get(name, 0) + more
+        assert now.get(name, 0) == before.get(name, 0) + more
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
