@@ -135,10 +135,11 @@ class ClusterBootstrap:
         gains_N = hit_N.astype(float) if other_N is None else hit_N.astype(float) - other_N
         if other_N is None:
             unseen = (0.0, 0.0) if is_fixed else self.unseen(hit_N, strata)
+        elif is_fixed:
+            unseen = self.unseen(hit_N, strata)
         else:
             differ = [bool((hit_N != other_N)[in_stratum_N].any()) for in_stratum_N in strata]
             ours, theirs = self.unseen(hit_N, strata, differ), self.unseen(other_N, strata, differ)
-            theirs = (0.0, 0.0) if is_fixed else theirs
             unseen = float(np.hypot(ours[0], theirs[1])), float(np.hypot(ours[1], theirs[0]))
 
         def mean_share(weights_BN: np.ndarray) -> np.ndarray:
