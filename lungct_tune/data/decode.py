@@ -22,6 +22,9 @@ DECODER_VERSION = 4
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 """The formats that Pillow opens, beside DICOM. It knows others; for some of them, such as EPS, it starts programs."""
 
+RESIZING = "bilinear with antialiasing (Pillow's BILINEAR), to a square whatever the proportions"
+"""How `decode` resizes, for those who use a model without this package."""
+
 MEMORY = 400_000_000
 """Bytes that decoding one image may take, at most."""
 

@@ -300,7 +300,7 @@ def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
     # where a window begins and ends in what apply_windowing returns depends on how the values are stored
     try:
         black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
-    except ValueError:  # a width below 1
+    except (ValueError, TypeError):  # a width below 1, or no number
         black = white = 0.0
     if not np.isfinite([black, white]).all() or black == white:
         raise _Refused("its rescale slope, intercept or window cannot be used")

@@ -18,6 +18,7 @@ from lungct_tune.auditing.shortcuts import most_similar, predict_by_shortcuts
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import Settings
 from lungct_tune.data import ImageSet, group_overlap
+from lungct_tune.data.decode import RESIZING
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.data.seen_images import list_learned
 from lungct_tune.data.split import DataSplit
@@ -252,6 +253,7 @@ def describe_model(
         "classes": list(images.classes),
         "preprocessing": {
             "image_size": settings.image_size,
+            "resizing": RESIZING,
             "window": window._asdict() if window else None,
             "mode": "8-bit grey, as three equal channels scaled to 0..1",
             "mean": list(mean),

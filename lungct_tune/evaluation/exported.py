@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lungct_tune.data.decode import RESIZING
 from lungct_tune.data.inputs import ReadImage, Unreadable
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.classifier import BATCH, Classifier
@@ -72,7 +73,7 @@ def about(classifier: Classifier) -> dict[str, str]:
         "image_size": str(classifier.image_size),
         "window": ",".join(f"{value:g}" for value in classifier.window or ()) or "each DICOM file's own",
         "input": f"{INPUT}: uint8 grey (N, {classifier.image_size}, {classifier.image_size}), 0 black to 255 white",
-        "resizing": "bilinear with antialiasing (Pillow's BILINEAR), to a square whatever the proportions",
+        "resizing": RESIZING,
         "output": f"{OUTPUT}: calibrated, float32 (N, {len(classifier.classes)}), in the order of classes",
         "temperature": str(classifier.temperature),
         "threshold": str(classifier.threshold),

@@ -237,7 +237,8 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         console.print(table)
     if (two := test.cancer_vs_normal) is not None:
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
-        print_prose(console, f"cancer against normal: {rates}", hang=2)
+        rule = f"cancer if its probability is above {two.threshold:.3f}"  # the accuracy of two classes has 0.5
+        print_prose(console, f"cancer against normal ({rule}): {rates}", hang=2)
     if (clean := test.without_overlap) is not None:
         print_prose(
             console,

@@ -286,6 +286,15 @@ def test_a_file_that_would_be_read_wrongly_is_refused(tmp_path: Path, kind: str)
     assert not any(value in str(refused.value) for value in ("PLANTED", "planted", UID_ROOT))
 
 
+def test_a_window_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = write_slice(tmp_path / "x", SLICE)
+    width = b"DS\x06\x001500.0"
+    assert width in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(width, width.replace(b".", b",")))
+    with pytest.raises(ValueError, match="rescale slope, intercept or window cannot be used"):
+        decode(path, SIDE)
+
+
 def test_a_compression_that_is_not_known_is_refused(tmp_path: Path) -> None:
     path = write_slice(tmp_path / "x", SLICE, syntax=RLELossless)
     path.write_bytes(path.read_bytes().replace(RLELossless.encode(), RLELossless[:-1].encode() + b"8"))

@@ -13,9 +13,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from processes import run_here
 from trained import THRESHOLD
 
+from lungct_tune.data.inputs import ReadImage
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.evaluation.exported import Exported, Graph, compare_with_bundle, export_onnx
@@ -50,6 +52,11 @@ def test_the_file_gives_the_bundles_probabilities_without_the_bundle(
     np.testing.assert_allclose(probabilities_NC, expected_NC, atol=1e-5)
     assert json.loads(about["classes"])[2] == "normal" and about["image_size"] == "32"
     assert float(about["threshold"]) == THRESHOLD and about == beside["about"]
+    image = min(phantoms.glob("test/*/*.png"))
+    as_told = Image.open(image).convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+    read = Classifier.load(bundle).read(str(image))
+    assert isinstance(read, ReadImage) and (np.asarray(as_told) == read.image_HW).all()
+    assert "Pillow's BILINEAR" in about["resizing"]
     assert run(bundle, "--to", kind, "--out", out)[0] == 2, "it is not written over"
 
 

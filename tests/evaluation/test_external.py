@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageOps
+from trained import THRESHOLD
 
 from lungct_tune.data import make_phantoms, read_images
 from lungct_tune.data.seen_images import ALIKE, NEW, SAME_FILE, LearnedImages, list_learned
@@ -72,6 +73,7 @@ def test_a_coarser_set_is_judged_as_cancer_against_normal(bundle: Path, coarse: 
     assert ended.returncode == 0, ended.stderr
     assert "evaluated: cancer 20, normal 10" in ended.stdout
     assert "left out, mapped to other: 10 images" in ended.stdout
+    assert f"cancer against normal (cancer if its probability is above {THRESHOLD:.3f}): sens" in ended.stdout
     metrics, predictions = judged(tmp_path / "out")
     two = metrics["test"]["cancer_vs_normal"]
     assert metrics["left_out"]["other"] == 10 and metrics["test"]["n"] == len(predictions) == 30
