@@ -100,7 +100,7 @@ def _deal(table: pd.DataFrame, shares: Mapping[Any, float], seed: int) -> np.nda
     shuffled = counts_GC.sample(frac=1, random_state=seed)
     size_G = shuffled.sum(axis=1)
     if seed:
-        size_G = np.log2(size_G) // 1  # else groups of unlike sizes would be in the same part with every seed
+        size_G = np.floor(np.log2(size_G))  # else groups of unlike sizes would be in the same part with every seed
     by_size = shuffled.loc[size_G.sort_values(ascending=False, kind="stable").index]
     part_of = {}
     for group, counts_C in zip(by_size.index, by_size.to_numpy(), strict=True):

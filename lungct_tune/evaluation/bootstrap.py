@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
+from scipy.stats import binomtest, norm, t
 
 from lungct_tune.experiment.metrics import Figure
 
@@ -133,9 +133,9 @@ class ClusterBootstrap:
                 class: it is right on all of this class, and on nothing else.
         """
         gains_N = hit_N.astype(float) if other_N is None else hit_N.astype(float) - other_N
-        if other_N is None:
-            unseen = (0.0, 0.0) if is_fixed else self.unseen(hit_N, strata)
-        elif is_fixed:
+        if other_N is None and is_fixed:
+            unseen = 0.0, 0.0
+        elif other_N is None or is_fixed:
             unseen = self.unseen(hit_N, strata)
         else:
             differ = [bool((hit_N != other_N)[in_stratum_N].any()) for in_stratum_N in strata]
@@ -181,4 +181,4 @@ class ClusterBootstrap:
 
 def _beyond(groups: int) -> float:
     """The distance from a rate of 0 or 1 to its Clopper-Pearson limit."""
-    return float(1 - 0.025 ** (1 / groups))
+    return 1 - float(binomtest(groups, groups).proportion_ci(method="exact").low)
