@@ -184,6 +184,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
         ("space: {a: b}", "space = {'a': 'b'}: expected the path"),
         ("trials: 3\ntrials: 4", "the key 'trials' is there twice"),
         ("name: 2024", "in YAML, put it into quotes"),
+        ("trails:", "no such setting (did you mean trials?)"),
         ('data: "a\\0b"', "not UTF-8"),
         ("- a", "expected lines of"),
     ],
@@ -197,7 +198,7 @@ def test_a_file_that_says_something_else_than_it_seems_is_refused(tmp_path: Path
 
 def test_a_key_without_a_value_is_left_out(tmp_path: Path) -> None:
     """Found: a search that was resumed with such a file had no number of trials."""
-    (tmp_path / "x.yaml").write_text("trials:\nworkers: null\nseed: 3\n")
+    (tmp_path / "x.yaml").write_text("trials:\nworkers: null\nstorage: ~\nseed: 3\n")
     settings, given = read_settings(["--settings", str(tmp_path / "x.yaml"), "--resume", "one"])
     assert settings.workers == 1 and given == {"seed", "resume"}
 
