@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "recipe.jsonl")
     asked = parser.parse_args()
     images, results = read_images(asked.data, REFERENCE.size), Results(asked.results)
-    print("| recipe | folds | seed | all images | least alike half | most alike half | similarity |")
+    print("| recipe | folds | seed | all images | least similar half | most similar half | median similarity of each |")
     print("|---" * 7 + "|")
     for clusters, folds, of in (
         (0, "similar slices", images),

@@ -27,6 +27,7 @@ cd "$SLURM_SUBMIT_DIR"
 # between Ray's commands. The second lists slots in the dashboard's Train view. The third is for slow imports on a busy
 # file system.
 export RAY_AUTH_MODE=token RAY_TRAIN_ENABLE_STATE_TRACKING=1 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
+export RAY_USAGE_STATS_ENABLED=0
 ray get-auth-token --generate > /dev/null
 
 # Slurm runs this script on the job's first node. An address, because on many nodes the own name is 127.0.1.1
