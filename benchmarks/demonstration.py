@@ -1,4 +1,4 @@
-"""Checks the demonstration: does the winner on phantoms beat the published configuration and every trivial rule?
+"""Checks the demonstration: does the winner on phantoms beat the published configuration and every simple rule?
 
     python benchmarks/demonstration.py --seeds 1 2 3 4 5
 

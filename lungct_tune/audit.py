@@ -88,7 +88,7 @@ def _run(arguments: dict[str, Any], console: Console) -> None:
     audit = audit_images(images, split, how, permuted=permuted)
     print_audit(audit, console)
     if figures:
-        write_whole(figures, "--json", as_json(audit))
+        write_whole(figures, "--json", as_json(audit.as_dict()))
     if page:
         write_whole(page, "--html", audit_page(audit, root))
 

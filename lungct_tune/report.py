@@ -51,7 +51,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     from lungct_tune.reporting.report_page import report_page
     from lungct_tune.reporting.test_section import Pictures, find_pictures
 
-    copies = found.audit["copies"]["pairs"] if found.audit else []
+    copies = found.audit.copies.pairs if found.audit else []
     pictures = Pictures()
     if found.test or copies:
         pictures = find_pictures(found, asked.data, experiment.is_local, asked.table)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     import optuna
     import torch
 
+    from lungct_tune.auditing.findings import Audit
     from lungct_tune.data.split import DataSplit
     from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment.bundle import RetrainedModel
@@ -96,9 +97,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                         run.write_bundle(winner, retrained, published, seeds)
 
 
-def load_and_audit(
-    plan: Plan, display: Display, joining: Future[str] | None = None
-) -> tuple[Plan, DataSplit, dict[str, Any]]:
+def load_and_audit(plan: Plan, display: Display, joining: Future[str] | None = None) -> tuple[Plan, DataSplit, Audit]:
     """Reads, groups, splits and audits the images; the plan that it returns has the number of folds.
 
     Raises:
@@ -150,7 +149,7 @@ def announce(plan: Plan, split: DataSplit, dashboard: str, display: Display) -> 
 def start_search(
     plan: Plan,
     split: DataSplit,
-    audit: dict[str, Any],
+    audit: Audit,
     outlook: Outlook,
     weights: dict[str, torch.Tensor] | None,
     display: Display,
@@ -180,7 +179,7 @@ def start_search(
         plan.check_weights(study)
         outlook.keep(study, new=is_new)
         plan.save(split)
-        experiment.write(bundle.AUDIT, bundle.as_json(audit))
+        experiment.write(bundle.AUDIT, bundle.as_json(audit.as_dict()))
         if tracker:
             held.enter_context(tracker.kept_up(study, display.console))
         folder = plan.study_folder if has_shared_file_system(experiment) else None
@@ -197,7 +196,7 @@ class SearchRun:
 
     plan: Plan
     split: DataSplit
-    audit: dict[str, Any]
+    audit: Audit
     outlook: Outlook
     study: optuna.Study
     slot_plan: SlotPlan

@@ -1,23 +1,11 @@
-"""Audits a data set and its split, to show whether a figure measured on them can be trusted.
-
-The audit is a plain dictionary of names, numbers and texts, for audit.json and for the pages made from it:
-
-    verdict       level ("leaks", "caution" or "clean"), headline, reasons and advice, as text
-    inventory     images by class and split, formats, modes, sizes; files unreadable, without content, left aside
-    copies        by kind and by class; across parts and inside them; the pairs, worst first
-    conflicts     copies under several classes
-    groups        their number, at the threshold that is used and at others; how many the split divides
-    shortcuts     the score of each rule and of chance; the classes that a rule gives away
-    split_health  the similarity of each part to the parts before it, on which an evaluated model was trained
-    permuted      only on request: the scores of rules that were trained on permuted labels
-"""
+"""Audits a data set and its split, to show whether a figure measured on them can be trusted."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +14,33 @@ from sklearn.base import clone
 from sklearn.metrics import recall_score
 
 from lungct_tune.auditing.conclusions import conclude
+from lungct_tune.auditing.findings import (
+    Audit,
+    Chance,
+    ClassSimilarity,
+    Conflict,
+    Copies,
+    CopiesAcross,
+    CopiesInside,
+    CopyCounts,
+    CopySide,
+    Counts,
+    Findings,
+    GivenAway,
+    GroupCount,
+    Groups,
+    Inventory,
+    Pair,
+    PermutedScores,
+    RuleScores,
+    Shortcuts,
+    SideLengths,
+    Similarity,
+    Split,
+    Unreadable,
+    UnseenImages,
+    WrongSuffix,
+)
 from lungct_tune.auditing.shortcuts import GIVEN_AWAY, RULES, Shortcut, measure_shortcuts, most_similar, sample
 from lungct_tune.data.copies import COPY_CORRELATION
 from lungct_tune.data.dataset import CopyOf, ImageSet
@@ -33,6 +48,7 @@ from lungct_tune.data.folders import DataError
 from lungct_tune.data.groups import SERIES_CORRELATION
 from lungct_tune.data.split import POOLED, SPLITS, UNSPLIT
 
+SIDES: tuple[Literal["width", "height"], ...] = ("width", "height")
 KINDS = ("byte-identical", "pixel-identical", "near-identical")
 PERMUTATIONS = 10
 PROOF = 0.001
@@ -44,7 +60,7 @@ TOO_ALIKE = 0.01
 _SUFFIXES = {"JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"}, "TIFF": {".tif", ".tiff"}}
 
 
-def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: bool = False) -> dict[str, Any]:
+def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: bool = False) -> Audit:
     """Audits a data set and a split of it.
 
     Args:
@@ -57,87 +73,91 @@ def audit_images(images: ImageSet, split: np.ndarray, how: str, *, permuted: boo
     parts = [part for part in (UNSPLIT, POOLED, *SPLITS) if (split == part).any()]
     shortcuts = measure_shortcuts(images, np.arange(len(split)))
     unseen = shortcuts.get("pixels")
-    audit: dict[str, Any] = {
-        "data": str(images.root),
-        "fingerprint": images.fingerprint,
-        "images": len(split),
-        "classes": list(images.classes),
-        "split": {"how": how, "parts": parts},
-        "inventory": _inventory(images, split, parts),
-        "copies": _copies(images, split, parts),
-        "conflicts": _conflicts(images),
-        "groups": _groups(images, split),
-        "shortcuts": _shortcuts(images, shortcuts),
-        "split_health": [_likeness(images, split, parts[: i + 1], unseen) for i in range(1, len(parts))],
-        "permuted": _permuted(images, split, parts) if permuted else None,
-    }
-    return {"verdict": conclude(audit)} | audit
+    found = Findings(
+        data=str(images.root),
+        fingerprint=images.fingerprint,
+        images=len(split),
+        classes=list(images.classes),
+        split=Split(how, parts),
+        inventory=_inventory(images, split, parts),
+        copies=_copies(images, split, parts),
+        conflicts=_conflicts(images),
+        groups=_groups(images, split),
+        shortcuts=_shortcuts(images, shortcuts),
+        split_health=[_similarity(images, split, parts[: i + 1], unseen) for i in range(1, len(parts))],
+        permuted=_permuted(images, split, parts) if permuted else None,
+    )
+    return Audit(**vars(found), verdict=conclude(found))
 
 
-def refuse_leaks(audit: dict[str, Any]) -> None:
+def refuse_leaks(audit: Audit) -> None:
     """Stops a search with --strict if its split leaks.
 
     Raises:
         DataError: the verdict's level is "leaks".
     """
-    if audit["verdict"]["level"] == "leaks":
+    if audit.verdict.level == "leaks":
         raise DataError(
-            f"{audit['verdict']['headline']} {audit['verdict']['reasons'][0]} This is an error because of --strict; "
+            f"{audit.verdict.headline} {audit.verdict.reasons[0]} This is an error because of --strict; "
             "choose --split grouped, or leave out --strict"
         )
 
 
-def _inventory(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[str, Any]:
+def _inventory(images: ImageSet, split: np.ndarray, parts: list[str]) -> Inventory:
     table = images.table
     counts_CS = pd.crosstab(table["label"], split).reindex(columns=parts, fill_value=0)
     formats = zip(table["path"], table["format"], strict=True)
-    return {
-        "by_class": {name: counts_CS.loc[label].to_dict() for label, name in enumerate(images.classes)},
-        "formats": table["format"].value_counts().to_dict(),
-        "modes": table["mode"].value_counts().to_dict(),
-        "sizes": {
-            side: {"min": int(table[side].min()), "median": float(table[side].median()), "max": int(table[side].max())}
-            for side in ("width", "height")
+    return Inventory(
+        by_class={name: _counts(counts_CS.T[label]) for label, name in enumerate(images.classes)},
+        formats=_counts(table["format"].value_counts()),
+        modes=_counts(table["mode"].value_counts()),
+        sizes={
+            side: SideLengths(int(table[side].min()), float(table[side].median()), int(table[side].max()))
+            for side in SIDES
         },
-        "distinct_sizes": len(table[["width", "height"]].drop_duplicates()),
-        "not_what_the_suffix_says": [
-            {"path": path, "format": found}
+        distinct_sizes=len(table[[*SIDES]].drop_duplicates()),
+        not_what_the_suffix_says=[
+            WrongSuffix(path, found)
             for path, found in formats
             if found != "DICOM"  # which often has no suffix, or a number
             and PurePosixPath(path).suffix.lower() not in _SUFFIXES.get(found, {f".{found.lower()}"})
         ],
-        "unreadable": [{"path": path, "reason": reason} for path, reason in images.unreadable],
-        "without_content": list(images.without_content),
-        "left_aside": [aside._asdict() for aside in images.left_aside],
-    }
+        unreadable=[Unreadable(path, reason) for path, reason in images.unreadable],
+        without_content=list(images.without_content),
+        left_aside=list(images.left_aside),
+    )
 
 
-def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> dict[str, Any]:
+def _counts(of: pd.Series) -> Counts:
+    return {str(name): int(n) for name, n in of.items()}
+
+
+def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> Copies:
     part_of = dict(zip(images.table["path"], split, strict=True))
     files = images.table.set_index("path")
     pairs = [
-        {
-            "first": {"path": pair.path, "class": pair.class_name, "split": part_of.get(pair.path, "left out")},
-            "second": {"path": pair.other, "class": pair.other_class, "split": part_of.get(pair.other, "left out")},
-            "kind": pair.kind,
-            "similarity": pair.similarity,
-            "change": _change(files, pair),
-        }
+        Pair(
+            CopySide(pair.path, pair.class_name, part_of.get(pair.path, "left out")),
+            CopySide(pair.other, pair.other_class, part_of.get(pair.other, "left out")),
+            pair.kind,
+            pair.similarity,
+            _change(files, pair),
+        )
         for pair in images.copies
     ]
-    return {
-        "threshold": COPY_CORRELATION,
-        "pairs_by_kind": {kind: sum(pair.kind == kind for pair in images.copies) for kind in KINDS},
-        "images_by_class": _copied_by_class(images.copies),
-        "across": [
-            {"part": part, "other": other} | _with_copy(images, split == part, split == other)
+    return Copies(
+        threshold=COPY_CORRELATION,
+        pairs_by_kind={kind: sum(pair.kind == kind for pair in images.copies) for kind in KINDS},
+        images_by_class=_copied_by_class(images.copies),
+        across=[
+            CopiesAcross(**vars(_with_copy(images, split == part, split == other)), part=part, other=other)
             for part in parts
             for other in parts
             if part != other
         ],
-        "inside": [{"part": part} | _with_copy(images, split == part, split == part) for part in parts],
-        "pairs": sorted(pairs, key=_badness),
-    }
+        inside=[CopiesInside(**vars(_with_copy(images, split == part, split == part)), part=part) for part in parts],
+        pairs=sorted(pairs, key=_badness),
+    )
 
 
 def _copied_by_class(copies: list[CopyOf]) -> dict[str, int]:
@@ -145,7 +165,7 @@ def _copied_by_class(copies: list[CopyOf]) -> dict[str, int]:
     return _by_class(name for _, name in with_copy)
 
 
-def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) -> dict[str, Any]:
+def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) -> CopyCounts:
     """How many images of a part have a copy in another part, or in the same part. No image is a copy of itself."""
 
     def found(keys_N: np.ndarray) -> np.ndarray:
@@ -153,12 +173,12 @@ def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) 
         return np.asarray(is_part_N & (in_other_N > (is_part_N & is_other_N)))
 
     with_copy_N = found(images.copy_numbers())
-    return {
-        "images": int(is_part_N.sum()),
-        "with_copy": int(with_copy_N.sum()),
-        "byte_identical": int(found(images.table["digest"].to_numpy()).sum()),
-        "by_class": _by_class(images.classes[label] for label in images.table["label"][with_copy_N]),
-    }
+    return CopyCounts(
+        images=int(is_part_N.sum()),
+        with_copy=int(with_copy_N.sum()),
+        byte_identical=int(found(images.table["digest"].to_numpy()).sum()),
+        by_class=_by_class(images.classes[label] for label in images.table["label"][with_copy_N]),
+    )
 
 
 def _by_class(names: Iterable[str]) -> dict[str, int]:
@@ -178,62 +198,62 @@ def _change(files: pd.DataFrame, pair: CopyOf) -> str:
     return ", ".join(filter(None, changes))
 
 
-def _badness(pair: dict[str, Any]) -> tuple[bool, bool, int, float]:
+def _badness(pair: Pair) -> tuple[bool, bool, int, float]:
     """Sort key, worst pairs first: under two classes, across splits, then by kind and similarity."""
-    first, second = pair["first"], pair["second"]
+    first, second = pair.first, pair.second
     return (
-        first["class"] == second["class"],
-        first["split"] == second["split"],
-        KINDS.index(pair["kind"]),
-        -pair["similarity"],
+        first.class_name == second.class_name,
+        first.split == second.split,
+        KINDS.index(pair.kind),
+        -pair.similarity,
     )
 
 
-def _conflicts(images: ImageSet) -> list[dict[str, Any]]:
+def _conflicts(images: ImageSet) -> list[Conflict]:
     class_of = {c.path: c.class_name for c in images.copies} | {c.other: c.other_class for c in images.copies}
-    return [{"paths": list(paths), "classes": sorted({class_of[path] for path in paths})} for paths in images.conflicts]
+    return [Conflict(list(paths), sorted({class_of[path] for path in paths})) for paths in images.conflicts]
 
 
-def _groups(images: ImageSet, split: np.ndarray) -> dict[str, Any]:
+def _groups(images: ImageSet, split: np.ndarray) -> Groups:
     groups, of_class = images.table["group"], images.table.groupby("label")["group"].nunique()
-    return {
-        "threshold": SERIES_CORRELATION,
-        "groups": int(groups.nunique()),
-        "largest": int(groups.value_counts().max()),
-        "by_class": {name: int(of_class[label]) for label, name in enumerate(images.classes)},
-        "images_in_groups_csv": int(images.table["is_listed"].sum()),
-        "images_with_patient_id": int(images.table["has_patient"].sum()),
-        "patients_known": images.patients_known,
-        "groups_from_patient_ids": int(groups[images.table["has_patient"]].nunique()),
-        "of_several_classes": int((images.table.groupby("group")["label"].nunique() > 1).sum()),
-        "cut_by_the_split": int((pd.Series(split).groupby(groups.to_numpy()).nunique() > 1).sum()),
-        "by_threshold": [{"threshold": threshold, "groups": count} for threshold, count in images.group_counts],
-    }
+    return Groups(
+        threshold=SERIES_CORRELATION,
+        groups=int(groups.nunique()),
+        largest=int(groups.value_counts().max()),
+        by_class={name: int(of_class[label]) for label, name in enumerate(images.classes)},
+        images_in_groups_csv=int(images.table["is_listed"].sum()),
+        images_with_patient_id=int(images.table["has_patient"].sum()),
+        patients_known=images.patients_known,
+        groups_from_patient_ids=int(groups[images.table["has_patient"]].nunique()),
+        of_several_classes=int((images.table.groupby("group")["label"].nunique() > 1).sum()),
+        cut_by_the_split=int((pd.Series(split).groupby(groups.to_numpy()).nunique() > 1).sum()),
+        by_threshold=[GroupCount(threshold, count) for threshold, count in images.group_counts],
+    )
 
 
-def _shortcuts(images: ImageSet, measured: Mapping[str, Shortcut]) -> dict[str, Any]:
-    rules: list[dict[str, Any]] = [
-        {
-            "rule": name,
-            "title": RULES[name].title,
-            "balanced_accuracy": shortcut.balanced_accuracy,
-            "auroc": {images.classes[label]: value for label, value in shortcut.per_class.items()},
-        }
+def _shortcuts(images: ImageSet, measured: Mapping[str, Shortcut]) -> Shortcuts:
+    rules = [
+        RuleScores(
+            rule=name,
+            title=RULES[name].title,
+            balanced_accuracy=shortcut.balanced_accuracy,
+            auroc={images.classes[label]: value for label, value in shortcut.per_class.items()},
+        )
         for name, shortcut in measured.items()
     ]
-    return {
-        "chance": {"balanced_accuracy": 1 / len(images.classes), "auroc": 0.5},
-        "rules": rules,
-        "given_away": [
-            {"class": name, "by": rule["title"], "auroc": value}
+    return Shortcuts(
+        chance=Chance(balanced_accuracy=1 / len(images.classes), auroc=0.5),
+        rules=rules,
+        given_away=[
+            GivenAway(name, rule.title, value)
             for rule in rules
-            for name, value in rule["auroc"].items()
+            for name, value in rule.auroc.items()
             if value >= GIVEN_AWAY
         ],
-    }
+    )
 
 
-def _likeness(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Shortcut | None) -> dict[str, Any]:
+def _similarity(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Shortcut | None) -> Similarity:
     """How similar a part is to the parts before it, by its images' nearest neighbours there at 32 x 32 pixels.
 
     Args:
@@ -254,29 +274,29 @@ def _likeness(images: ImageSet, split: np.ndarray, parts: list[str], unseen: Sho
         # among more images than were learned from for `unseen`, a nearer neighbour is found, and is right more often
         nearest_M = most_similar(images, others, sample(images, known, unseen.learned_from))[1]
         is_right_M = labels_N[nearest_M] == labels_N[others]
-    return {
-        "part": part,
-        "before": before,
-        "images": len(rows),
-        "seen": int(is_seen_N.sum()),
-        "copies": _with_copy(images, is_part_N, is_known_N),
-        "nearest_neighbour_accuracy": float(is_right_N.mean()),
-        "others": {
-            "images": len(others),
-            "nearest_neighbour_right": int(is_right_M.sum()),
-            "expected_of_unseen_groups": expected,
-            "too_alike": too_alike(is_right_M, groups_N[others], expected),
-        },
-        "by_class": {
-            name: {
-                "images": int(is_class_N.sum()),
-                "seen": int(is_seen_N[is_class_N].sum()),
-                "median_similarity": float(np.median(similarity_N[is_class_N])),
-            }
+    return Similarity(
+        part=part,
+        before=before,
+        images=len(rows),
+        seen=int(is_seen_N.sum()),
+        copies=_with_copy(images, is_part_N, is_known_N),
+        nearest_neighbour_accuracy=float(is_right_N.mean()),
+        others=UnseenImages(
+            images=len(others),
+            nearest_neighbour_right=int(is_right_M.sum()),
+            expected_of_unseen_groups=expected,
+            too_alike=too_alike(is_right_M, groups_N[others], expected),
+        ),
+        by_class={
+            name: ClassSimilarity(
+                images=int(is_class_N.sum()),
+                seen=int(is_seen_N[is_class_N].sum()),
+                median_similarity=float(np.median(similarity_N[is_class_N])),
+            )
             for label, name in enumerate(images.classes)
             if (is_class_N := labels_N[rows] == label).any()
         },
-    }
+    )
 
 
 def too_alike(right_N: np.ndarray, groups_N: np.ndarray, expected: float) -> bool:
@@ -290,7 +310,7 @@ def too_alike(right_N: np.ndarray, groups_N: np.ndarray, expected: float) -> boo
     return bool(binomtest(round(right_G.sum()), len(right_G), expected, alternative="greater").pvalue < TOO_ALIKE)
 
 
-def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dict[str, Any]]:
+def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[PermutedScores]:
     """Scores on the held-out parts of the rules trained on permuted labels.
 
     Every group gets the label of another group, for all its images; this is repeated `PERMUTATIONS` times. The label
@@ -325,13 +345,13 @@ def _permuted(images: ImageSet, split: np.ndarray, parts: list[str]) -> list[dic
                 figures.setdefault((part, name), []).append(float(recall))
     level = PROOF / max(len(figures), 1)
     return [
-        {
-            "part": part,
-            "rule": name,
-            "title": RULES[name].title,
-            "balanced_accuracy": float(np.mean(scores)),
-            "chance": 1 / len(classes),
-            "proves_a_leak": bool(ttest_1samp(scores, 1 / len(classes), alternative="greater").pvalue < level),
-        }
+        PermutedScores(
+            part=part,
+            rule=name,
+            title=RULES[name].title,
+            balanced_accuracy=float(np.mean(scores)),
+            chance=1 / len(classes),
+            proves_a_leak=bool(ttest_1samp(scores, 1 / len(classes), alternative="greater").pvalue < level),
+        )
         for (part, name), scores in figures.items()
     ]

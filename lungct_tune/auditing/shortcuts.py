@@ -135,7 +135,7 @@ def measure_shortcuts(images: ImageSet, rows: np.ndarray) -> dict[str, Shortcut]
 
 
 def predict_by_shortcuts(images: ImageSet, known: np.ndarray, unseen: np.ndarray) -> dict[str, np.ndarray]:
-    """The trivial rules that a network has to beat: the labels that each shortcut predicts for unseen images.
+    """The simple rules that a network has to beat: the labels that each shortcut predicts for unseen images.
 
     Args:
         images: all images.

@@ -11,6 +11,7 @@ import csv
 import posixpath
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -65,7 +66,8 @@ class ImageFile(NamedTuple):
     class_name: str
 
 
-class LeftAside(NamedTuple):
+@dataclass(frozen=True)
+class LeftAside:
     """Files that are not used, without being a fault."""
 
     reason: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ import pandas as pd
 import safetensors.torch
 import yaml
 
+from lungct_tune.auditing.findings import Audit
 from lungct_tune.auditing.shortcuts import most_similar, predict_by_shortcuts
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.settings import Settings
@@ -58,7 +59,7 @@ class BundleFiles:
 
     plan: Plan
     split: DataSplit
-    audit: Mapping[str, Any]
+    audit: Audit
     study: optuna.Study
     slots: int
 
@@ -123,7 +124,7 @@ class BundleFiles:
         trials = pd.DataFrame([trial.row() for trial in finished_trials(self.study)])
         return bundle.files | {
             LEARNED: self._learned,
-            AUDIT: as_json(self.audit),
+            AUDIT: as_json(self.audit.as_dict()),
             "trials.csv": trials.to_csv(index=False).encode(),
         }
 

@@ -12,12 +12,12 @@ import optuna
 import pandas as pd
 from pydantic import BaseModel, FiniteFloat
 
+from lungct_tune.auditing.findings import Audit
 from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
 from lungct_tune.data.tables import read_table
 from lungct_tune.errors import UserError, first_line
-from lungct_tune.experiment.audit_file import read_audit
 from lungct_tune.experiment.bundle import (
     AUDIT,
     CHECKSUMS,
@@ -33,7 +33,7 @@ from lungct_tune.experiment.bundle import (
     find_bundle,
 )
 from lungct_tune.experiment.folder import SPLIT, Experiment
-from lungct_tune.experiment.form import check_form, written_by_a_search
+from lungct_tune.experiment.form import check_form, read_json, written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
 from lungct_tune.experiment.model_config import read_config
@@ -87,7 +87,7 @@ class SearchResults:
     """The trials that have started, by number."""
     split: pd.DataFrame
     """split.csv: path, label, group, split of every image."""
-    audit: dict[str, Any] | None
+    audit: Audit | None
     bundle: Bundle | None
     """None before a trial has completed."""
 
@@ -168,13 +168,13 @@ class SearchResults:
     @property
     def listed(self) -> int:
         """How many images have their group named in groups.csv, a table or a split file, or their patient in DICOM."""
-        groups = self.audit["groups"] if self.audit else {}
-        return sum(groups.get(name, 0) for name in ("images_in_groups_csv", "images_with_patient_id"))
+        groups = self.audit.groups if self.audit else None
+        return groups.images_in_groups_csv + groups.images_with_patient_id if groups else 0
 
     @property
     def patients_known(self) -> bool:
         """Whether the patients of all images are known, see `ImageSet.patients_known`."""
-        known = self.audit["groups"].get("patients_known") if self.audit else False
+        known = self.audit.groups.patients_known if self.audit else False
         return self.listed == len(self.split) if known is None else bool(known)  # earlier versions only count them
 
     @cached_property
@@ -269,7 +269,7 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
         study=check_form(study.user_attrs, _StudyAttributes, "the study").model_dump(),
         trials=trials,
         split=_read_split(split or b""),
-        audit=read_audit(audit) if audit else None,
+        audit=check_form(read_json(audit, AUDIT), Audit, AUDIT) if audit else None,
         bundle=bundle,
     )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from lungct_tune.auditing.findings import Audit
 from lungct_tune.reporting.format import place_name
 from lungct_tune.reporting.html import pairs_of_copies, render
 
@@ -13,7 +12,7 @@ PAIRS_SHOWN = 60
 """Pairs of copies on the page."""
 
 
-def audit_page(audit: Mapping[str, Any], root: Path) -> bytes:
+def audit_page(audit: Audit, root: Path) -> bytes:
     """Makes the audit's HTML page, with pairs of copies as thumbnails, the worst first.
 
     Args:

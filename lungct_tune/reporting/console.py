@@ -5,18 +5,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.auditing.conclusions import counted
+from lungct_tune.auditing.findings import Audit, CopiesAcross
 from lungct_tune.cli import command_words
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
+from lungct_tune.data.folders import LeftAside
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.display import print_prose
 from lungct_tune.errors import number_of
@@ -67,25 +69,25 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
     for aside in images.left_aside:
-        print_prose(console, _left_aside(aside._asdict()), hang=2)
+        print_prose(console, _left_aside(aside), hang=2)
 
 
-def _left_aside(aside: Mapping[str, Any]) -> str:
-    return f"not used, {aside['reason']}: {aside['files']}, such as {aside['example']}"
+def _left_aside(aside: LeftAside) -> str:
+    return f"not used, {aside.reason}: {aside.files}, such as {aside.example}"
 
 
-def print_verdict(audit: Mapping[str, Any], settings: Settings, console: Console) -> None:
+def print_verdict(audit: Audit, settings: Settings, console: Console) -> None:
     """Prints the audit's verdict and the command that shows all of it; nothing if the images are clean."""
-    verdict = audit["verdict"]
-    if verdict["level"] == "clean":
+    verdict = audit.verdict
+    if verdict.level == "clean":
         return
-    print_prose(console, verdict["headline"], "bold yellow")
-    for reason in verdict["reasons"]:
+    print_prose(console, verdict.headline, "bold yellow")
+    for reason in verdict.reasons:
         print_prose(console, f"  - {reason}", hang=4)
-    how = [] if settings.split_file else ["--split", audit["split"]["how"]]
+    how = [] if settings.split_file else ["--split", audit.split.how]
     names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
     same = flags(settings.model_dump(), names)
-    words = [*command_words("audit"), "--data", audit["data"], *how, *same]
+    words = [*command_words("audit"), "--data", audit.data, *how, *same]
     console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
 
 
@@ -289,73 +291,73 @@ def _print_worth(metrics: BundleMetrics, console: Console) -> None:
 STYLES = {"leaks": "bold red", "caution": "bold yellow", "clean": "bold green"}
 
 
-def print_audit(audit: Mapping[str, Any], console: Console) -> None:
+def print_audit(audit: Audit, console: Console) -> None:
     """Prints an audit: its verdict, then the figures that the verdict is based on."""
-    verdict, copies, groups, shortcuts = (audit[name] for name in ("verdict", "copies", "groups", "shortcuts"))
+    verdict, copies, groups, shortcuts = audit.verdict, audit.copies, audit.groups, audit.shortcuts
 
     def say(text: str, style: str | None = None) -> None:
         print_prose(console, text, style, hang=4 if text.startswith("  ") else 0)
 
-    say(verdict["headline"], STYLES[verdict["level"]])
-    for reason in verdict["reasons"]:
+    say(verdict.headline, STYLES[verdict.level])
+    for reason in verdict.reasons:
         say(f"  - {reason}")
     say("what to do")
-    for advice in verdict["advice"]:
+    for advice in verdict.advice:
         say(f"  - {advice}")
 
-    parts, inventory = audit["split"]["parts"], audit["inventory"]
-    table = _table(f"\n{audit['images']} images, {audit['split']['how']} split", "class", *parts, "with a copy")
-    for name, counts in inventory["by_class"].items():
-        with_copy = copies["images_by_class"].get(name, 0)
+    parts, inventory = audit.split.parts, audit.inventory
+    table = _table(f"\n{audit.images} images, {audit.split.how} split", "class", *parts, "with a copy")
+    for name, counts in inventory.by_class.items():
+        with_copy = copies.images_by_class.get(name, 0)
         table.add_row(name, *(str(counts[part]) for part in parts), str(with_copy))
     console.print(table)
-    say(f"formats: {counted(inventory['formats'])}; modes: {counted(inventory['modes'])}")
-    width, height = inventory["sizes"]["width"], inventory["sizes"]["height"]
+    say(f"formats: {counted(inventory.formats)}; modes: {counted(inventory.modes)}")
+    width, height = inventory.sizes["width"], inventory.sizes["height"]
     say(
-        f"widths {width['min']} to {width['max']}, heights {height['min']} to {height['max']}, "
-        f"{inventory['distinct_sizes']} distinct sizes"
+        f"widths {width.min} to {width.max}, heights {height.min} to {height.max}, "
+        f"{inventory.distinct_sizes} distinct sizes"
     )
-    for file in inventory["not_what_the_suffix_says"]:
-        say(f"  {file['path']} holds {file['format']}")
-    for file in inventory["unreadable"]:
-        say(f"  {file['path']} cannot be read: {file['reason']}")
-    for path in inventory["without_content"]:
+    for file in inventory.not_what_the_suffix_says:
+        say(f"  {file.path} holds {file.format}")
+    for unreadable in inventory.unreadable:
+        say(f"  {unreadable.path} cannot be read: {unreadable.reason}")
+    for path in inventory.without_content:
         say(f"  {path} has no content")
-    for aside in inventory["left_aside"]:
+    for aside in inventory.left_aside:
         say(_left_aside(aside))
 
-    say(f"\npairs of copies: {counted(copies['pairs_by_kind'])}", "bold")
-    for row in (*copies["across"], *copies["inside"]):
-        if row["with_copy"]:
+    say(f"\npairs of copies: {counted(copies.pairs_by_kind)}", "bold")
+    for row in (*copies.across, *copies.inside):
+        if row.with_copy:
+            where = row.other if isinstance(row, CopiesAcross) else "the same part"
             say(
-                f"  for {row['with_copy']} of {row['images']} {row['part']} images there is a copy in "
-                f"{row.get('other', 'the same part')} ({row['byte_identical']} byte-identical): "
-                f"{counted(row['by_class'])}"
+                f"  for {row.with_copy} of {row.images} {row.part} images there is a copy in {where} "
+                f"({row.byte_identical} byte-identical): {counted(row.by_class)}"
             )
-    by_threshold = ", ".join(f"{row['groups']} at {row['threshold']:g}" for row in groups["by_threshold"])
+    by_threshold = ", ".join(f"{row.groups} at {row.threshold:g}" for row in groups.by_threshold)
     say(
-        f"groups: {groups['groups']} at a likeness of {groups['threshold']:g}, the largest of "
-        f"{groups['largest']} images, {groups['cut_by_the_split']} cut by the split, {groups['of_several_classes']} of "
+        f"groups: {groups.groups} at a likeness of {groups.threshold:g}, the largest of "
+        f"{groups.largest} images, {groups.cut_by_the_split} cut by the split, {groups.of_several_classes} of "
         f"several classes; by threshold {by_threshold}"
     )
-    if known := groups["images_with_patient_id"]:
-        say(f"{groups['groups_from_patient_ids']} groups come from the PatientIDs of {known} DICOM images")
+    if known := groups.images_with_patient_id:
+        say(f"{groups.groups_from_patient_ids} groups come from the PatientIDs of {known} DICOM images")
 
-    if shortcuts["rules"]:
-        chance = shortcuts["chance"]
+    if shortcuts.rules:
+        chance = shortcuts.chance
         title = "\nshortcuts: rules that see only this property, in grouped cross-validation"
-        table = _table(title, "", *(rule["rule"] for rule in shortcuts["rules"]), "chance")
-        figures = [rule["balanced_accuracy"] for rule in shortcuts["rules"]]
-        table.add_row("balanced accuracy", *(f"{x:.2f}" for x in (*figures, chance["balanced_accuracy"])))
-        for name in audit["classes"]:
-            figures = [rule["auroc"][name] for rule in shortcuts["rules"]]
-            table.add_row(f"AUROC of {name}", *(f"{x:.2f}" for x in (*figures, chance["auroc"])))
+        table = _table(title, "", *(rule.rule for rule in shortcuts.rules), "chance")
+        figures = [rule.balanced_accuracy for rule in shortcuts.rules]
+        table.add_row("balanced accuracy", *(f"{x:.2f}" for x in (*figures, chance.balanced_accuracy)))
+        for name in audit.classes:
+            figures = [rule.auroc[name] for rule in shortcuts.rules]
+            table.add_row(f"AUROC of {name}", *(f"{x:.2f}" for x in (*figures, chance.auroc)))
         console.print(table)
-    for run in audit["permuted"] or []:
-        proof = "proves that the split leaks" if run["proves_a_leak"] else "no proof of a leak"
+    for run in audit.permuted or []:
+        proof = "proves that the split leaks" if run.proves_a_leak else "no proof of a leak"
         say(
-            f"permuted labels, {run['part']}, {run['title']}: balanced accuracy {run['balanced_accuracy']:.2f}, "
-            f"chance {run['chance']:.2f}: {proof}"
+            f"permuted labels, {run.part}, {run.title}: balanced accuracy {run.balanced_accuracy:.2f}, "
+            f"chance {run.chance:.2f}: {proof}"
         )
 
 

@@ -36,8 +36,9 @@ def _left_out(found: SearchResults) -> list[tuple[str, int]]:
     """How many files were left out, by reason."""
     if found.audit is None:
         return []
-    inventory = found.audit["inventory"]
-    reasons = [(aside["reason"], aside["files"]) for aside in inventory.get("left_aside", [])]
-    reasons.append(("cannot be read", len(inventory["unreadable"])))
-    reasons.append(("copies in the folders of several classes", sum(len(c["paths"]) for c in found.audit["conflicts"])))
+    inventory = found.audit.inventory
+    reasons = [(aside.reason, aside.files) for aside in inventory.left_aside]
+    reasons.append(("cannot be read", len(inventory.unreadable)))
+    copies = sum(len(conflict.paths) for conflict in found.audit.conflicts)
+    reasons.append(("copies in the folders of several classes", copies))
     return [(reason, n) for reason, n in reasons if n]

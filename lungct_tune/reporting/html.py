@@ -6,7 +6,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 
 from lungct_tune import __version__
 from lungct_tune.auditing.conclusions import counted
+from lungct_tune.auditing.findings import Audit
 from lungct_tune.data.decode import read_file
 from lungct_tune.reporting.format import figure, interval, percent
 from lungct_tune.reporting.output_file import GENERATOR
@@ -64,20 +65,16 @@ def data_uri(image: Image.Image, quality: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def pairs_of_copies(audit: Mapping[str, Any], root: Path, most: int) -> list[dict[str, Any]]:
+def pairs_of_copies(audit: Audit, root: Path, most: int) -> list[dict[str, Any]]:
     """The worst pairs of copies that an audit found, with pictures.
 
     Args:
         root: the folder of the images.
         most: how many pairs; each takes some 10 KB.
     """
-    pairs: Sequence[Mapping[str, Any]] = audit["copies"]["pairs"][:most]
     return [
-        {
-            **pair,
-            "sides": [{**side, "picture": _thumbnail(root, side["path"])} for side in (pair["first"], pair["second"])],
-        }
-        for pair in pairs
+        vars(pair) | {"sides": [(side, _thumbnail(root, side.path)) for side in (pair.first, pair.second)]}
+        for pair in audit.copies.pairs[:most]
     ]
 
 

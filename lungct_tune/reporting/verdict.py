@@ -102,8 +102,7 @@ def _worth_of_test(found: SearchResults, test: TestMetrics) -> Iterator[str]:
 
 def _scope(found: SearchResults) -> str:
     """What a result does not show even where the model is better than every simple rule."""
-    shortcuts = (found.audit or {}).get("shortcuts", {})
-    given = sorted({easy["class"] for easy in shortcuts.get("given_away", [])})
+    given = sorted({away.class_name for away in found.audit.shortcuts.given_away}) if found.audit else []
     if given == found.classes:
         return (
             "It does not show that the model recognises disease: simple rules recognise "

@@ -15,11 +15,13 @@ import pandas as pd
 import pytest
 from conftest import CT_IMAGES
 from PIL import Image
+from pydantic import TypeAdapter
 from test_shortcuts import an_image_set
 
 from lungct_tune import search
 from lungct_tune.audit import main
 from lungct_tune.auditing.audit import audit_images, refuse_leaks, too_alike
+from lungct_tune.auditing.findings import Audit
 from lungct_tune.data import DataError, fold_images, make_phantoms, read_images
 from lungct_tune.data.split import DataSplit, read_split
 from lungct_tune.reporting.html import pairs_of_copies
@@ -29,6 +31,11 @@ from lungct_tune.reporting.html import pairs_of_copies
 def clean(tmp_path: Path) -> Path:
     """60 images of 20 phantom patients, no patient in two parts, no two slices so near that they pass for copies."""
     return make_phantoms(tmp_path, seed=2, patients=20, size=64)
+
+
+def read_audit(content: dict[str, Any]) -> Audit:
+    audit: Audit = TypeAdapter(Audit).validate_python(content)
+    return audit
 
 
 def audited(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -275,11 +282,10 @@ def test_a_file_of_the_users_is_never_overwritten_and_an_audit_is(
 
 def test_a_pair_whose_files_were_removed_since_is_named_without_pictures(clean: Path) -> None:
     copied = copy_across(clean, 2)
-    audit = audited(clean)
+    audit = read_audit(audited(clean))
     (clean / copied[0]).unlink()
-    pictures = {
-        side["path"]: side["picture"] for pair in pairs_of_copies(audit, clean, most=9) for side in pair["sides"]
-    }
+    shown = pairs_of_copies(audit, clean, most=9)
+    pictures = {side.path: picture for pair in shown for side, picture in pair["sides"]}
     assert pictures[copied[0]] == "" and pictures[copied[1]].startswith("data:image/webp")
 
 
@@ -291,8 +297,8 @@ def test_a_pair_from_elsewhere_on_this_machine_is_not_shown(clean: Path, elsewhe
     private = clean.parent / "private.png"
     shutil.copy(next(clean.rglob("*.png")), private)
     audit["copies"]["pairs"][0]["first"]["path"] = elsewhere.replace("ABSOLUTE", str(private))
-    first, second = pairs_of_copies(audit, clean, most=1)[0]["sides"]
-    assert first["picture"] == "" and second["picture"]
+    (_, first), (_, second) = pairs_of_copies(read_audit(audit), clean, most=1)[0]["sides"]
+    assert first == "" and second
 
 
 def test_folders_without_train_have_nothing_to_learn_permuted_labels_from(clean: Path) -> None:
@@ -323,11 +329,11 @@ def test_more_images_than_the_sample_do_not_make_independent_images_too_alike(mo
     images.table["has_patient"] = False
     split = np.repeat(["train", "valid", "test"], [2100, 300, 600])
     audit = audit_images(images, split, "grouped")
-    assert not any(health["others"]["too_alike"] for health in audit["split_health"])
-    assert audit["verdict"]["level"] == "clean"
+    assert not any(part.others.too_alike for part in audit.split_health)
+    assert audit.verdict.level == "clean"
     groups_N = np.where(np.arange(n) < 2400, np.arange(n), np.arange(n) - 600)
     leaking = an_image_set(n, groups_N, labels_N, images_NHW).table.assign(has_patient=False)
-    assert audit_images(replace(images, table=leaking), split, "file")["split_health"][1]["seen"] == 600
+    assert audit_images(replace(images, table=leaking), split, "file").split_health[1].seen == 600
 
 
 # Shortcuts
@@ -337,25 +343,24 @@ def test_more_images_than_the_sample_do_not_make_independent_images_too_alike(mo
 def test_what_is_known_of_the_published_images_is_found() -> None:
     images = read_images(CT_IMAGES, 64)
     audit = audit_images(images, images.table["folder"].to_numpy(dtype=str), "official")
-    assert audit["verdict"]["level"] == "leaks"
-    across = {(row["part"], row["other"]): row for row in audit["copies"]["across"]}
-    assert across["train", "valid"]["byte_identical"] == 34
-    assert across["train", "valid"]["by_class"].keys() == {"normal"}
-    (conflict,) = audit["conflicts"]
-    assert [Path(path).name for path in conflict["paths"]] == ["l4.png", "sq2.png"]
-    assert {Path(file["path"]).name for file in audit["inventory"]["not_what_the_suffix_says"]} == {
+    assert audit.verdict.level == "leaks"
+    across = {(row.part, row.other): row for row in audit.copies.across}
+    assert across["train", "valid"].byte_identical == 34
+    assert across["train", "valid"].by_class.keys() == {"normal"}
+    (conflict,) = audit.conflicts
+    assert [Path(path).name for path in conflict.paths] == ["l4.png", "sq2.png"]
+    assert {Path(file.path).name for file in audit.inventory.not_what_the_suffix_says} == {
         *("n7.png", "n7 (2).png", "n7 - Copy.png", "n7 (2) - Copy.png")
     }
-    sizes = audit["inventory"]["sizes"]
-    assert (sizes["width"]["min"], sizes["width"]["max"]) == (168, 1200)
-    assert (sizes["height"]["min"], sizes["height"]["max"]) == (110, 874)
-    assert {found["class"] for found in audit["shortcuts"]["given_away"]} == {"normal"}
-    (valid,) = audit["split_health"]
-    assert 0.83 < valid["nearest_neighbour_accuracy"] < 0.88
-    assert valid["by_class"]["normal"]["seen"] == 10
+    width, height = audit.inventory.sizes["width"], audit.inventory.sizes["height"]
+    assert (width.min, width.max, height.min, height.max) == (168, 1200, 110, 874)
+    assert {away.class_name for away in audit.shortcuts.given_away} == {"normal"}
+    (valid,) = audit.split_health
+    assert 0.83 < valid.nearest_neighbour_accuracy < 0.88
+    assert valid.by_class["normal"].seen == 10
     # told by its file almost perfectly, as long as copies may be told by their copies: grouped, the width, mode and
     # bytes of the file say less than the greys do
-    of_normal = {rule["rule"]: rule["auroc"]["normal"] for rule in audit["shortcuts"]["rules"]}
+    of_normal = {rule.rule: rule.auroc["normal"] for rule in audit.shortcuts.rules}
     assert 0.85 < of_normal["file"] < 0.95 and of_normal["histogram"] > 0.98
-    inside = {row["part"]: row for row in audit["copies"]["inside"]}
-    assert inside["train"]["by_class"]["normal"] > 100
+    inside = {row.part: row for row in audit.copies.inside}
+    assert inside["train"].by_class["normal"] > 100

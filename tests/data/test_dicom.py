@@ -152,9 +152,9 @@ def test_phantoms_as_dicom_have_the_pixels_classes_and_groups_of_the_pngs(series
 
 def test_the_audit_says_how_many_groups_come_from_patient_ids(series: Path) -> None:
     images = read_images(series, 32)
-    groups = audit_images(images, split_images(images, "grouped", 0), "grouped")["groups"]
-    assert groups["images_with_patient_id"] == 60
-    assert groups["groups_from_patient_ids"] == groups["groups"] == images.table["group"].nunique()
+    groups = audit_images(images, split_images(images, "grouped", 0), "grouped").groups
+    assert groups.images_with_patient_id == 60
+    assert groups.groups_from_patient_ids == groups.groups == images.table["group"].nunique()
 
 
 def test_copies_in_dicom_are_shown_on_the_audits_page(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class Search:
         )
         bundle.write_bundle(self.plan.experiment, made.files)
         audit = audit_images(self.images, self.split, "grouped")
-        self.plan.experiment.write(bundle.AUDIT, bundle.as_json(audit))
+        self.plan.experiment.write(bundle.AUDIT, bundle.as_json(audit.as_dict()))
 
 
 def with_test(found: SearchResults, **more: Any) -> SearchResults:

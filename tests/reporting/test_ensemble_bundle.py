@@ -79,7 +79,7 @@ def final(finished: tuple[Search, DataSplit], members: list[RetrainedModel]) -> 
     np.save(valid, np.random.default_rng(0).dirichlet(np.full(4, 0.5), len(split.validation_rows)).astype(np.float32))
     experiment.write(f"{trial_folder(best.number)}/{VALID}", valid.getvalue())
     audit = audit_images(search.images, split.parts, "grouped")
-    experiment.write(AUDIT, as_json(audit))
+    experiment.write(AUDIT, as_json(audit.as_dict()))
     files = BundleFiles(search.plan, split, audit, search.study, slots=1)
     made = files.final(best, members, published=(best, _published(search, split)))
     write_bundle(experiment, files.files(made))

@@ -126,7 +126,7 @@ def test_a_page_says_the_figures_that_were_judged(found: SearchResults, content:
 def test_a_page_and_its_card_have_the_audits_verdict(found: SearchResults, content: bytes) -> None:
     assert found.audit is not None
     text, card = Page(content).text, html.unescape(model_card("one", found).decode())
-    for said in [found.audit["verdict"]["headline"], *found.audit["verdict"]["reasons"]]:
+    for said in [found.audit.verdict.headline, *found.audit.verdict.reasons]:
         assert said in text and said in card
     assert "in grouped cross-validation, by rules" in text  # its figures, folded away
 
@@ -187,7 +187,7 @@ def test_a_model_card_says_that_split_and_groups_were_given(
     assert "known patients; split by a given file." in card and "One data set, split by a given file:" in card
     assert "a split file or PatientIDs (DICOM), joined where images are copies." in card
     assert "image similarity" not in card and "at random" not in card and "`grouped`" not in card
-    assert not any("groups.csv" in advice for advice in audit["verdict"]["advice"])
+    assert not any("groups.csv" in advice for advice in audit.verdict.advice)
     assert "split at random by groups." in model_card("one", found).decode()
 
 

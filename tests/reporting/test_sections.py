@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
 from recorded_search import finished_search
 
+from lungct_tune.auditing.findings import Unreadable
+from lungct_tune.data.folders import LeftAside
 from lungct_tune.evaluation.inference import build_model
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment.metrics import Figure
@@ -147,9 +149,12 @@ def test_slices_of_a_group_share_a_card_and_many_mistakes_are_folded(found: Sear
 
 def test_the_data_are_counted_from_the_files_to_the_groups_of_each_part(found: SearchResults) -> None:
     assert found.audit is not None
-    inventory = found.audit["inventory"] | {"left_aside": [{"reason": "videos", "files": 3, "example": "a.mp4"}]}
-    inventory["unreadable"] = [{"path": "b.png", "reason": "damaged"}]
-    section = data_section(replace(found, audit=found.audit | {"inventory": inventory}))
+    inventory = replace(
+        found.audit.inventory,
+        left_aside=[LeftAside("videos", 3, "a.mp4")],
+        unreadable=[Unreadable("b.png", "damaged")],
+    )
+    section = data_section(replace(found, audit=replace(found.audit, inventory=inventory)))
     assert section["left_out"] == [("videos", 3), ("cannot be read", 1)]
     assert section["files"] == len(found.split) + 4
     for part, images, groups in section["parts"]:
@@ -182,11 +187,11 @@ def test_a_pair_of_copies_whose_file_is_no_image_any_more_is_shown_without_it(
 ) -> None:
     assert found.audit is not None
     (tmp_path / "text.png").write_text("no image")
-    pair = found.audit["copies"]["pairs"][0]
-    pair |= {"first": pair["first"] | {"path": "text.png"}}
-    copies = found.audit["copies"] | {"pairs": [pair]}
-    (shown,) = pairs_of_copies(found.audit | {"copies": copies}, tmp_path, 1)
-    assert [side["picture"] for side in shown["sides"]] == ["", ""]
+    pair = found.audit.copies.pairs[0]
+    pair = replace(pair, first=replace(pair.first, path="text.png"))
+    copies = replace(found.audit.copies, pairs=[pair])
+    (shown,) = pairs_of_copies(replace(found.audit, copies=copies), tmp_path, 1)
+    assert [picture for _, picture in shown["sides"]] == ["", ""]
 
 
 @given(st.floats(1e-4, 1e-2))
