@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.data.split import DataSplit
     from lungct_tune.evaluation.bundle_files import BundleFiles
     from lungct_tune.experiment.bundle import RetrainedModel
+    from lungct_tune.experiment.metrics import SeedComparison
     from lungct_tune.experiment.plan import Plan
     from lungct_tune.experiment.results import Bundle
     from lungct_tune.experiment.trial import TrialRecord
@@ -237,7 +238,7 @@ class SearchRun:
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
         return winner
 
-    def repeat_with_seeds(self, winner: TrialRecord, slots: FinalSlots) -> dict[str, Any] | None:
+    def repeat_with_seeds(self, winner: TrialRecord, slots: FinalSlots) -> SeedComparison | None:
         """Trains winner and published configuration with other seeds, see `rerun_with_seeds`; None without --seeds.
 
         The slots of the retrainings give their room back before.
@@ -318,7 +319,7 @@ class SearchRun:
         winner: TrialRecord,
         retrained: list[RetrainedModel],
         published: tuple[TrialRecord, list[RetrainedModel]] | None,
-        seeds: dict[str, Any] | None,
+        seeds: SeedComparison | None,
     ) -> None:
         """Evaluates the final model, writes the bundle with its pages, and prints the outcome."""
         from lungct_tune.experiment import bundle

@@ -36,13 +36,14 @@ from lungct_tune.experiment.metrics import (
     SHORTCUT,
     BundleMetrics,
     OperatingPoint,
+    SeedComparison,
     TemperatureScaling,
     TestMetrics,
 )
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
-from lungct_tune.experiment.study import effort, finished_trials
+from lungct_tune.experiment.study import finished_trials, search_cost
 from lungct_tune.experiment.trial import BASELINE, TrialRecord
 from lungct_tune.models.ensemble import joined_states
 from lungct_tune.models.gradcam import evidence_scale
@@ -80,7 +81,7 @@ class BundleFiles:
         best: TrialRecord,
         retrained: Sequence[RetrainedModel],
         published: tuple[TrialRecord, Sequence[RetrainedModel]] | None = None,
-        seeds: dict[str, Any] | None = None,
+        seeds: SeedComparison | None = None,
     ) -> Bundle:
         """The final bundle of the search, with its test figures.
 
@@ -88,7 +89,7 @@ class BundleFiles:
             retrained: the best trial's configuration, retrained: one model, or the members of an ensemble, whose
                 calibrated probabilities are averaged.
             published: the trial of the published configuration, and its retrained models, averaged in the same way.
-            seeds: of `over_seeds`.
+            seeds: the winner trained with other seeds.
 
         Raises:
             StorageError: the storage refuses to count how often the test split is looked at.
@@ -184,7 +185,7 @@ class BundleFiles:
         point: OperatingPoint | None,
         test: TestMetrics | None = None,
         predictions: Predictions | None = None,
-        seeds: dict[str, Any] | None = None,
+        seeds: SeedComparison | None = None,
         looks: int | None = None,
         members: int = 1,
     ) -> Bundle:
@@ -193,7 +194,7 @@ class BundleFiles:
             data=PHANTOMS if settings.data is None else str(settings.data),
             baseline_trial=next((trial.row() for trial in trials if trial.number == BASELINE and trial.last), None),
             best_trial=best.row(),
-            search=effort(self.study, trials, self.slots),
+            search=search_cost(self.study, trials, self.slots),
             test=test,
             looks=looks,
             seeds=seeds,

@@ -226,6 +226,47 @@ class TestMetrics:
 
 
 @dataclass(frozen=True)
+class SearchCost:
+    """The cost of a search."""
+
+    trials: int
+    epochs: int
+    wall_s: float
+    training_s: float
+    """Seconds that slots spent inside epochs, training and validation."""
+    slots: int
+    overhead_ratio: float | None
+    """Slot time divided by `training_s`: 1 means no overhead; None before an epoch has ended. Slot time is slots x wall
+    time, without the time in which slots waited for room on the cluster, summed over the runs of a resumed search."""
+    ended: dict[str, int]
+    """The number of trials by outcome."""
+    planned_s: tuple[float, float] | None = None
+    """The range of the forecast, for the whole job."""
+    took_s: float | None = None
+    """The time since the forecast."""
+
+
+@dataclass(frozen=True)
+class SeedScores:
+    """The balanced accuracy of a configuration trained with several seeds."""
+
+    balanced_accuracy: list[float]
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
+class SeedComparison(SeedScores):
+    """The winner trained with other seeds, and the published configuration with the same ones."""
+
+    published: SeedScores | None = None
+    """None in bundles of version 0.1, and if the winner is the published configuration."""
+    difference: Figure | None = None
+    """The mean of the differences, paired by seed, with the interval of Student's t over the seeds. It says how far the
+    difference depends on the seed, not on the images, which are the same for all."""
+
+
+@dataclass(frozen=True)
 class BundleMetrics:
     """metrics.json of a bundle."""
 
@@ -233,15 +274,14 @@ class BundleMetrics:
     baseline_trial: dict[str, Any] | None
     """The published configuration's row of trials.csv; None before its first epoch has ended."""
     best_trial: dict[str, Any]
-    search: dict[str, Any]
-    """The cost of the search, see `lungct_tune.experiment.study.effort`."""
+    search: SearchCost
     test: TestMetrics | None
     """None before the search has ended."""
     looks: int | None = None
     """How many searches on the storage had been evaluated on this test split, this one included; None before the search
     has ended, and in bundles of version 0.1."""
-    seeds: dict[str, Any] | None = None
-    """See `lungct_tune.experiment.study.over_seeds`; None where the winner was not trained with other seeds."""
+    seeds: SeedComparison | None = None
+    """None where the winner was not trained with other seeds."""
 
 
 @dataclass(frozen=True)
@@ -298,9 +338,6 @@ def read_metrics(content: bytes) -> BundleMetrics:
     check_form(metrics.best_trial, _BestTrial, f"{METRICS}, best_trial")
     if metrics.baseline_trial is not None:
         check_form(metrics.baseline_trial, _BestTrial, f"{METRICS}, baseline_trial")
-    check_form(metrics.search, _Search, f"{METRICS}, search")
-    if metrics.seeds is not None:
-        check_form(metrics.seeds, _Seeds, f"{METRICS}, seeds")
     return metrics
 
 
@@ -317,28 +354,6 @@ class _BestTrial(BaseModel):
         float, Field(validation_alias=AliasChoices("balanced_accuracy", "best_balanced_accuracy"))
     ]
     """Under the second name in bundles of version 0.1."""
-
-
-class _Search(BaseModel):
-    trials: int
-    epochs: int
-    wall_s: float
-    overhead_ratio: float | None
-    ended: dict[str, int]
-    planned_s: tuple[float, float] | None = None
-    took_s: float | None = None
-
-
-class _Scores(BaseModel):
-    balanced_accuracy: list[float]
-    mean: float
-    sd: float
-
-
-class _Seeds(_Scores):
-    published: _Scores | None = None
-    """The published configuration with the same seeds; None in bundles of version 0.1, and if it is the winner."""
-    difference: Figure | None = None
 
 
 def read_test_metrics(content: bytes) -> TestMetrics | None:

@@ -35,7 +35,7 @@ from lungct_tune.experiment.bundle import (
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import check_form, read_json, written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
-from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json, read_metrics
+from lungct_tune.experiment.metrics import BundleMetrics, SeedComparison, TestMetrics, metrics_json, read_metrics
 from lungct_tune.experiment.model_config import read_config
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.study import check_trials, count_outcomes, load_study, read_trials
@@ -102,7 +102,7 @@ class SearchResults:
         return self.settings["folds"] or 1 if self.settings.get("ensemble") else 1
 
     @property
-    def seeds(self) -> dict[str, Any] | None:
+    def seeds(self) -> SeedComparison | None:
         """The winner's results with other seeds; None where it was not trained with other seeds."""
         return self.bundle.metrics.seeds if self.bundle else None
 

@@ -30,6 +30,7 @@ from lungct_tune.config.search_space import SearchSpace, is_within
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import BundleError
 from lungct_tune.experiment.form import check_form, written_by_a_search
+from lungct_tune.experiment.metrics import Figure, SearchCost, SeedComparison, SeedScores
 from lungct_tune.experiment.trial import UNUSABLE, EpochFigures, EpochReport, Outcome, TrialRecord
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
@@ -260,73 +261,66 @@ def _outcome(trial: FrozenTrial) -> Outcome:
     return Outcome.STOPPED if trial.state == TrialState.PRUNED else Outcome.FAILED
 
 
-def over_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] = ()) -> dict[str, Any]:
+def compare_seeds(winner: Sequence[EpochReport], published: Sequence[EpochReport] = ()) -> SeedComparison:
     """The balanced accuracy of the winner trained with several seeds, and of the published configuration with the same.
 
     A training that diverged or ran out of memory counts with the lowest score, since a user of that configuration may
     get one.
-    The interval of the mean difference is that of Student's t over the seeds, paired. It says how far the difference
-    depends on the seed, not on the images, which are the same for all.
 
     Args:
         winner: a report for each training, with all its epochs; none has failed, which says nothing of a configuration.
         published: for the same seeds in the same order; empty if the winner is the published configuration.
-
-    Returns:
-        "balanced_accuracy" (of each training), "mean", "sd"; "published", with these three keys, and "difference" (see
-        `Figure`), both None without published trainings.
     """
     from scipy.stats import t  # here, because a report of a search without seeds needs no scipy
 
-    scores, others = _scores(winner), _scores(published)
-    differences = np.subtract(scores, others) if others else np.zeros(0)
-    n, reach = len(differences), 0.0
+    ours, theirs = _scores(winner), _scores(published)
+    if not theirs:
+        return SeedComparison(ours, *_spread(ours))
+    differences = np.subtract(ours, theirs)
+    n, mean, interval = len(differences), float(differences.mean()), None
     if n > 1 and not np.allclose(differences, differences[0]):
         reach = float(t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
-    mean = float(differences.mean()) if n else 0.0
-    return {
-        **_spread(scores),
-        "published": _spread(others) if others else None,
-        "difference": {"value": mean, "ci95": (mean - reach, mean + reach) if reach else None} if n else None,
-    }
+        interval = mean - reach, mean + reach
+    return SeedComparison(ours, *_spread(ours), SeedScores(theirs, *_spread(theirs)), Figure(mean, interval))
 
 
 def _scores(reports: Sequence[EpochReport]) -> list[float]:
     return [BAD_SCORE if report.outcome in UNUSABLE else report.epochs[-1].balanced_accuracy for report in reports]
 
 
-def _spread(scores: Sequence[float]) -> dict[str, Any]:
-    return {"balanced_accuracy": list(scores), "mean": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1))}
+def _spread(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return float(np.mean(scores)), float(np.std(scores, ddof=1))
 
 
-def effort(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> dict[str, Any]:
-    """The cost of a search, in trials, epochs and seconds.
-
-    `overhead_ratio` is slot time divided by the seconds that slots spent inside epochs (training and validation).
-    Slot time is slots x wall time, without the time in which slots waited for room on the cluster. It is summed over
-    the runs of a resumed search, which may differ in their number of slots. A ratio of 1 means no overhead; None
-    means that no epoch has ended. Where the search has a forecast, `planned_s` is its range, and `took_s` the time from
-    it to now.
+def search_cost(study: optuna.Study, trials: Sequence[TrialRecord], slots: int) -> SearchCost:
+    """The cost of a search.
 
     Args:
         trials: the trials that have ended.
+        slots: of the last run.
     """
     training_s = sum(trial.seconds for trial in trials)
-    return {
-        "trials": len(trials),
-        "epochs": sum(len(trial.history) for trial in trials),
-        "wall_s": study.user_attrs.get("wall_s", 0.0),
-        "training_s": training_s,
-        "slots": slots,
-        "overhead_ratio": study.user_attrs.get("slot_s", 0.0) / training_s if training_s else None,
-        "ended": count_outcomes(trials),
-    } | planned_and_taken(study)
+    planned_s, took_s = planned_and_taken(study) or (None, None)
+    return SearchCost(
+        trials=len(trials),
+        epochs=sum(len(trial.history) for trial in trials),
+        wall_s=study.user_attrs.get("wall_s", 0.0),
+        training_s=training_s,
+        slots=slots,
+        overhead_ratio=study.user_attrs.get("slot_s", 0.0) / training_s if training_s else None,
+        ended=count_outcomes(trials),
+        planned_s=planned_s,
+        took_s=took_s,
+    )
 
 
-def planned_and_taken(study: optuna.Study) -> dict[str, Any]:
-    """The range that was forecast for the search, and the time since then, in seconds; empty without a forecast."""
-    planned = study.user_attrs.get(PLANNED)
-    return {"planned_s": planned["seconds"], "took_s": time.time() - planned["began"]} if planned else {}
+def planned_and_taken(study: optuna.Study) -> tuple[tuple[float, float], float] | None:
+    """The range that was forecast for the search, and the time since then, in seconds; None without a forecast."""
+    if not (planned := study.user_attrs.get(PLANNED)):
+        return None
+    low, high = planned["seconds"]
+    return (low, high), time.time() - planned["began"]
 
 
 def count_outcomes(trials: Iterable[TrialRecord]) -> dict[str, int]:

@@ -31,7 +31,6 @@ from lungct_tune.experiment.metrics import (
     PUBLISHED,
     BundleMetrics,
     EvaluationMetrics,
-    Figure,
     TestMetrics,
     read_metrics,
 )
@@ -156,27 +155,26 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, conso
         if trial is not None:
             table.add_row(title, *(format(trial[key], style) for key, style in columns.values()))
     console.print(table)
-    effort = metrics.search
-    ended = ", ".join(f"{count} {how}" for how, count in effort["ended"].items())
-    ratio = f", overhead ratio {effort['overhead_ratio']:.2f}" if effort["overhead_ratio"] else ""
-    trials, epochs = number_of(effort["trials"], "trial"), number_of(effort["epochs"], "epoch")
-    print_prose(console, f"search: {trials} ({ended}), {epochs}, {effort['wall_s']:.0f} s{ratio}")
+    cost = metrics.search
+    ended = ", ".join(f"{count} {how}" for how, count in cost.ended.items())
+    ratio = f", overhead ratio {cost.overhead_ratio:.2f}" if cost.overhead_ratio else ""
+    trials, epochs = number_of(cost.trials, "trial"), number_of(cost.epochs, "epoch")
+    print_prose(console, f"search: {trials} ({ended}), {epochs}, {cost.wall_s:.0f} s{ratio}")
     if (seeds := metrics.seeds) is not None:
-        scores = ", ".join(f"{score:.3f}" for score in seeds[OBJECTIVE])
+        scores = ", ".join(f"{score:.3f}" for score in seeds.balanced_accuracy)
         print_prose(
             console,
-            f"the best found with other seeds: {scores}; mean {seeds['mean']:.3f}, standard deviation "
-            f"{seeds['sd']:.3f}",
+            f"the best found with other seeds: {scores}; mean {seeds.mean:.3f}, standard deviation {seeds.sd:.3f}",
         )
-        if published := seeds["published"]:
-            gain = in_words(Figure(**seeds["difference"]), "+.3f")
+        if (published := seeds.published) and seeds.difference:
             print_prose(
                 console,
-                f"the published configuration with the same seeds: mean {published['mean']:.3f}, standard deviation "
-                f"{published['sd']:.3f}; gain of the best found, paired by seed {gain}",
+                f"the published configuration with the same seeds: mean {published.mean:.3f}, standard deviation "
+                f"{published.sd:.3f}; gain of the best found, paired by seed {in_words(seeds.difference, '+.3f')}",
             )
     if planned := planned_and_taken(study):
-        console.print(f"time: {as_time(planned['took_s'])}, planned {as_range(*planned['planned_s'])}")
+        (low, high), took = planned
+        console.print(f"time: {as_time(took)}, planned {as_range(low, high)}")
     _print_worth(metrics, console)
     if said := looks_in_words(metrics.looks):
         print_prose(console, said, "bold yellow")
@@ -210,7 +208,7 @@ def print_bundle(folder: Path, console: Console) -> None:
         held = config["settings"].get("hold_test")
         console.print(
             f"[bold yellow]The search has not {'been judged' if held else 'ended'}[/]: this is the best of "
-            f"{metrics.search['trials']} trials of {config['settings']['trials']}, chosen by its balanced accuracy of "
+            f"{metrics.search.trials} trials of {config['settings']['trials']}, chosen by its balanced accuracy of "
             f"{score:.3f} {judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. "
             + ("--judge does that. Pull again afterwards." if held else "Pull again when the search has ended."),
             soft_wrap=not console.is_terminal,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution
@@ -11,13 +10,13 @@ from optuna.distributions import BaseDistribution
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.search_space import bounds, in_range
 from lungct_tune.experiment.forecast import as_range, as_time
-from lungct_tune.experiment.metrics import Figure
+from lungct_tune.experiment.metrics import SeedComparison
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.study import parameter_importance
 from lungct_tune.experiment.trial import BASELINE, UNSUCCESSFUL, Outcome, TrialRecord
 from lungct_tune.reporting import search_charts as charts
 from lungct_tune.reporting.format import SAME_GROUP, endings, percent, points
-from lungct_tune.training.objective import OBJECTIVE, OBJECTIVE_NAME
+from lungct_tune.training.objective import OBJECTIVE_NAME
 
 IMPORTANCE_FROM, PARAMETERS_FROM = 20, 15
 """The fewest completed trials for the parameters' importance, and for parallel coordinates and slices.
@@ -70,27 +69,26 @@ def about_the_search(found: SearchResults) -> list[str]:
 
 def _time(found: SearchResults) -> str:
     """The time that was planned beside the time that it took."""
-    if found.bundle is None or not (planned := found.bundle.metrics.search.get("planned_s")):
+    cost = found.bundle.metrics.search if found.bundle else None
+    if cost is None or cost.planned_s is None or cost.took_s is None:
         return ""
     until = "the evaluation of the final model" if found.test else "the best model so far"
-    took = as_time(found.bundle.metrics.search["took_s"])
-    return f" Planned time: {as_range(*planned)}. It took {took} to {until}."
+    return f" Planned time: {as_range(*cost.planned_s)}. It took {as_time(cost.took_s)} to {until}."
 
 
-def over_seeds(seeds: Mapping[str, Any]) -> str:
+def over_seeds(seeds: SeedComparison) -> str:
     """The winner's figures with other seeds, compared with the published configuration, as text."""
     said = (
-        f"Trained again with {len(seeds[OBJECTIVE])} other seeds, the winner reached {percent(seeds['mean'])} on "
-        f"average, with a standard deviation of {100 * seeds['sd']:.1f} points."
+        f"Trained again with {len(seeds.balanced_accuracy)} other seeds, the winner reached {percent(seeds.mean)} on "
+        f"average, with a standard deviation of {100 * seeds.sd:.1f} points."
     )
-    if not (published := seeds.get("published")):
+    if not (published := seeds.published) or not seeds.difference:
         return said
-    f = seeds["difference"]
     return (
-        f"{said} With the same seeds the published configuration reached {percent(published['mean'])} on average "
-        f"(standard deviation {100 * published['sd']:.1f} points). The winner's gain, paired by seed: "
-        f"{points(Figure(f['value'], f['ci95'] and tuple(f['ci95'])), OBJECTIVE_NAME)}. It is not too high from the "
-        "choice of a winner, but it is of the same images on which the winner was chosen."
+        f"{said} With the same seeds the published configuration reached {percent(published.mean)} on average "
+        f"(standard deviation {100 * published.sd:.1f} points). The winner's gain, paired by seed: "
+        f"{points(seeds.difference, OBJECTIVE_NAME)}. It is not too high from the choice of a winner, but it is of the "
+        "same images on which the winner was chosen."
     )
 
 

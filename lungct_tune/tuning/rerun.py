@@ -13,8 +13,9 @@ from typing import Any
 from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import UserError
 from lungct_tune.experiment.folder import Experiment, trial_folder
+from lungct_tune.experiment.metrics import SeedComparison
 from lungct_tune.experiment.plan import Plan
-from lungct_tune.experiment.study import over_seeds
+from lungct_tune.experiment.study import compare_seeds
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
@@ -73,8 +74,8 @@ def rerun_with_seeds(
     avoided: set[str],
     left: TimeLeft,
     warn: Callable[[str], None],
-) -> dict[str, Any]:
-    """Trains the winner and the published configuration once with each of these seeds; see `over_seeds`.
+) -> SeedComparison:
+    """Trains the winner and the published configuration once with each of these seeds; see `compare_seeds`.
 
     A training that had ended before an interruption is only read.
 
@@ -114,7 +115,7 @@ def rerun_with_seeds(
         new = rerun_trials(plan, folder, todo, epochs, slots, warn, note, avoided)
         reports |= {order.number: report for order, report in zip(todo, new, strict=True)}
     in_order = [report for report in reports.values() if report is not None]
-    return over_seeds(in_order[: len(seeds)], in_order[len(seeds) :])
+    return compare_seeds(in_order[: len(seeds)], in_order[len(seeds) :])
 
 
 def seeds_folder(experiment: Experiment) -> str:

@@ -11,7 +11,7 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment.bundle import as_json, write_bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.metrics import BundleMetrics, TestMetrics, metrics_json
+from lungct_tune.experiment.metrics import BundleMetrics, SearchCost, TestMetrics, metrics_json
 
 JUDGED = evaluate_predictions(
     np.arange(8) % 4,
@@ -22,7 +22,9 @@ JUDGED = evaluate_predictions(
 )
 
 BEST = {"trial": 3, "balanced_accuracy": 0.875, "frozen_depth": 0, "epochs": 4} | PUBLISHED.as_dict()
-SEARCH = {"trials": 5, "epochs": 20, "wall_s": 9.0, "overhead_ratio": None, "ended": {"completed": 5}}
+SEARCH = SearchCost(
+    trials=5, epochs=20, wall_s=9.0, training_s=0.0, slots=1, overhead_ratio=None, ended={"completed": 5}
+)
 
 
 def files_of_a_bundle(model: bytes = b"weights", test: TestMetrics | None = JUDGED) -> dict[str, bytes]:

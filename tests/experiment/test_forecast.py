@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.config.search_space import parse_space
 from lungct_tune.experiment.forecast import BEGINNING, Forecast, Progress, Workload, as_range
-from lungct_tune.experiment.study import PLANNED, effort, planned_and_taken, rungs
+from lungct_tune.experiment.study import PLANNED, planned_and_taken, rungs, search_cost
 from lungct_tune.training.pace import Pace
 
 SPACE = parse_space("truncation_depth: {low: 2, high: 30}\nfrozen_share: {low: 0.0, high: 1.0}", "space")
@@ -233,9 +233,9 @@ def test_a_range_as_text(seconds: tuple[float, float], text: str) -> None:
 
 def test_the_study_keeps_the_plan_and_the_time_since_then() -> None:
     study = optuna.create_study()
-    assert planned_and_taken(study) == {} and "planned_s" not in effort(study, [], 2)
+    assert planned_and_taken(study) is None and search_cost(study, [], 2).planned_s is None
     study.set_user_attr(PLANNED, {"seconds": [60, 90], "slowdown": 1.0, "began": time.time() - 75})
-    kept = effort(study, [], 2)
-    assert kept["planned_s"] == [60, 90] and kept["took_s"] == pytest.approx(75, abs=5)
+    kept = search_cost(study, [], 2)
+    assert kept.planned_s == (60, 90) and kept.took_s == pytest.approx(75, abs=5)
     study.set_user_attr(PLANNED, None)  # it was resumed
-    assert planned_and_taken(study) == {}
+    assert planned_and_taken(study) is None

@@ -66,9 +66,7 @@ def test_what_is_computed_is_what_is_read() -> None:
         references={"majority class": ("normal", np.full(8, 2))},
         overlap_N=np.arange(8) < 3,
     )
-    metrics = BundleMetrics(
-        "data", None, BEST, SEARCH, test, seeds={"balanced_accuracy": [0.5], "mean": 0.5, "sd": 0.1}
-    )
+    metrics = BundleMetrics("data", None, BEST, SEARCH, test, seeds=held.SeedComparison([0.5], mean=0.5, sd=0.1))
     content = metrics_json(metrics)
     assert json.loads(content)["test"]["leak_free"]["n"] == 5
     assert read_metrics(content) == metrics

@@ -23,7 +23,7 @@ from lungct_tune.experiment.metrics import BundleMetrics
 from lungct_tune.experiment.plan import Plan, plan_search
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle, SearchResults
-from lungct_tune.experiment.study import effort, finished_trials, open_study
+from lungct_tune.experiment.study import finished_trials, open_study, search_cost
 from lungct_tune.experiment.study_journal import StudyStorage
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, best_trial
 from lungct_tune.models.preprocessing import as_grey, forward
@@ -124,7 +124,7 @@ class Search:
             similarity_N=most_similar(self.images, test, np.flatnonzero(self.split != "test"))[0],
         )
         paths_N = self.images.table["path"].to_numpy()[test]
-        cost = effort(self.study, finished_trials(self.study), slots=1)
+        cost = search_cost(self.study, finished_trials(self.study), slots=1)
         made = Bundle(
             weights=safetensors.torch.save(model.state_dict()),
             config=describe_model(self.plan.settings, self.images, best.hyperparameters, EPOCHS, None),

@@ -24,7 +24,7 @@ from lungct_tune.data.split import read_split
 from lungct_tune.evaluation.metrics import evaluate_predictions
 from lungct_tune.experiment import bundle
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.metrics import Figure, RatesAt
+from lungct_tune.experiment.metrics import Figure, RatesAt, SeedComparison, SeedScores
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.report import main
@@ -378,10 +378,10 @@ def test_a_class_that_trials_were_not_judged_on_is_named(found: SearchResults) -
 
 
 def test_seeds_compare_winner_and_published_configuration() -> None:
-    of_winner = {"balanced_accuracy": [0.8, 0.7], "mean": 0.75, "sd": 0.07}
-    alone = over_seeds(of_winner | {"published": None, "difference": None})
+    of_winner = SeedComparison([0.8, 0.7], mean=0.75, sd=0.07)
+    alone = over_seeds(of_winner)
     assert "2 other seeds, the winner reached 75.0" in alone and "published" not in alone
-    published = {"balanced_accuracy": [0.7, 0.65], "mean": 0.675, "sd": 0.035}
-    both = over_seeds(of_winner | {"published": published, "difference": {"value": 0.075, "ci95": [-0.2, 0.35]}})
+    published = SeedScores([0.7, 0.65], mean=0.675, sd=0.035)
+    both = over_seeds(replace(of_winner, published=published, difference=Figure(0.075, (-0.2, 0.35))))
     assert "published configuration reached 67.5" in both
     assert "paired by seed: +7.5 points of balanced accuracy (95 % interval -20.0 to +35.0)" in both

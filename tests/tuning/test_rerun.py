@@ -15,6 +15,7 @@ from trials import SHALLOW, slot_plan, workload
 from lungct_tune import replay
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.metrics import SeedComparison
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import rerun
@@ -104,7 +105,7 @@ class Seeds:
         self.left = TimeLeft(workload(2, 4, (2,), seeds=4), trials, now=lambda: self.now)
         self.left.search_ended()
 
-    def run(self, step: Callable[[TrialOrder], EpochReport]) -> dict[str, Any]:
+    def run(self, step: Callable[[TrialOrder], EpochReport]) -> SeedComparison:
         Queue.step = staticmethod(step)
         return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.avoided, self.left, print)
 
@@ -134,7 +135,8 @@ def test_a_training_with_another_seed_that_lost_its_workers_has_no_figure(
 def test_a_seed_with_which_a_configuration_diverges_counts_with_the_lowest_score(seeds: Seeds) -> None:
     diverged = EpochReport(Outcome.DIVERGED, (epoch(1),), reason="loss nan in epoch 2")
     found = seeds.run(lambda order: diverged if order.number == 4 else completed(order))
-    assert found["balanced_accuracy"] == [0.5, 0.5] and found["published"]["balanced_accuracy"] == [0.5, 0.0]
+    assert found.balanced_accuracy == [0.5, 0.5]
+    assert found.published and found.published.balanced_accuracy == [0.5, 0.0]
 
 
 def test_seeds_that_had_ended_before_an_interruption_are_not_trained_again(seeds: Seeds) -> None:
@@ -149,7 +151,8 @@ def test_seeds_that_had_ended_before_an_interruption_are_not_trained_again(seeds
 
     found = seeds.run(step)
     assert trained == [2, 4]
-    assert found["balanced_accuracy"] == [0.5, 0.5] and found["published"]["balanced_accuracy"] == [0.0, 0.5]
+    assert found.balanced_accuracy == [0.5, 0.5]
+    assert found.published and found.published.balanced_accuracy == [0.0, 0.5]
     assert seeds.run(step) == found and trained == [2, 4]
     seeds.winner = replace(seeds.winner, hyperparameters=replace(SHALLOW, dropout=0.25))
     seeds.run(step)
@@ -168,7 +171,7 @@ def test_seeds_whose_figures_the_storage_refuses_count_all_the_same(
         raise StorageError("the disk is full")
 
     monkeypatch.setattr(Experiment, "write", refuse)
-    assert seeds.run(completed)["balanced_accuracy"] == [0.5, 0.5]
+    assert seeds.run(completed).balanced_accuracy == [0.5, 0.5]
     assert (
         "the training with seed 5 has ended, but its figures are not saved: the disk is full" in capsys.readouterr().out
     )

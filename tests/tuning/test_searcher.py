@@ -21,12 +21,12 @@ from lungct_tune.errors import SearchStopped
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import (
     StudyError,
-    effort,
     finished_trials,
     open_study,
     read_history,
     read_trials,
     rungs,
+    search_cost,
 )
 from lungct_tune.experiment.trial import KEPT_TRIALS, EpochReport, Outcome, TrialOrder, TrialRecord, best_trial
 from lungct_tune.tuning.searcher import MAX_FAILED_IN_A_ROW, OptunaScheduler
@@ -180,8 +180,8 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
     rows = [trial.row() for trial in trials]
     assert [row["state"] for row in rows] == [trial.state.name for trial in tune.study.trials]
     assert [row["ended"] for row in rows] == [trial.user_attrs["ended"] for trial in tune.study.trials]
-    assert effort(tune.study, trials, slots=2)["training_s"] == pytest.approx(2.5 * 10)
-    assert effort(tune.study, trials, slots=2)["ended"] == {"completed": 1, "diverged": 1, "failed": 2}
+    cost = search_cost(tune.study, trials, slots=2)
+    assert cost.training_s == pytest.approx(2.5 * 10) and cost.ended == {"completed": 1, "diverged": 1, "failed": 2}
 
 
 def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:
