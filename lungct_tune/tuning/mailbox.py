@@ -84,7 +84,7 @@ class Mailbox:
                 await asyncio.wait_for(slot.__ray_ready__.remote(), timeout=0.5)
             except TimeoutError:
                 return True
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayError:  # an OutOfMemoryError if Ray's memory monitor has killed it
                 return False
         return True
 

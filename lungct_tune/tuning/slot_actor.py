@@ -68,10 +68,10 @@ class SlotActor:
         while time.monotonic() < deadline:  # until it is gone it may make a placement group
             try:
                 ray.get(self._actor.__ray_ready__.remote(), timeout=1)
-            except ray.exceptions.RayActorError:
-                return
             except ray.exceptions.GetTimeoutError:
                 continue
+            except ray.exceptions.RayError:
+                return
             time.sleep(0.05)
 
 
@@ -178,7 +178,7 @@ class SlotQueue:
                 raise CancelledError
         try:
             return ray.get(running)
-        except ray.exceptions.RayActorError as error:
-            return EpochReport(Outcome.FAILED, reason=f"the process of the slot has ended: {error}")
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, UserError) else error from None
+        except ray.exceptions.RayError as error:  # an OutOfMemoryError if Ray's memory monitor has killed it
+            return EpochReport(Outcome.FAILED, reason=f"the process of the slot has ended: {error}")
