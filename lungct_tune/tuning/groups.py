@@ -6,7 +6,6 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -127,16 +126,15 @@ class Group:
     def _fit(self, slot: int) -> None:
         from ray.train import FailureConfig, RunConfig
 
-        from lungct_tune.tuning.ray_trainer import GroupTrainer, SlotTrainer
+        from lungct_tune.tuning.ray_trainer import SlotTrainer
 
         plan = self._plan
-        in_actor = ray.get_runtime_context().get_actor_id() is not None
-        trainer_class = partial(SlotTrainer, self._placement_groups) if in_actor else GroupTrainer
-        trainer = trainer_class(
+        trainer = SlotTrainer(
             run_worker,
             {"plan": plan, "mailbox": self._mailbox, "group": self.id, "slot": slot},
             plan.workers,
             plan.resources_per_worker,
+            groups=self._placement_groups,
             avoid=self.avoid,
             run_config=RunConfig(
                 name=self.id,

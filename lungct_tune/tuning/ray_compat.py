@@ -1,6 +1,6 @@
 """All private names of Ray and Optuna that this project uses, in one place.
 
-One exception: `GroupTrainer` and `SlotTrainer` override private methods of Ray's trainer, which a test looks for.
+One exception: `SlotTrainer` overrides private methods of Ray's trainer, which a test looks for.
 
 Because of them pyproject.toml pins the minor versions of both. For a new version, tests/tuning/test_ray_compat.py says
 which of the names have moved. They are imported only when they are needed: worker processes import this module and must

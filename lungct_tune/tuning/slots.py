@@ -98,7 +98,7 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
 
 
 class Slot:
-    """A warm group of workers, replaced when it is lost.
+    """A warm group of workers, replaced when it is lost. A slot is in an actor.
 
     The workers write a trial's state to the experiment's storage from time to time, and start by reading it. So other
     workers can continue the trial: workers that replace these, or workers of a resumed search.
@@ -113,8 +113,7 @@ class Slot:
         self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
         search = search or plan.experiment.name
         self._mailbox = open_mailbox(search)
-        context = ray.get_runtime_context()
-        self._actor = context.current_actor if context.get_actor_id() else None
+        self._actor = ray.get_runtime_context().current_actor
         self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
         self.name = f"{search} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
