@@ -18,7 +18,8 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import rerun
-from lungct_tune.tuning.rerun import SeedFailed, follow_trial, rerun_with_seeds
+from lungct_tune.tuning.rerun import SeedFailed, rerun_with_seeds
+from lungct_tune.tuning.slot_actor import follow
 from lungct_tune.tuning.time_left import TimeLeft
 
 if TYPE_CHECKING:
@@ -51,14 +52,14 @@ class Slot:
 @pytest.mark.parametrize(("lost_after", "step"), [(0, 1), (3, 1), (5, 1), (2, 2), (4, 4)])
 def test_epochs_that_are_reported_twice_count_once(lost_after: int, step: int) -> None:
     slot: Any = Slot(epochs=6, lost_after=lost_after, step=step)
-    report = follow_trial(slot.run, ORDER, epochs=6)
+    report = follow(slot.run, ORDER, epochs=6)
     assert report.outcome is Outcome.COMPLETED
     assert [figures.epoch for figures in report.epochs] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_trial_is_followed_as_many_epochs_as_asked() -> None:
     slot: Any = Slot(epochs=6, lost_after=0, step=3)
-    assert len(follow_trial(slot.run, ORDER, epochs=2).epochs) == 2
+    assert len(follow(slot.run, ORDER, epochs=2).epochs) == 2
 
 
 class Queue:
@@ -77,12 +78,12 @@ class Queue:
 
     def end(self) -> None: ...
 
-    def run(self, orders: Iterable[TrialOrder], train: Any) -> list[Future[EpochReport]]:
+    def run(self, orders: Iterable[TrialOrder], note: Any, epochs: int) -> list[Future[EpochReport]]:
         futures = []
         for order in orders:
             futures.append(Future[EpochReport]())
             try:
-                futures[-1].set_result(train(type(self).step, order))
+                futures[-1].set_result(follow(type(self).step, order, note, epochs))
             except Exception as error:
                 futures[-1].set_exception(error)
         return futures
@@ -217,7 +218,7 @@ def replayed(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> bool:
     reports.append(EpochReport(Outcome.DIVERGED, epochs[-1], reason="loss nan"))
 
     def replay_trial(*_: object) -> tuple[EpochReport, dict[str, Any]]:
-        return follow_trial(lambda order: reports.pop(0), ORDER, len(DIVERGED.history)), {}
+        return follow(lambda order: reports.pop(0), ORDER, epochs=len(DIVERGED.history)), {}
 
     monkeypatch.setattr(rerun, "replay_trial", replay_trial)
     plan: Any = type("Plan", (), {"experiment": type("Experiment", (), {"name": "one"})})
