@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,13 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.retrain import RetrainOrder
+from lungct_tune.tuning.shared_data import SharedDataset, share_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import torch
 
     from lungct_tune.tuning.workers import SlotPlan
 
@@ -82,8 +87,6 @@ class InActor:
 @pytest.fixture(scope="module", params=[(1, 1)])
 def slot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[InActor]:
     """A slot whose steps are single epochs, and that keeps a state of each. Its parameter: folds, and workers."""
-    from lungct_tune.tuning.shared_data import share_images
-
     folder, (folds, workers) = tmp_path_factory.mktemp("slots"), request.param
     plan = slot_plan(folder, phantoms, epochs=EPOCHS, folds=folds, workers=workers, name=folder.name)
     # as if they did not fit the object store: the workers map the file (test_search.py has them in the store)
@@ -218,11 +221,15 @@ def test_a_worker_that_hangs_is_replaced(slot: InActor) -> None:
 
 def test_a_retraining_may_take_longer_than_workers_of_a_trial_may_be_silent(slot: InActor) -> None:
     """The second retraining of a slot was ended after ten minutes."""
-    from lungct_tune.tuning.retrain import RetrainOrder
+
+    class Slow(SharedDataset):
+        def images_on(self, device: torch.device) -> torch.Tensor:
+            time.sleep(3)
+            return super().images_on(device)
 
     run(slot, 24)
     group = group_of(slot)
-    long = RetrainOrder(24, SHALLOW, seed=3, epochs=100, test=slot.plan.dataset, checkpoint_interval=3600)
+    long = RetrainOrder(24, SHALLOW, seed=3, test=Slow(**vars(slot.plan.dataset)), checkpoint_interval=3600)
     with slot.changed("lungct_tune.tuning.groups", HANG_MIN_S=0.0, HANG_EPOCHS=0):
         assert slot.call(lambda it: it._slot.run(long)).outcome is Outcome.COMPLETED
     assert group_of(slot) == group
