@@ -30,8 +30,9 @@ examples:
   python -m lungct_tune.replay 2026-11-23-054807-phantoms 3      trial 3 of an experiment in ./results
   python -m lungct_tune.replay s3://bucket/lungct_tune/NAME 12 --data chest-ctscan
 
-On CPUs with the same versions the figures are the same to the last digit. The last digits differ for a trial that was
-interrupted, if more than two workers shared its batches.
+On CPUs with the same versions and precision (bfloat16 where they compute in it, else float32) the figures are the
+same to the last digit. The last digits differ for a trial that was interrupted, if more than two workers shared its
+batches.
 Exit status: 0 if the figures are the same, 1 if they differ, 2 if the trial cannot be trained again.
 """
 
@@ -123,6 +124,7 @@ def replay(
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    then = {"precision": now.get("precision"), **then}  # earlier searches did not note it
     return [
         f"{name} {then.get(name)}, now {now.get(name)}" for name in {**then, **now} if then.get(name) != now.get(name)
     ]

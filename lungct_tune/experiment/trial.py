@@ -104,6 +104,10 @@ class EpochFigures:
         """The form of it in the study and in the states on storage, without the fields that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def curves(self) -> dict[str, float]:
+        """What is drawn over the epochs: all but when it ended, and where."""
+        return {name: value for name, value in self.as_dict().items() if name not in ("at", "slot")}
+
 
 @dataclass(frozen=True)
 class EpochCost:

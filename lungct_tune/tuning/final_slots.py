@@ -84,7 +84,7 @@ class FinalSlots:
         """
         self._stop_watching()
         queue = self._start(min(self._slots, len(orders)))
-        futures = queue.run(orders, self._retrain)
+        futures = queue.run(orders, self._note)
         meanwhile()
 
         def note() -> None:
@@ -94,13 +94,12 @@ class FinalSlots:
 
         queue.wait(futures, note)
 
-    def _retrain(self, run: Callable[[RetrainOrder], EpochReport], order: RetrainOrder) -> EpochReport:
-        """Retrains in a slot. A retraining that diverges leaves no files, and the user is told.
+    def _note(self, order: RetrainOrder, report: EpochReport) -> None:
+        """Tells the user of a retraining that has diverged. It leaves no files.
 
         Raises:
             RetrainingFailed: see `retrain_all`.
         """
-        report = run(order)
         if report.outcome is Outcome.DIVERGED:
             self._warn(f"{order.what} has diverged: {report.reason}")
         elif report.reason:
@@ -109,7 +108,6 @@ class FinalSlots:
                 "Fix the cause (Ray's log files have the full error; --verbose prints it); "
                 "the search is kept, and --resume continues with the retraining"
             )
-        return report
 
     def release(self) -> None:
         """Ends the workers."""

@@ -6,15 +6,15 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from lungct_tune.errors import first_line
 from lungct_tune.experiment.trial import EpochReport, TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.mailbox import ORDER, REPORT
-from lungct_tune.tuning.ray_compat import PlacementGroups
+from lungct_tune.tuning.ray_compat import PlacementGroups, worker_errors
 from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 RELEASE_S = 120
 """How long workers get to save the state of their trial before they are ended."""
+
+END_S = 5.0
+"""How long workers whose mailbox is lost get to end with an error of their own."""
 
 HANG_MIN_S, HANG_EPOCHS = 600.0, 50
 """Workers hang if they do not answer for so many seconds, and for so many times their longest epoch so far."""
@@ -80,6 +83,9 @@ class Group:
         try:
             report: EpochReport = ray.get(waiting)
         except ray.exceptions.RayError as error:  # the mailbox was lost, or the group was released
+            self._run.join(timeout=END_S)
+            if isinstance(self._error, OUT_OF_MEMORY):
+                raise self._loss() from self._error  # Ray's memory monitor first kills what can restart: the mailbox
             raise MailboxLost(f"the slot's mailbox does not answer: {error}") from error
         self._has_reported = True
         self._epoch_s = max([self._epoch_s, *(figures.seconds for figures in report.epochs)])
@@ -120,16 +126,15 @@ class Group:
     def _fit(self, slot: int) -> None:
         from ray.train import FailureConfig, RunConfig
 
-        from lungct_tune.tuning.ray_trainer import GroupTrainer, SlotTrainer
+        from lungct_tune.tuning.ray_trainer import SlotTrainer
 
         plan = self._plan
-        in_actor = ray.get_runtime_context().get_actor_id() is not None
-        trainer_class = partial(SlotTrainer, self._placement_groups) if in_actor else GroupTrainer
-        trainer = trainer_class(
+        trainer = SlotTrainer(
             run_worker,
             {"plan": plan, "mailbox": self._mailbox, "group": self.id, "slot": slot},
             plan.workers,
             plan.resources_per_worker,
+            groups=self._placement_groups,
             avoid=self.avoid,
             run_config=RunConfig(
                 name=self.id,
@@ -145,12 +150,10 @@ class Group:
             plan.experiment.write(PROBE, PROBE.encode())
             trainer.fit()
         except Exception as error:  # kept for run(), which raises it in the slot's thread
-            of_workers = list(getattr(error, "worker_failures", {}).values())
-            telling = [each for each in of_workers if isinstance(each, (StorageError, *OUT_OF_MEMORY))]
-            self._error = telling[0] if telling else error
-            self._reason = (
-                str(telling[0]) if telling else "; ".join(dict.fromkeys(map(_last_line, of_workers or [error])))
-            )
+            errors = worker_errors(error) or [error]
+            telling = next((each for each in errors if isinstance(each, (StorageError, *OUT_OF_MEMORY))), None)
+            self._error = telling or error
+            self._reason = first_line(telling) if telling else "; ".join(dict.fromkeys(map(_last_line, errors)))
 
 
 def _last_line(error: Exception) -> str:

@@ -59,7 +59,7 @@ class Mailbox:
         """The lowest number that no living slot of the search has.
 
         Args:
-            slot: the slot's actor; None if it runs in the driver, where it always returns its number.
+            slot: the slot's actor.
         """
         known = dict(self._slots)
         lives = dict(zip(known, await asyncio.gather(*map(self._lives, known.values())), strict=True))
@@ -79,13 +79,12 @@ class Mailbox:
 
     async def _lives(self, slot: Any) -> bool:
         """Whether an actor lives. A living one answers, or is busy."""
-        if slot is not None:
-            try:
-                await asyncio.wait_for(slot.__ray_ready__.remote(), timeout=0.5)
-            except TimeoutError:
-                return True
-            except ray.exceptions.RayActorError:
-                return False
+        try:
+            await asyncio.wait_for(slot.__ray_ready__.remote(), timeout=0.5)
+        except TimeoutError:
+            return True
+        except ray.exceptions.RayError:  # an OutOfMemoryError if Ray's memory monitor has killed it
+            return False
         return True
 
     @_unlisted

@@ -1,6 +1,6 @@
 """All private names of Ray and Optuna that this project uses, in one place.
 
-One exception: `GroupTrainer` and `SlotTrainer` override private methods of Ray's trainer, which a test looks for.
+One exception: `SlotTrainer` overrides private methods of Ray's trainer, which a test looks for.
 
 Because of them pyproject.toml pins the minor versions of both. For a new version, tests/tuning/test_ray_compat.py says
 which of the names have moved. They are imported only when they are needed: worker processes import this module and must
@@ -46,6 +46,9 @@ CLEANER_CALLBACK = "ray.train.v2._internal.callbacks.placement_group_callback:Pl
 TRAIN_CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
 """Runs a group of workers. Ray Train starts it in an actor of its own."""
 
+HEALTH_CHECK_FAILED = "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError"
+"""What Ray Train wraps around an error of a worker's process. An error that the worker itself raises comes as it is."""
+
 SCALING_POLICY = "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy"
 """Keeps a group of workers at its size."""
 
@@ -85,7 +88,7 @@ OPTUNA_TRIAL = "optuna.trial:Trial"
 PRIVATE_NAMES = (
     *(DATA_PARALLEL_TRAINER, TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
     *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES, LATEST_CLUSTER),
-    *(LOCAL_RESOURCES, FREE_RESOURCES),
+    *(LOCAL_RESOURCES, FREE_RESOURCES, HEALTH_CHECK_FAILED),
     *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),
     OPTUNA_TRIAL,
 )
@@ -244,6 +247,17 @@ class _NoActor:
 
     def remote(self, **arguments: Any) -> _NoActor:
         return self
+
+
+def worker_errors(error: Exception) -> list[Exception]:
+    """What has ended the workers of a Train run; nothing if the run has failed by itself.
+
+    Args:
+        error: of the run.
+    """
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    of_process = private(HEALTH_CHECK_FAILED)
+    return [each.health_check_failure if isinstance(each, of_process) else each for each in failures.values()]
 
 
 def has_local_cluster() -> bool:

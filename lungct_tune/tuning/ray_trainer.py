@@ -26,13 +26,17 @@ from lungct_tune.tuning.ray_compat import (
 from lungct_tune.tuning.workers import scaling
 
 
-class GroupTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
-    """A trainer whose workers are in a process group of torch.distributed, if there are several.
+class SlotTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
+    """A trainer whose controller runs in the actor that calls `fit`, instead of an actor of its own.
 
-    It does not start the actor that distributes Ray datasets, because this project uses none.
+    This saves three processes for each slot: the controller, the actor that would remove the placement group if the
+    controller died, and the actor for `ray.train.report`, which a slot's workers do not call. There is no actor that
+    distributes Ray datasets either, because this project uses none. Several workers are in a process group of
+    torch.distributed.
 
     Args:
         run_worker: the function that every worker runs with `config`.
+        groups: makes its placement groups.
         avoid: ids of nodes on which no worker may start.
     """
 
@@ -43,6 +47,7 @@ class GroupTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
         workers: int,
         resources_per_worker: dict[str, float],
         run_config: RunConfig,
+        groups: PlacementGroups,
         avoid: Iterable[str] = (),
     ) -> None:
         super().__init__(
@@ -52,36 +57,11 @@ class GroupTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
             scaling_config=scaling(workers, resources_per_worker, avoid),
             run_config=run_config,
         )
-
-    def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, private(DATASETS_CALLBACK))]
-
-
-def _process_group() -> BackendConfig:
-    from lungct_tune.tuning.process_group import ProcessGroup
-
-    return ProcessGroup()
-
-
-class SlotTrainer(GroupTrainer):
-    """A GroupTrainer whose controller runs in the actor that calls `fit`, instead of an actor of its own.
-
-    This saves three processes for each slot: the controller, the actor that would remove the placement group if the
-    controller died, and the actor for `ray.train.report`, which a slot's workers do not call.
-
-    Args:
-        groups: makes its placement groups.
-        arguments: see `GroupTrainer`.
-    """
-
-    def __init__(self, groups: PlacementGroups, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
         self._groups = groups
 
     def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, private(CLEANER_CALLBACK))]
+        made, without = super()._create_default_callbacks(), (private(DATASETS_CALLBACK), private(CLEANER_CALLBACK))
+        return [callback for callback in made if not isinstance(callback, without)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         prepare_controller(self._groups)
@@ -90,6 +70,12 @@ class SlotTrainer(GroupTrainer):
         controller = private(TRAIN_CONTROLLER)(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
+
+
+def _process_group() -> BackendConfig:
+    from lungct_tune.tuning.process_group import ProcessGroup
+
+    return ProcessGroup()
 
 
 class _FixedSize(private(SCALING_POLICY)):  # type: ignore[misc]

@@ -50,7 +50,7 @@ def rerun_trials(
         orders: with distinct numbers.
         slots: how many are trained at the same time, at most.
         warn: is called with what slots and workers have to say, a sentence each.
-        note: see `follow_trial`; it is called in several threads.
+        note: see `SlotQueue.run`.
         avoided: see `opened_mailbox`.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
@@ -58,7 +58,7 @@ def rerun_trials(
         queue = SlotQueue(plan, mailbox, warn)
         try:
             queue.start(min(slots, len(orders)))
-            futures = queue.run(orders, lambda step, order: follow_trial(step, order, epochs, note))
+            futures = queue.run(orders, note, epochs)
             queue.wait(futures)
             return [future.result() for future in futures]
         finally:
@@ -160,25 +160,3 @@ def replay_trial(
         (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1, warn=warn)
     experiment.delete_folder(folder)
     return report, provenance(slot)
-
-
-def follow_trial(
-    step: Callable[[TrialOrder], EpochReport],
-    order: TrialOrder,
-    epochs: int,
-    note: Callable[[TrialOrder, EpochReport], None] = lambda order, report: None,
-) -> EpochReport:
-    """Runs a trial's steps until it ends, or has so many epochs; its last report, with all its epochs.
-
-    Args:
-        note: is called after each step, with a report of all epochs so far.
-    """
-    done: list[EpochFigures] = []
-    while True:
-        report = step(order)
-        # workers that took over report all epochs, also those that had been reported
-        done += [figures for figures in report.epochs if figures.epoch > len(done)]
-        report = replace(report, epochs=tuple(done[:epochs]))
-        note(order, report)
-        if report.is_last or len(done) >= epochs:
-            return report

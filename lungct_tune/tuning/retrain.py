@@ -36,15 +36,14 @@ SAMPLE = 2000
 class RetrainOrder:
     """What the workers of a slot get to retrain a trial's hyperparameters on train and validation together.
 
-    The schedule has as many epochs as that of the trial. For an ensemble, an order has a fold, and its model is trained
-    without that fold's images: with the trial's seed, so that it is the model that the trial had.
+    It takes as many epochs as the trial, which has run to its end. For an ensemble, an order has a fold, and its model
+    is trained without that fold's images: with the trial's seed, so that it is the model that the trial had.
     """
 
     number: int
     """Of the trial."""
     hyperparameters: Hyperparameters
     seed: int
-    epochs: int
     test: SharedDataset
     """The images of test. No order of the search has them."""
     checkpoint_interval: float
@@ -60,7 +59,7 @@ class RetrainOrder:
     def folder(self) -> str:
         """Of its files, different for each retraining of a search."""
         without = "" if self.fold is None else f"_without_fold_{self.fold}"
-        return f"final/trial_{self.number:04d}_{self.epochs:03d}_epochs{without}"
+        return f"final/trial_{self.number:04d}_{self.test.epochs:03d}_epochs{without}"
 
     def file(self, name: str) -> str:
         return f"{self.folder}/{name}"
@@ -73,7 +72,7 @@ def orders_of(settings: Settings, trial: TrialRecord, test: SharedDataset) -> li
         settings: of the search, as its plan has decided them.
         test: the images of test.
     """
-    what = trial.number, trial.hyperparameters, settings.seed, len(trial.history), test, settings.checkpoint_interval
+    what = trial.number, trial.hyperparameters, settings.seed, test, settings.checkpoint_interval
     folds = range(settings.folds) if settings.ensemble and settings.folds else [None]
     return [RetrainOrder(*what, fold) for fold in folds]
 
@@ -114,15 +113,15 @@ def retrain(
 
     experiment, dataset = plan.experiment, plan.dataset
     rows = dataset.rows if order.fold is None else plan.folds[order.fold].train_rows
-    trainer = dataset.trainer(order.hyperparameters, rows, order.seed, device, epochs=order.epochs)
+    trainer = dataset.trainer(order.hyperparameters, rows, order.seed, device)
     _resume(experiment, order, trainer)
     writer, saved_at = StateWriter(experiment, lambda epoch: order.file(STATE)), time.monotonic()
-    while trainer.epoch < order.epochs:
+    while trainer.epoch < trainer.epochs:
         trainer.train_epoch()
         if trainer.rank == 0:
             note_epoch(trainer.epoch)
         due = _any_worker(must_save(), trainer) or time.monotonic() - saved_at >= order.checkpoint_interval
-        if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < order.epochs:
+        if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < trainer.epochs:
             if (error := writer.take_error()) is not None:
                 warn(f"the final retraining goes on, but its state is not saved: {error}")
             writer.start(trainer.epoch, trainer.state_dict())

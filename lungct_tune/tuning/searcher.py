@@ -83,8 +83,8 @@ class _Live:
 class OptunaSearcher(Searcher):  # type: ignore[misc]
     """Ray Tune's searcher for an Optuna study.
 
-    A suggestion depends on the seed, the trial's number and the results in the study. It does not depend on
-    interruptions of the search.
+    A suggestion depends on the seed, the trial's number, the results in the study and `startup`. It does not depend on
+    interruptions of the search, unless the search continues with so many more or fewer trials that `startup` changes.
 
     Args:
         epochs: of a trial that is not stopped early.

@@ -64,13 +64,8 @@ class SharedDataset:
         seed: int,
         device: torch.device,
         alone: bool = False,
-        epochs: int | None = None,
     ) -> Trainer:
-        """A training of these hyperparameters on these rows, by all workers of a group together or by one `alone`.
-
-        Args:
-            epochs: the length of the learning-rate schedule; by default that of a trial.
-        """
+        """A training of these hyperparameters on these rows, by all workers of a group together or by one `alone`."""
         import torch
 
         from lungct_tune.training.trainer import Trainer
@@ -81,7 +76,7 @@ class SharedDataset:
             labels_N=torch.from_numpy(self.labels_N),
             train_indices=torch.from_numpy(self.positions(train_rows)),
             classes=self.classes,
-            epochs=epochs or self.epochs,
+            epochs=self.epochs,
             batch_size=self.batch_size,
             seed=seed,
             normalisation=self.normalisation,

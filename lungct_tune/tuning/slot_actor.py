@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
 
 from lungct_tune.errors import UserError
-from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import NEWS_S
@@ -68,10 +69,10 @@ class SlotActor:
         while time.monotonic() < deadline:  # until it is gone it may make a placement group
             try:
                 ray.get(self._actor.__ray_ready__.remote(), timeout=1)
-            except ray.exceptions.RayActorError:
-                return
             except ray.exceptions.GetTimeoutError:
                 continue
+            except ray.exceptions.RayError:
+                return
             time.sleep(0.05)
 
 
@@ -101,17 +102,21 @@ class SlotQueue:
             self._slots += [SlotActor(self._plan, self._search) for _ in range(slots - len(self._slots))]
 
     def run(
-        self, orders: Iterable[Order], train: Callable[[Callable[[Order], EpochReport], Order], EpochReport]
+        self,
+        orders: Iterable[Order],
+        note: Callable[[Order, EpochReport], None] = lambda order, report: None,
+        epochs: int | None = None,
     ) -> list[Future[EpochReport]]:
         """Gives the slots their orders, once; returns the future reports, in the order of the orders.
 
         Args:
-            train: is called in a thread of the slot, with a function that runs a step of an order, and the order.
+            note: see `follow`. It is called in the threads of the slots.
+            epochs: see `follow`.
         """
         waiting = deque((order, Future[EpochReport]()) for order in orders)
         futures = [future for _, future in waiting]
         for slot in self._slots:
-            thread = threading.Thread(target=self._serve, args=(slot, waiting, train), daemon=True)
+            thread = threading.Thread(target=self._serve, args=(slot, waiting, note, epochs), daemon=True)
             self._threads.append(thread)
             thread.start()
         return futures
@@ -145,12 +150,18 @@ class SlotQueue:
         """Ends all slots at the same time, whatever they do."""
         self._ended.set()
         if not self._threads:
-            self.run([], lambda step, order: step(order))
+            self.run([])
         for thread in self._threads:
             thread.join()
         remove_placement_groups(f"{self._search} slot")
 
-    def _serve(self, slot: SlotActor, waiting: deque[tuple[Any, Future[EpochReport]]], train: Any) -> None:
+    def _serve(
+        self,
+        slot: SlotActor,
+        waiting: deque[tuple[Order, Future[EpochReport]]],
+        note: Callable[[Order, EpochReport], None],
+        epochs: int | None,
+    ) -> None:
         while waiting and not self._ended.is_set():
             if slot is not self._slots[0] and not slot.has_workers():
                 self._ended.wait(POLL_S)
@@ -158,7 +169,7 @@ class SlotQueue:
             with suppress(IndexError):  # another slot has taken the last one
                 order, future = waiting.popleft()
                 try:
-                    future.set_result(train(partial(self._step, slot), order))
+                    future.set_result(follow(partial(self._step, slot), order, note, epochs))
                 except Exception as error:
                     future.set_exception(error)
         slot.end()
@@ -178,7 +189,30 @@ class SlotQueue:
                 raise CancelledError
         try:
             return ray.get(running)
-        except ray.exceptions.RayActorError as error:
-            return EpochReport(Outcome.FAILED, reason=f"the process of the slot has ended: {error}")
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, UserError) else error from None
+        except ray.exceptions.RayError as error:  # an OutOfMemoryError if Ray's memory monitor has killed it
+            return EpochReport(Outcome.FAILED, reason=f"the process of the slot has ended: {error}")
+
+
+def follow(
+    step: Callable[[Order], EpochReport],
+    order: Order,
+    note: Callable[[Order, EpochReport], None] = lambda order, report: None,
+    epochs: int | None = None,
+) -> EpochReport:
+    """Runs the steps of an order until it ends; returns its last report, with all its epochs.
+
+    Args:
+        note: is called after each step, with a report of all epochs so far. An error that it raises ends the order.
+        epochs: the most epochs, after which it counts as ended; None for all.
+    """
+    done: list[EpochFigures] = []
+    while True:
+        report = step(order)
+        # workers that took over report all epochs, also those that had been reported
+        done += [figures for figures in report.epochs if figures.epoch > len(done)]
+        report = replace(report, epochs=tuple(done[:epochs]))
+        note(order, report)
+        if report.is_last or len(report.epochs) == epochs:
+            return report

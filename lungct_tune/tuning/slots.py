@@ -25,17 +25,21 @@ from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.allocation import workers_that_fit
-from lungct_tune.tuning.groups import OUT_OF_MEMORY, Group, MailboxLost, WorkersLost, remove_placement_groups
+from lungct_tune.tuning.groups import Group, MailboxLost, WorkersLost, remove_placement_groups
 from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import HEAD_NODE
 from lungct_tune.tuning.retrain import RetrainOrder
-from lungct_tune.tuning.workers import PROBE, SlotPlan
+from lungct_tune.tuning.workers import PROBE, OutOfMemory, SlotPlan
 
 REPORT = "report"
 """The key of the `EpochReport` in a result of Ray Tune."""
 
 MAX_LOSSES = 3
 """How many groups of workers may be lost over one step of a trial before the trial counts as failed."""
+
+MAX_KILLS = 2
+"""How many groups of workers Ray's memory monitor may kill over one step before the trial counts as out of memory.
+The monitor kills a node's newest workers, and these may not be the ones that need the memory."""
 
 MAX_TRIALS_LOST = 3
 """How many trials in a row may be lost on a node before it gets no more workers."""
@@ -94,7 +98,7 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
 
 
 class Slot:
-    """A warm group of workers, replaced when it is lost.
+    """A warm group of workers, replaced when it is lost. A slot is in an actor.
 
     The workers write a trial's state to the experiment's storage from time to time, and start by reading it. So other
     workers can continue the trial: workers that replace these, or workers of a resumed search.
@@ -109,8 +113,7 @@ class Slot:
         self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
         search = search or plan.experiment.name
         self._mailbox = open_mailbox(search)
-        context = ray.get_runtime_context()
-        self._actor = context.current_actor if context.get_actor_id() else None
+        self._actor = ray.get_runtime_context().current_actor
         self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
         self.name = f"{search} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
@@ -126,7 +129,7 @@ class Slot:
             NodeRefused: no node is left that can use the storage.
             WorkersLost: the slot has been released.
         """
-        losses = 0
+        losses = kills = 0
         while True:
             try:
                 return self._group.run(order)
@@ -135,7 +138,8 @@ class Slot:
                 while not self._mailbox_is_there():
                     if self._released.wait(0.2):
                         raise
-                if isinstance(loss.__cause__, OUT_OF_MEMORY):
+                kills += isinstance(loss.__cause__, ray.exceptions.OutOfMemoryError)
+                if isinstance(loss.__cause__, OutOfMemory) or kills == MAX_KILLS:
                     outcome, avoid = Outcome.OUT_OF_MEMORY, self._avoided()
                 else:
                     counts, avoid = self._examine(order, loss)
@@ -172,7 +176,7 @@ class Slot:
 
         A node is left alone if it cannot use the storage while the head can, or if several trials in a row have been
         lost on it, or in one slot there. The last nodes that hold a slot are not left alone. Nothing is counted while
-        the storage is away, whatever error it has led to.
+        the storage is away, whatever error it has led to, nor if the node had too little memory.
 
         Returns:
             Whether the trial may be to blame, and the nodes that get no more workers of this search.
@@ -183,7 +187,8 @@ class Slot:
         refused = isinstance(loss.__cause__, NodeRefused)
         is_storage = isinstance(loss.__cause__, StorageError)
         is_away = (is_storage and not refused) or not self._head_can_write()
-        counted = None if is_storage or is_away else order.what
+        had_no_memory = isinstance(loss.__cause__, ray.exceptions.OutOfMemoryError)
+        counted = None if is_storage or is_away or had_no_memory else order.what
         trials = ray.get(self._mailbox.lose.remote(self._group.id, counted))
         living = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         bad = set() if is_away else {node for node, lost in trials.items() if lost >= MAX_TRIALS_LOST}

@@ -254,8 +254,17 @@ def _fit(tuner: tune.Tuner, say_stopping: Callable[[], None]) -> bool:
 
 
 def provenance(plan: SlotPlan) -> dict[str, Any]:
-    """The versions and resources on which a trial's figures depend, in addition to configuration, seed and data."""
-    resources = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
+    """The versions and resources on which a trial's figures depend, in addition to configuration, seed and data.
+
+    On CPUs the precision of training too. It is that of this machine, which is taken for all nodes.
+    """
+    import torch
+
+    from lungct_tune.models.preprocessing import training_precision_for
+
+    resources: dict[str, Any] = {f"{kind} a worker": amount for kind, amount in plan.resources_per_worker.items()}
+    if not plan.resources_per_worker.get("GPU"):
+        resources["precision"] = str(training_precision_for(torch.device("cpu"))).removeprefix("torch.")
     return versions() | {"workers": plan.workers} | resources
 
 

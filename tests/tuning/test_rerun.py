@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from rich.console import Console
 from trials import SHALLOW, slot_plan, workload
 
@@ -19,8 +20,10 @@ from lungct_tune.experiment.metrics import SeedComparison
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import rerun
-from lungct_tune.tuning.rerun import SeedFailed, follow_trial, rerun_with_seeds
+from lungct_tune.tuning.rerun import SeedFailed, rerun_with_seeds
+from lungct_tune.tuning.slot_actor import follow
 from lungct_tune.tuning.time_left import TimeLeft
+from lungct_tune.tuning.tuner import provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,14 +55,14 @@ class Slot:
 @pytest.mark.parametrize(("lost_after", "step"), [(0, 1), (3, 1), (5, 1), (2, 2), (4, 4)])
 def test_epochs_that_are_reported_twice_count_once(lost_after: int, step: int) -> None:
     slot: Any = Slot(epochs=6, lost_after=lost_after, step=step)
-    report = follow_trial(slot.run, ORDER, epochs=6)
+    report = follow(slot.run, ORDER, epochs=6)
     assert report.outcome is Outcome.COMPLETED
     assert [figures.epoch for figures in report.epochs] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_trial_is_followed_as_many_epochs_as_asked() -> None:
     slot: Any = Slot(epochs=6, lost_after=0, step=3)
-    assert len(follow_trial(slot.run, ORDER, epochs=2).epochs) == 2
+    assert len(follow(slot.run, ORDER, epochs=2).epochs) == 2
 
 
 class Queue:
@@ -78,12 +81,12 @@ class Queue:
 
     def end(self) -> None: ...
 
-    def run(self, orders: Iterable[TrialOrder], train: Any) -> list[Future[EpochReport]]:
+    def run(self, orders: Iterable[TrialOrder], note: Any, epochs: int) -> list[Future[EpochReport]]:
         futures = []
         for order in orders:
             futures.append(Future[EpochReport]())
             try:
-                futures[-1].set_result(train(type(self).step, order))
+                futures[-1].set_result(follow(type(self).step, order, note, epochs))
             except Exception as error:
                 futures[-1].set_exception(error)
         return futures
@@ -212,17 +215,36 @@ def test_a_trial_that_diverges_in_an_earlier_epoch_than_recorded_cannot_be_compa
         replayed([1, 1], monkeypatch)
 
 
-def replayed(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Replays DIVERGED in steps of so many epochs; the training diverges in the last of them, after these epochs."""
+@pytest.mark.parametrize(
+    ("then", "said"), [("bfloat16", "precision bfloat16, now float32"), ("float32", ""), (None, "")]
+)
+def test_a_cpu_that_trains_in_another_precision_is_named(
+    then: str | None, said: str, seeds: Seeds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lungct_tune.models.preprocessing.training_precision_for", lambda device: torch.float32)
+    now = provenance(seeds.plan)
+    noted = {name: value for name, value in now.items() if name != "precision"}  # all that earlier searches have noted
+    replayed([3], monkeypatch, noted if then is None else noted | {"precision": then}, now)
+    output = capsys.readouterr().out
+    assert said in output and ("versions or resources differ" in output) == bool(said)
+
+
+def replayed(steps: list[int], monkeypatch: pytest.MonkeyPatch, then: Any = None, now: Any = None) -> bool:
+    """Replays DIVERGED in steps of so many epochs; the training diverges in the last of them, after these epochs.
+
+    Args:
+        then: the provenance of the recorded trial.
+        now: that of the new training.
+    """
     first = [1 + sum(steps[:k]) for k in range(len(steps))]
     epochs = [tuple(epoch(start + k) for k in range(count)) for start, count in zip(first, steps, strict=True)]
     reports = [EpochReport(Outcome.RUNNING, done) for done in epochs[:-1]]
     reports.append(EpochReport(Outcome.DIVERGED, epochs[-1], reason="loss nan"))
 
     def replay_trial(*_: object) -> tuple[EpochReport, dict[str, Any]]:
-        return follow_trial(lambda order: reports.pop(0), ORDER, len(DIVERGED.history)), {}
+        return follow(lambda order: reports.pop(0), ORDER, epochs=len(DIVERGED.history)), now or {}
 
     monkeypatch.setattr(rerun, "replay_trial", replay_trial)
     plan: Any = type("Plan", (), {"experiment": type("Experiment", (), {"name": "one"})})
     nothing: Any = None
-    return replay.replay(plan, nothing, None, DIVERGED, Console())
+    return replay.replay(plan, nothing, None, replace(DIVERGED, provenance=then or {}), Console())

@@ -81,7 +81,6 @@ def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
         number=3,
         hyperparameters=Hyperparameters(truncation_depth=3, augmentation=0.5, dropout=0.2),
         seed=3,
-        epochs=4,
         test=dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) == "test")),
         checkpoint_interval=interval,
     )
@@ -154,7 +153,7 @@ def test_a_member_of_an_ensemble_is_the_model_that_the_trial_had(images: ImageSe
     fold = Fold(np.delete(data.rows, np.s_[::3]), data.rows[::3])
     retrain(replace(plan, folds=(*plan.folds, fold)), one, CPU)
     trial = FoldModel(data, fold, TrialOrder(one.number, one.seed, one.hyperparameters), CPU, each_alone=True)
-    for _ in range(one.epochs):
+    for _ in range(data.epochs):
         trial.train_and_validate()
     written, expected = safetensors.torch.load(files(experiment, one)[WEIGHTS]), trial.trainer.model_state()
     assert all(torch.equal(written[name], expected[name]) for name in expected)

@@ -6,24 +6,33 @@ import asyncio
 import os
 import signal
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import ray
 from processes import wait_for
+from ray import tune
 from ray.util.state import list_actors
-from ray_state import nothing_held, train_workers
+from ray_state import train_workers
 from trials import SHALLOW, comparable, epochs_of, order, slot_plan
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.retrain import RetrainOrder
+from lungct_tune.tuning.shared_data import SharedDataset, share_images
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    import torch
 
     from lungct_tune.tuning.workers import SlotPlan
 
@@ -32,56 +41,94 @@ pytestmark = pytest.mark.usefixtures("cluster")
 EPOCHS = 2
 
 
-@pytest.fixture(scope="module")
-def slot(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
-    with running_slot(tmp_path_factory.mktemp("slots"), phantoms, folds=1, workers=1) as slot:
-        yield slot
+class InActor:
+    """A slot in an actor, as Ray Tune makes it, which keeps trial 0 until it gets another one.
+
+    Args:
+        plan: with an experiment of another name than that of other slots.
+    """
+
+    def __init__(self, plan: SlotPlan) -> None:
+        from lungct_tune.tuning.mailbox import open_mailbox
+        from lungct_tune.tuning.slots import TuneSlot
+
+        self.plan, self.folder = plan, Path(plan.experiment.uri)
+        self.mailbox = open_mailbox(plan.experiment.name)
+        made = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=plan))
+        self.actor: Any = made.remote(order(0).as_dict())
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in the slot's process, with Ray Tune's side of the slot and these arguments."""
+        return ray.get(self.actor.__ray_call__.remote(function, *arguments))
+
+    @contextmanager
+    def changed(self, where: str, **values: Any) -> Iterator[None]:
+        """Names of a module or a class that have other values in the slot's process."""
+
+        def change(_: Any, values: dict[str, Any]) -> dict[str, Any]:
+            place = resolve_name(where)
+            before = {name: getattr(place, name) for name in values}
+            for name, value in values.items():
+                setattr(place, name, value)
+            return before
+
+        before = self.call(change, values)
+        try:
+            yield
+        finally:
+            self.call(change, before)
+
+    def stop(self) -> None:
+        self.call(lambda slot: slot.stop())
+        ray.kill(self.actor)
+        ray.kill(self.mailbox)
 
 
-@contextmanager
-def running_slot(folder: Path, phantoms: Path, folds: int, workers: int) -> Iterator[Any]:
-    """A slot whose steps are single epochs, and that keeps a state of each."""
-    from lungct_tune.tuning.shared_data import share_images
-    from lungct_tune.tuning.slots import TuneSlot
-
-    plan = slot_plan(folder, phantoms, epochs=EPOCHS, folds=folds, workers=workers)
+@pytest.fixture(scope="module", params=[(1, 1)])
+def slot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[InActor]:
+    """A slot whose steps are single epochs, and that keeps a state of each. Its parameter: folds, and workers."""
+    folder, (folds, workers) = tmp_path_factory.mktemp("slots"), request.param
+    plan = slot_plan(folder, phantoms, epochs=EPOCHS, folds=folds, workers=workers, name=folder.name)
     # as if they did not fit the object store: the workers map the file (test_search.py has them in the store)
     images = plan.dataset.images
     mapped = share_images(images, np.arange(len(images)), folder / "images.npy", room=0)
     assert np.array_equal(np.load(mapped), images)
-    plan = replace(plan, dataset=replace(plan.dataset, images=mapped))
-
-    class WithPlan(TuneSlot):
-        def setup(self, config: dict[str, Any]) -> None:
-            super().setup(config, plan)
-
-    made = WithPlan(order(0).as_dict())
-    made.folder, made.plan = Path(plan.experiment.uri), plan
+    made = InActor(replace(plan, dataset=replace(plan.dataset, images=mapped)))
     try:
         yield made
     finally:
         made.stop()
 
 
-def run(slot: Any, number: int, hyperparameters: Hyperparameters = SHALLOW) -> list[EpochReport]:
-    assert slot.reset(order(number, hyperparameters).as_dict())
+of_folds = pytest.mark.parametrize("slot", [(3, 2)], indirect=True)
+"""With a slot of two workers, whose trials have three folds."""
+
+
+def run(slot: InActor, number: int, hyperparameters: Hyperparameters = SHALLOW) -> list[EpochReport]:
+    assign(slot, number, hyperparameters)
     reports = [step(slot)]
     while not reports[-1].is_last:
         reports.append(step(slot))
     return reports
 
 
-def begin(slot: Any, number: int) -> None:
+def assign(slot: InActor, number: int, hyperparameters: Hyperparameters = SHALLOW, **changes: Any) -> None:
+    """Gives the slot a trial, as Ray Tune does."""
+    trial = order(number, hyperparameters).as_dict() | changes
+    assert slot.call(lambda it: it.reset(trial))
+
+
+def begin(slot: InActor, number: int) -> None:
     """Trains the first epoch of a trial, and waits for its state."""
-    slot.reset(order(number).as_dict())
+    assign(slot, number)
     assert [figures.epoch for figures in step(slot).epochs] == [1]
     folder = slot.folder / "trials" / f"{number:04d}"
     wait_for(lambda: len(list(folder.glob("state-0001*.pt"))) == slot.plan.workers)
 
 
-def step(slot: Any) -> EpochReport:
+def step(slot: InActor) -> EpochReport:
     """A step as Ray Tune has it done, and what it told Tune's own loggers."""
-    result = slot.train()
+    result = slot.call(lambda it: it.train())
     report: EpochReport = result["report"]
     assert result["done"] == report.is_last
     if report.epochs:
@@ -91,62 +138,48 @@ def step(slot: Any) -> EpochReport:
     return report
 
 
-# The tests of slots in actors come first, before this process has a slot of its own.
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> SlotPlan:
+@pytest.fixture
+def endless(tmp_path: Path, phantoms: Path) -> SlotPlan:
     """A plan whose trials take long, and keep a state only when they must."""
-    plan = slot_plan(tmp_path_factory.mktemp("endless"), phantoms, epochs=2000)
+    plan = slot_plan(tmp_path, phantoms, epochs=2000, name=tmp_path.name)
     return replace(plan, rungs=(), checkpoint_interval=3600)
 
 
-def living_actors() -> list[Any]:
-    return [actor for actor in list_actors(detail=True, limit=10_000) if actor.state == "ALIVE"]
+def processes() -> set[str]:
+    """The actors that live, without mailboxes."""
+    living = list_actors(detail=True, limit=10_000, filters=[("state", "=", "ALIVE")])
+    return {actor.actor_id for actor in living if actor.class_name != "Mailbox"}
 
 
-def slot_actor(plan: SlotPlan) -> Any:
-    """A slot in an actor, as Ray Tune makes it, after a step of trial 0."""
-    import ray
-    from ray import tune
-
-    from lungct_tune.tuning.slots import TuneSlot
-
-    actor = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=plan)).remote(order(0).as_dict())
-    report = ray.get(actor.step.remote())["report"]
+def stepped(plan: SlotPlan) -> InActor:
+    """A slot after a step of trial 0."""
+    slot = InActor(plan)
+    report = step(slot)
     assert report.outcome is Outcome.RUNNING and len(report.epochs) > 1
-    return actor
+    return slot
 
 
 def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(endless: SlotPlan) -> None:
-    import ray
-
-    from lungct_tune.tuning.mailbox import opened_mailbox
-
-    with opened_mailbox(endless.experiment.name):
-        before = {actor.actor_id for actor in living_actors()}
-        actor = slot_actor(endless)
-        made = [actor for actor in living_actors() if actor.actor_id not in before and actor.class_name != "Mailbox"]
-        assert len(made) == 2
-        ray.get(actor.cleanup.remote())
-        assert list(Path(endless.experiment.uri).glob("trials/0000/state-*.pt"))
-        ray.kill(actor)
+    before = processes()
+    slot = stepped(endless)
+    assert len(processes() - before) == 2
+    slot.stop()
+    assert list(slot.folder.glob("trials/0000/state-*.pt"))
 
 
 def test_a_killed_slot_leaves_no_worker_and_no_resources_held(endless: SlotPlan) -> None:
-    import ray
-
     from lungct_tune.tuning.groups import remove_placement_groups
-    from lungct_tune.tuning.mailbox import opened_mailbox
 
-    with opened_mailbox(endless.experiment.name):
-        ray.kill(slot_actor(endless))
-        ray.kill(slot_actor(endless))  # which gets the number of the first, and its resources
-        remove_placement_groups(f"{endless.experiment.name} slot")
-    assert nothing_held()
+    before, free = processes(), ray.available_resources()["CPU"]
+    killed = stepped(endless)
+    ray.kill(killed.actor)
+    ray.kill(stepped(endless).actor)  # which gets the number of the first, and its resources
+    remove_placement_groups(f"{endless.experiment.name} slot")
+    wait_for(lambda: processes() == before and ray.available_resources().get("CPU") == free, within_s=90)
+    ray.kill(killed.mailbox)
 
 
-def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: Any) -> None:
+def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: InActor) -> None:
     first = run(slot, 0, SHALLOW)
     others = [Hyperparameters(truncation_depth=k, dropout=0.1) for k in (7, 1)]
     for number, hyperparameters in enumerate(others, start=1):
@@ -163,7 +196,7 @@ def kill_a_worker() -> None:
     os.kill(train_workers()[0], signal.SIGKILL)
 
 
-def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any) -> None:
+def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: InActor) -> None:
     whole = epochs_of(run(slot, 9))
     begin(slot, 12)
     kill_a_worker()
@@ -174,35 +207,39 @@ def test_a_killed_worker_is_replaced_and_costs_no_epoch_that_had_ended(slot: Any
 
 
 @pytest.mark.long
-def test_a_worker_that_hangs_is_replaced(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_MIN_S", 3.0)
-    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_EPOCHS", 0)
+def test_a_worker_that_hangs_is_replaced(slot: InActor) -> None:
     begin(slot, 20)
     (worker,) = train_workers()
     os.kill(worker, signal.SIGSTOP)
     try:
-        assert step(slot).outcome is Outcome.COMPLETED
+        with slot.changed("lungct_tune.tuning.groups", HANG_MIN_S=3.0, HANG_EPOCHS=0):
+            assert step(slot).outcome is Outcome.COMPLETED
     finally:
-        os.kill(worker, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it has been killed, although it was stopped
+            os.kill(worker, signal.SIGCONT)
 
 
-def test_a_retraining_may_take_longer_than_workers_of_a_trial_may_be_silent(
-    slot: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retraining_may_take_longer_than_workers_of_a_trial_may_be_silent(slot: InActor) -> None:
     """The second retraining of a slot was ended after ten minutes."""
-    from lungct_tune.tuning.retrain import RetrainOrder
+
+    class Slow(SharedDataset):
+        def images_on(self, device: torch.device) -> torch.Tensor:
+            time.sleep(3)
+            return super().images_on(device)
 
     run(slot, 24)
-    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_MIN_S", 0.0)
-    monkeypatch.setattr("lungct_tune.tuning.groups.HANG_EPOCHS", 0)
-    group, plan = slot._slot._group.id, slot.plan
-    long = RetrainOrder(24, SHALLOW, seed=3, epochs=100, test=plan.dataset, checkpoint_interval=3600)
-    assert slot._slot.run(long).outcome is Outcome.COMPLETED
-    assert slot._slot._group.id == group
+    group = group_of(slot)
+    long = RetrainOrder(24, SHALLOW, seed=3, test=Slow(**vars(slot.plan.dataset)), checkpoint_interval=3600)
+    with slot.changed("lungct_tune.tuning.groups", HANG_MIN_S=0.0, HANG_EPOCHS=0):
+        assert slot.call(lambda it: it._slot.run(long)).outcome is Outcome.COMPLETED
+    assert group_of(slot) == group
 
 
-def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lungct_tune.experiment.folder import Experiment
+def group_of(slot: InActor) -> str:
+    return str(slot.call(lambda it: it._slot._group.id))
+
+
+def test_a_storage_that_is_away_costs_time_and_no_trial(slot: InActor) -> None:
     from lungct_tune.filesystem import StorageError
 
     begin(slot, 21)
@@ -213,18 +250,18 @@ def test_a_storage_that_is_away_costs_time_and_no_trial(slot: Any, monkeypatch: 
             raise StorageError("it does not answer")
         write(self, path, content)
 
-    monkeypatch.setattr(Experiment, "write", refuse)
-    monkeypatch.setattr("lungct_tune.tuning.slots.PAUSE_S", 0.1)
-    monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
     kill_a_worker()  # a consequence of the storage, as if the worker had waited for it for too long
-    report = step(slot)
+    with (
+        slot.changed("lungct_tune.experiment.folder:Experiment", write=refuse),
+        slot.changed("lungct_tune.tuning.slots", PAUSE_S=0.1, MAX_LOSSES=1),
+    ):
+        report = step(slot)
     assert report.outcome is Outcome.COMPLETED and [figures.epoch for figures in report.epochs] == [1, 2]
 
 
 def test_a_storage_is_tried_twice_before_a_node_is_refused(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lungct_tune.experiment.folder import Experiment
     from lungct_tune.filesystem import NodeRefused
     from lungct_tune.tuning import workers
 
@@ -240,39 +277,34 @@ def test_a_storage_is_tried_twice_before_a_node_is_refused(
 
 
 @pytest.mark.long
-def test_a_mailbox_that_is_started_again_learns_which_nodes_are_left_alone(slot: Any) -> None:
-    import ray
-
+def test_a_mailbox_that_is_started_again_learns_which_nodes_are_left_alone(slot: InActor) -> None:
     begin(slot, 23)
-    slot._slot._group.avoid.add("0" * 56)
-    ray.kill(slot._slot._mailbox, no_restart=False)
+    slot.call(lambda it: it._slot._group.avoid.add("0" * 56))
+    ray.kill(slot.mailbox, no_restart=False)
     assert step(slot).outcome is Outcome.COMPLETED
-    assert ray.get(slot._slot._mailbox.avoid.remote(set())) == {"0" * 56}
+    assert ray.get(slot.mailbox.avoid.remote(set())) == {"0" * 56}
 
 
-def test_the_loss_of_a_node_is_not_the_trials_fault(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
+def test_the_loss_of_a_node_is_not_the_trials_fault(slot: InActor) -> None:
     begin(slot, 22)
-    group = slot._slot._group.id
-    ray.get(slot._slot._mailbox.start.remote(group, "0" * 56))  # as if one of its workers were on a node that is gone
-    monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
+    # as if one of its workers were on a node that is gone
+    ray.get(slot.mailbox.start.remote(group_of(slot), "0" * 56))
     kill_a_worker()
-    assert step(slot).outcome is Outcome.COMPLETED
+    with slot.changed("lungct_tune.tuning.slots", MAX_LOSSES=1):
+        assert step(slot).outcome is Outcome.COMPLETED
 
 
-def test_a_trial_that_kills_its_workers_fails_alone(slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lungct_tune.tuning.slots.MAX_LOSSES", 1)
-    slot.reset(order(13).as_dict() | {"seed": "no number"})
-    failed = step(slot)
+def test_a_trial_that_kills_its_workers_fails_alone(slot: InActor) -> None:
+    assign(slot, 13, seed="no number")
+    with slot.changed("lungct_tune.tuning.slots", MAX_LOSSES=1):
+        failed = step(slot)
     assert failed.outcome is Outcome.FAILED
     assert failed.reason == "the workers ended: invalid literal for int() with base 10: 'no number'"  # no traceback
     assert [figures.epoch for figures in epochs_of(run(slot, 14, SHALLOW))] == [1, 2]
 
 
-def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: Any) -> None:
+def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(tmp_path: Path, phantoms: Path) -> None:
     import optuna
-    import ray
     from optuna.trial import TrialState
     from rich.console import Console
 
@@ -281,13 +313,13 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(slot: A
     from lungct_tune.filesystem import NodeRefused
     from lungct_tune.tuning.tuner import run_search
 
-    slot.stop()  # its worker's CPU is needed
+    plan = slot_plan(tmp_path, phantoms, epochs=1, name="refused")
     study = optuna.create_study(direction="maximize")
     # as if the node had come when the search had begun: what it would write is in the way of itself
-    (slot.folder / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir()
+    (Path(plan.experiment.uri) / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir(parents=True)
     space = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
-    with pytest.raises(NodeRefused, match=rf"^node [\d.]+: {slot.folder}: cannot write \.probe-"):
-        run_search(study, space, slot.plan, trials=2, slots=1, seed=0, display=Display(Console()))
+    with pytest.raises(NodeRefused, match=rf"^node [\d.]+: {plan.experiment.uri}: cannot write \.probe-"):
+        run_search(study, space, plan, trials=2, slots=1, seed=0, display=Display(Console()))
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert "ended" not in study.trials[0].user_attrs
 
@@ -297,7 +329,7 @@ def test_an_order_does_not_overtake_the_opening_of_its_group(
 ) -> None:
     """Found under load: the first order was dropped, and slot and workers waited for each other without an end."""
     from lungct_tune.tuning import mailbox
-    from lungct_tune.tuning.slots import Slot
+    from lungct_tune.tuning.slot_actor import SlotActor
 
     class SlowToOpen(mailbox.Mailbox):
         async def open(self, group: str) -> None:
@@ -305,30 +337,22 @@ def test_an_order_does_not_overtake_the_opening_of_its_group(
             await super().open(group)
 
     monkeypatch.setattr(mailbox, "Mailbox", SlowToOpen)
-    plan = slot_plan(tmp_path, phantoms, epochs=1)
+    plan = slot_plan(tmp_path, phantoms, epochs=1, name="slow")
     with mailbox.opened_mailbox(plan.experiment.name):
-        slot = Slot(plan)
-        try:
-            assert slot.run(order(0)).is_last
-        finally:
-            slot.release()
+        slot = SlotActor(plan)
+        assert ray.get(slot.run(order(0))).is_last
+        slot.end()
 
 
-@pytest.fixture(scope="module")
-def slot_of_folds(slot: Any, tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Iterator[Any]:
-    slot.stop()  # its worker's CPU is needed
-    with running_slot(tmp_path_factory.mktemp("folds"), phantoms, folds=3, workers=2) as folds:
-        yield folds
-
-
-def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges_them(slot_of_folds: Any) -> None:
+@of_folds
+def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges_them(slot: InActor) -> None:
     import torch
 
     from lungct_tune.training.objective import validation_figures
     from lungct_tune.training.trainer import Trainer
 
-    epochs = epochs_of(run(slot_of_folds, 0, SHALLOW))
-    plan = slot_of_folds.plan
+    epochs = epochs_of(run(slot, 0, SHALLOW))
+    plan = slot.plan
     labels_N, threads = plan.dataset.labels_N, torch.get_num_threads()
     by_epoch: list[list[tuple[dict[str, float], np.ndarray]]] = [[] for _ in range(EPOCHS)]
     torch.set_num_threads(1)  # as the workers: sums of floats depend on it
@@ -358,18 +382,19 @@ def test_a_trial_of_folds_is_worth_the_mean_of_models_that_never_saw_what_judges
             assert epoch.as_dict()[name] == pytest.approx(expected, abs=1e-12)
         spread = np.std([figures[OBJECTIVE] for figures, _ in of_epoch], ddof=1)
         assert epoch.balanced_accuracy_sd == pytest.approx(spread, abs=1e-12)
-    kept = np.load(slot_of_folds.folder / "trials" / "0000" / "valid.npy")
+    kept = np.load(slot.folder / "trials" / "0000" / "valid.npy")
     held_out = np.concatenate([fold.valid_rows for fold in plan.folds])
     assert sorted(held_out) == sorted(set(held_out))
     in_order = np.argsort(held_out)
     assert np.array_equal(kept, np.concatenate([probabilities_NC for _, probabilities_NC in by_epoch[-1]])[in_order])
 
 
+@of_folds
 @pytest.mark.long
-def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot_of_folds: Any) -> None:
-    whole = epochs_of(run(slot_of_folds, 1))
-    begin(slot_of_folds, 2)
+def test_folds_of_a_lost_worker_go_on_from_their_last_epoch(slot: InActor) -> None:
+    whole = epochs_of(run(slot, 1))
+    begin(slot, 2)
     kill_a_worker()
-    report = step(slot_of_folds)
+    report = step(slot)
     assert report.outcome is Outcome.COMPLETED
     assert [*map(comparable, report.epochs)] == [*map(comparable, whole)]

@@ -71,4 +71,6 @@ def test_every_epoch_and_the_hyperparameters_are_in_a_trials_file(
         if value.tag == f"{PREFIX}{OBJECTIVE}" and event.step
     }
     assert drawn == pytest.approx({epoch: epoch / 10 for epoch in (3, 4, 5, 6)})
-    assert "_hparams_/session_start_info" in {value.tag for event in written for value in event.summary.value}
+    tags = {value.tag for event in written for value in event.summary.value}
+    assert "_hparams_/session_start_info" in tags and f"{PREFIX}log_loss" in tags
+    assert not tags & {f"{PREFIX}at", f"{PREFIX}slot"}, "every event has a time, and a slot is no figure"

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
 
 
-def slot_plan(folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, workers: int = 1) -> SlotPlan:
-    """A plan whose trials pause after each epoch, and keep a state of each."""
+def slot_plan(
+    folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, workers: int = 1, name: str = "one"
+) -> SlotPlan:
+    """A plan whose trials pause after each epoch, and keep a state of each. The workers of a slot share one CPU."""
     from lungct_tune.data import fold_images, read_images, split_images
 
     images = read_images(phantoms, 32, progress=False)
@@ -32,7 +34,7 @@ def slot_plan(folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, work
     searched = np.flatnonzero(split != "test")
     fold_N = fold_images(images, searched, folds, seed=0) if folds > 1 else (split[searched] != "valid").astype(int)
     return SlotPlan(
-        experiment=Experiment.at(str(folder), "one"),
+        experiment=Experiment.at(str(folder), name),
         dataset=SharedDataset(
             images=np.ascontiguousarray(images.images_NHW),
             rows=np.arange(len(split)),
@@ -45,7 +47,7 @@ def slot_plan(folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, work
         ),
         folds=tuple(Fold(searched[fold_N != k], searched[fold_N == k]) for k in range(folds)),
         workers=workers,
-        resources_per_worker={"CPU": 1},
+        resources_per_worker={"CPU": 1 / workers},
         rungs=tuple(range(1, epochs)),
         checkpoint_interval=0,
     )

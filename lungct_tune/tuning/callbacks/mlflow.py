@@ -27,9 +27,6 @@ PERIOD_S = 5
 LAST_CHANCE_S = 30
 """How long a search waits at its end for the last update."""
 
-WHEN_AND_WHERE = {"at", "slot"}
-"""The fields of an epoch that are not copied: MLflow has times of its own, and a slot is no figure."""
-
 TAG = "lungct_tune"
 """The tag with the trial of a run. Users may rename a run, but the tag stays."""
 
@@ -135,8 +132,8 @@ class MLflowTracker:
         for trial in read_trials(study, without=ended):
             run = self._run(f"trial_{trial.number:04d}", trial.started, trial.hyperparameters.resolved.as_dict())
             for epoch in trial.history[run.epochs :]:
-                now, values = _milliseconds(None), epoch.as_dict()
-                metrics = [Metric(name, values[name], now, run.epochs + 1) for name in values.keys() - WHEN_AND_WHERE]
+                now = _milliseconds(None)
+                metrics = [Metric(name, value, now, run.epochs + 1) for name, value in epoch.curves().items()]
                 self._client.log_batch(run.id, metrics)
                 run.epochs += 1
             if trial.is_finished:

@@ -78,7 +78,7 @@ class TensorBoardCallback(SearchCallback):
             folder.mkdir(parents=True, exist_ok=True)
             self._writers[name] = EventsWriter(str(folder / "events"))
         for figures in epochs:
-            values = [Summary.Value(tag=f"{PREFIX}{of}", simple_value=value) for of, value in figures.as_dict().items()]
+            values = [Summary.Value(tag=f"{PREFIX}{of}", simple_value=value) for of, value in figures.curves().items()]
             at = figures.at or time.time()
             self._writers[name].write_event(Event(wall_time=at, step=figures.epoch, summary=Summary(value=values)))
 
