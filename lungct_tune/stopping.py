@@ -34,7 +34,9 @@ def at_stop(act: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked.clear()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if not any(getattr(handler, "__module__", "") == __name__ for handler in before.values()):
+        _asked.clear()  # in a block inside of another one, a stop stays known
 
     def handle(number: int, frame: Any) -> None:
         _leave_lost_terminal()
@@ -42,7 +44,6 @@ def at_stop(act: Callable[[], None]) -> Iterator[None]:
             _asked.set()
             act()
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)

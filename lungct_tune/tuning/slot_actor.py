@@ -142,13 +142,17 @@ class SlotQueue:
                 self._warn(sentence)
 
     def end(self) -> None:
-        """Ends all slots at the same time, whatever they do."""
+        """Ends all slots at the same time, whatever they do.
+
+        A stop waits for it: Ray ends a process whose threads use it after its own end, with no word to the user.
+        """
         self._ended.set()
-        if not self._threads:
-            self.run([], lambda step, order: step(order))
-        for thread in self._threads:
-            thread.join()
-        remove_placement_groups(f"{self._search} slot")
+        with stop_delayed():
+            if not self._threads:
+                self.run([], lambda step, order: step(order))
+            for thread in self._threads:
+                thread.join()
+            remove_placement_groups(f"{self._search} slot")
 
     def _serve(self, slot: SlotActor, waiting: deque[tuple[Any, Future[EpochReport]]], train: Any) -> None:
         while waiting and not self._ended.is_set():
