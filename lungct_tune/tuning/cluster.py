@@ -93,10 +93,10 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             ) from error
         if not at and not has_local_cluster():
             raise ClusterError(
-                f"Ray cannot start on this machine: {first_line(error)}\nIf other programs keep the machine busy, run the "
-                f"command again later. Ray's files are in {os.environ.get('RAY_TMPDIR', '/tmp')}/ray: set RAY_TMPDIR to a "
-                "folder with a short path, below 50 characters, that you can write to and that has space; or give the "
-                "--address of a cluster"
+                f"Ray cannot start on this machine: {first_line(error)}\nIf other programs keep the machine busy, run "
+                f"the command again later. Ray's files are in {os.environ.get('RAY_TMPDIR', '/tmp')}/ray: set "
+                "RAY_TMPDIR to a folder with a short path, below 50 characters, that you can write to and that has "
+                "space; or give the --address of a cluster"
             ) from error
         where = f"at {at}" if at else "at hand (the last one started here)"
         raise ClusterError(
