@@ -106,6 +106,21 @@ def test_a_search_that_was_stopped_at_its_start_begins_again_with_the_same_comma
         pass
 
 
+def test_what_a_search_resumes_from_is_not_written_again_where_it_is_the_same(phantoms: Path, tmp_path: Path) -> None:
+    asked = {"data": phantoms, "storage": str(tmp_path), "name": "one", "image_size": 32, "weights": "none"}
+    first = plan_search(Settings.model_validate(asked), set())
+    first.save(first.load_and_split())
+    files = sorted((tmp_path / "one").iterdir())
+    written = [file.stat().st_ino for file in files]
+    again = Settings(resume="one", storage=str(tmp_path), trials=7)
+    for given, changed in (({"resume", "storage"}, set()), ({"resume", "storage", "trials"}, {"settings.yaml"})):
+        plan = plan_search(again, given)
+        plan.save(plan.load_and_split())
+        now = [file.stat().st_ino for file in files]
+        assert {file.name for file, a, b in zip(files, written, now, strict=True) if a != b} == changed
+    assert len(files) == 3 and b"trials: 7" in (tmp_path / "one" / "settings.yaml").read_bytes()
+
+
 def test_a_plan_is_of_weights_that_can_be_read(
     phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

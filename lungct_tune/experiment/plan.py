@@ -206,11 +206,15 @@ class Plan:
         study.set_user_attr(WEIGHTS, digest)
 
     def save(self, split: DataSplit) -> None:
-        """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started."""
-        self.experiment.write(SPLIT, split.as_csv())
-        self.experiment.write("space.yaml", self.space_text.encode())
+        """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started.
+
+        Those that are the same already are left alone: a machine that is lost may damage what it has just written.
+        """
         kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": split.images.fingerprint})
-        self.experiment.write("settings.yaml", kept.encode())
+        files = {SPLIT: split.as_csv(), "space.yaml": self.space_text.encode(), "settings.yaml": kept.encode()}
+        for path, content in files.items():
+            if self.experiment.read(path) != content:
+                self.experiment.write(path, content)
 
 
 def plan_search(asked: Settings, given: set[str]) -> Plan:
