@@ -77,6 +77,19 @@ def stop_delayed() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def stop_says(sentence: str) -> Iterator[None]:
+    """Gives a stop in the block this message, see `exit_status`.
+
+    Raises:
+        KeyboardInterrupt: with the message.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(sentence) from None
+
+
 def was_asked() -> bool:
     """Whether the command has been asked to end. Errors after that are likely its consequences."""
     return _asked.is_set()
