@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, printable, terminal
+from lungct_tune.stopping import stop_says
 
 if TYPE_CHECKING:
     from lungct_tune.evaluation.comparison import Judged
@@ -86,7 +87,8 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
         print_comparison(judged, compared, console)
     if asked.html:
         write_whole(asked.html, "--html", comparison_page(curves, judged, compared, command))
-        console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
+        with stop_says(f"written: {asked.html}"):
+            console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
 
 
 def _read_searches(

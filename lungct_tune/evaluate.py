@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.stopping import stop_says
 
 EXAMPLES = """\
 examples:
@@ -92,8 +93,10 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         new.mkdir()
         for name, content in files.items():
             (new / name).write_bytes(content)
-    print_judged(images, metrics, console, phantoms=phantoms)
-    console.print(f"written: {', '.join(f'{out}/{name}' for name in files)}", soft_wrap=True, markup=False)
+    written = f"written: {', '.join(f'{out}/{name}' for name in files)}"
+    with stop_says(written):
+        print_judged(images, metrics, console, phantoms=phantoms)
+        console.print(written, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

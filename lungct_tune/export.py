@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.stopping import stop_says
 
 EXAMPLES = """\
 examples:
@@ -79,12 +80,12 @@ def export(asked: argparse.Namespace, console: Console) -> None:
     with written_whole(out, "--out") as new, written_whole(beside, "--out") as new_beside:
         new.write_bytes(graph.content)
         new_beside.write_bytes(as_json({"file": out.name, "about": exported.about(classifier), "compared": compared}))
-    console.print(
+    done = (
         f"{out}: {len(graph.content) / 1e6:.1f} MB; on {what} its probabilities differ from the bundle's by at most "
-        f"{compared['largest_difference']:.1g}, and no class changes",
-        soft_wrap=True,
-        markup=False,
+        f"{compared['largest_difference']:.1g}, and no class changes"
     )
+    with stop_says(done):
+        console.print(done, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

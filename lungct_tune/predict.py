@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
 from lungct_tune.errors import UserError
+from lungct_tune.stopping import stop_says
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,12 +90,14 @@ def predict(asked: argparse.Namespace, console: Console) -> int:
     groups = [image.group for image in images]
     patients = by_patient(rows, groups, classifier.classes, classifier.threshold) if asked.by == "patient" else None
     table = rows if patients is None else patients
+    is_read = rows["unreadable"] == ""
     if asked.out:
         write_table(table, asked.out)
-    print_predictions(classifier, rows, patients, left_aside, console)
-    is_read = rows["unreadable"] == ""
-    for written in filter(None, (asked.out, asked.heatmaps if is_read.any() else None)):
-        console.print(f"written: {written}", soft_wrap=True, markup=False)
+    written = [f"written: {path}" for path in (asked.out, asked.heatmaps if is_read.any() else None) if path]
+    with stop_says("\n".join(written)):
+        print_predictions(classifier, rows, patients, left_aside, console)
+        for line in written:
+            console.print(line, soft_wrap=True, markup=False)
     return int(not is_read.all())
 
 

@@ -34,7 +34,9 @@ def at_stop(act: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked.clear()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if not any(getattr(handler, "__module__", "") == __name__ for handler in before.values()):
+        _asked.clear()  # in a block inside of another one, a stop stays known
 
     def handle(number: int, frame: Any) -> None:
         _leave_lost_terminal()
@@ -42,7 +44,6 @@ def at_stop(act: Callable[[], None]) -> Iterator[None]:
             _asked.set()
             act()
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
@@ -74,6 +75,19 @@ def stop_delayed() -> Iterator[None]:
         yield
     if asked.is_set():
         raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_says(sentence: str) -> Iterator[None]:
+    """Gives a stop in the block this message, see `exit_status`.
+
+    Raises:
+        KeyboardInterrupt: with the message.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(sentence) from None
 
 
 def was_asked() -> bool:

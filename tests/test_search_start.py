@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from optuna.trial import TrialState
 from rich.console import Console
 
 from lungct_tune.config.hyperparameters import PUBLISHED
@@ -17,6 +18,7 @@ from lungct_tune.config.settings import Settings
 from lungct_tune.display import Display
 from lungct_tune.experiment.bundle import CONFIG, write_bundle
 from lungct_tune.experiment.plan import PlanError, plan_search
+from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.search import SearchRun, main, start_search
@@ -73,6 +75,50 @@ def test_what_another_process_did_while_images_were_read_is_not_done_again(
     write_bundle(first.experiment, {CONFIG: b"{}"})
     ended = refused_at_its_start(again)
     assert "one is finished; its model is in" in str(ended) and not hasattr(ended, "__notes__")
+
+
+def test_a_folder_where_the_bundle_cannot_be_written_is_refused_before_anything_is_trained(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
+    notes = tmp_path / "one" / "best" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    plan_search(asked, set())  # an empty folder does no harm
+    notes.write_text("mine")
+    with pytest.raises(PlanError, match=r"one/best is there, .* move it away"):
+        plan_search(asked, set())
+    assert notes.read_text() == "mine"
+
+
+def test_a_search_that_was_stopped_at_its_start_begins_again_with_the_same_command(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    """Its study was there, and its settings.yaml was not yet. A study with a trial is never taken for such a one."""
+    asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
+    plan = plan_search(asked.model_copy(update={"epochs": 3}), set())
+    (tmp_path / "one").mkdir()
+    for _ in range(2):
+        with plan.opened_study(new=True) as study:
+            assert study.get_trials(states=[TrialState.WAITING]) == study.get_trials() != []
+    with plan.opened_study(new=False) as study:
+        study.ask()
+    with pytest.raises(StudyError, match="there is a study 'one'"), plan.opened_study(new=True):
+        pass
+
+
+def test_what_a_search_resumes_from_is_not_written_again_where_it_is_the_same(phantoms: Path, tmp_path: Path) -> None:
+    asked = {"data": phantoms, "storage": str(tmp_path), "name": "one", "image_size": 32, "weights": "none"}
+    first = plan_search(Settings.model_validate(asked), set())
+    first.save(first.load_and_split())
+    files = sorted((tmp_path / "one").iterdir())
+    written = [file.stat().st_ino for file in files]
+    again = Settings(resume="one", storage=str(tmp_path), trials=7)
+    for given, changed in (({"resume", "storage"}, set()), ({"resume", "storage", "trials"}, {"settings.yaml"})):
+        plan = plan_search(again, given)
+        plan.save(plan.load_and_split())
+        now = [file.stat().st_ino for file in files]
+        assert {file.name for file, a, b in zip(files, written, now, strict=True) if a != b} == changed
+    assert len(files) == 3 and b"trials: 7" in (tmp_path / "one" / "settings.yaml").read_bytes()
 
 
 def test_a_plan_is_of_weights_that_can_be_read(

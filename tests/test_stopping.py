@@ -23,3 +23,13 @@ def test_a_stop_is_remembered_while_a_thread_starts_something() -> None:
         thread.join()
         signal.raise_signal(signal.SIGTERM)
         assert was_asked() and stops == [1]
+
+
+def test_a_stop_stays_known_in_a_block_inside_of_another_one() -> None:
+    with at_stop(lambda: None):
+        signal.raise_signal(signal.SIGTERM)
+        with stop_delayed():
+            assert was_asked()
+        assert was_asked()
+    with at_stop(lambda: None):
+        assert not was_asked(), "another command"

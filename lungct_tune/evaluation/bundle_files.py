@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -49,6 +50,8 @@ from lungct_tune.models.ensemble import joined_states
 from lungct_tune.models.gradcam import evidence_scale
 from lungct_tune.models.preprocessing import NORMALISATIONS
 from lungct_tune.models.truncated_resnet import HEAD_WIDTHS
+
+_log = logging.getLogger(__name__)
 
 MAPS = 32
 """Training images whose Grad-CAM maps give the common scale of all maps."""
@@ -166,12 +169,17 @@ class BundleFiles:
 
     def _calibrate(self, best: TrialRecord) -> tuple[TemperatureScaling | None, OperatingPoint | None]:
         """Temperature and operating point for a trial's configuration, on images that it was not trained on."""
-        if (kept := self.plan.experiment.read(f"{trial_folder(best.number)}/{VALID}")) is None:
+        file = f"{trial_folder(best.number)}/{VALID}"
+        if (kept := self.plan.experiment.read(file)) is None:
+            return None, None
+        try:
+            uncalibrated_NC = np.load(io.BytesIO(kept))
+        except (ValueError, EOFError):  # left by a machine that was lost; nothing but a new search has it again
+            _log.warning("%s is damaged, so the bundle has no calibration and no operating point", file)
             return None, None
         table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.cross_validates else 'validation'} predictions"
         labels_N, groups_N = table["label"].to_numpy(), table["group"].to_numpy()
-        uncalibrated_NC = np.load(io.BytesIO(kept))
         scaling = fit_temperature(labels_N, uncalibrated_NC, groups_N, what)
         probabilities_NC = calibrated(uncalibrated_NC, scaling.temperature)
         classes = self.split.images.classes

@@ -129,7 +129,7 @@ class Plan:
             StorageError: on entering, the storage cannot be read.
         """
         from lungct_tune.experiment.study import open_study, sqlite_storage, told_as_user_errors
-        from lungct_tune.experiment.study_journal import opened_journal
+        from lungct_tune.experiment.study_journal import opened_journal, remove_unbegun
 
         assert self.settings.epochs is not None  # decided by the plan
         how = self.experiment.name, self.space, self.settings.epochs
@@ -139,6 +139,8 @@ class Plan:
             return
         file = self._study_file
         is_journal = file.name == JOURNAL
+        if new:
+            remove_unbegun(file)
         with ExitStack() as held, told_as_user_errors(str(file)):
             if not self.experiment.is_local:
                 held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))
@@ -204,11 +206,15 @@ class Plan:
         study.set_user_attr(WEIGHTS, digest)
 
     def save(self, split: DataSplit) -> None:
-        """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started."""
-        self.experiment.write(SPLIT, split.as_csv())
-        self.experiment.write("space.yaml", self.space_text.encode())
+        """Writes the files that `--resume` reads. `settings.yaml` is last: it marks the search as started.
+
+        Those that are the same already are left alone: a machine that is lost may damage what it has just written.
+        """
         kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": split.images.fingerprint})
-        self.experiment.write("settings.yaml", kept.encode())
+        files = {SPLIT: split.as_csv(), "space.yaml": self.space_text.encode(), "settings.yaml": kept.encode()}
+        for path, content in files.items():
+            if self.experiment.read(path) != content:
+                self.experiment.write(path, content)
 
 
 def plan_search(asked: Settings, given: set[str]) -> Plan:
@@ -288,6 +294,11 @@ def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:
         raise PlanError(
             f"{experiment.name} is finished; its model is in {experiment.uri}/{FOLDER}. Its test split has been "
             "used, so more trials would be chosen with knowledge of it: start a new search for them"
+        )
+    if experiment.is_local and experiment.files(FOLDER):  # without this, the search could not write its own at its end
+        raise PlanError(
+            f"{experiment.uri}/{FOLDER} is there, and is no complete bundle of this search; move it away, then run the "
+            "command again"
         )
     if not experiment.is_local and (experiment.local_folder / "settings.yaml").exists():
         raise PlanError(

@@ -169,6 +169,8 @@ class StudyJournal(BaseJournalBackend):
             try:
                 self._append(b"".join(lines))
                 os.fsync(self._file.fileno())
+                if not self._path.exists():  # what is written to a deleted file is lost without an error
+                    raise FileNotFoundError("it has been deleted or moved")
             except OSError as error:
                 self._error = error
             with self._changed:
@@ -234,6 +236,13 @@ def opened_journal(file: Path) -> Iterator[StudyStorage]:
         yield storage
     finally:
         storage.close()
+
+
+def remove_unbegun(file: Path) -> None:
+    """Removes a journal in which no trial has begun: it is left by a search that was stopped at its start."""
+    with suppress(OSError):  # there is none, or it cannot be used, as whoever opens it will say
+        if b'"datetime_start":"' not in file.read_bytes():
+            file.unlink()
 
 
 def _reason(error: OSError) -> str:

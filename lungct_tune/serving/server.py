@@ -7,13 +7,14 @@ import io
 import logging
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from lungct_tune.errors import UserError, number_of
@@ -25,6 +26,9 @@ from lungct_tune.tuning.cluster import autoscaler_nodes, joined
 
 WAITING = 100
 """Requests that are worked on at a time, and twice as many that wait. Others are refused with the status 503."""
+
+ENDING_S = 15.0
+"""Seconds in which requests that have arrived are answered when the server ends. Kubernetes kills it after 30."""
 
 
 class ServeError(UserError):
@@ -87,21 +91,26 @@ def serving(
             max_ongoing_requests=WAITING, max_queued_requests=2 * WAITING, ray_actor_options={"num_cpus": 0}
         )(Web).bind(model, about, hashlib.sha256(token.encode()).digest() if token else None)
         try:
-            _start(web, host, port)
+            handle = _start(web, host, port)
             each = f"{gpus:g} GPU" if gpus else "1 CPU"
             several = f"{least} to {most} replicas, each"
-            yield f"{several if most > least else number_of(least, 'replica')} with {each}"
+            try:
+                yield f"{several if most > least else number_of(least, 'replica')} with {each}"
+            finally:
+                # `shutdown` alone would drop the requests that are being answered
+                with suppress(TimeoutError, ray.exceptions.RayError):
+                    handle.end.remote().result(timeout_s=ENDING_S)
         finally:
             # Ray Serve kills its controller, which still has a task, and Ray would print that
             silence.enter_context(redirect_stdout(io.StringIO()))
             serve.shutdown()
 
 
-def _start(web: serve.Application, host: str, port: int) -> None:
+def _start(web: serve.Application, host: str, port: int) -> DeploymentHandle[Any]:
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     try:
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
-        serve.run(web, name=APPLICATION, logging_config=quiet)
+        return serve.run(web, name=APPLICATION, logging_config=quiet)
     except RuntimeError as error:
         raise ServeError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
 

@@ -43,6 +43,11 @@ BODY_S = 60
 TRIES = 5
 """How often an image is given to a replica, if the replicas die."""
 
+ENDING = "the server is ending"
+
+LEAVING_S = 1.0
+"""How long the last answers get to leave through Ray Serve's proxy."""
+
 NO_DIAGNOSIS = "Research software, not a medical device. No answer is a diagnosis."
 
 _FORM = {
@@ -73,6 +78,7 @@ class Web:
 
     def __init__(self, model: DeploymentHandle[Any], about: dict[str, Any], token_digest: bytes | None) -> None:
         self._model, self._about, self._token_digest = model, about, token_digest
+        self._busy, self._is_ending = 0, False
         self._counters = CollectorRegistry()
         self._requests = Counter("lungct_requests", "Requests to /predict", ["status"], registry=self._counters)
         self._images = Counter("lungct_images", "Images in them", ["answer"], registry=self._counters)
@@ -91,14 +97,25 @@ class Web:
         app.add_api_route("/predict", self.predict, methods=["POST"], summary="Classify images", openapi_extra=_FORM)
         app.add_api_route("/health", self.health, summary="Whether the server works")
         app.add_api_route("/metrics", self.metrics, summary="Counters for Prometheus")
+        for path, answer in (("/health", self.health), ("/metrics", self.metrics)):
+            app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)  # Starlette adds it by itself
         pages = {"/": _as_page("page.html", name=self._about["bundle"], no_diagnosis=NO_DIAGNOSIS)}
         pages["/docs"] = _as_page("docs.html", api=app.openapi())
         for path, page in pages.items():
             app.add_route(path, _always(page))
         return app
 
+    async def end(self) -> None:
+        """Waits until the requests that have arrived are answered. From now on others get the status 503."""
+        self._is_ending = True
+        while self._busy:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(LEAVING_S)
+
     async def health(self) -> JSONResponse:
         """Status and number of the replicas that run. Needs no token."""
+        if self._is_ending:
+            return JSONResponse({"status": ENDING, "replicas": 0, "version": __version__}, 503)
         status = await asyncio.to_thread(serve.status)
         states = status.applications[APPLICATION].deployments[MODEL].replica_states
         running = sum(n for state, n in states.items() if state == "RUNNING")
@@ -123,8 +140,11 @@ class Web:
         `heat_map` are data URIs. The status is 422 if no file can be read.
         """
         begun, status = perf_counter(), 500
+        self._busy += 1
         try:
             self._check_token(request)
+            if self._is_ending:
+                raise HTTPException(503, ENDING)
             uploads = await _uploads(request, pictures)
             rows = await asyncio.gather(*map(self._classify, uploads))
             unreadable = sum(bool(row["unreadable"]) for row in rows)
@@ -136,6 +156,7 @@ class Web:
             status = error.status_code
             raise
         finally:
+            self._busy -= 1
             self._requests.labels(status).inc()
             self._seconds.observe(perf_counter() - begun)
 

@@ -85,7 +85,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             "Run `ray get-auth-token` on its head, and put what it prints into ~/.ray/auth_token here (or into "
             "RAY_AUTH_TOKEN); RAY_AUTH_MODE must be the same here as there."
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises any kind
         if isinstance(error, OSError) and Path(str(error.filename)).name in (".ray", "auth_token"):
             raise ClusterError(
                 f"Ray cannot write its token to {error.filename}: {error.strerror}. Set HOME to a folder that you can "
@@ -93,9 +93,10 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             ) from error
         if not at and not has_local_cluster():
             raise ClusterError(
-                f"Ray cannot start on this machine: {first_line(error)}\nIts files are in "
-                f"{os.environ.get('RAY_TMPDIR', '/tmp')}/ray. Set RAY_TMPDIR to a folder with a short path, below 50 "
-                "characters, that you can write to and that has space; or give the --address of a cluster"
+                f"Ray cannot start on this machine: {first_line(error)}\nIf other programs keep the machine busy, run "
+                f"the command again later. Ray's files are in {os.environ.get('RAY_TMPDIR', '/tmp')}/ray: set "
+                "RAY_TMPDIR to a folder with a short path, below 50 characters, that you can write to and that has "
+                "space; or give the --address of a cluster"
             ) from error
         where = f"at {at}" if at else "at hand (the last one started here)"
         raise ClusterError(

@@ -116,7 +116,8 @@ class FinalSlots:
 
     def _stop_watching(self) -> None:
         self._ended.set()
-        self._watch.join()
+        with stop_delayed():  # see `SlotQueue.end`
+            self._watch.join()
 
     def _start(self, slots: int) -> SlotQueue:
         with stop_delayed():

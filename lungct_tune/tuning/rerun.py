@@ -152,11 +152,13 @@ def replay_trial(
         warn: see `rerun_trials`.
     """
     experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
-    experiment.delete_folder(folder)  # left by an interrupted replay, perhaps with other versions
-    with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
-        file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
-        slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), file)
-        order = TrialOrder(trial.number, plan.settings.seed, trial.hyperparameters)
-        (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1, warn=warn)
-    experiment.delete_folder(folder)
+    experiment.delete_folder(folder)  # left by a replay that was killed, perhaps with other versions
+    try:
+        with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
+            file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
+            slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), file)
+            order = TrialOrder(trial.number, plan.settings.seed, trial.hyperparameters)
+            (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1, warn=warn)
+    finally:
+        experiment.delete_folder(folder)
     return report, provenance(slot)

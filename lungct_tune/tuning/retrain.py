@@ -78,16 +78,25 @@ def orders_of(settings: Settings, trial: TrialRecord, test: SharedDataset) -> li
 
 
 def read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel | None:
-    """The model of a retraining; None if it has not ended.
+    """The model of a retraining; None if it has not ended, or a machine that was lost has left damaged files.
 
     Raises:
         StorageError: its files cannot be read.
     """
+    import safetensors.torch
+
     predictions = experiment.read(order.file(PREDICTIONS))
     weights = experiment.read(order.file(WEIGHTS)) if predictions else None
     if not weights or not predictions:
         return None
-    return RetrainedModel(weights, np.load(io.BytesIO(predictions)), experiment.read(order.file(FEATURES)))
+    features = experiment.read(order.file(FEATURES))
+    try:
+        safetensors.torch.load(weights)
+        if features is not None:
+            dict(np.load(io.BytesIO(features)))
+        return RetrainedModel(weights, np.load(io.BytesIO(predictions)), features)
+    except Exception:  # the libraries raise any kind
+        return None
 
 
 def retrain(

@@ -147,13 +147,17 @@ class SlotQueue:
                 self._warn(sentence)
 
     def end(self) -> None:
-        """Ends all slots at the same time, whatever they do."""
+        """Ends all slots at the same time, whatever they do.
+
+        A stop waits for it: Ray ends a process whose threads use it after its own end, with no word to the user.
+        """
         self._ended.set()
-        if not self._threads:
-            self.run([])
-        for thread in self._threads:
-            thread.join()
-        remove_placement_groups(f"{self._search} slot")
+        with stop_delayed():
+            if not self._threads:
+                self.run([])
+            for thread in self._threads:
+                thread.join()
+            remove_placement_groups(f"{self._search} slot")
 
     def _serve(
         self,

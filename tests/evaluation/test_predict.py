@@ -318,6 +318,21 @@ def test_who_stops_it_is_told_of_the_heat_maps_that_are_there(
     assert f"written, to {maps}; remove them" in complained and "Nothing was written" not in complained
 
 
+def test_who_stops_it_while_it_prints_is_told_of_the_file_that_is_there(
+    bundle: Path, patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*printed: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lungct_tune.reporting.prediction.print_predictions", stop)
+    out = tmp_path / "rows.csv"
+    image = next(patients.rglob("*.png"))
+    assert main([str(bundle), str(image), "--out", str(out)]) == 130
+    assert out.exists() and f"stopped. written: {out}" in capsys.readouterr().err
+    assert main([str(bundle), str(image)]) == 130
+    assert "stopped. Nothing was written." in capsys.readouterr().err
+
+
 def test_a_bundle_without_features_says_so(bundle: Path, patients: Path, tmp_path: Path) -> None:
     files = {path.name: path.read_bytes() for path in bundle.iterdir() if path.name not in (FEATURES, "checksums.txt")}
     write_bundle(Experiment.at(str(tmp_path), "older"), files)

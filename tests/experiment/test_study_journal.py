@@ -144,6 +144,13 @@ def test_what_was_synced_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
     assert [trial.number for trial in trials] == list(range(len(trials)))
 
 
+def test_a_journal_that_is_deleted_while_it_is_written_is_said(tmp_path: Path) -> None:
+    """What is written to a deleted file is lost without an error of the system."""
+    file = tmp_path / "study.journal"
+    with pytest.raises(JournalError, match="it has been deleted or moved"), opened_journal(file):
+        file.unlink()
+
+
 def test_a_journal_that_cannot_be_opened_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="cannot be opened"), opened_journal(tmp_path / "nowhere" / "study.journal"):
         pass

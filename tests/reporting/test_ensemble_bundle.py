@@ -136,6 +136,27 @@ def test_figures_by_likeness_are_given_unless_the_patients_of_all_images_are_kno
     assert least.similarity < most.similarity < 0.999, "a test image is not compared with itself"
 
 
+def test_validation_predictions_that_a_lost_machine_has_damaged_cost_the_calibration_and_are_named(
+    finished: tuple[Search, DataSplit],
+    members: list[RetrainedModel],
+    final: Bundle,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    search, split = finished
+    best, experiment = best_trial(finished_trials(search.study)), search.plan.experiment
+    assert best is not None
+    file = f"{trial_folder(best.number)}/{VALID}"
+    kept = experiment.read(file)
+    assert kept
+    for damaged in (b"", kept[:150]):
+        experiment.write(file, damaged)
+        made = BundleFiles(search.plan, split, {}, search.study, slots=1).final(best, members)
+        assert made.config["calibration"] is made.config["operating_point"] is None
+        assert f"{file} is damaged" in caplog.text
+        caplog.clear()
+    experiment.write(file, kept)
+
+
 @pytest.mark.parametrize("elsewhere", [0, 1])
 def test_a_search_of_one_group_has_a_bundle_that_does_not_tell_unlike_images(
     elsewhere: int, finished: tuple[Search, DataSplit], members: list[RetrainedModel]

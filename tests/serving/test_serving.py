@@ -159,6 +159,14 @@ def test_counters_count(server: Server, phantoms: Path) -> None:
         assert now.get(name, 0) == before.get(name, 0) + more
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/health", "/metrics"])
+def test_whatever_answers_get_answers_head(server: Server, path: str) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    got, head = (requests.request(method, server.url + path, headers=headers, timeout=60) for method in ("GET", "HEAD"))
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == got.headers["Content-Type"]
+
+
 @pytest.mark.parametrize("path", ["/", "/docs"])
 def test_pages_load_nothing_from_elsewhere(server: Server, path: str) -> None:
     page = requests.get(server.url + path, timeout=60)

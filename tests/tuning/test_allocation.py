@@ -61,6 +61,19 @@ def test_a_home_that_cannot_be_written_is_named_where_ray_keeps_its_token(tmp_pa
     assert f"ClusterError: Ray cannot write its token to {tmp_path}/home/.ray: Not a directory. Set HOME" in said
 
 
+def test_a_machine_that_is_too_busy_for_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's error for a start of more than 30 s is a plain Exception."""
+
+    def time_out(**options: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr("ray.init", time_out)
+    monkeypatch.setattr("lungct_tune.tuning.cluster.has_local_cluster", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"timed out during startup(.|\n)*busy, run the command again later"):
+        connect(None, verbose=False)
+
+
 def settings(**values: Any) -> Any:
     return validate(values | {"batch_size": values.get("batch_size", 32), "trials": values.get("trials", 99)})
 

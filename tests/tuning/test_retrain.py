@@ -27,7 +27,7 @@ from lungct_tune.training.trainer import Trainer
 from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed, retrain_all
 from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.mailbox import opened_mailbox
-from lungct_tune.tuning.retrain import FEATURES, PREDICTIONS, STATE, WEIGHTS, RetrainOrder, retrain
+from lungct_tune.tuning.retrain import FEATURES, PREDICTIONS, STATE, WEIGHTS, RetrainOrder, read_result, retrain
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
 from lungct_tune.tuning.workers import SlotPlan
 
@@ -145,6 +145,19 @@ def test_a_damaged_state_is_not_continued_from(images: ImageSet, whole: dict[str
     plan.experiment.write(one.file(STATE), b"half a state")
     retrain(plan, one, CPU)
     assert files(plan.experiment, one)[WEIGHTS] == whole[WEIGHTS]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PREDICTIONS, FEATURES])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_retraining_whose_files_a_lost_machine_has_damaged_counts_as_not_ended(
+    name: str, share: float, images: ImageSet, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    experiment, one = Experiment.at(str(tmp_path), "one"), order(images)
+    for each, content in whole.items():
+        experiment.write(one.file(each), content)
+    assert read_result(experiment, one)
+    experiment.write(one.file(name), whole[name][: int(len(whole[name]) * share)])
+    assert read_result(experiment, one) is None
 
 
 def test_a_member_of_an_ensemble_is_the_model_that_the_trial_had(images: ImageSet, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,25 @@ def test_errors_of_a_slots_process_reach_the_user_as_they_are(plan: SlotPlan) ->
     ray.kill(refusing.actor)
     report = queue._step(InActor(Dying), order)  # type: ignore[arg-type]
     assert report.outcome is Outcome.FAILED and "the process of the slot has ended" in report.reason
+
+
+def test_a_second_ctrl_c_waits_for_the_threads_of_slots_that_end(plan: SlotPlan) -> None:
+    """They use Ray, which ends the process without a word if they do so after it has ended itself."""
+    from lungct_tune.tuning.slot_actor import SlotQueue
+
+    class Ending:
+        def end(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.5)
+            signal.raise_signal(signal.SIGINT)
+            ended.append(True)
+
+    ended: list[bool] = []
+    queue = SlotQueue(plan, None, print)
+    queue._slots = [Ending()]  # type: ignore[list-item]
+    with pytest.raises(KeyboardInterrupt):
+        queue.end()
+    assert ended
 
 
 def test_while_slots_train_the_user_hears_their_news(plan: SlotPlan) -> None:
