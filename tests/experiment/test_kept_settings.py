@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 from optuna.trial import create_trial
+from rich.console import Console
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
@@ -19,6 +20,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan, PlanError, plan_search, read_plan
 from lungct_tune.experiment.results import read_results
 from lungct_tune.experiment.study import StudyError, open_study
+from lungct_tune.reporting.console import print_start
 from lungct_tune.reporting.test_section import find_pictures
 
 if TYPE_CHECKING:
@@ -184,12 +186,21 @@ def test_a_split_file_that_is_given_again_has_the_split_of_the_search(phantoms: 
     assert kept.as_csv() == copy.read_bytes(), "a file that is not given again does not matter"
 
 
-def test_a_judgement_that_is_stopped_is_continued_as_one(begun: Plan) -> None:
-    """Found: stopped before it had begun, it was continued with --resume, which ended without a test."""
+def test_a_judgement_says_what_is_trained_before_and_is_continued_as_one(
+    begun: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found: trials that were left were trained first without a word. And stopped at its start it was not continued."""
     overwrite(begun, hold_test=True)
     storage = str(Path(begun.experiment.uri).parent)
     plan = plan_search(Settings(judge="begun", storage=storage), {"judge", "storage"})
     assert "--judge begun" in plan.resume_command and not plan.settings.hold_test
+    plan = replace(plan, settings=plan.settings.model_copy(update={"trials": 9}))
+    for ended in (0, 7, 9):
+        print_start(plan, 1, ended, Console(width=200))
+    nothing_ended, some, *more = capsys.readouterr().out.split("searching, 1 trial at a time")[1:]
+    assert "0 of 9 trials have ended; the others run before the best is judged\n" in nothing_ended
+    assert "7 of 9 trials have ended" in some and "to judge the best of those now, stop, and add --trials 7" in some
+    assert not more, "with nothing left to train nothing is announced"
     plan = plan_search(Settings(resume="begun", storage=storage), {"resume", "storage"})
     assert "--resume begun" in plan.resume_command and plan.settings.hold_test
 
