@@ -78,7 +78,8 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
         print_bundle(dest / found if everything else dest, console)
     if everything and found != FOLDER and dest.name == experiment.name:
         resume = shlex.join([*command_words("search"), "--resume", dest.name, "--storage", str(dest.absolute().parent)])
-        console.print(f"to continue it here: {resume}", soft_wrap=True, markup=False)
+        add = "add --data DIR if it had one, as the images are now, and --study URL if it had one"
+        console.print(f"to continue it here ({add}):\n  {resume}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -215,10 +215,11 @@ class SearchRun:
             KeyboardInterrupt, NodeRefused: see `run_search`.
         """
         from lungct_tune.experiment.study import finished_trials
+        from lungct_tune.reporting.console import print_start
         from lungct_tune.tuning.tuner import run_search
 
         work = self.outlook.work
-        self._announce(f"searching, {number_of(work.slots, 'trial')} at a time")
+        print_start(self.plan, work.slots, len(finished_trials(self.study)), self.display.console)
         run_search(
             self.study,
             self.plan.space,
@@ -232,8 +233,7 @@ class SearchRun:
             so_far=lambda best, weights: self._files.so_far(best, weights),
         )
         self._left.search_ended()
-        trials = finished_trials(self.study)
-        if (winner := best_trial(trials)) is None:
+        if (winner := best_trial(trials := finished_trials(self.study))) is None:
             reasons = [f"  trial {trial.number} {trial.ended}" for trial in trials]
             raise NothingToRetrain("\n".join(["no trial ran to its end, so there is nothing to retrain:", *reasons]))
         return winner

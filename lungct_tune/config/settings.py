@@ -217,7 +217,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _found(self) -> Self:
         if isinstance(self.data, Path) and not self.data.is_dir():
-            raise ValueError(f"data {str(self.data)!r} is not a folder; it must contain the images' class folders")
+            raise ValueError(f"data {str(self.data)!r} is not a folder; give the images' folder: --data DIR")
         return self
 
     @property

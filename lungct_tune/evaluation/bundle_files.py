@@ -117,7 +117,8 @@ class BundleFiles:
             at_95_specificity=point.at_95_specificity if point else None,
         )
         predictions = Predictions(images.classes, rows["path"].to_numpy(), labels_N, probabilities_NC, groups_N)
-        looks = count_look(self.plan.experiment, self.split)
+        began = self.study.get_trials(deepcopy=False)[0].datetime_start
+        looks = count_look(self.plan.experiment, self.split, began)
         bundle = self._bundle(
             best, _weights(retrained), scaling, point, figures, predictions, seeds, looks, len(retrained)
         )

@@ -196,6 +196,8 @@ class Experiment:
         """The words for a message that name an experiment on the same storage with a similar name; empty if none."""
         from lungct_tune.cli import suggestion  # which workers do not need
 
+        if Path(self.name, "settings.yaml").is_file():  # as `pull --all` makes it, called by its name
+            return f" (did you mean ./{self.name}?)"
         with suppress(StorageError):
             return suggestion(self.name, self.siblings())
         return ""
@@ -251,7 +253,8 @@ def locate(source: str, storage: str) -> Experiment:
     """The experiment for a path, a URI (its own or its bundle's) or a name on the storage."""
     from lungct_tune.experiment.bundle import FOLDER
 
-    source = source.rstrip("/").removesuffix(f"/{FOLDER}")
+    source = source.rstrip("/")
     if Path(source).name == source != "..":
         return Experiment.at(storage, source)
-    return Experiment.from_uri(source)
+    itself, search = Experiment.from_uri(source), source.removesuffix(f"/{FOLDER}")
+    return itself if search == source or itself.exists("settings.yaml") else locate(search, storage)

@@ -16,6 +16,9 @@ from typing import Any
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
 
+LOCK = ".lock"
+"""In the local folder: the file that is locked."""
+
 RUNNING = "running.json"
 """On remote storage: which machine runs the search. That machine writes it again and again."""
 
@@ -50,21 +53,33 @@ def exclusive_lock(experiment: Experiment, say: Callable[[str], None] = lambda s
 
 @contextmanager
 def _locked_on_this_machine(experiment: Experiment) -> Iterator[None]:
+    """Locks a file in the local folder. Of folders that this makes, those that are empty at the end are removed."""
+    folder = experiment.local_folder
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        experiment.local_folder.mkdir(parents=True, exist_ok=True)
-        lock = (experiment.local_folder / ".lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
     except OSError as error:
-        raise StorageError(f"the study's folder {experiment.local_folder} cannot be used: {error}") from error
+        raise StorageError(f"the study's folder {folder} cannot be used: {error}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # the process that had it has just removed it
+                raise BlockingIOError
         except BlockingIOError as error:
             raise StorageError(
                 f"another process is running {experiment.name}; wait for it, or stop it first"
             ) from error
         except OSError:
             pass
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if made and os.listdir(folder) == [LOCK]:
+                    (folder / LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
 
 
 def _refuse_another_machine(experiment: Experiment, say: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ finished search leaves a mark on its storage, and the report says how many there
 from __future__ import annotations
 
 import hashlib
+from datetime import datetime
 
 from lungct_tune.data.split import DataSplit
 from lungct_tune.experiment.folder import Experiment
@@ -16,8 +17,11 @@ FOLDER = "test-looks"
 """Beside the experiments on a storage: a folder for each test split, with an empty file for each finished search."""
 
 
-def count_look(experiment: Experiment, split: DataSplit) -> int:
+def count_look(experiment: Experiment, split: DataSplit, began: datetime | None) -> int:
     """Notes that a search evaluates its final model on its test split.
+
+    Args:
+        began: when its first trial did. A later search of the same name, in place of a deleted one, is another search.
 
     Returns:
         How many searches on this storage have done so with the same test images, this one included.
@@ -28,5 +32,5 @@ def count_look(experiment: Experiment, split: DataSplit) -> int:
     digests = sorted(split.images.table["digest"].to_numpy()[split.test_rows])
     fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
     looks = Experiment(f"{experiment.uri.rpartition('/')[0]}/{FOLDER}")
-    looks.write(f"{fingerprint}/{experiment.name}", b"")
+    looks.write(f"{fingerprint}/{experiment.name}{f'-{began:%Y%m%dT%H%M%S}' if began else ''}", b"")
     return len(looks.files(fingerprint))

@@ -19,10 +19,10 @@ import yaml
 from lungct_tune.cli import command_words
 from lungct_tune.config.search_space import SearchSpace, parse_space, read_space
 from lungct_tune.config.settings import OF_ONE_RUN, Settings, SettingsError, flags, validate
-from lungct_tune.data import fetch_images, make_phantoms, read_images
+from lungct_tune.data import ImageSet, fetch_images, make_phantoms, read_images
 from lungct_tune.data.cache import default_cache
-from lungct_tune.data.split import DataSplit, restore_split, split_and_fold
-from lungct_tune.errors import UserError
+from lungct_tune.data.split import DataSplit, read_split, restore_split, split_and_fold
+from lungct_tune.errors import UserError, number_of
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
@@ -61,6 +61,8 @@ class Plan:
     space_text: str
     fingerprint: str | None
     """The fingerprint of the data that a resumed search started with; None for a new search."""
+    given: frozenset[str] = frozenset()
+    """The names of the settings that the user gave for a resumed search."""
 
     @property
     def study_folder(self) -> Path:
@@ -80,8 +82,13 @@ class Plan:
 
     @property
     def resume_command(self) -> str:
-        """The command that resumes this search."""
-        return self.command("--resume")
+        """The command that continues this search, as it was started."""
+        return self.command("--judge" if self.judges else "--resume")
+
+    @property
+    def judges(self) -> bool:
+        """Whether the user asked for the test of a search with `hold_test`."""
+        return "judge" in self.given
 
     def command(self, how: str) -> str:
         """The command that does something with this search: `--resume` or `--judge`."""
@@ -173,8 +180,23 @@ class Plan:
             )
         if self.fingerprint is not None:
             with written_by_a_search(f"{self.experiment.uri}/{SPLIT}"):
-                return restore_split(images, self.experiment.read(SPLIT) or b"", groups=settings.split_file is not None)
+                kept = restore_split(images, self.experiment.read(SPLIT) or b"", groups=settings.split_file is not None)
+            if settings.split_file and "split_file" in self.given:
+                self._check_split(kept, images, settings.split_file)
+            return kept
         return split_and_fold(images, settings.split, settings.folds, settings.split_seed, settings.split_file)
+
+    def _check_split(self, kept: DataSplit, images: ImageSet, file: Path) -> None:
+        """Checks that a split file that is given again has the split that the search started with."""
+        given, split = read_split(images, file)
+        differs = (split != kept.split) | (given.table["group"] != kept.images.table["group"]).to_numpy()
+        if differs.any():
+            what = f"{number_of(int(differs.sum()), 'image')} in another part or group"
+            raise PlanError(
+                f"{file} is not the split that {self.experiment.name} started with: {what}, such as "
+                f"{images.table['path'][differs].iloc[0]}. The search keeps its split, in "
+                f"{self.experiment.uri}/{SPLIT}: restore the file, leave --split-file out, or start a new search"
+            )
 
     def read_weights(self) -> dict[str, torch.Tensor] | None:
         """Reads the pretrained weights, down to the deepest truncation of the search space; None for random weights.
@@ -231,7 +253,7 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
     """
     if asked.judge:
         asked = asked.model_copy(update={"resume": asked.judge, "judge": None, "hold_test": False})
-        given = given - {"judge"} | {"resume", "hold_test"}
+        given = given | {"resume", "hold_test"}
     return _resumed(asked, given) if asked.resume else _new(asked)
 
 
@@ -259,15 +281,17 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
             f"a resumed search cannot change space; it began with {experiment.uri}/space.yaml, and {asked.space} is "
             "another one"
         )
-    # a copy of the space, or of a file of weights (see `check_weights`), may be anywhere
+    # a copy of the space, of a file of weights (see `check_weights`) or of a split, may be anywhere
     moved: set[str] = set() if {asked.weights, begun.weights} & {None, "imagenet", "none"} else {"weights"}
+    moved |= {"split_file"} if asked.split_file and begun.split_file else set()
     fixed = given - CHANGEABLE - moved - {"space"}
     if other := sorted(field for field in fixed if getattr(asked, field) != getattr(begun, field)):
         was = ", ".join(f"{field} = {getattr(begun, field)}" for field in other)
         raise SettingsError(f"a resumed search cannot change {', '.join(other)}; it began with {was}")
     _check_may_run(experiment, is_new=False)
     changed = {field: getattr(asked, field) for field in given & (CHANGEABLE | moved)}
-    return replace(plan, settings=validate(begun.model_dump() | {"storage": asked.storage} | changed))
+    settings = validate(begun.model_dump() | {"storage": asked.storage} | changed)
+    return replace(plan, settings=settings, given=frozenset(given))
 
 
 def _check_place(experiment: Experiment) -> None:

@@ -115,6 +115,19 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
         console.print(f"  if stopped {plan.resume_command}", soft_wrap=True)
 
 
+def print_start(plan: Plan, slots: int, ended: int, console: Console) -> None:
+    """Prints that trials run now, and before a judgement how to do without them; nothing if all of them have ended."""
+    trials = plan.settings.trials or 0
+    if ended >= trials:
+        return
+    console.print(f"\nsearching, {number_of(slots, 'trial')} at a time", style="bold")
+    if plan.judges:
+        now = f"; to judge the best of those now, stop, and add --trials {ended}" if ended else ""
+        print_prose(
+            console, f"{ended} of {trials} trials have ended; the others run before the best is judged{now}", "yellow"
+        )
+
+
 def print_disk_use(experiment: Experiment, console: Console) -> None:
     """Prints the size of a finished search, and the command that removes what it does not need any more."""
     size, removable = sum(experiment.files().values()), sum(not_needed(experiment, ended=True).values())
@@ -207,16 +220,17 @@ def print_bundle(folder: Path, console: Console) -> None:
     if metrics.test is None:
         held = config["settings"].get("hold_test")
         console.print(
-            f"[bold yellow]The search has not {'been judged' if held else 'ended'}[/]: this is the best of "
-            f"{metrics.search.trials} trials of {config['settings']['trials']}, chosen by its balanced accuracy of "
+            f"[bold yellow]The search has not {'been judged' if held else 'ended'}[/]: this is the best of the first "
+            f"{metrics.search.trials} of {config['settings']['trials']} trials, chosen by its balanced accuracy of "
             f"{score:.3f} {judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. "
             + ("--judge does that. Pull again afterwards." if held else "Pull again when the search has ended."),
             soft_wrap=not console.is_terminal,
             markup=True,
         )
     _print_worth(metrics, console)
-    console.print(f"check it: (cd {folder} && sha256sum -c {CHECKSUMS})", soft_wrap=True, markup=False)
-    words = shlex.join(["python", "-m", "lungct_tune.predict", str(folder), "IMAGE"])
+    check = f"(cd {shlex.quote(str(folder))} && sha256sum -c {CHECKSUMS})"
+    console.print(f"check it: {check}", soft_wrap=True, markup=False)
+    words = shlex.join([*command_words("predict"), str(folder), "IMAGE"])
     console.print(f"use it:   {words}", soft_wrap=True, markup=False)
 
 
@@ -239,7 +253,10 @@ def print_figures(test: TestMetrics, console: Console, title: str = "test accura
         rates = f"sensitivity {in_words(two.sensitivity)}, specificity {in_words(two.specificity)}"
         rule = f"cancer if its probability is above {two.threshold:.3f}"  # the accuracy of two classes has 0.5
         print_prose(console, f"cancer against normal ({rule}): {rates}", hang=2)
-    if (clean := test.without_overlap) is not None:
+    if (clean := test.without_overlap) is not None and not clean.n:
+        seen = "these figures are too high: the model was trained on the groups of all these images"
+        print_prose(console, seen, "bold yellow")
+    elif clean is not None:
         print_prose(
             console,
             f"these figures are too high, since the model was trained on some of the groups; on the {clean.n} images "

@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from lungct_tune.experiment.bundle import BundleError, as_json, has_bundle, verify, write_bundle, write_so_far
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import Experiment, locate
 from lungct_tune.experiment.study import load_study, sqlite_storage
 from lungct_tune.filesystem import StorageError
 
@@ -42,6 +42,25 @@ def test_files_come_back_and_go(tmp_path: Path, scheme: str) -> None:
 def test_a_relative_storage_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Experiment.at("./results", "one").uri == f"{tmp_path}/results/one"
+
+
+def test_an_experiment_may_be_called_as_bundles_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: by path or URI, an experiment called as the folder above was looked for."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("best", "one"):
+        Experiment.at("results", name).write("settings.yaml", b"")
+        uri = f"{tmp_path}/results/{name}"
+        for source in (name, f"results/{name}", f"results/{name}/", f"results/{name}/best", f"file://{uri}/best"):
+            assert locate(source, "results").uri == uri
+
+
+def test_a_search_that_was_copied_here_and_is_called_by_its_name_is_pointed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is looked for in ./results, and `pull --all` makes ./NAME."""
+    monkeypatch.chdir(tmp_path)
+    Experiment.at(".", "one").write("settings.yaml", b"")
+    assert locate("one", "./results").similar() == " (did you mean ./one?)"
 
 
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:

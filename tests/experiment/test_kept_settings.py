@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 from optuna.trial import create_trial
+from rich.console import Console
 
 from lungct_tune import replay, report, search
 from lungct_tune.config.settings import Settings, SettingsError
@@ -18,6 +20,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.plan import Plan, PlanError, plan_search, read_plan
 from lungct_tune.experiment.results import read_results
 from lungct_tune.experiment.study import StudyError, open_study
+from lungct_tune.reporting.console import print_start
 from lungct_tune.reporting.test_section import find_pictures
 
 if TYPE_CHECKING:
@@ -157,6 +160,49 @@ def test_weights_that_have_moved_are_used_and_others_are_refused(begun: Plan, tm
             plan.check_weights(study)
     with pytest.raises(SettingsError, match="cannot change weights"):
         plan_search(Settings(resume="begun", storage=storage, weights="none"), {"resume", "storage", "weights"})
+
+
+def test_a_split_file_that_is_given_again_has_the_split_of_the_search(phantoms: Path, tmp_path: Path) -> None:
+    """Found: an edited file was taken for the same by its path and ignored, and a copy for another one."""
+    file, storage = tmp_path / "mine.csv", str(tmp_path)
+    settings = Settings(data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=storage)
+    begun = plan_search(settings.model_copy(update={"name": "unsplit"}), set())
+    file.write_bytes(begun.load_and_split().as_csv())
+    begun = plan_search(settings.model_copy(update={"name": "begun", "split_file": file}), set())
+    begun.save(begun.load_and_split())
+
+    def resumed(file: Path) -> Plan:
+        asked = Settings(resume="begun", storage=storage, split_file=file)
+        return plan_search(asked, {"resume", "storage", "split_file"})
+
+    copy = tmp_path / "copy.csv"
+    shutil.copy(file, copy)
+    for same in (file, copy):
+        assert resumed(same).load_and_split().as_csv() == begun.load_and_split().as_csv()
+    file.write_text(file.read_text().replace(",valid", ",train", 1))
+    with pytest.raises(PlanError, match=r"mine\.csv is not the split that begun started with: 1 image in another part"):
+        resumed(file).load_and_split()
+    kept = plan_search(Settings(resume="begun", storage=storage), {"resume", "storage"}).load_and_split()
+    assert kept.as_csv() == copy.read_bytes(), "a file that is not given again does not matter"
+
+
+def test_a_judgement_says_what_is_trained_before_and_is_continued_as_one(
+    begun: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found: trials that were left were trained first without a word. And stopped at its start it was not continued."""
+    overwrite(begun, hold_test=True)
+    storage = str(Path(begun.experiment.uri).parent)
+    plan = plan_search(Settings(judge="begun", storage=storage), {"judge", "storage"})
+    assert "--judge begun" in plan.resume_command and not plan.settings.hold_test
+    plan = replace(plan, settings=plan.settings.model_copy(update={"trials": 9}))
+    for ended in (0, 7, 9):
+        print_start(plan, 1, ended, Console(width=200))
+    nothing_ended, some, *more = capsys.readouterr().out.split("searching, 1 trial at a time")[1:]
+    assert "0 of 9 trials have ended; the others run before the best is judged\n" in nothing_ended
+    assert "7 of 9 trials have ended" in some and "to judge the best of those now, stop, and add --trials 7" in some
+    assert not more, "with nothing left to train nothing is announced"
+    plan = plan_search(Settings(resume="begun", storage=storage), {"resume", "storage"})
+    assert "--resume begun" in plan.resume_command and plan.settings.hold_test
 
 
 def test_images_that_have_moved_are_given_again_and_are_those_of_the_search(

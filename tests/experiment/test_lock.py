@@ -118,3 +118,20 @@ def test_on_this_machine_a_second_process_is_refused(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="another process is running one"), exclusive_lock(experiment):
             pytest.fail("two processes run it")
         assert not experiment.exists(RUNNING), "on a file system the lock itself is enough"
+
+
+def test_a_lock_leaves_no_folder_on_a_machine_that_keeps_nothing_else_there(
+    one: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: `clean s3://...` left results/NAME/.lock in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    with exclusive_lock(one):
+        assert one.local_folder.is_dir()
+        with pytest.raises(StorageError, match="another process is running one"), exclusive_lock(one):
+            pytest.fail("two processes run it")
+    assert not list(tmp_path.iterdir())
+    with exclusive_lock(one):
+        (one.local_folder / "study.journal").touch()
+    with exclusive_lock(one):
+        pass
+    assert (one.local_folder / "study.journal").exists()

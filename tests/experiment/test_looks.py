@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ def a_split(*test: int) -> DataSplit:
 
 def test_each_search_counts_once_for_its_own_test_images(tmp_path: Path) -> None:
     one, two, three = (Experiment.at(str(tmp_path), name) for name in ("one", "two", "three"))
-    assert count_look(one, a_split(0, 1)) == 1
-    assert count_look(one, a_split(0, 1)) == 1, "it was stopped before its bundle was written"
-    assert count_look(two, a_split(1, 2)) == 1
-    assert count_look(three, a_split(1, 0)) == 2
+    began = datetime(2026, 11, 28, 9, 30)
+    assert count_look(one, a_split(0, 1), began) == 1
+    assert count_look(one, a_split(0, 1), began) == 1, "it was stopped before its bundle was written"
+    assert count_look(two, a_split(1, 2), began) == 1
+    assert count_look(three, a_split(1, 0), began) == 2
+    assert count_look(one, a_split(0, 1), began.replace(day=29)) == 3, "it was deleted, and searched again"
     assert one.siblings() == [], "the marks are no experiment"
     assert looks_in_words(1) == "" and looks_in_words(2).startswith("2 finished searches")

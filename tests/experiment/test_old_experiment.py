@@ -60,7 +60,7 @@ def test_an_old_experiment_is_reported(results: Path, name: str, says: str, tmp_
 
 @pytest.mark.parametrize(
     ("name", "bundle", "says"),
-    [("f89f17a", "best", "test accuracy"), ("interrupted", "so_far/000001", "best of 1 trials of 6")],
+    [("f89f17a", "best", "test accuracy"), ("interrupted", "so_far/000001", "best of the first 1 of 6 trials")],
 )
 def test_an_old_bundle_is_pulled_and_verified(
     results: Path, name: str, bundle: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

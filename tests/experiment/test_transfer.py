@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from bundles import JUDGED, begun, contents, files_of_a_bundle, finished
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lungct_tune.cli import command_words
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.experiment.bundle import checksum_errors, find_bundle, verify, write_bundle, write_so_far
@@ -31,10 +33,10 @@ from lungct_tune.pull import main
 
 def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(tmp_path / "results")
-    dest = tmp_path / "model"
+    dest = tmp_path / "my model"
     assert main([f"{tmp_path}/results/one", str(dest)]) == 0
     assert contents(dest) == contents(tmp_path / "results" / "one" / "best")
-    assert sorted(os.listdir(tmp_path)) == ["model", "results"]
+    assert sorted(os.listdir(tmp_path)) == ["my model", "results"]
     said = capsys.readouterr().out
     assert "trial 3: depth 20, 0 frozen, dropout 0.50" in said
     low, high = JUDGED.accuracy.ci95
@@ -42,7 +44,8 @@ def test_a_bundle_is_pulled_verified_and_explained(tmp_path: Path, capsys: pytes
     row = next(line for line in said.splitlines() if "always normal" in line)
     assert " 0.250 " in row, row
     assert PHANTOMS in said
-    assert f"python -m lungct_tune.predict {dest} IMAGE" in said
+    use = next(line for line in said.splitlines() if line.startswith("use it: ")).removeprefix("use it: ")
+    assert shlex.split(use) == [*command_words("predict"), str(dest), "IMAGE"]
     check = next(line for line in said.splitlines() if line.startswith("check it: ")).removeprefix("check it: ")
     assert subprocess.run(check, shell=True, capture_output=True).returncode == 0
     (dest / "metrics.json").write_text("{}")
@@ -249,7 +252,7 @@ def test_before_the_end_the_best_so_far_is_pulled_and_called_unjudged(
     assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 0
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"third"
     said = capsys.readouterr().out
-    assert "best of 5 trials of 8" in said and "balanced accuracy of 0.875 on validation" in said
+    assert "best of the first 5 of 8 trials" in said and "balanced accuracy of 0.875 on validation" in said
     assert "not been evaluated on the test split" in said and "test accuracy" not in said
     write_bundle(experiment, files_of_a_bundle(b"judged"))
     assert main([f"{tmp_path}/one", str(tmp_path / "model")]) == 2  # the earlier one is not overwritten

@@ -150,7 +150,7 @@ def pull_the_best_so_far(experiment: Path, model: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert pull([experiment.name, str(model), "--storage", str(experiment.parent)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"best of [12] trials of 3", said) and "not been evaluated" in said
+    assert re.search(r"best of the first [12] of 3 trials", said) and "not been evaluated" in said
     network, config = load_model(model)
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, len(config["classes"]))

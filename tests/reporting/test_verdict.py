@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from recorded_search import finished_search, with_test
+from rich.console import Console
 
 from lungct_tune.experiment.metrics import Figure, ReferenceAccuracy, WithoutOverlap
 from lungct_tune.experiment.results import SearchResults, read_results
 from lungct_tune.experiment.trial import Outcome
+from lungct_tune.reporting.console import print_figures
 from lungct_tune.reporting.model_card import model_card
 from lungct_tune.reporting.search_section import about_the_search
 from lungct_tune.reporting.verdict import verdict
@@ -85,7 +87,9 @@ def test_the_verdict_on_phantoms_is_a_verdict_too(gained: SearchResults) -> None
     assert verdict(drawn)[2] in card
 
 
-def test_with_group_overlap_the_verdict_is_of_the_images_without(gained: SearchResults) -> None:
+def test_with_group_overlap_the_verdict_is_of_the_images_without(
+    gained: SearchResults, capsys: pytest.CaptureFixture[str]
+) -> None:
     leaking = gained.split.assign(group=gained.split["path"].where(gained.split["path"].rank() % 2 == 0, "one"))
     n = replace(gained, split=leaking).seen
     for references, said, too_high in (
@@ -103,6 +107,10 @@ def test_with_group_overlap_the_verdict_is_of_the_images_without(gained: SearchR
     nothing = WithoutOverlap(0, Figure(None, None), others())
     all_seen = replace(with_test(gained, without_overlap=nothing), split=gained.split.assign(group=0))
     assert verdict(all_seen)[2].startswith("None: there is no test image without group overlap. For 16 of the 16 ")
+    assert all_seen.test is not None
+    print_figures(all_seen.test, Console())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the model was trained on the groups of all these images" in said and "not defined" not in said
 
 
 def test_one_rule_is_not_every_rule(gained: SearchResults) -> None:
