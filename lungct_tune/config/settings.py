@@ -61,6 +61,9 @@ def pairs(value: Any) -> Any:
     pairs = [pair.partition("=") for pair in value.split(",")]
     if not all(folder.strip() and equals and name.strip() for folder, equals, name in pairs):
         raise ValueError("expected FOLDER=CLASS[,FOLDER=CLASS...]")
+    folders = [folder.strip() for folder, _, _ in pairs]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ValueError(f"it has {twice} twice; keep one")
     return {folder.strip(): name.strip() for folder, _, name in pairs}
 
 

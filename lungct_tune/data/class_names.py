@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Collection, Mapping
 
+from lungct_tune.errors import UserError
+
 CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 
 
@@ -14,17 +16,33 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
+
+
 def letters(name: str) -> str:
-    """A name without separators and without case, for comparing."""
-    return re.sub(r"[\W_]", "", composed(name).casefold())
+    """A name without separators and without case, for comparing. A number, such as -1 or 1.5, stays as it is."""
+    name = composed(name).casefold().strip()
+    return name if _NUMBER.fullmatch(name) else re.sub(r"[\W_]", "", name)
 
 
 _CANONICAL = {letters(name): name for name in CANONICAL_CLASSES}
 
 
 def spellings_of(class_map: Mapping[str, str] | None) -> dict[str, str]:
-    """A class map whose keys are only letters."""
-    return {letters(name): _canonical(mapped) for name, mapped in (class_map or {}).items()}
+    """A class map whose keys are only letters.
+
+    Raises:
+        UserError: two keys have the same letters and other classes.
+    """
+    spellings: dict[str, str] = {}
+    for name, mapped in (class_map or {}).items():
+        first = spellings.setdefault(letters(name), _canonical(mapped))
+        if first != _canonical(mapped):
+            raise UserError(
+                f"the class map has {name!r} as {mapped}, and as {first} a name that differs only in case, spaces or "
+                "signs, which are not looked at; rename one of the two, in the map and where the images are"
+            )
+    return spellings
 
 
 def class_in_table(name: str, spellings: Mapping[str, str]) -> str:
@@ -36,6 +54,17 @@ def class_of_folder(name: str, spellings: Mapping[str, str]) -> str | None:
     """The class that a folder's name means, or None; `spellings` has priority over the four classes."""
     known = _CANONICAL | dict(spellings)
     return next((known[beginning] for beginning in beginnings(name) if beginning in known), None)
+
+
+def class_inside(class_name: str, paths: Collection[str]) -> str:
+    """A folder in these paths that is called one of the four classes, but not `class_name`; "" if there is none.
+
+    Only if that is one of the four too: a class of a map may well have folders that are called like them.
+    """
+    folders = (
+        {folder for path in paths for folder in path.split("/")[:-1]} if class_name in CANONICAL_CLASSES else set()
+    )
+    return min((folder for folder in folders if _CANONICAL.get(letters(folder), class_name) != class_name), default="")
 
 
 def beginnings(folder_name: str) -> list[str]:

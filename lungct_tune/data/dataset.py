@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -212,11 +213,13 @@ def _find(
         raise DataError(
             f"no image of {', '.join(sorted(lost))} is left in {root}: its files are {' and '.join(sorted(aside))}"
         )
+    # 12.0 is how pandas writes a 12 in a column that once had gaps
+    listed = {path: re.sub(r"^(\d+)\.0$", r"\1", name) for path, name in found.groups.items()}
     sources = []
     for path in (file.path for file in files):
         header = headers.get(path)
         patient = header.patient if header else ""
-        sources.append(_Source(digests[path], found.groups.get(path) or patient or None, path in found.groups))
+        sources.append(_Source(digests[path], listed.get(path) or patient or None, path in listed))
     return found._replace(files=files, left_aside=found.left_aside + count_aside(aside)), sources
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 from lungct_tune.data.class_names import (
     CANONICAL_CLASSES,
     beginnings,
+    class_inside,
     class_of_folder,
     composed,
     spellings_of,
@@ -145,6 +146,8 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
             if class_name is not None:
                 if not images and not any(_is_below(path, class_folder) for path, _ in found.unreadable):
                     raise DataError(f"the class folder {class_folder}/ in {root} holds no images; fill or remove it")
+                if other := class_inside(class_name, [path.removeprefix(class_folder) for path in images]):
+                    raise DataError(f"{class_folder}/ in {root} has a folder of another class, {other}/; move it out")
                 split = _split_of(folder) if split_folders else ""
                 files += [ImageFile(path, split, class_name) for path in images]
                 names.add(posixpath.basename(class_folder))

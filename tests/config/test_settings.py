@@ -60,6 +60,7 @@ def test_class_map_from_the_command_line() -> None:
         (["--track", "http://host:5000"], ["track", "'http://host:5000'", "mlflow:http://HOST:PORT"]),
         (["--track", "mlflow:databricks"], ["track", "'mlflow:databricks'", "mlflow:http://HOST:PORT"]),
         (["--class-map", "benign"], ["class_map", "'benign'", "FOLDER=CLASS"]),
+        (["--class-map", "a=x,b=y,a=y"], ["class_map", "a twice"]),
         (["--data", "no/such/folder"], ["no/such/folder", "not a folder"]),
         (["--name", "a/b"], ["name", "'a/b'"]),
         (["--resume", "results/lung"], ["resume = 'results/lung'", "the name of a search", "--storage"]),

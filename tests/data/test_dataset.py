@@ -16,6 +16,7 @@ from PIL import Image
 
 from lungct_tune.data import DataError, ImageSet, read_images
 from lungct_tune.data.decode import Decoded, decode
+from lungct_tune.errors import UserError
 
 FOUR = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 PUBLISHED = (
@@ -130,6 +131,20 @@ def test_class_map_opens_the_door_to_other_data_sets(root: Path) -> None:
     )
 
 
+def test_a_sign_makes_another_number_and_is_else_refused_where_it_would_make_another_class(root: Path) -> None:
+    """Found: -1=normal,1=cancer and nodule-=normal,nodule+=cancer were one class each."""
+    for i, name in enumerate(("-1", "1", "1.5", "15")):
+        save(root / name / "1.png", i)
+    class_map = {"1": "one", "-1": "minus one", "15": "many", "1.5": "one and a half"}
+    images = read_images(root, 16, class_map=class_map)
+    named = {
+        path: images.classes[label] for path, label in zip(images.table["path"], images.table["label"], strict=True)
+    }
+    assert named == {f"{folder}/1.png": name for folder, name in class_map.items()}
+    with pytest.raises(UserError, match=r"'nodule-' as normal, and as cancer a name that differs only in"):
+        read_images(root, 16, class_map={"nodule+": "cancer", "nodule-": "normal"})
+
+
 def test_a_class_map_with_a_folder_that_is_not_there_is_refused(root: Path) -> None:
     two_classes(root)
     read_images(root, 16, class_map={"Normal": "healthy", "large cell carcinoma": "adenocarcinoma"})
@@ -147,6 +162,11 @@ def test_a_class_map_with_a_folder_that_is_not_there_is_refused(root: Path) -> N
         ([], "found no images"),
         (["normal/1.png"], "only the class 'normal'"),
         (["normal/1.png", "adenocarcinoma/"], "adenocarcinoma/ in .* holds no images"),
+        (["normal/a/Squamous_Cell_Carcinoma/1.png"], "of another class, Squamous_Cell_Carcinoma/"),
+        (
+            ["normal/adenocarcinoma/1.png", "adenocarcinoma/1.png"],
+            "normal/ in .* has a folder of another class, adenocarcinoma/; move",
+        ),
         (["normal/1.png", "adenocarcinoma/1.png", "2.png"], "in no class folder, such as '2.png'"),
         (["train/normal/1.png", "train/adenocarcinoma/1.png", "train/2.png"], "in no class folder"),
         (["train/normal/1.png", "adenocarcinoma/1.png"], "keep either split folders or class folders"),

@@ -113,6 +113,13 @@ def test_known_groups_are_read_below_the_class_folders_too(tmp_path: Path, place
     assert group_of[joined].nunique() == 1, "a name is one group, in whatever file it stands"
 
 
+def test_a_group_that_pandas_has_written_as_a_float_is_the_same_group(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    for folder, group in (("normal", "12"), ("adenocarcinoma", "12.0")):
+        (tmp_path / folder / "groups.csv").write_text(f"path,group\n0.png,{group}\n1.png,{group}\n")
+    assert read_images(tmp_path, 16).table["group"].nunique() == 1
+
+
 def test_two_files_that_give_an_image_different_groups_are_refused(tmp_path: Path) -> None:
     two_classes(tmp_path)
     (tmp_path / "groups.csv").write_text("path,group\nnormal/0.png,a\nnormal/1.png,a\n")
