@@ -50,9 +50,10 @@ from lungct_tune.experiment.trial import EpochFigures, TrialOrder
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.trial_runner import TrialRunner
 from lungct_tune.tuning.tuner import run_search
-from lungct_tune.tuning.workers import SlotPlan, _free_memory
+from lungct_tune.tuning.workers import _free_memory
 
 AIMS_MS = {20: 5.0, 49: 10.0}
 """The most milliseconds outside training and validation for each epoch, by depth."""

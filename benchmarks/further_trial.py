@@ -34,9 +34,10 @@ from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.ray_trainer import scaling
 from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.tuner import run_search
-from lungct_tune.tuning.workers import SlotPlan, scaling
 
 EPOCHS = 2
 SPACE = "truncation_depth: 1\naugmentation: 0\ndropout: {low: 0.0, high: 0.5}"

@@ -35,8 +35,8 @@ from lungct_tune.experiment.study import open_study
 from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.training.objective import OBJECTIVE, validation_figures
 from lungct_tune.tuning.cluster import connect
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.tuner import run_search
-from lungct_tune.tuning.workers import SlotPlan
 
 SPACE = "truncation_depth: 10\naugmentation: 0.5\ndropout: {low: 0.0, high: 0.5}"
 EPOCHS, PATIENTS = 1, 80

@@ -50,9 +50,9 @@ from lungct_tune.tuning import tuner
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.slots import ON_HEAD, REPORT
 from lungct_tune.tuning.tally import SearchTally
-from lungct_tune.tuning.workers import SlotPlan
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "default.yaml"
 

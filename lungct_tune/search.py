@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.tuning.final_slots import FinalSlots
     from lungct_tune.tuning.outlook import Outlook
     from lungct_tune.tuning.shared_data import SharedDataset
+    from lungct_tune.tuning.slot_plan import SlotPlan
     from lungct_tune.tuning.time_left import TimeLeft
-    from lungct_tune.tuning.workers import SlotPlan
 
 
 class NothingToRetrain(UserError):

@@ -32,7 +32,7 @@ from lungct_tune.tuning.allocation import (
     workers_of,
 )
 from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster, local_resources
-from lungct_tune.tuning.workers import PROBE, check_from_here
+from lungct_tune.tuning.storage_check import PROBE, check_from_here
 
 STORAGE_CHECK_TIMEOUT_S = 120.0
 """How long a node may take to read and write a small file before the search starts. S3's retries alone may take a

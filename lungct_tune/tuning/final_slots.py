@@ -20,7 +20,7 @@ from lungct_tune.tuning.mailbox import NEWS_S, avoided_nodes, open_mailbox
 from lungct_tune.tuning.ray_compat import free_resources
 from lungct_tune.tuning.retrain import RetrainOrder, read_result
 from lungct_tune.tuning.slot_actor import SlotQueue
-from lungct_tune.tuning.workers import SlotPlan
+from lungct_tune.tuning.slot_plan import SlotPlan
 
 WATCH_S = 1.0
 """How often a search that runs is asked whether the first workers may start."""

@@ -15,10 +15,15 @@ from lungct_tune.experiment.trial import EpochReport, TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning.mailbox import ORDER, REPORT
 from lungct_tune.tuning.ray_compat import PlacementGroups, worker_errors
-from lungct_tune.tuning.workers import PROBE, START_ATTEMPTS, OutOfMemory, SlotPlan, run_worker
+from lungct_tune.tuning.slot_plan import SlotPlan
+from lungct_tune.tuning.storage_check import PROBE
+from lungct_tune.tuning.workers import OutOfMemory, run_worker
 
 if TYPE_CHECKING:
     from lungct_tune.tuning.retrain import RetrainOrder
+
+START_ATTEMPTS = 20
+"""How often Ray Train tries to start a group of workers before it reports an error."""
 
 RELEASE_S = 120
 """How long workers get to save the state of their trial before they are ended."""

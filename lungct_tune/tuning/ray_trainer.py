@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ray.train import RunConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.backend import BackendConfig
 
 from lungct_tune.tuning.ray_compat import (
@@ -23,7 +23,6 @@ from lungct_tune.tuning.ray_compat import (
     prepare_controller,
     private,
 )
-from lungct_tune.tuning.workers import scaling
 
 
 class SlotTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
@@ -70,6 +69,22 @@ class SlotTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
         controller = private(TRAIN_CONTROLLER)(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
+
+
+def scaling(workers: int, resources_per_worker: dict[str, float], avoid: Iterable[str] = ()) -> ScalingConfig:
+    """Ray Train's description of a group of workers.
+
+    Args:
+        avoid: ids of nodes on which no worker may start.
+    """
+    gpu = resources_per_worker.get("GPU", 0) > 0
+    elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else None
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=gpu,
+        resources_per_worker=resources_per_worker,
+        label_selector=elsewhere,  # type: ignore[call-arg]  # exists in Train V2, but mypy sees V1
+    )
 
 
 def _process_group() -> BackendConfig:

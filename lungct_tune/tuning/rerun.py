@@ -22,9 +22,9 @@ from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import share_weights
 from lungct_tune.tuning.slot_actor import SlotQueue
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.time_left import TimeLeft
 from lungct_tune.tuning.tuner import make_slot_plan, provenance
-from lungct_tune.tuning.workers import SlotPlan
 
 
 class SeedFailed(UserError):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lungct_tune.config.settings import Settings
     from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.training.trainer import Trainer
-    from lungct_tune.tuning.workers import SlotPlan
+    from lungct_tune.tuning.slot_plan import SlotPlan
 
 STATE, WEIGHTS, PREDICTIONS = "last.pt", "model.safetensors", "test_probabilities.npy"
 FEATURES = "features.npz"

@@ -21,8 +21,8 @@ from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.mailbox import NEWS_S
 from lungct_tune.tuning.ray_compat import draining_nodes
 from lungct_tune.tuning.retrain import RetrainOrder
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.slots import ON_HEAD, Slot
-from lungct_tune.tuning.workers import SlotPlan
 
 RELEASE_S = 15.0
 """How long workers get to end."""

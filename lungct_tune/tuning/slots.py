@@ -29,7 +29,9 @@ from lungct_tune.tuning.groups import Group, MailboxLost, WorkersLost, remove_pl
 from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import HEAD_NODE
 from lungct_tune.tuning.retrain import RetrainOrder
-from lungct_tune.tuning.workers import PROBE, OutOfMemory, SlotPlan
+from lungct_tune.tuning.slot_plan import SlotPlan
+from lungct_tune.tuning.storage_check import PROBE
+from lungct_tune.tuning.workers import OutOfMemory
 
 REPORT = "report"
 """The key of the `EpochReport` in a result of Ray Tune."""

@@ -27,7 +27,7 @@ from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, 
 if TYPE_CHECKING:
     import torch
 
-    from lungct_tune.tuning.workers import SlotPlan
+    from lungct_tune.tuning.slot_plan import SlotPlan
 
 T = TypeVar("T")
 

@@ -48,9 +48,9 @@ from lungct_tune.tuning.ray_compat import (
 from lungct_tune.tuning.sampler import startup_trials
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
 from lungct_tune.tuning.time_left import TimeLeft
-from lungct_tune.tuning.workers import SlotPlan
 
 MAX_FAILURES = 10
 """How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""

@@ -1,4 +1,4 @@
-"""Groups of Ray Train workers, and the function that each worker of a slot runs.
+"""The function that each worker of a slot runs.
 
 This module does not import Ray Tune or anything else that a worker does not need. Ray imports it in the process of
 every mailbox, every Train controller and every worker.
@@ -7,101 +7,23 @@ every mailbox, every Train controller and every worker.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 
 from lungct_tune.errors import first_line
-from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
-from lungct_tune.filesystem import NodeRefused, StorageError
-from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.filesystem import NodeRefused
 from lungct_tune.tuning.mailbox import DRAIN, ORDER, REPORT
 from lungct_tune.tuning.retrain import RetrainOrder, retrain
-from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.slot_plan import SlotPlan
+from lungct_tune.tuning.storage_check import check_from_here
 from lungct_tune.tuning.trial_runner import TrialRunner
-
-START_ATTEMPTS = 20
-"""How often Ray Train tries to start a group of workers before it reports an error."""
-
-PROBE = ".probe"
-"""A file that the head writes to the storage. Every node looks for it and writes a file of its own beside it."""
-
-
-PROBE_PAUSE_S = 3.0
-"""How long a node waits before it tries the storage a second time."""
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """The configuration of a slot, the same for every slot of a search."""
-
-    experiment: Experiment
-    dataset: SharedDataset
-    folds: tuple[Fold, ...]
-    """One fold, or several: a trial's figures are then means over the folds."""
-    workers: int
-    resources_per_worker: dict[str, float]
-    rungs: tuple[int, ...] = ()
-    """The epochs after which early stopping decides about a trial."""
-    checkpoint_interval: float = 30.0
-    """Seconds of training between two saved states of a trial."""
 
 
 class OutOfMemory(RuntimeError):
     """A trial needs more memory than its workers have. The message says of what kind."""
-
-
-def check_from_here(experiment: Experiment) -> None:
-    """Checks from this node that it sees the head's file on the storage and can write there. Tries twice.
-
-    Raises:
-        NodeRefused: one of these fails.
-    """
-    try:
-        _use_storage(experiment)
-    except NodeRefused:  # it may be back in a moment, and NFS shows a file of another host some seconds late
-        time.sleep(PROBE_PAUSE_S)
-        _use_storage(experiment)
-
-
-def _use_storage(experiment: Experiment) -> None:
-    node, address = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-    try:
-        seen = experiment.read(PROBE) is not None
-        experiment.write(f"{PROBE}-{node}", b"")
-    except StorageError as error:
-        raise NodeRefused(f"node {address}: {error}") from error
-    with suppress(StorageError):
-        experiment.delete(f"{PROBE}-{node}")
-    if not seen:
-        raise NodeRefused(
-            f"{experiment.uri}: node {address} and the head do not see each other's files there; "
-            "with several nodes --storage must be a shared file system or an object store (s3://, gs://)"
-        )
-
-
-def scaling(workers: int, resources_per_worker: dict[str, float], avoid: Iterable[str] = ()) -> Any:
-    """Ray Train's description of a group of workers.
-
-    Args:
-        avoid: ids of nodes on which no worker may start.
-    """
-    from ray.train import ScalingConfig
-
-    gpu = resources_per_worker.get("GPU", 0) > 0
-    elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else None
-    return ScalingConfig(
-        num_workers=workers,
-        use_gpu=gpu,
-        resources_per_worker=resources_per_worker,
-        label_selector=elsewhere,  # type: ignore[call-arg]  # exists in Train V2, but mypy sees V1
-    )
 
 
 def run_worker(config: dict[str, Any]) -> None:

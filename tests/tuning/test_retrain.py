@@ -29,7 +29,7 @@ from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.retrain import FEATURES, PREDICTIONS, STATE, WEIGHTS, RetrainOrder, read_result, retrain
 from lungct_tune.tuning.shared_data import SharedDataset, share_dataset
-from lungct_tune.tuning.workers import SlotPlan
+from lungct_tune.tuning.slot_plan import SlotPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.trial import EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused
-from lungct_tune.tuning.workers import SlotPlan
+from lungct_tune.tuning.slot_plan import SlotPlan
 
 if TYPE_CHECKING:
     from pathlib import Path

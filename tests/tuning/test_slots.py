@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lungct_tune.tuning.workers import SlotPlan
+    from lungct_tune.tuning.slot_plan import SlotPlan
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -263,16 +263,16 @@ def test_a_storage_is_tried_twice_before_a_node_is_refused(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lungct_tune.filesystem import NodeRefused
-    from lungct_tune.tuning import workers
+    from lungct_tune.tuning import storage_check
 
     experiment = Experiment(str(tmp_path))
-    monkeypatch.setattr(workers, "PROBE_PAUSE_S", 0.0)
+    monkeypatch.setattr(storage_check, "PROBE_PAUSE_S", 0.0)
     with pytest.raises(NodeRefused, match="do not see each other's files"):
-        workers.check_from_here(experiment)
-    monkeypatch.setattr(workers, "PROBE_PAUSE_S", 2.0)
-    late = threading.Timer(0.5, experiment.write, (workers.PROBE, b""))
+        storage_check.check_from_here(experiment)
+    monkeypatch.setattr(storage_check, "PROBE_PAUSE_S", 2.0)
+    late = threading.Timer(0.5, experiment.write, (storage_check.PROBE, b""))
     late.start()
-    workers.check_from_here(experiment)
+    storage_check.check_from_here(experiment)
     late.join()
 
 

@@ -30,7 +30,7 @@ from lungct_tune.tuning.trial_runner import TrialRunner
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lungct_tune.tuning.workers import SlotPlan
+    from lungct_tune.tuning.slot_plan import SlotPlan
 
 EPOCHS = 4
 

@@ -13,8 +13,8 @@ from lungct_tune.experiment.forecast import Workload
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.shared_data import SharedDataset
+from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.trial_runner import TrialRunner
-from lungct_tune.tuning.workers import SlotPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import optuna
 
 from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.groups import waiting_for_room
-from lungct_tune.tuning.workers import SlotPlan
+from lungct_tune.tuning.slot_plan import SlotPlan
 
 COUNT_EVERY_S = 1.0
 

@@ -1,0 +1,25 @@
+"""The configuration of a slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.shared_data import SharedDataset
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """The configuration of a slot, the same for every slot of a search."""
+
+    experiment: Experiment
+    dataset: SharedDataset
+    folds: tuple[Fold, ...]
+    """One fold, or several: a trial's figures are then means over the folds."""
+    workers: int
+    resources_per_worker: dict[str, float]
+    rungs: tuple[int, ...] = ()
+    """The epochs after which early stopping decides about a trial."""
+    checkpoint_interval: float = 30.0
+    """Seconds of training between two saved states of a trial."""
