@@ -25,9 +25,10 @@ from lungct_tune.tuning.slot_actor import SlotActor
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
-ROOM, MOST = 3 * GIB, 12 * GIB
-"""What Ray and the slot may take, and what a worker takes at most if nobody kills it."""
+FREE = get_system_memory() - get_used_memory()
+"""Half of it may be taken. A worker takes at most nine tenths, if nobody kills it."""
+
+PIECE = 2**27
 
 
 def main(folder: Path, phantoms: Path) -> None:
@@ -44,8 +45,8 @@ def main(folder: Path, phantoms: Path) -> None:
 
         def _fill_the_memory(self) -> None:
             kept = []
-            while len(kept) * GIB / 8 < MOST:
-                kept.append(np.ones(GIB // 8, np.uint8))
+            while len(kept) * PIECE < 0.9 * FREE:
+                kept.append(np.ones(PIECE, np.uint8))
                 time.sleep(0.1)
             raise AssertionError("Ray's memory monitor kills nobody")
 
@@ -74,9 +75,8 @@ def main(folder: Path, phantoms: Path) -> None:
 
 
 if __name__ == "__main__":
-    total = get_system_memory()
     os.environ |= {
-        "RAY_memory_usage_threshold": f"{(get_used_memory() + ROOM) / total:.4f}",
+        "RAY_memory_usage_threshold": f"{1 - FREE / 2 / get_system_memory():.4f}",
         "RAY_memory_monitor_refresh_ms": "1000",  # memory of what it has killed is free when it looks again
         "RAY_min_memory_free_bytes": "-1",  # otherwise the threshold is at least total memory less this
     }
