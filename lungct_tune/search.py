@@ -172,10 +172,10 @@ def start_search(
     settings, experiment = plan.settings, plan.experiment
     with ExitStack() as held, ExitStack() as preparing:
         preparing.enter_context(display.step("preparing the search"))
-        check_storage(experiment)
+        held.enter_context(plan.locked(partial(print_prose, display.console)))
+        check_storage(experiment)  # after the lock: it deletes a file that workers of another process may look for
         is_new = not settings.resume
         tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
-        held.enter_context(plan.locked(partial(print_prose, display.console)))
         study = held.enter_context(plan.opened_study(new=is_new))
         plan.check_weights(study)
         outlook.keep(study, new=is_new)

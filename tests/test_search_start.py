@@ -16,7 +16,10 @@ from rich.console import Console
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.config.settings import Settings
 from lungct_tune.display import Display
+from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import CONFIG, write_bundle
+from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.lock import exclusive_lock
 from lungct_tune.experiment.plan import PlanError, plan_search
 from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
@@ -49,12 +52,12 @@ def test_what_is_refused_at_once_starts_no_cluster(arguments: list[str], says: s
     assert list(sessions.iterdir()) == []
 
 
-def refused_at_its_start(plan: Plan) -> PlanError:
+def refused_at_its_start(plan: Plan, error: type[UserError] = PlanError) -> UserError:
     """What a search says that has read its images, and begins."""
     nothing: Any = SimpleNamespace()
     display: Any = SimpleNamespace(step=lambda step: nullcontext(), console=None)
     with (
-        pytest.raises(PlanError) as refused,
+        pytest.raises(error) as refused,
         plan.resumable(),
         start_search(plan, nothing, {}, nothing, None, display),
     ):
@@ -75,6 +78,18 @@ def test_what_another_process_did_while_images_were_read_is_not_done_again(
     write_bundle(first.experiment, {CONFIG: b"{}"})
     ended = refused_at_its_start(again)
     assert "one is finished; its model is in" in str(ended) and not hasattr(ended, "__notes__")
+
+
+def test_a_search_that_another_process_runs_is_refused_before_its_storage_is_touched(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: the check of the storage deletes a file that the workers of the running search look for."""
+    asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
+    plan, checked = plan_search(asked, set()), list[Experiment]()
+    monkeypatch.setattr("lungct_tune.tuning.cluster.check_storage", checked.append)
+    with exclusive_lock(plan.experiment):
+        refused = refused_at_its_start(plan, StorageError)
+    assert "another process is running one" in str(refused) and not checked
 
 
 def test_a_folder_where_the_bundle_cannot_be_written_is_refused_before_anything_is_trained(

@@ -171,12 +171,10 @@ class BundleFiles:
     def _calibrate(self, best: TrialRecord) -> tuple[TemperatureScaling | None, OperatingPoint | None]:
         """Temperature and operating point for a trial's configuration, on images that it was not trained on."""
         file = f"{trial_folder(best.number)}/{VALID}"
-        if (kept := self.plan.experiment.read(file)) is None:
-            return None, None
         try:
-            uncalibrated_NC = np.load(io.BytesIO(kept))
-        except (ValueError, EOFError):  # left by a machine that was lost; nothing but a new search has it again
-            _log.warning("%s is damaged, so the bundle has no calibration and no operating point", file)
+            uncalibrated_NC = np.load(io.BytesIO(self.plan.experiment.read(file) or b""))
+        except (ValueError, EOFError):  # `clean` has removed it, or a machine that was lost has damaged it
+            _log.warning("%s is missing or damaged, so the bundle has no calibration and no operating point", file)
             return None, None
         table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.cross_validates else 'validation'} predictions"

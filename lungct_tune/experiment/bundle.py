@@ -163,7 +163,7 @@ def verify(folder: Path) -> None:
 
     Raises:
         BundleError: there is no such folder, or it is that of a search; or a file is missing, altered or added; the
-            message names the first one.
+            message names the first one, and what to do.
     """
     search = folder.parent if folder.name == FOLDER and not folder.exists() else folder
     if (search / "settings.yaml").is_file():
@@ -173,8 +173,11 @@ def verify(folder: Path) -> None:
             f"there is no folder {folder}{locate(str(folder), '.').similar()}; give the folder of a bundle, "
             "results/NAME/best or as pulled"
         )
+    again = "fetch the bundle again"
+    if folder.name == FOLDER and (folder.parent / "settings.yaml").is_file():
+        again = f"move {folder} away, and the search writes it again: --resume {folder.absolute().parent.name}"
     for name, fault in checksum_errors(folder):
-        raise BundleError(f"{folder / name}: {fault}; fetch the bundle again")
+        raise BundleError(f"{folder / name}: {fault}; {again}")
 
 
 REPORT, CARD = "report.html", "MODEL_CARD.md"

@@ -117,7 +117,10 @@ def test_an_altered_missing_or_unfinished_bundle_is_refused(tmp_path: Path) -> N
     with pytest.raises(BundleError, match=r"config\.json: missing"):
         verify(folder)
     (folder / "checksums.txt").unlink()
-    with pytest.raises(BundleError, match="no complete bundle"):
+    with pytest.raises(BundleError, match=r"no complete bundle; fetch the bundle again$"):
+        verify(folder)
+    (tmp_path / "one" / "settings.yaml").write_bytes(b"")  # it is the search's own
+    with pytest.raises(BundleError, match=r"move .*/best away, and the search writes it again: --resume one$"):
         verify(folder)
 
 
