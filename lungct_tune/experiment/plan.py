@@ -112,8 +112,15 @@ class Plan:
             stop = error if isinstance(error, UserError) else KeyboardInterrupt()
             with suppress(StorageError):
                 if self.experiment.exists("settings.yaml") and not has_bundle(self.experiment):
-                    stop.add_note(f"To continue: {self.resume_command}")
+                    stop.add_note(f"To continue: {self.resume_command}{self._unsaved()}")
             raise stop from None
+
+    def _unsaved(self) -> str:
+        """The options with which the user has changed the search, as far as settings.yaml does not have them yet."""
+        names = self.given & (CHANGEABLE - OF_ONE_RUN - {"storage", "study"})
+        kept, values = (read_kept(self.experiment) or {}) if names else {}, self.settings.model_dump(mode="json")
+        words = flags(values, sorted(name for name in names if kept.get(name) != values[name]))
+        return "".join(f" {shlex.quote(word)}" for word in words)
 
     @contextmanager
     def locked(self, say: Callable[[str], None]) -> Iterator[None]:

@@ -205,6 +205,21 @@ def test_a_judgement_says_what_is_trained_before_and_is_continued_as_one(
     assert "--resume begun" in plan.resume_command and plan.settings.hold_test
 
 
+def test_the_command_to_continue_has_what_was_changed_and_not_yet_kept(begun: Plan) -> None:
+    """Found: stopped while the images were read, `--judge NAME --trials 9` was continued with the trials of before."""
+    asked = Settings(judge="begun", storage=str(Path(begun.experiment.uri).parent), trials=9, slots=1)
+    plan = plan_search(asked, {"judge", "storage", "trials", "slots"})
+
+    def said() -> str:
+        with pytest.raises(KeyboardInterrupt) as stopped, plan.resumable():
+            raise KeyboardInterrupt
+        return stopped.value.__notes__[0]
+
+    assert said().endswith(f"--judge begun --storage {asked.storage} --slots 1 --trials 9")
+    plan.save(plan.load_and_split())
+    assert said().endswith(f"--judge begun --storage {asked.storage}")
+
+
 def test_images_that_have_moved_are_given_again_and_are_those_of_the_search(
     begun: Plan, phantoms: Path, tmp_path: Path
 ) -> None:
