@@ -1,11 +1,12 @@
-"""Measures how often the confidence interval of an accuracy contains the true value, by number of groups.
+"""Measures how often the confidence interval of a figure contains the true value, by number of groups.
 
 python benchmarks/coverage.py [--simulations 400]
 
 Groups have 1 to 4 images, or very unequal numbers of them: log-normal with a median of 8, and one in twenty has more
 than 50. Each group has its own beta-distributed rate, so that the results of its images have the given correlation. For
-the balanced accuracy, the classes have different numbers of groups of one image. A 95 % interval should contain the
-true value in 95 of 100 simulations. With 400 simulations the standard error of a figure is 0.011.
+the balanced accuracy, the classes have different numbers of groups of one image. For the AUROC, a class has few groups
+and the rest 60, of five images each, and scores are normal. A 95 % interval should contain the true value in 95 of 100
+simulations. With 400 simulations the standard error of a figure is 0.011.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import argparse
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import norm
 
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
+from lungct_tune.evaluation.ranking import auroc
 from lungct_tune.experiment.metrics import Figure
 
 GROUPS = (3, 5, 10, 20, 50, 150)
 TRUTHS, CORRELATIONS = (0.8, 0.95), (0.1, 0.9)
+OF_CLASS, OTHERS, AUROCS, SCORES_ALIKE = (3, 5, 10), 60, (0.76, 0.94), (0.2, 0.8)
 CLASSES = ((3, 40, 40, 40), (10, 30, 30, 30), (20, 20, 20, 20), (5, 100), (10, 100))
 
 
@@ -48,6 +52,19 @@ def balanced_coverage(groups: tuple[int, ...], truth: float, simulations: int) -
     return float(np.mean(held))
 
 
+def auroc_coverage(groups: int, truth: float, alike: float, simulations: int) -> float:
+    """Of the AUROC of a class with so many groups."""
+    held, group_N = [], np.repeat(np.arange(groups + OTHERS), 5)
+    is_N = group_N < groups
+    for simulation in range(simulations):
+        rng = np.random.default_rng([groups, simulation])
+        of_group_N, own_N = rng.normal(size=groups + OTHERS)[group_N], rng.normal(size=len(group_N))
+        score_N = np.sqrt(2) * norm.ppf(truth) * is_N + np.sqrt(alike) * of_group_N + np.sqrt(1 - alike) * own_N
+        bootstrap = ClusterBootstrap(group_N, seed=simulation)
+        held += _held(bootstrap.figure(auroc(is_N, score_N), groups, is_rate=True), truth)
+    return float(np.mean(held))
+
+
 def _held(figure: Figure, truth: float) -> list[bool]:
     """Empty if there is no interval, because all resamples give the same value."""
     return [figure.ci95[0] <= truth <= figure.ci95[1]] if figure.ci95 else []
@@ -70,6 +87,13 @@ def main() -> None:
     for of_classes in CLASSES:
         held = [balanced_coverage(of_classes, truth, asked.simulations) for truth in TRUTHS]
         table.add_row(", ".join(map(str, of_classes)), *(f"{share:.3f}" for share in held))
+    console.print(table)
+    kinds = [(truth, alike) for truth in AUROCS for alike in SCORES_ALIKE]
+    columns = [f"{truth}, {alike}" for truth, alike in kinds]
+    table = Table("groups of the class", *columns, title="AUROC, correlation of scores in a group")
+    for groups in OF_CLASS:
+        held = [auroc_coverage(groups, *kind, asked.simulations) for kind in kinds]
+        table.add_row(str(groups), *(f"{share:.3f}" for share in held))
     console.print(table)
 
 

@@ -356,7 +356,7 @@ def print_table(rows: dict[str, Recipe], images: ImageSet, results: Results, see
             continue
         mean = np.mean([(row.balanced_accuracy, row.nll, row.ece, row.seconds / old.seconds) for row, old in both], 0)
         better_N = np.mean([row.right_N(len(labels_N)) - old.right_N(len(labels_N)) for row, old in both], axis=0)
-        gain = bootstrap.figure(partial(weighted_mean, better_N, weight_N), bootstrap.count(bootstrap.everything_N))
+        gain = bootstrap.figure(partial(weighted_mean, better_N, weight_N), bootstrap.effective(bootstrap.everything_N))
         low, high = gain.ci95 or (math.nan, math.nan)
         print(
             f"| {name} | {len(both)} | {mean[0]:.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f}) "

@@ -1,4 +1,4 @@
-"""Intervals by a cluster bootstrap, which resamples whole groups, never single images.
+"""Figures with intervals that take whole groups for one observation, never single images.
 
 The predictions for slices of one series are mostly right or wrong together. If slices were resampled one by one, each
 would count as a patient, and the interval would be too narrow.
@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm, t
+from scipy.stats import norm, t
 
+from lungct_tune.evaluation.rates import effective_groups, effective_images, exact_limits
 from lungct_tune.experiment.metrics import Figure
 
 RESAMPLES = 2000
-INTERVAL = f"95 % cluster bootstrap, {RESAMPLES} resamples of groups"
+INTERVAL = f"95 %, by groups: Korn-Graubard for rates, else cluster bootstrap with {RESAMPLES} resamples"
 _BLOCK = 2**22  # weights that are held at once: 32 MB
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -29,25 +30,31 @@ def group_weights(groups_N: np.ndarray) -> np.ndarray:
 
 
 class ClusterBootstrap:
-    """Figures with intervals by a cluster bootstrap. All use the same resamples, so that differences are paired.
+    """Figures with intervals by groups. All resamples are the same, so that differences are paired.
 
-    A resample draws as many groups as there are, with replacement, each with all its images: the weight of an image is
-    how often its group was drawn. The interval is the expanded percentile interval (Hesterberg, "What Teachers Should
-    Know About the Bootstrap", Am. Stat. 2015, section 5.3). For few groups it is wider, in the way in which Student's t
-    is wider than the normal distribution.
+    A rate of hits, such as the accuracy or a sensitivity, has the interval of Korn and Graubard: the exact one
+    (Clopper-Pearson) for the number of independent images that say as much, see `effective_images`. For 12 of 12 groups
+    of one size it is 0.735 to 1. A mean of rates, such as the balanced accuracy, is as far below and above its value as
+    these intervals together: the distances add as squares (MOVER: Zou and Donner, Statistics in Medicine 2008), unless
+    the classes are in the same groups.
 
-    - The percentiles of a figure ignore resamples that do not define it (no image of the class was drawn).
+    All other figures have a cluster bootstrap. A resample draws as many groups as there are, with replacement, each
+    with all its images: the weight of an image is how often its group was drawn. The interval is the expanded
+    percentile interval (Hesterberg, "What Teachers Should Know About the Bootstrap", Am. Stat. 2015, section 5.3). For
+    few groups it is wider, in the way in which Student's t is wider than the normal distribution; groups of unequal
+    sizes count as fewer (`effective_groups`).
+
+    - The AUROC and others between 0 and 1 have the exact interval too, for the number of independent images that has
+      the variance of the resamples: with three groups of a class, no percentile reaches beyond the worst of them.
+    - The resamples that do not define a figure (no image of the class was drawn) are ignored.
     - A figure from fewer than two groups has no interval.
-    - A rate of 0 or 1 is the same in all resamples, so its percentiles would have no width. Its interval reaches to the
-      Clopper-Pearson limit for the same number of independent groups: for 12 of 12 groups it is 0.735 to 1.
-    - A mean of rates of which some are 0 or 1, such as the balanced accuracy, is less certain than its resamples show,
-      because none of them has an error in a class without one. So its interval is widened by the Clopper-Pearson limit
-      of these classes. The two distances add as squares (MOVER: Zou and Donner, Statistics in Medicine 2008).
+    - A difference of mean rates and the macro F1 are less certain than their resamples show if a class has no error,
+      because no resample has one. So their intervals are widened by the exact limit of these classes.
     - Any other figure that is the same in all resamples has no interval. An example is the difference of two models
       that are right on the same images.
 
-    Coverage (benchmarks/coverage.py: accuracies of 0.8 and 0.95, groups of 1 to 4 images with a correlation of 0.1 and
-    0.9): 0.93 to 1 with 3 to 20 groups, mostly above 0.95; 0.91 to 0.96 with 50 and 150.
+    Coverage of an accuracy (benchmarks/coverage.py): 0.95 to 1 with groups of 1 to 4 images, 0.93 to 1 with groups of
+    very unequal sizes.
 
     Args:
         groups_N: the group of each image, numbers or names. The resamples depend on their order, not on the names.
@@ -73,14 +80,22 @@ class ClusterBootstrap:
         """
         return len(np.unique(self.groups_N[among_N]))
 
-    def figure(
-        self, statistic: Statistic, groups: int, *, is_rate: bool = False, unseen: tuple[float, float] = (0.0, 0.0)
-    ) -> Figure:
-        """A figure's value and interval, None where they are not defined.
+    def effective(self, among_N: np.ndarray) -> float:
+        """How many groups of one size say as much as those of these images; 0 without images.
 
         Args:
-            groups: how many groups the figure is computed from.
-            is_rate: whether it is a share between 0 and 1. At 0 and at 1 its interval has the Clopper-Pearson limit.
+            among_N: bool.
+        """
+        return effective_groups(self._sizes(among_N)) if among_N.any() else 0.0
+
+    def figure(
+        self, statistic: Statistic, groups: float, *, is_rate: bool = False, unseen: tuple[float, float] = (0.0, 0.0)
+    ) -> Figure:
+        """A figure's value and interval by resampling, None where they are not defined.
+
+        Args:
+            groups: how many groups of one size the figure is computed from, see `effective`.
+            is_rate: whether it is between 0 and 1, and has an exact interval.
             unseen: how far it may be below and above its value for what no resample shows.
         """
         step = max(1, _BLOCK // max(1, len(self.groups_N)))
@@ -94,13 +109,16 @@ class ClusterBootstrap:
         value, resampled = float(values_B[0]), values_B[1:][np.isfinite(values_B[1:])]
         if not np.isfinite(value):
             return Figure(None, None)
-        if groups < 2 or not len(resampled):
+        if groups < 1 + 1e-9 or not len(resampled):
             return Figure(value, None)
-        level = norm.cdf(-np.sqrt(groups / (groups - 1)) * t.ppf(0.975, groups - 1))
+        wider, quantile = np.sqrt(groups / (groups - 1)), t.ppf(0.975, groups - 1)
+        variance = (wider * resampled.std() * quantile / norm.ppf(0.975)) ** 2
+        if is_rate and (np.isclose(value, (0, 1)).any() or variance > 1e-12):
+            n = np.fmax(value * (1 - value) / max(variance, 1e-12), groups)
+            return Figure(value, exact_limits(float(np.clip(value, 0, 1)), float(n)))
+        level = norm.cdf(-wider * quantile)
         low, high = np.quantile(resampled, [level, 1 - level])
         below, above = unseen
-        if is_rate:
-            below, above = (_beyond(groups) if np.isclose(value, end) else 0.0 for end in (1, 0))
         if below:
             low = value - np.hypot(max(value - low, 0), below)
         if above:
@@ -115,27 +133,44 @@ class ClusterBootstrap:
         """
         return self.mean_rate(hit_N, [self.everything_N if among_N is None else among_N])
 
-    def mean_rate(
-        self,
-        hit_N: np.ndarray,
-        strata: Sequence[np.ndarray],
-        other_N: np.ndarray | None = None,
-        *,
-        is_fixed: bool = False,
-    ) -> Figure:
-        """The mean of the shares of hits in some strata, such as the classes; or its difference, paired by image.
+    def mean_rate(self, hit_N: np.ndarray, strata: Sequence[np.ndarray], *, is_fixed: bool = False) -> Figure:
+        """The mean of the shares of hits in some strata, such as the classes.
 
         Args:
             hit_N: bool.
             strata: bool, (N,) each.
-            other_N: other hits, bool. Their mean share is subtracted.
-            is_fixed: whether the hits, or the other hits if they are given, are those of a rule that always names one
-                class: it is right on all of this class, and on nothing else.
+            is_fixed: whether the hits are those of a rule that always names one class: it is right on all of this
+                class, and on nothing else.
         """
-        gains_N = hit_N.astype(float) if other_N is None else hit_N.astype(float) - other_N
-        if other_N is None and is_fixed:
-            unseen = 0.0, 0.0
-        elif other_N is None or is_fixed:
+        if not all(among_N.any() for among_N in strata):
+            return Figure(None, None)
+        rates, below, above = [], [], []
+        for among_N in strata:
+            sizes_G, hits_G = self._sizes(among_N), self._sizes(among_N & hit_N)
+            rate = float(hits_G.sum() / sizes_G.sum())
+            low, high = exact_limits(rate, effective_images(sizes_G[sizes_G > 0], hits_G[sizes_G > 0]))
+            rates.append(rate)
+            below.append(rate - low if rate < 1 else 0.0)
+            above.append(high - rate if rate > 0 else 0.0)
+        value = float(np.mean(rates))
+        if is_fixed or self.count(np.any(strata, axis=0)) < 2:
+            return Figure(value, None)
+        ends = zip((below, above), self.unseen(hit_N, strata), strict=True)
+        lower, upper = (float(np.hypot(self._together(distances, strata), unseen)) for distances, unseen in ends)
+        return Figure(value, (value - lower, value + upper))
+
+    def mean_difference(
+        self, hit_N: np.ndarray, other_N: np.ndarray, strata: Sequence[np.ndarray], *, is_fixed: bool = False
+    ) -> Figure:
+        """The mean of the shares of hits in some strata minus that of other hits, paired by image.
+
+        Args:
+            hit_N, other_N: bool.
+            strata: bool, (N,) each.
+            is_fixed: whether the other hits are those of a rule that always names one class.
+        """
+        gains_N = hit_N.astype(float) - other_N
+        if is_fixed:
             unseen = self.unseen(hit_N, strata)
         else:
             differ = [bool((hit_N != other_N)[in_stratum_N].any()) for in_stratum_N in strata]
@@ -148,10 +183,10 @@ class ClusterBootstrap:
 
         return self.figure(mean_share, self.least_groups(strata), unseen=unseen)
 
-    def least_groups(self, strata: Sequence[np.ndarray]) -> int:
+    def least_groups(self, strata: Sequence[np.ndarray]) -> float:
         """How many groups a mean over strata counts as: that with the fewest is the least certain, and weighs 1 / K."""
-        fewest = min((self.count(in_stratum_N) for in_stratum_N in strata), default=0)
-        return min(self.count(np.any(strata, axis=0)), len(strata) * fewest) if fewest else 0
+        fewest = min((self.effective(in_stratum_N) for in_stratum_N in strata), default=0.0)
+        return min(self.effective(np.any(strata, axis=0)), len(strata) * fewest) if fewest else 0.0
 
     def unseen(
         self, hit_N: np.ndarray, strata: Sequence[np.ndarray], counts: Sequence[bool] | None = None
@@ -168,17 +203,33 @@ class ClusterBootstrap:
 
         def beyond(end: float) -> float:
             alike = [in_stratum_N for in_stratum_N, share, is_one in looked_at if is_one and share == end]
-            return len(alike) / len(strata) * _beyond(self.least_groups(alike)) if alike else 0.0
+            if not alike:
+                return 0.0
+            apart = self._together([_beyond(self.effective(in_stratum_N)) for in_stratum_N in alike], alike)
+            return len(alike) / len(strata) * min(apart, _beyond(self.least_groups(alike)))
 
         return beyond(1.0), beyond(0.0)
+
+    def _together(self, distances: Sequence[float], strata: Sequence[np.ndarray]) -> float:
+        """How far the mean of rates in strata may be from its value if each may be so far from its own.
+
+        The distances add as squares; those of strata in the same groups add as they are.
+        """
+        sizes_KG = np.array([self._sizes(in_stratum_N) for in_stratum_N in strata], dtype=float)
+        sizes_KG /= np.maximum(np.linalg.norm(sizes_KG, axis=1, keepdims=True), 1)
+        return float(np.linalg.norm(np.array(distances) @ sizes_KG)) / len(strata)
+
+    def _sizes(self, among_N: np.ndarray) -> np.ndarray:
+        """How many of these images are in each group, (G,)."""
+        return np.bincount(self.groups_N[among_N], minlength=self._drawn_BG.shape[1])
 
     def mean(self, values_N: np.ndarray) -> Figure:
         """The mean over the images."""
         return self.figure(
-            lambda weights_BN: weights_BN @ values_N / weights_BN.sum(axis=1), self.count(self.everything_N)
+            lambda weights_BN: weights_BN @ values_N / weights_BN.sum(axis=1), self.effective(self.everything_N)
         )
 
 
-def _beyond(groups: int) -> float:
-    """The distance from a rate of 0 or 1 to its Clopper-Pearson limit."""
-    return 1 - float(binomtest(groups, groups).proportion_ci(method="exact").low)
+def _beyond(groups: float) -> float:
+    """The distance from a rate of 0 or 1 to its exact limit."""
+    return 1 - exact_limits(1.0, groups)[0]

@@ -88,7 +88,7 @@ def calibration_errors(
     gaps_NK = np.eye(BINS)[bins_N] * (confidence_N - right_N)[:, None]
     ece = bootstrap.figure(
         lambda weights_BN: np.abs(weights_BN @ gaps_NK).sum(axis=1) / weights_BN.sum(axis=1),
-        bootstrap.count(bootstrap.everything_N),
+        bootstrap.effective(bootstrap.everything_N),
     )
     if ece.value is not None and ece.ci95:
         low, high = ece.ci95
@@ -140,7 +140,7 @@ def calibration_line(is_N: np.ndarray, score_N: np.ndarray, bootstrap: ClusterBo
     def intercept(weights_BN: np.ndarray) -> np.ndarray:
         return logistic_regression(weights_BN, everything_1N, is_N, offset_N=logits_N, start_K=start_1)[:, 0]
 
-    groups = min(bootstrap.count(is_N), bootstrap.count(~is_N))
+    groups = min(bootstrap.effective(is_N), bootstrap.effective(~is_N))
     line = CalibrationLine(bootstrap.figure(slope, groups), bootstrap.figure(intercept, groups))
     return replace(line, slope=Figure(line.slope.value, None)) if without_slope > RESAMPLES / 40 else line
 

@@ -142,7 +142,7 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
     ours, theirs = first.predictions, other.predictions
     gained, lost, p = mcnemar(other.right_N, first.right_N)
     differences = [
-        bootstrap.mean_rate(other.right_N, [bootstrap.everything_N], first.right_N),
+        bootstrap.mean_difference(other.right_N, first.right_N, [bootstrap.everything_N]),
         balanced_difference(ours.labels_N, theirs.predicted_N, ours.predicted_N, bootstrap),
     ]
     if are_cancer_and_normal(ours.classes):
@@ -150,11 +150,11 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
         (score_N, positive_N), (first_score_N, first_positive_N) = map(_of_cancer, (other, first))
         ranked, first_ranked = auroc(is_N, score_N), auroc(is_N, first_score_N)
         differences += [
-            bootstrap.mean_rate(positive_N, [is_N], first_positive_N),
-            bootstrap.mean_rate(~positive_N, [~is_N], ~first_positive_N),
+            bootstrap.mean_difference(positive_N, first_positive_N, [is_N]),
+            bootstrap.mean_difference(~positive_N, ~first_positive_N, [~is_N]),
             bootstrap.figure(
                 lambda weights_BN: ranked(weights_BN) - first_ranked(weights_BN),
-                min(bootstrap.count(is_N), bootstrap.count(~is_N)),
+                min(bootstrap.effective(is_N), bootstrap.effective(~is_N)),
             ),
         ]
     return Comparison(

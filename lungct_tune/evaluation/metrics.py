@@ -148,7 +148,7 @@ def balanced_difference(
 ) -> Figure:
     """The balanced accuracy of predictions minus that of others, paired by image."""
     of_classes, is_fixed = _of_classes(labels_N), _is_fixed(other_N, _of_classes(labels_N))
-    return bootstrap.mean_rate(labels_N == predicted_N, of_classes, labels_N == other_N, is_fixed=is_fixed)
+    return bootstrap.mean_difference(labels_N == predicted_N, labels_N == other_N, of_classes, is_fixed=is_fixed)
 
 
 def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
@@ -163,7 +163,7 @@ def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBoo
 def _one_class(
     is_N: np.ndarray, positive_N: np.ndarray, score_N: np.ndarray, bootstrap: ClusterBootstrap
 ) -> ClassMetrics:
-    of_class, others = bootstrap.count(is_N), bootstrap.count(~is_N)
+    of_class, others = bootstrap.effective(is_N), bootstrap.effective(~is_N)
     return ClassMetrics(
         n=int(is_N.sum()),
         **_two_classes(is_N, positive_N, bootstrap),
@@ -189,7 +189,7 @@ def _cancer_against_normal(
         return None
     score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]
     is_N, positive_N = labels_N != classes.index(NORMAL), score_N > threshold
-    fewest = min(bootstrap.count(is_N), bootstrap.count(~is_N))
+    fewest = min(bootstrap.effective(is_N), bootstrap.effective(~is_N))
     return CancerMetrics(
         n_cancer=int(is_N.sum()),
         n_normal=int((~is_N).sum()),
@@ -301,7 +301,7 @@ def _reference(
         name=name,
         accuracy=bootstrap.rate(others_N),
         balanced_accuracy=_balanced_accuracy(labels_N, other_N, bootstrap),
-        difference=bootstrap.mean_rate(right_N, [bootstrap.everything_N], others_N),
+        difference=bootstrap.mean_difference(right_N, others_N, [bootstrap.everything_N]),
         balanced_difference=balanced_difference(labels_N, predicted_N, other_N, bootstrap),
         mcnemar_p=mcnemar(right_N, others_N)[2],
     )

@@ -38,6 +38,34 @@ def test_the_interval_of_an_accuracy_holds_the_truth(groups: int, of_each: int, 
     assert held / SIMULATIONS >= LEAST
 
 
+@pytest.mark.parametrize("truth", [0.8, 0.95])
+def test_a_few_large_groups_among_many_small_ones_make_no_accuracy_surer(truth: float) -> None:
+    """By chance no large group is wrong, and no resample shows that one could be."""
+    held = balanced_held = 0
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng(simulation)
+        groups_N = np.repeat(np.arange(50), 1 + rng.lognormal(2, 1.2, 50).astype(int))
+        right_N = rng.random(len(groups_N)) < drawn_rates(rng, 50, 0.9, truth)[groups_N]
+        bootstrap = ClusterBootstrap(groups_N, seed=simulation)
+        low, high = limits(bootstrap.rate(right_N))
+        held += low <= truth <= high
+        low, high = limits(bootstrap.mean_rate(right_N, [groups_N % 2 == 0, groups_N % 2 == 1]))
+        balanced_held += low <= truth <= high
+    assert held / SIMULATIONS >= LEAST and balanced_held / SIMULATIONS >= LEAST
+
+
+def test_classes_in_the_same_groups_make_a_mean_over_them_no_surer() -> None:
+    """The rates of the classes rise and fall together, so they do not average out."""
+    groups_N, held = np.repeat(np.arange(20), 10), 0
+    class_N = np.arange(200) % 2
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng(simulation)
+        right_N = rng.random(200) < drawn_rates(rng, 20, 0.9, 0.7)[groups_N]
+        low, high = limits(ClusterBootstrap(groups_N).mean_rate(right_N, [class_N == 0, class_N == 1]))
+        held += low <= 0.7 <= high
+    assert held / SIMULATIONS >= LEAST
+
+
 def test_single_images_would_claim_more_than_they_know() -> None:
     """The same slices taken for so many patients: what the grouped interval is there to avoid."""
     held = {"groups": 0, "images": 0}
@@ -62,6 +90,17 @@ def test_the_interval_of_an_auroc_holds_the_truth() -> None:
     assert held / SIMULATIONS >= LEAST
 
 
+def test_the_interval_of_an_auroc_reaches_beyond_the_worst_of_three_groups() -> None:
+    held, groups_N = 0, np.repeat(np.arange(63), 5)
+    is_N = groups_N < 3
+    for simulation in range(SIMULATIONS):
+        rng = np.random.default_rng(simulation)
+        score_N = is_N + rng.normal(size=63)[groups_N] * 0.9 + rng.normal(size=len(groups_N)) * np.sqrt(0.19)
+        low, high = limits(ClusterBootstrap(groups_N).figure(auroc(is_N, score_N), 3, is_rate=True))
+        held += low <= norm.cdf(1 / np.sqrt(2)) <= high
+    assert held / SIMULATIONS >= LEAST
+
+
 @pytest.mark.parametrize(("groups", "truths"), [((10, 100), (0.9, 0.9)), ((3, 40, 40, 40), (0.7, 0.9, 0.9, 0.9))])
 def test_a_class_of_few_groups_without_an_error_makes_a_mean_over_classes_no_surer(
     groups: tuple[int, ...], truths: tuple[float, ...]
@@ -75,7 +114,7 @@ def test_a_class_of_few_groups_without_an_error_makes_a_mean_over_classes_no_sur
         bootstrap = ClusterBootstrap(np.arange(len(class_N)), seed=simulation)
         low, high = limits(bootstrap.mean_rate(right_N, classes))
         held += 0 <= low <= np.mean(truths) <= high <= 1
-        low, high = limits(bootstrap.mean_rate(right_N, classes, other_N))
+        low, high = limits(bootstrap.mean_difference(right_N, other_N, classes))
         gains_held += low <= 0.3 <= high
     assert held / SIMULATIONS >= LEAST and gains_held / SIMULATIONS >= LEAST
 
