@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CT_IMAGES as REAL
 from PIL import Image
 
 from lungct_tune.data import DataError, ImageSet, read_images
@@ -394,17 +393,3 @@ def test_a_cache_folder_that_cannot_be_used_is_named(root: Path, tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="XDG_CACHE_HOME"):
         read_images(two_classes(root), 16, cache=tmp_path / "file" / "cache")
-
-
-# The real images
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real CT images are not at {REAL}")
-def test_the_published_images_are_what_is_known_of_them() -> None:
-    image_set = read_images(REAL, 64)
-    assert image_set.classes == FOUR
-    assert image_set.unreadable == []
-    table = image_set.table
-    assert len(table) == len(image_set.images_NHW)
-    assert table["folder"].value_counts().to_dict() == {"train": 611, "valid": 72}
-    assert table["path"].str.endswith(".jpg").sum() == 12

@@ -24,8 +24,6 @@ from lungct_tune.data import make_phantoms, read_images
 from lungct_tune.data.inputs import find_inputs, read_input
 from lungct_tune.data.seen_images import NEW, SAME_FILE
 from lungct_tune.evaluation.classifier import Classifier, ClassifyError
-from lungct_tune.evaluation.operating_point import choose_operating_point
-from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import FEATURES, write_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.predict import main
@@ -365,34 +363,6 @@ def test_what_cannot_be_is_refused(
     words = [str(places.get(word, word)).replace("BUNDLE", str(bundle)) for word in arguments]
     status, _, complained = run(bundle, *words)
     assert status == 2 and says in complained and "secret" not in complained
-
-
-def test_the_operating_point_is_where_sensitivity_and_specificity_are_highest() -> None:
-    classes = ("adenocarcinoma", "normal")
-    cancer_N = np.array([0.95, 0.9, 0.85, 0.8, 0.72, 0.4, 0.3, 0.2])
-    labels_N = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    point = choose_operating_point(labels_N, np.stack([cancer_N, 1 - cancer_N], 1), classes, np.arange(8), "test")
-    assert point is not None and point.threshold == pytest.approx(0.76) and point.chosen_on.groups == 8
-    assert point.at_95_specificity == pytest.approx(0.76)
-    overlapping_N = np.array([1, 0, 0, 0, 0, 1, 1, 1])  # the highest score is of a normal image
-    strict = choose_operating_point(overlapping_N, np.stack([cancer_N, 1 - cancer_N], 1), classes, np.arange(8), "test")
-    assert strict is not None and strict.at_95_specificity == 0.95 and strict.threshold < 0.72
-    easy = choose_operating_point(labels_N, np.eye(2)[labels_N], classes, np.arange(8), "test")
-    assert easy is not None and easy.threshold == 0.5
-    assert choose_operating_point(labels_N, np.eye(2)[labels_N], ("a", "b"), np.arange(8), "test") is None
-    assert choose_operating_point(labels_N * 0, np.eye(2)[labels_N], classes, np.arange(8), "test") is None
-
-
-def test_a_group_of_many_odd_images_does_not_widen_the_threshold() -> None:
-    rng = np.random.default_rng(0)
-    usual_ND = rng.normal(20, 1, size=(300, 8))
-    odd_ND = rng.normal(30, 1, size=(30, 8))
-    groups_N = np.concatenate([np.arange(300), np.full(30, 300)])
-    fitted = TrainingFeatures.fit(np.concatenate([usual_ND, odd_ND]), groups_N, 1.0)
-    assert (fitted.distances(rng.normal(20, 1, size=(500, 8))) > 1).mean() < 0.04
-    assert (fitted.distances(rng.normal(20, 4, size=(500, 8)).clip(0)) > 1).mean() > 0.9
-    again = TrainingFeatures.read(fitted.as_bytes(), 8)
-    np.testing.assert_allclose(again.distances(odd_ND), fitted.distances(odd_ND), rtol=1e-4)
 
 
 def test_images_are_read_once_for_evaluate_and_predict_alike(bundle: Path, phantoms: Path) -> None:
