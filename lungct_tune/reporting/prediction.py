@@ -94,8 +94,8 @@ def _print_warnings(classifier: Classifier, read: pd.DataFrame, console: Console
         warn("The bundle does not have the features of its training images, so unlike images are not recognised.")
     elif unlike := int(read["unlike_training"].astype(bool).sum()):
         warn(
-            f"{unlike} of these images are unlike all that the model has learned from (distance above 1): its answers "
-            "for them mean nothing."
+            f"Images unlike all that the model has learned from (distance above 1): {unlike}. Its answers for them "
+            "mean nothing."
         )
 
 

@@ -109,7 +109,7 @@ def test_what_is_no_ct_slice_is_unlike_training(bundle: Path, tmp_path: Path) ->
     unlike = int(table["unlike_training"].sum())
     assert unlike >= len(others) - 1, table[["path", "distance"]].sort_values("distance").head().to_string()
     status, said, _ = run(bundle, *others)
-    assert status == 0 and f"{unlike} of these images are unlike all that the model has learned from" in said
+    assert status == 0 and f"unlike all that the model has learned from (distance above 1): {unlike}." in said
 
 
 def test_an_array_of_another_size_is_refused(bundle: Path) -> None:
