@@ -21,7 +21,6 @@ from lungct_tune.experiment.bundle import CONFIG, write_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.lock import exclusive_lock
 from lungct_tune.experiment.plan import PlanError, plan_search
-from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.filesystem import StorageError
 from lungct_tune.search import SearchRun, main, start_search
@@ -108,17 +107,13 @@ def test_a_folder_where_the_bundle_cannot_be_written_is_refused_before_anything_
 def test_a_search_that_was_stopped_at_its_start_begins_again_with_the_same_command(
     phantoms: Path, tmp_path: Path
 ) -> None:
-    """Its study was there, and its settings.yaml was not yet. A study with a trial is never taken for such a one."""
+    """Its study was there, and its settings.yaml was not yet."""
     asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
     plan = plan_search(asked.model_copy(update={"epochs": 3}), set())
     (tmp_path / "one").mkdir()
     for _ in range(2):
         with plan.opened_study(new=True) as study:
             assert study.get_trials(states=[TrialState.WAITING]) == study.get_trials() != []
-    with plan.opened_study(new=False) as study:
-        study.ask()
-    with pytest.raises(StudyError, match="there is a study 'one'"), plan.opened_study(new=True):
-        pass
 
 
 def test_what_a_search_resumes_from_is_not_written_again_where_it_is_the_same(phantoms: Path, tmp_path: Path) -> None:

@@ -98,8 +98,10 @@ def test_a_search_that_is_ended_early_has_no_more_trials_than_it_asked_for(begun
     assert (found.done, found.settings["trials"]) == (2, 2)
 
 
-def test_the_study_of_a_start_that_failed_is_named(begun: Plan) -> None:
-    """The storage was full, so that there is a study and no search."""
+def test_a_study_with_trials_and_no_search_is_named(begun: Plan) -> None:
+    """Somebody has lost settings.yaml, and not the results."""
+    with begun.opened_study(new=False) as study:
+        study.ask()
     Path(begun.experiment.uri, "settings.yaml").unlink()
     with pytest.raises(StudyError, match=r"'begun' in .*begun/study\.journal already.*delete that study"):
         begun.opened_study(new=True).__enter__()
