@@ -17,6 +17,7 @@ from test_reading import SLICE
 from lungct_tune.data import DataError, dicom, read_images
 from lungct_tune.data.dicom import LOCALISERS
 from lungct_tune.data.dicom_headers import pseudonyms, read_header
+from lungct_tune.data.folders import LeftAside
 from lungct_tune.data.image_table import UNLISTED
 from lungct_tune.data.inputs import find_inputs
 
@@ -131,7 +132,7 @@ def test_a_file_whose_series_could_not_be_read_is_unreadable(
     break_it(monkeypatch, root / "3")
     images = read_images(root, 16, table=table, skip_unreadable=True)
     assert images.unreadable == [("3", AGAIN)] and list(images.table["path"]) == ["0", "1", "2"]
-    assert (UNLISTED, 2, "4") in images.left_aside
+    assert LeftAside(UNLISTED, 2, "4") in images.left_aside
     (root / "2").unlink()
     break_it(monkeypatch, root / "3")
     with pytest.raises(DataError, match=r"no file of this series; run the command again, since 3 could not be read"):

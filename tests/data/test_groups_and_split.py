@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import CT_IMAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_dataset import FOUR, REAL, picture, save, two_classes
+from test_dataset import FOUR, picture, save, two_classes
 
 from lungct_tune.data import (
     SPLITS,
@@ -295,9 +296,9 @@ def test_the_official_split_has_all_classes_to_learn_from() -> None:
         split_images(an_image_set([0, 1, 1], [0, 1, 2], ["train", "valid", "test"]), "official", 0)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the real CT images are not at {REAL}")
+@pytest.mark.skipif(not CT_IMAGES.is_dir(), reason=f"the real CT images are not at {CT_IMAGES}")
 def test_the_published_images_split_70_10_20_in_every_class() -> None:
-    image_set = read_images(REAL, 64)
+    image_set = read_images(CT_IMAGES, 64)
     assert image_set.classes == FOUR
     split = split_images(image_set, "grouped", 0)
     shares = pd.crosstab(image_set.table["label"], split, normalize="index")

@@ -10,6 +10,7 @@ from dicom_files import UID_ROOT, write_slice
 from test_dataset import picture, save
 
 from lungct_tune.data import DataError, read_images
+from lungct_tune.data.folders import LeftAside
 from lungct_tune.data.image_table import UNLISTED
 
 
@@ -36,7 +37,7 @@ def test_the_table_gives_paths_classes_and_groups(root: Path) -> None:
     assert list(rows.index[rows["label"] == 1]) == ["a/0.png", "a/2.png", "a/3.png"]
     assert rows["group"]["a/0.png"] == rows["group"]["a/1.png"] and rows["group"].nunique() == 3
     assert rows["is_listed"].all()
-    assert (UNLISTED, 2, "a/4.png") in images.left_aside
+    assert LeftAside(UNLISTED, 2, "a/4.png") in images.left_aside
 
 
 @pytest.mark.parametrize("columns", ["Path, CLASS ,Group", " path,class, group"])
@@ -76,7 +77,7 @@ def test_a_table_of_series_takes_all_their_images(root: Path) -> None:
     assert list(images.table["path"]) == ["scans/0", "scans/1", "scans/4", "scans/5"]
     assert list(images.table["label"]) == [0, 0, 1, 1]
     assert images.table["has_patient"].all()
-    assert (UNLISTED, 8, "a/0.png") in images.left_aside
+    assert LeftAside(UNLISTED, 8, "a/0.png") in images.left_aside
 
 
 @pytest.mark.parametrize(
