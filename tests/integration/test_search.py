@@ -255,7 +255,8 @@ def test_a_crash_between_judging_and_the_bundle_is_mended_by_resuming(finished: 
     assert main(["--storage", str(experiment.parent), "--resume", "one", "--slots", "1"]) == 0
     assert json.loads((experiment / "best" / "metrics.json").read_bytes())["test"] == json.loads(judged)["test"]
     (looked,) = (experiment.parent / LOOKS).iterdir()
-    assert [mark.name for mark in looked.iterdir()] == ["one"], "a search counts once"
+    (mark,) = looked.iterdir()  # a search counts once
+    assert mark.name.startswith("one-")
 
 
 @pytest.mark.long

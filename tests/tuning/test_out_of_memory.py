@@ -42,6 +42,7 @@ def test_a_kill_is_noticed_also_where_the_mailbox_is_killed_with_the_worker(clus
     with pytest.raises(WorkersLost, match="the node is full") as lost:
         group.run(order(0))
     assert lost.value.__cause__ is killed and not isinstance(lost.value, MailboxLost)
+    ray.kill(group._mailbox)
 
 
 @pytest.mark.long
