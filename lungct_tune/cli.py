@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog=PROGRAM,
         usage="%(prog)s [-h] [--version] COMMAND ...",
-        description="Search for the best ResNet50-based classifier of lung CT images, and show how accurate it is.",
+        description="Search for the best truncated ResNet50 for lung CT images, on one machine or a Ray cluster.",
         epilog="\n".join(["commands:", *(f"  {name:<10}{line}" for name, line in COMMANDS.items())])
         + "\n\nlungct-tune COMMAND --help shows its options. python -m lungct_tune.COMMAND is the same command.",
         formatter_class=_formatter,
