@@ -33,12 +33,36 @@ def coverage(groups: int, truth: float, alike: float, simulations: int, *, is_un
     held = []
     for simulation in range(simulations):
         rng = np.random.default_rng([groups, simulation])
-        sizes_G = 1 + rng.lognormal(2, 1.2, groups).astype(int) if is_unequal else rng.integers(1, 5, groups)
-        groups_N = np.repeat(np.arange(groups), sizes_G)
-        rates_G = rng.beta(truth * (1 / alike - 1), (1 - truth) * (1 / alike - 1), groups)
-        right_N = rng.random(len(groups_N)) < rates_G[groups_N]
+        groups_N = _draw_groups(rng, groups, is_unequal)
+        right_N = _draw_right(rng, groups_N, truth, alike)
         held += _held(ClusterBootstrap(groups_N, seed=simulation).rate(right_N), truth)
     return float(np.mean(held))
+
+
+def difference_coverage(groups: int, alike: float, simulations: int, *, is_unequal: bool) -> float:
+    """Of the difference between accuracies of 0.8 and 0.75: half of the images have the same answer of both models."""
+    held = []
+    for simulation in range(simulations):
+        rng = np.random.default_rng([groups, simulation])
+        groups_N = _draw_groups(rng, groups, is_unequal)
+        right_N, other_N = (_draw_right(rng, groups_N, truth, alike) for truth in (0.8, 0.7))
+        other_N = np.where(rng.random(len(groups_N)) < 0.5, right_N, other_N)
+        bootstrap = ClusterBootstrap(groups_N, seed=simulation)
+        held += _held(bootstrap.mean_difference(right_N, other_N, [bootstrap.everything_N]), 0.05)
+    return float(np.mean(held))
+
+
+def _draw_groups(rng: np.random.Generator, groups: int, is_unequal: bool) -> np.ndarray:
+    """The group of each image."""
+    sizes_G = 1 + rng.lognormal(2, 1.2, groups).astype(int) if is_unequal else rng.integers(1, 5, groups)
+    return np.repeat(np.arange(groups), sizes_G)
+
+
+def _draw_right(rng: np.random.Generator, groups_N: np.ndarray, truth: float, alike: float) -> np.ndarray:
+    """Whether a model with this accuracy is right on each image."""
+    rates_G = rng.beta(truth * (1 / alike - 1), (1 - truth) * (1 / alike - 1), groups_N[-1] + 1)
+    right_N: np.ndarray = rng.random(len(groups_N)) < rates_G[groups_N]
+    return right_N
 
 
 def balanced_coverage(groups: tuple[int, ...], truth: float, simulations: int) -> float:
@@ -83,6 +107,16 @@ def main() -> None:
             held = [coverage(groups, *kind, asked.simulations, is_unequal=is_unequal) for kind in kinds]
             table.add_row(str(groups), *(f"{share:.3f}" for share in held))
         console.print(table)
+    table = Table("groups", *(f"{alike}" for _ in (1, 2) for alike in CORRELATIONS))
+    table.title = "difference of accuracies, correlation in a group; groups of 1 to 4 images, of very unequal sizes"
+    for groups in GROUPS:
+        held = [
+            difference_coverage(groups, alike, asked.simulations, is_unequal=is_unequal)
+            for is_unequal in (False, True)
+            for alike in CORRELATIONS
+        ]
+        table.add_row(str(groups), *(f"{share:.3f}" for share in held))
+    console.print(table)
     table = Table("groups of each class", *map(str, TRUTHS), title="balanced accuracy")
     for of_classes in CLASSES:
         held = [balanced_coverage(of_classes, truth, asked.simulations) for truth in TRUTHS]
