@@ -89,6 +89,7 @@ def calibration_errors(
     ece = bootstrap.figure(
         lambda weights_BN: np.abs(weights_BN @ gaps_NK).sum(axis=1) / weights_BN.sum(axis=1),
         bootstrap.effective(bootstrap.everything_N),
+        within=(0, 1),
     )
     if ece.value is not None and ece.ci95:
         low, high = ece.ci95

@@ -155,6 +155,7 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
             bootstrap.figure(
                 lambda weights_BN: ranked(weights_BN) - first_ranked(weights_BN),
                 min(bootstrap.effective(is_N), bootstrap.effective(~is_N)),
+                within=(-1, 1),
             ),
         ]
     return Comparison(

@@ -140,7 +140,7 @@ def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterB
     of_classes = _of_classes(labels_N)
     if _is_fixed(predicted_N, of_classes):
         unseen = 0.0, 0.0
-    return bootstrap.figure(macro, bootstrap.least_groups(of_classes), unseen=unseen)
+    return bootstrap.figure(macro, bootstrap.least_groups(of_classes), unseen=unseen, within=(0, 1))
 
 
 def balanced_difference(
