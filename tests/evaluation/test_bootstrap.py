@@ -15,6 +15,24 @@ LEAST = 0.88
 """100 simulations of a true coverage of 0.95 fall below one time in two hundred."""
 
 
+@pytest.mark.parametrize("groups", [3, 5])
+def test_the_interval_of_a_difference_of_few_groups_holds_the_truth(groups: int) -> None:
+    """No resample is beyond the worst group, so percentiles alone hold it in 82 to 84 % of simulations."""
+    held = []
+    for simulation in range(2 * SIMULATIONS):
+        rng = np.random.default_rng([groups, simulation])
+        groups_N = np.repeat(np.arange(groups), rng.integers(1, 5, groups))
+        right_N, drawn_N = (
+            rng.random(len(groups_N)) < drawn_rates(rng, groups, 0.1, truth)[groups_N] for truth in (0.8, 0.7)
+        )
+        other_N = np.where(rng.random(len(groups_N)) < 0.5, right_N, drawn_N)
+        bootstrap = ClusterBootstrap(groups_N, seed=simulation)
+        found = bootstrap.mean_difference(right_N, other_N, [bootstrap.everything_N])
+        if found.ci95:  # else the models are right on the same images
+            held.append(found.ci95[0] <= 0.05 <= found.ci95[1])
+    assert np.mean(held) >= 0.92
+
+
 @pytest.mark.parametrize(
     ("groups", "of_each", "alike", "truth"),
     [
