@@ -366,5 +366,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if len(fields) < len(values):
         twice = ", ".join(key for key in values if "-" in key and key.replace("-", "_") in values)
         raise SettingsError(f"settings file {path}: {twice} is there twice, with - and with _; remove one of the two")
-    empty = {key for key, value in fields.items() if value is None and key in Settings.model_fields}
-    return {key: value for key, value in fields.items() if key not in empty}  # `trials:` is its default
+    # `trials:` is its default, and `trails:` is to be refused
+    return {key: value for key, value in fields.items() if value is not None or key not in Settings.model_fields}

@@ -61,9 +61,9 @@ def class_inside(class_name: str, paths: Collection[str]) -> str:
 
     Only if that is one of the four too: a class of a map may well have folders that are called like them.
     """
-    folders = (
-        {folder for path in paths for folder in path.split("/")[:-1]} if class_name in CANONICAL_CLASSES else set()
-    )
+    if class_name not in CANONICAL_CLASSES:
+        return ""
+    folders = {folder for path in paths for folder in path.split("/")[:-1]}
     return min((folder for folder in folders if _CANONICAL.get(letters(folder), class_name) != class_name), default="")
 
 
