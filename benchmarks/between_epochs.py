@@ -36,13 +36,12 @@ import numpy as np
 import ray
 import safetensors.torch
 import torch
-from further_trial import plan_in
+from further_trial import plan_in, search_in_one_slot
 from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import parse_space
-from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment, delete_states
 from lungct_tune.experiment.study import open_study, read_trials
 from lungct_tune.experiment.study_journal import opened_journal
@@ -52,7 +51,6 @@ from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.trial_runner import TrialRunner
-from lungct_tune.tuning.tuner import run_search
 from lungct_tune.tuning.workers import _free_memory
 
 AIMS_MS = {20: 5.0, 49: 10.0}
@@ -201,7 +199,7 @@ def second_table(folder: Path, depths: list[int], seconds: float, console: Conso
         space = replace(space, fixed_trials=())
         with opened_journal(folder / f"{depth}.journal") as storage:
             study = open_study(storage, "one", space, epochs, new=True)
-            run_search(study, space, plan, trials=1, slots=1, seed=0, display=Display(Console(quiet=True)))
+            search_in_one_slot(study, space, plan, trials=1)
         (trial,) = read_trials(study)
         first, last = trial.history[0], trial.history[-1]
         assert trial.hyperparameters.truncation_depth == depth and first.at and last.at

@@ -16,10 +16,12 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import ray
 from ray import train, tune
 from rich.console import Console
@@ -34,6 +36,7 @@ from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.training.objective import validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.ray_trainer import scaling
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.slot_plan import SlotPlan
@@ -63,17 +66,23 @@ def plan_in(
         folds=(Fold(np.flatnonzero(split == "train"), np.flatnonzero(split == "valid")),),
         workers=1,
         resources_per_worker={"CPU": 1},
+        mailbox=None,
     )
+
+
+def search_in_one_slot(study: optuna.Study, space: SearchSpace, plan: SlotPlan, trials: int) -> None:
+    with opened_mailbox(plan.experiment.name) as mailbox:
+        plan = replace(plan, mailbox=mailbox)
+        run_search(study, space, plan, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
 
 
 def warm(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> tuple[float, float]:
     """Wall seconds and epoch seconds of a search in one slot."""
     name = f"warm-{trials}"
-    own = SlotPlan(**(vars(plan) | {"experiment": Experiment.at(str(folder), name)}))
     with opened_journal(folder / f"{name}.journal") as storage:
         study = open_study(storage, name, space, EPOCHS, new=True)
         began = time.perf_counter()
-        run_search(study, space, own, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
+        search_in_one_slot(study, space, replace(plan, experiment=Experiment.at(str(folder), name)), trials)
         ended = time.perf_counter()
     return ended - began, sum(trial.seconds for trial in finished_trials(study))
 

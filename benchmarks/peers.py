@@ -23,20 +23,18 @@ from typing import Any
 import optuna
 import ray
 import torch
-from further_trial import documented, plan_in
+from further_trial import documented, plan_in, search_in_one_slot
 from ray import tune
 from rich.console import Console
 from rich.table import Table
 
 from lungct_tune.config.search_space import SearchSpace, parse_space
-from lungct_tune.display import Display
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import open_study
 from lungct_tune.experiment.study_journal import opened_journal
 from lungct_tune.training.objective import OBJECTIVE, validation_figures
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.slot_plan import SlotPlan
-from lungct_tune.tuning.tuner import run_search
 
 SPACE = "truncation_depth: 10\naugmentation: 0.5\ndropout: {low: 0.0, high: 0.5}"
 EPOCHS, PATIENTS = 1, 80
@@ -70,10 +68,9 @@ def plain(plan: SlotPlan, space: SearchSpace, trials: int) -> list[float]:
 
 def slot(plan: SlotPlan, space: SearchSpace, trials: int, folder: Path) -> list[float]:
     """Runs the trials as a search in one slot; returns when each ended."""
-    own = replace(plan, experiment=Experiment.at(str(folder), "slot"))
     with opened_journal(folder / "study.journal") as storage:
         study = open_study(storage, "slot", space, EPOCHS, new=True)
-        run_search(study, space, own, trials=trials, slots=1, seed=0, display=Display(Console(quiet=True)))
+        search_in_one_slot(study, space, replace(plan, experiment=Experiment.at(str(folder), "slot")), trials)
     return sorted(trial.datetime_complete.timestamp() for trial in study.trials if trial.datetime_complete)
 
 

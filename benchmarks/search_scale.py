@@ -26,7 +26,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning import tuner
 from lungct_tune.tuning.cluster import connect
 from lungct_tune.tuning.fold_model import Fold
+from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.slots import ON_HEAD, REPORT
@@ -142,11 +143,10 @@ def now(plan: SlotPlan, space: SearchSpace, load: Load, progress: Progress, fold
     SearchTally.add = note  # type: ignore[assignment, method-assign]
     tuner.TuneSlot = LightSlot  # type: ignore[attr-defined, misc, assignment]
     try:
-        with opened_journal(folder / "study.journal") as storage:
+        with opened_journal(folder / "study.journal") as storage, opened_mailbox("one") as mailbox:
             study = open_study(storage, "one", space, load.epochs, new=True)
-            tuner.run_search(
-                study, space, plan, trials=load.trials, slots=load.slots, seed=0, display=Display(Console(quiet=True))
-            )
+            plan, display = replace(plan, mailbox=mailbox), Display(Console(quiet=True))
+            tuner.run_search(study, space, plan, trials=load.trials, slots=load.slots, seed=0, display=display)
     finally:
         SearchTally.add = add  # type: ignore[assignment, method-assign]
 
@@ -258,6 +258,7 @@ def measure(
             folds=(Fold(np.zeros(0), np.zeros(0)),),
             workers=1,
             resources_per_worker={"CPU": 1},
+            mailbox=None,
         )
         LightSlot.load = load
         progress, began = Progress(), time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,7 @@ def start_search(
     from lungct_tune.experiment import bundle
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.cluster import check_storage, has_shared_file_system
+    from lungct_tune.tuning.mailbox import opened_mailbox
     from lungct_tune.tuning.shared_data import share_dataset, share_weights
     from lungct_tune.tuning.tuner import make_slot_plan
 
@@ -185,7 +186,8 @@ def start_search(
             held.enter_context(tracker.kept_up(study, display.console))
         folder = plan.study_folder if has_shared_file_system(experiment) else None
         search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
-        slot_plan = make_slot_plan(plan, split, share_weights(weights), outlook.resources, search_file)
+        mailbox = held.enter_context(opened_mailbox(experiment.name))
+        slot_plan = make_slot_plan(plan, split, share_weights(weights), outlook.resources, mailbox, search_file)
         test = share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset)
         preparing.close()
         yield SearchRun(plan, split, audit, outlook, study, slot_plan, test, tracker, display)
@@ -205,7 +207,6 @@ class SearchRun:
     """The images of test, which only the retraining gets."""
     tracker: MLflowTracker | None
     display: Display
-    _avoided: set[str] = field(default_factory=set)  # nodes on which no worker may start any more
 
     def search(self) -> TrialRecord:
         """Runs the trials; returns the best of those that ran to their end.
@@ -228,7 +229,6 @@ class SearchRun:
             slots=work.slots,
             seed=self.plan.settings.seed,
             display=self.display,
-            avoided=self._avoided,
             left=self._left,
             so_far=lambda best, weights: self._files.so_far(best, weights),
         )
@@ -255,7 +255,7 @@ class SearchRun:
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
         plan, at_once = self.slot_plan, self.outlook.work.slots
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, winner, published, seeds, at_once, self._avoided, self._left, self._warn)
+            return rerun_with_seeds(plan, winner, published, seeds, at_once, self._left, self._warn)
 
     def final_slots(self) -> FinalSlots:
         """The slots of the retrainings. The first may start before the search has ended."""
@@ -263,8 +263,7 @@ class SearchRun:
 
         settings, slots = self.plan.settings, self.outlook.work.slots
         pages = partial(import_module, "lungct_tune.reporting.report_page")
-        left, avoided = self._left, self._avoided
-        return make_final_slots(settings, self.slot_plan, self.study, slots, left, avoided, pages, self._warn)
+        return make_final_slots(settings, self.slot_plan, self.study, slots, self._left, pages, self._warn)
 
     def retrain(
         self, winner: TrialRecord, slots: FinalSlots

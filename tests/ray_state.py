@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 
 
-def nothing_held(within_s: float = 90) -> bool:
-    """No actor, no placement group, all CPUs free; what is going away gets a little time to be gone."""
+def nothing_held(within_s: float = 90, besides: tuple[str, ...] = ()) -> bool:
+    """No actor, no placement group, all CPUs free; what is going away gets a little time to be gone.
+
+    Args:
+        besides: classes of actors that may be there.
+    """
     import ray
     from ray.util.state import list_actors, list_placement_groups
 
@@ -16,7 +20,7 @@ def nothing_held(within_s: float = 90) -> bool:
         # Ray Train's own, without resources: one for the whole cluster, and one that stays when the state API is slow;
         # and Ray Data's, one each for the whole cluster
         own = ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner", "_StatsActor", "ActorLocationTracker")
-        actors = [a for a in alive if a.class_name not in own]
+        actors = [a for a in alive if a.class_name not in (*own, *besides)]
         groups = [g for g in list_placement_groups(limit=10_000) if g.state != "REMOVED"]
         if not actors and not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
             return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Self
 
 import ray
 
@@ -16,7 +16,7 @@ from lungct_tune.experiment.trial import EpochReport, Outcome
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.allocation import workers_that_fit
 from lungct_tune.tuning.groups import waiting_for_room
-from lungct_tune.tuning.mailbox import NEWS_S, avoided_nodes, open_mailbox
+from lungct_tune.tuning.mailbox import NEWS_S
 from lungct_tune.tuning.ray_compat import free_resources
 from lungct_tune.tuning.retrain import RetrainOrder, read_result
 from lungct_tune.tuning.slot_actor import SlotQueue
@@ -37,7 +37,6 @@ class FinalSlots:
         plan: the configuration of each slot.
         slots: how many there are at most.
         nears_end: tells whether the search needs no more room, and will end soon.
-        avoided: the nodes on which no worker may start. Those that the retrainings find are added to it.
         prepare: is called now and then from that moment on, for the driver's imports that are needed at the end.
         warn: is called with what slots and workers have to say, a sentence each.
     """
@@ -47,15 +46,12 @@ class FinalSlots:
         plan: SlotPlan,
         slots: int,
         nears_end: Callable[[], bool],
-        avoided: set[str],
         prepare: Callable[[], object] = lambda: None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._plan, self._slots, self._nears_end = plan, slots, nears_end
-        self._avoided, self._prepare, self._warn = avoided, prepare, warn
-        self._search = f"{plan.experiment.name} final"  # what ends with the search is found by the search's name
+        self._prepare, self._warn = prepare, warn
         self._queue: SlotQueue | None = None
-        self._mailbox: Any = None
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._start_early, daemon=True)
 
@@ -65,8 +61,6 @@ class FinalSlots:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-        if self._mailbox:
-            ray.kill(self._mailbox)
 
     def run(
         self,
@@ -90,7 +84,7 @@ class FinalSlots:
         def note() -> None:
             running = [order.folder for order, future in zip(orders, futures, strict=True) if not future.done()]
             with suppress(ray.exceptions.RayError):
-                note_epochs(ray.get(self._mailbox.epochs_of.remote(running), timeout=NEWS_S))
+                note_epochs(ray.get(self._plan.mailbox.epochs_of.remote(running), timeout=NEWS_S))
 
         queue.wait(futures, note)
 
@@ -121,16 +115,13 @@ class FinalSlots:
 
     def _start(self, slots: int) -> SlotQueue:
         with stop_delayed():
-            self._mailbox = self._mailbox or open_mailbox(self._search)  # it ends with the first handle
-            ray.get(self._mailbox.avoid.remote(self._avoided))
-            self._queue = self._queue or SlotQueue(self._plan, self._mailbox, self._warn, self._search)
+            self._queue = self._queue or SlotQueue(self._plan, self._warn, f"{self._plan.experiment.name} final")
             self._queue.start(slots)
         return self._queue
 
     def _release(self) -> None:
         if self._queue:
             self._queue.end()
-            self._avoided |= avoided_nodes(self._search)
         self._queue = None
 
     def _start_early(self) -> None:
@@ -138,7 +129,6 @@ class FinalSlots:
         try:
             while not self._ended.wait(WATCH_S):
                 nears_end = self._nears_end()
-                self._avoided |= avoided_nodes(self._plan.experiment.name)
                 crowded = crowded + 1 if waiting_for_room(self._plan.experiment.name) else 0
                 if self._queue and crowded > 1:
                     # a slot of the search has lost its workers and needs the room, or the free room is on several
@@ -154,7 +144,8 @@ class FinalSlots:
             self._release()
 
     def _has_room(self) -> bool:
-        free = [resources for node, resources in free_resources().items() if node not in self._avoided]
+        avoided: set[str] = ray.get(self._plan.mailbox.avoid.remote(set()), timeout=NEWS_S)
+        free = [resources for node, resources in free_resources().items() if node not in avoided]
         return workers_that_fit(free, self._plan.resources_per_worker) >= self._plan.workers
 
 

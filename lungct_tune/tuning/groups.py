@@ -49,7 +49,7 @@ class MailboxLost(WorkersLost):
 class Group:
     """One Ray Train run whose workers process orders until there are no more."""
 
-    def __init__(self, plan: SlotPlan, name: str, slot: int, mailbox: Any, avoid: set[str]) -> None:
+    def __init__(self, plan: SlotPlan, name: str, slot: int, avoid: set[str]) -> None:
         """Starts the workers.
 
         Args:
@@ -57,7 +57,7 @@ class Group:
             slot: its number.
             avoid: ids of nodes on which no worker may start.
         """
-        self._plan, self._mailbox, self.avoid = plan, mailbox, avoid
+        self._plan, self._mailbox, self.avoid = plan, plan.mailbox, avoid
         self.id = f"{_run_name(name)}-{uuid.uuid4().hex[:8]}"
         self._sequence, self._has_reported, self._epoch_s = 0, False, 0.0
         self._error: Exception | None = None
@@ -65,7 +65,7 @@ class Group:
         self._placement_groups = PlacementGroups(self.id)
         # the calls of an actor with asyncio may overtake each other, and orders to a group that is not open are dropped
         with suppress(ray.exceptions.RayError):  # `run` finds out that the mailbox is lost
-            ray.get(mailbox.open.remote(self.id))
+            ray.get(self._mailbox.open.remote(self.id))
         self._run = threading.Thread(target=self._fit, args=(slot,), daemon=True)
         self._run.start()
 
@@ -136,7 +136,7 @@ class Group:
         plan = self._plan
         trainer = SlotTrainer(
             run_worker,
-            {"plan": plan, "mailbox": self._mailbox, "group": self.id, "slot": slot},
+            {"plan": plan, "group": self.id, "slot": slot},
             plan.workers,
             plan.resources_per_worker,
             groups=self._placement_groups,

@@ -1,11 +1,11 @@
-"""The mailbox of a search: one actor on the head, through which slots, their workers and the driver talk."""
+"""The mailbox of a job: one actor on the head, through which slots, their workers and the driver talk."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from math import inf
 from typing import Any, TypeVar
@@ -39,9 +39,14 @@ def _unlisted(call: _Call) -> _Call:
 
 
 class Mailbox:
-    """Passes letters on, each to all who ask for it. Whoever asks first waits until the letter is there."""
+    """Passes letters on, each to all who ask for it. Whoever asks first waits until the letter is there.
 
-    def __init__(self) -> None:
+    Args:
+        name: is shown in Ray's dashboard.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._letters: defaultdict[Address, asyncio.Future[Any]] = defaultdict(asyncio.Future)
         self._open: set[str] = set()
         self._slots: dict[int, Any] = {}
@@ -55,8 +60,11 @@ class Mailbox:
         self._epochs: dict[str, int] = {}
         self._ended, self._another_ended = 0, asyncio.Condition()
 
+    def __repr__(self) -> str:
+        return self._name
+
     async def take_number(self, slot: Any) -> int:
-        """The lowest number that no living slot of the search has.
+        """The lowest number that no living slot has.
 
         Args:
             slot: the slot's actor.
@@ -160,7 +168,7 @@ class Mailbox:
         return lost
 
     async def avoid(self, nodes: set[str]) -> set[str]:
-        """Adds nodes on which no worker of the search may start any more; returns all of them."""
+        """Adds nodes on which no worker may start any more; returns all of them."""
         self._avoided |= nodes
         return self._avoided
 
@@ -206,45 +214,16 @@ def _slot_of(group: str) -> str:
     return group.rpartition("-")[0]
 
 
-def avoided_nodes(search: str) -> set[str]:
-    """The nodes on which no worker of a search of this job may start any more; none if its mailbox is gone."""
-    nodes: set[str] = set()
-    with suppress(ValueError, ray.exceptions.RayError):
-        mailbox: Any = ray.get_actor(f"{search} mailbox")
-        nodes = ray.get(mailbox.avoid.remote(nodes), timeout=NEWS_S)
-    return nodes
-
-
 @contextmanager
-def opened_mailbox(search: str, avoided: set[str] | None = None) -> Iterator[Any]:
-    """Does `open_mailbox`, and ends the mailbox afterwards.
+def opened_mailbox(search: str) -> Iterator[Any]:
+    """Makes the mailbox of a job, and ends it afterwards.
 
-    Args:
-        avoided: nodes on which no worker may start. Those that are found meanwhile are added to it.
-    """
-    avoided = set() if avoided is None else avoided
-    mailbox = open_mailbox(search)
-    try:
-        if avoided:  # else a search need not wait here until the mailbox has started
-            ray.get(mailbox.avoid.remote(avoided))
-        yield mailbox
-    finally:
-        avoided |= avoided_nodes(search)
-        ray.kill(mailbox)
-
-
-def open_mailbox(search: str) -> Any:
-    """The mailbox of a search of this job. It is made if it is not there. It lives as long as the process that made it.
-
-    The driver should open it before the slots do. Ray starts it again if it is lost. Then all slots start new workers.
+    If it is lost, Ray starts it again. Then all slots start new workers, and tell it what they know.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Mailbox).options(
-        name=f"{search} mailbox",
-        get_if_exists=True,
-        num_cpus=0,
-        max_concurrency=MANY,
-        max_restarts=-1,
-        scheduling_strategy=here,
-    )
-    return actor.remote()
+    actor = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=MANY, max_restarts=-1, scheduling_strategy=here)
+    mailbox: Any = actor.remote(f"{search} mailbox")
+    try:
+        yield mailbox
+    finally:
+        ray.kill(mailbox)

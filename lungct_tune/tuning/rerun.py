@@ -39,7 +39,6 @@ def rerun_trials(
     slots: int,
     warn: Callable[[str], None],
     note: Callable[[TrialOrder, EpochReport], None] = lambda order, report: None,
-    avoided: set[str] | None = None,
 ) -> list[EpochReport]:
     """Trains each order for at most `epochs` epochs; returns the last report of each, with all its epochs.
 
@@ -51,18 +50,16 @@ def rerun_trials(
         slots: how many are trained at the same time, at most.
         warn: is called with what slots and workers have to say, a sentence each.
         note: see `SlotQueue.run`.
-        avoided: see `opened_mailbox`.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
-    with opened_mailbox(plan.experiment.name, avoided) as mailbox:
-        queue = SlotQueue(plan, mailbox, warn)
-        try:
-            queue.start(min(slots, len(orders)))
-            futures = queue.run(orders, note, epochs)
-            queue.wait(futures)
-            return [future.result() for future in futures]
-        finally:
-            queue.end()
+    queue = SlotQueue(plan, warn)
+    try:
+        queue.start(min(slots, len(orders)))
+        futures = queue.run(orders, note, epochs)
+        queue.wait(futures)
+        return [future.result() for future in futures]
+    finally:
+        queue.end()
 
 
 def rerun_with_seeds(
@@ -71,7 +68,6 @@ def rerun_with_seeds(
     published: TrialRecord | None,
     seeds: Sequence[int],
     slots: int,
-    avoided: set[str],
     left: TimeLeft,
     warn: Callable[[str], None],
 ) -> SeedComparison:
@@ -80,7 +76,7 @@ def rerun_with_seeds(
     A training that had ended before an interruption is only read.
 
     Args:
-        plan, slots, avoided, warn: see `rerun_trials`.
+        plan, slots, warn: see `rerun_trials`.
         published: the trial of the published configuration; None if it is not trained.
         left: is told how far the trainings are.
 
@@ -112,7 +108,7 @@ def rerun_with_seeds(
     todo = [order for order in orders if reports[order.number] is None]
     left.train_seeds({order.number: order.hyperparameters for order in todo})
     if todo:
-        new = rerun_trials(plan, folder, todo, epochs, slots, warn, note, avoided)
+        new = rerun_trials(plan, folder, todo, epochs, slots, warn, note)
         reports |= {order.number: report for order, report in zip(todo, new, strict=True)}
     in_order = [report for report in reports.values() if report is not None]
     return compare_seeds(in_order[: len(seeds)], in_order[len(seeds) :])
@@ -154,9 +150,12 @@ def replay_trial(
     experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
     experiment.delete_folder(folder)  # left by a replay that was killed, perhaps with other versions
     try:
-        with tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common:
+        with (
+            tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common,
+            opened_mailbox(folder) as mailbox,
+        ):
             file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
-            slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), file)
+            slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), mailbox, file)
             order = TrialOrder(trial.number, plan.settings.seed, trial.hyperparameters)
             (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1, warn=warn)
     finally:

@@ -84,14 +84,12 @@ class SlotQueue:
 
     Args:
         plan: of every slot.
-        mailbox: of the slots.
         warn: is called with what slots and workers have to say, a sentence each.
         search: see `Slot`.
     """
 
-    def __init__(self, plan: SlotPlan, mailbox: Any, warn: Callable[[str], None], search: str = "") -> None:
-        self._plan, self._search = plan, search or plan.experiment.name
-        self._mailbox, self._warn = mailbox, warn
+    def __init__(self, plan: SlotPlan, warn: Callable[[str], None], search: str = "") -> None:
+        self._plan, self._warn, self._search = plan, warn, search or plan.experiment.name
         self._slots: list[SlotActor] = []
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
@@ -143,7 +141,7 @@ class SlotQueue:
 
     def _exchange_news(self) -> None:
         with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
-            for sentence in ray.get(self._mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
+            for sentence in ray.get(self._plan.mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
                 self._warn(sentence)
 
     def end(self) -> None:

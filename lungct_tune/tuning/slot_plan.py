@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.tuning.fold_model import Fold
@@ -19,6 +20,8 @@ class SlotPlan:
     """One fold, or several: a trial's figures are then means over the folds."""
     workers: int
     resources_per_worker: dict[str, float]
+    mailbox: Any
+    """The actor of `opened_mailbox`, one for all slots of a job."""
     rungs: tuple[int, ...] = ()
     """The epochs after which early stopping decides about a trial."""
     checkpoint_interval: float = 30.0

@@ -6,7 +6,7 @@ actor keeps one Train run during the whole search, and its workers get trials, a
 mailbox. Data, pretrained weights, CUDA context and the process group of several workers are set up once for each slot.
 
 A slot of one worker is two processes: the slot's actor, in which the controller of Ray Train runs too, and the worker.
-All slots share one mailbox.
+All slots of a job share one mailbox.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.allocation import workers_that_fit
 from lungct_tune.tuning.groups import Group, MailboxLost, WorkersLost, remove_placement_groups
-from lungct_tune.tuning.mailbox import open_mailbox
 from lungct_tune.tuning.ray_compat import HEAD_NODE
 from lungct_tune.tuning.retrain import RetrainOrder
 from lungct_tune.tuning.slot_plan import SlotPlan
@@ -106,18 +105,17 @@ class Slot:
     workers can continue the trial: workers that replace these, or workers of a resumed search.
 
     Args:
-        search: what the slot's name begins with, and whose mailbox it uses; by default the name of the experiment.
+        search: what the slot's name begins with; by default the name of the experiment.
     """
 
     def __init__(self, plan: SlotPlan, search: str = "") -> None:
         for name, value in OF_RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
-        search = search or plan.experiment.name
-        self._mailbox = open_mailbox(search)
+        self._mailbox = plan.mailbox
         self._actor = ray.get_runtime_context().current_actor
         self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
-        self.name = f"{search} slot {self.number}"
+        self.name = f"{search or plan.experiment.name} slot {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
         self._group = self._new_group(self._avoided())
 
@@ -225,4 +223,4 @@ class Slot:
             self._group = self._new_group(avoid)
 
     def _new_group(self, avoid: set[str]) -> Group:
-        return Group(self._plan, self.name, self.number, self._mailbox, avoid)
+        return Group(self._plan, self.name, self.number, avoid)

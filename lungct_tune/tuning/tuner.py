@@ -39,7 +39,6 @@ from lungct_tune.tuning.cluster import plan_retraining_resources
 from lungct_tune.tuning.final_slots import FinalSlots
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.groups import remove_placement_groups
-from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.ray_compat import (
     keep_credentials_from_actors,
     without_ending_actors_that_start,
@@ -70,12 +69,14 @@ def make_slot_plan(
     split: DataSplit,
     backbone: Any,
     resources: ResourcePlan,
+    mailbox: Any,
     file: Path | None,
 ) -> SlotPlan:
     """The configuration of a search's slots, with the images of train and validation, and no test image.
 
     Args:
         backbone: of `share_weights`.
+        mailbox: of `opened_mailbox`.
         file: the file for images that are too large for the object store, see `share_images`.
     """
     assert plan.settings.epochs is not None  # decided by the plan
@@ -85,6 +86,7 @@ def make_slot_plan(
         folds=tuple(Fold(*rows) for rows in split.folds),
         workers=resources.workers,
         resources_per_worker=resources.resources_per_worker,
+        mailbox=mailbox,
         rungs=rungs(plan.settings.epochs),
         checkpoint_interval=plan.settings.checkpoint_interval,
     )
@@ -96,7 +98,6 @@ def make_final_slots(
     study: optuna.Study,
     slots: int,
     left: TimeLeft,
-    avoided: set[str],
     prepare: Callable[[], object],
     warn: Callable[[str], None],
 ) -> FinalSlots:
@@ -105,14 +106,14 @@ def make_final_slots(
     Args:
         slots: of the search.
         left: estimates the time to the end of the whole search.
-        avoided, prepare, warn: see `FinalSlots`.
+        prepare, warn: see `FinalSlots`.
     """
     assert settings.trials is not None  # decided by the plan
     resources = plan_retraining_resources(settings)
     plan = replace(plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
 
     soon = partial(nears_end, study, settings.trials, slots, left)
-    return FinalSlots(plan, min(slots, resources.slots), soon, avoided, prepare, warn)
+    return FinalSlots(plan, min(slots, resources.slots), soon, prepare, warn)
 
 
 def nears_end(study: optuna.Study, trials: int, slots: int, left: TimeLeft) -> bool:
@@ -139,14 +140,12 @@ def run_search(
     slots: int,
     seed: int,
     display: Display,
-    avoided: set[str] | None = None,
     left: TimeLeft | None = None,
     so_far: Callable[[TrialRecord, bytes], Mapping[str, bytes]] | None = None,
 ) -> None:
     """Runs trials until the study has `trials` finished ones. Interrupted trials continue first.
 
     Args:
-        avoided: see `opened_mailbox`.
         left: estimates the time left, of the whole job; by default of these trials alone.
         so_far: makes the files of a bundle from the best trial so far and its weights.
 
@@ -178,12 +177,15 @@ def run_search(
         left = left or TimeLeft(alone, earlier)
         clock = SlotTimeCallback(study, plan, slots)
         board = TensorBoardCallback(plan.experiment, storage_threads)
-        callbacks = [clock, board, PrometheusCallback(tally, plan.experiment.name, trials, clock, trained_s)]
+        callbacks = [
+            clock,
+            board,
+            ScoreboardCallback(plan.mailbox, tally, trials),
+            PrometheusCallback(tally, plan.experiment.name, trials, clock, trained_s),
+        ]
         if so_far:
             callbacks.append(BestSoFarCallback(tally, plan.experiment, storage_threads, so_far))
         with ExitStack() as held:
-            mailbox = held.enter_context(opened_mailbox(plan.experiment.name, avoided))
-            callbacks.append(ScoreboardCallback(mailbox, tally, trials))
             progress = ProgressCallback(tally, earlier, trials, epochs, clock, left, display)
             held.enter_context(progress)
             held.enter_context(clock)
@@ -209,7 +211,7 @@ def run_search(
                     failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                     # the workers themselves write a trial's state to the storage
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[*callbacks, progress, NodeWatchCallback(mailbox, display.console)],
+                    callbacks=[*callbacks, progress, NodeWatchCallback(plan.mailbox, display.console)],
                     verbose=0,
                 ),
             )

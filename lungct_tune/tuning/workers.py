@@ -30,7 +30,7 @@ def run_worker(config: dict[str, Any]) -> None:
     """Runs a worker of a slot: it takes an order, runs a step of that trial and reports, until there are no orders.
 
     Args:
-        config: "plan" (SlotPlan), "mailbox", "group" (the id of the group of workers) and "slot" (its number).
+        config: "plan" (SlotPlan), "group" (the id of the group of workers) and "slot" (its number).
 
     Raises:
         NodeRefused: the worker's node cannot use the storage. Such a node may have joined after the search started.
@@ -43,7 +43,7 @@ def run_worker(config: dict[str, Any]) -> None:
     from lungct_tune.training.trainer import NotFiniteLoss
 
     plan: SlotPlan = config["plan"]
-    mailbox, group = config["mailbox"], config["group"]
+    mailbox, group = plan.mailbox, config["group"]
     node = ray.get_runtime_context().get_node_id()
     mailbox.start.remote(group, node)
     try:

@@ -153,10 +153,8 @@ def watched(
 
 def test_rays_dashboard_names_the_search_its_slots_and_the_trials_that_they_run(watched: Watched) -> None:
     assert [job.metadata for job in watched.jobs if job.metadata.get("job_name") == "watched"]
-    slots = {"watched slot 1", "watched slot 2"}
     alive = [actor for actor in watched.actors if actor.state == "ALIVE"]
-    assert {actor.repr_name for actor in alive} >= slots
-    assert "watched mailbox" in {actor.name for actor in alive}
+    assert {actor.repr_name for actor in alive} >= {"watched slot 1", "watched slot 2", "watched mailbox"}
     shown = Counter(task.name for task in watched.tasks if task.name.startswith("trial "))
     completed = next(trial for trial in watched.trials if trial.state == TrialState.COMPLETE)
     assert (completed.number, completed.user_attrs["configuration"]["truncation_depth"]) == (0, 20)

@@ -59,10 +59,9 @@ def main(folder: Path, phantoms: Path) -> None:
                 raise RuntimeError("the capture of the CUDA graph has failed")  # noqa: B904  # as torch raises it
 
     plan = slot_plan(folder, phantoms, epochs=2)
-    plan = replace(plan, dataset=Scripted(**vars(plan.dataset)))
     (folder / "script").mkdir()
     with opened_mailbox("one") as mailbox:
-        slot = SlotActor(plan)
+        slot = SlotActor(replace(plan, dataset=Scripted(**vars(plan.dataset)), mailbox=mailbox))
         for number, script in enumerate((["node"], ["node", "node"], ["gpu"], [])):
             for start, happens in enumerate(script):
                 (folder / "script" / str(start)).write_text(happens)

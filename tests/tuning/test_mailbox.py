@@ -31,7 +31,7 @@ async def report(mailbox: Mailbox, group: str) -> None:
 
 def test_trials_that_one_slot_loses_are_counted_while_the_other_gpus_of_the_node_work() -> None:
     async def counts() -> list[float]:
-        mailbox, found = Mailbox(), []
+        mailbox, found = Mailbox("one"), []
         for trial in range(3):
             found.append((await lost(mailbox, f"one-slot-1-{trial}", f"trial {trial}"))[NODE])
             await report(mailbox, "one-slot-2-f")
@@ -44,7 +44,7 @@ def test_trials_that_one_slot_loses_are_counted_while_the_other_gpus_of_the_node
 
 def test_trials_that_all_slots_of_a_node_lose_are_counted_together() -> None:
     async def counts() -> list[dict[str, float]]:
-        mailbox = Mailbox()
+        mailbox = Mailbox("one")
         return [
             await lost(mailbox, f"one-slot-{slot}-f", f"trial {slot}", (NODE, OTHER)[: slot + 1]) for slot in range(3)
         ]
@@ -54,7 +54,7 @@ def test_trials_that_all_slots_of_a_node_lose_are_counted_together() -> None:
 
 def test_only_the_node_that_refuses_is_to_blame_and_nobody_where_the_storage_is_away() -> None:
     async def counts() -> list[dict[str, float]]:
-        mailbox = Mailbox()
+        mailbox = Mailbox("one")
         away = [await lost(mailbox, f"one-slot-1-{k}", None) for k in range(3)]
         await mailbox.refuse("one-slot-1-f", OTHER)
         return [*away, await lost(mailbox, "one-slot-1-f", None, (NODE, OTHER))]
@@ -64,7 +64,7 @@ def test_only_the_node_that_refuses_is_to_blame_and_nobody_where_the_storage_is_
 
 def test_a_sentence_is_said_once() -> None:
     async def said() -> list[str]:
-        mailbox = Mailbox()
+        mailbox = Mailbox("one")
         for sentence in ("the storage is away", "the storage is away", "it is back"):
             await mailbox.warn(sentence)
         return await mailbox.exchange(set()) + await mailbox.exchange(set())
@@ -96,7 +96,7 @@ def test_slots_that_start_together_get_numbers_of_their_own_without_waiting_for_
         return await asyncio.gather(*takes)
 
     async def numbers() -> tuple[list[int], float, list[int]]:
-        mailbox, first = Mailbox(), slots(6)
+        mailbox, first = Mailbox("one"), slots(6)
         taken = await take(mailbox, first[:5])
         began = time.monotonic()
         taken += await take(mailbox, first[5:])

@@ -36,7 +36,7 @@ def test_what_has_ended_workers_is_found_in_the_error_that_ray_makes_of_it() -> 
 def test_a_kill_is_noticed_also_where_the_mailbox_is_killed_with_the_worker(cluster: None) -> None:
     group, killed = Group.__new__(Group), ray.exceptions.OutOfMemoryError("the node is full")
     group.id, group._sequence, group._error, group._reason = "one-slot-1-a", 0, None, "the node is full"
-    group._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()  # as a new one, which knows no older group
+    group._mailbox = ray.remote(Mailbox).options(num_cpus=0).remote("one")  # as a new one, which knows no older group
     group._run = threading.Timer(1, setattr, (group, "_error", killed))
     group._run.start()
     with pytest.raises(WorkersLost, match="the node is full") as lost:

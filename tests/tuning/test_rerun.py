@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -69,11 +68,8 @@ class Queue:
     """A queue with one slot, in this thread, that runs `step`."""
 
     step: Callable[[TrialOrder], EpochReport]
-    avoided: object = None
-    """What the mailbox was opened with."""
 
-    def __init__(self, plan: object, mailbox: object, warn: object) -> None:
-        type(self).avoided = mailbox
+    def __init__(self, plan: object, warn: object) -> None: ...
 
     def start(self, slots: int) -> None: ...
 
@@ -97,8 +93,6 @@ class Seeds:
 
     def __init__(self, folder: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rerun, "SlotQueue", Queue)
-        monkeypatch.setattr(rerun, "opened_mailbox", lambda name, avoided: nullcontext(avoided))
-        self.avoided = {"a node that the search leaves alone"}
         self.now = 0.0
         self.plan = slot_plan(folder, phantoms, epochs=4)
         history = tuple(epoch(number) for number in range(1, 5))
@@ -110,7 +104,7 @@ class Seeds:
 
     def run(self, step: Callable[[TrialOrder], EpochReport]) -> SeedComparison:
         Queue.step = staticmethod(step)
-        return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.avoided, self.left, print)
+        return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.left, print)
 
 
 @pytest.fixture
@@ -160,11 +154,6 @@ def test_seeds_that_had_ended_before_an_interruption_are_not_trained_again(seeds
     seeds.winner = replace(seeds.winner, hyperparameters=replace(SHALLOW, dropout=0.25))
     seeds.run(step)
     assert trained == [2, 4, 1, 2]  # those of another winner are trained
-
-
-def test_seeds_start_on_no_node_that_the_search_leaves_alone(seeds: Seeds) -> None:
-    seeds.run(completed)
-    assert Queue.avoided is seeds.avoided
 
 
 def test_seeds_whose_figures_the_storage_refuses_count_all_the_same(

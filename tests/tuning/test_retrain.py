@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -71,9 +71,15 @@ def searched(images: ImageSet) -> SharedDataset:
     return dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) != "test"))
 
 
-def slot_plan(images: ImageSet, storage: Path) -> SlotPlan:
+def slot_plan(images: ImageSet, storage: Path, mailbox: Any = None) -> SlotPlan:
     fold = Fold(searched(images).rows, searched(images).rows)
-    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, (), 30.0)
+    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, mailbox)
+
+
+@pytest.fixture
+def mailbox(cluster: None) -> Iterator[Any]:
+    with opened_mailbox("one") as mailbox:
+        yield mailbox
 
 
 def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
@@ -188,11 +194,11 @@ def gated(one: RetrainOrder, gate: Path) -> RetrainOrder:
 
 
 def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_back(
-    images: ImageSet, whole: dict[str, bytes], tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+    images: ImageSet, whole: dict[str, bytes], tmp_path: Path, mailbox: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is room for two of the three slots. One trains a model, the other the rest at the same time."""
     monkeypatch.setattr("lungct_tune.tuning.slot_actor.RELEASE_S", 0.0)  # their workers do not end in time
-    plan, one, near, gate = slot_plan(images, tmp_path), order(images), False, tmp_path / "gate"
+    plan, one, near, gate = slot_plan(images, tmp_path, mailbox), order(images), False, tmp_path / "gate"
     orders = [gated(one, gate), *(replace(one, number=number) for number in (4, 5))]
     notes: list[dict[str, int]] = []
 
@@ -200,7 +206,7 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
         wait_for(lambda: all(plan.experiment.read(other.file(PREDICTIONS)) for other in orders[1:]), within_s=120)
         gate.touch()
 
-    with FinalSlots(plan, 3, lambda: near, avoided=set()) as slots:
+    with FinalSlots(plan, 3, lambda: near) as slots:
         time.sleep(3)
         assert train_workers() == [], "the search still needs the room"
         near = True
@@ -210,42 +216,42 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
         )
     assert [result.weights for result in results] == [whole[WEIGHTS]] * 3
     assert notes[0] == {each.folder: 0 for each in orders} and notes[-1] == {}
-    assert nothing_held()
-    with FinalSlots(plan, 2, lambda: True, avoided=set()) as idle:
+    assert nothing_held(besides=("Mailbox",))
+    with FinalSlots(plan, 2, lambda: True) as idle:
         (read,), _ = retrain_all(plan.experiment, [one], [], idle)
         time.sleep(3)
         assert train_workers() == [], "there is nothing to retrain"
-    assert np.array_equal(read.probabilities_NC, results[0].probabilities_NC) and nothing_held()
+    assert np.array_equal(read.probabilities_NC, results[0].probabilities_NC) and nothing_held(besides=("Mailbox",))
 
 
 @pytest.mark.long
-def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Path, cluster: None) -> None:
+def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Path, mailbox: Any) -> None:
     class TooLarge(SharedDataset):
         def images_on(self, device: torch.device) -> torch.Tensor:
             raise MemoryError("test does not fit")
 
-    plan, one = slot_plan(images, tmp_path), order(images)
+    plan, one = slot_plan(images, tmp_path, mailbox), order(images)
     waits, fails = gated(one, tmp_path / "gate"), replace(one, number=4, test=TooLarge(**vars(one.test)))
     with (
-        FinalSlots(plan, 2, lambda: False, set()) as slots,
+        FinalSlots(plan, 2, lambda: False) as slots,
         pytest.raises(RetrainingFailed, match=r"test does not fit[\s\S]*--resume continues"),
     ):
         retrain_all(plan.experiment, [waits, fails], [], slots)
-    assert nothing_held()
+    assert nothing_held(besides=("Mailbox",))
 
 
 @pytest.mark.long
 def test_a_retraining_that_diverges_costs_only_the_comparison_or_is_told_with_what_helps(
-    images: ImageSet, tmp_path: Path, cluster: None
+    images: ImageSet, tmp_path: Path, mailbox: Any
 ) -> None:
-    plan, one, said = slot_plan(images, tmp_path), order(images), list[str]()
+    plan, one, said = slot_plan(images, tmp_path, mailbox), order(images), list[str]()
     diverging = replace(one, number=4, hyperparameters=replace(one.hyperparameters, backbone_lr=1e18, head_lr=1e18))
-    with FinalSlots(plan, 2, lambda: False, set(), warn=said.append) as slots:
+    with FinalSlots(plan, 2, lambda: False, warn=said.append) as slots:
         ours, theirs = retrain_all(plan.experiment, [one], [diverging], slots)
     assert len(ours) == 1 and theirs == []
     assert len(said) == 1 and said[0].startswith("the retraining of trial 4 has diverged: loss ")
     with (
-        FinalSlots(plan, 1, lambda: False, set(), warn=said.append) as slots,
+        FinalSlots(plan, 1, lambda: False, warn=said.append) as slots,
         pytest.raises(RetrainingFailed, match=r"the retraining of trial 4 has diverged[\s\S]*with more trials"),
     ):
         retrain_all(plan.experiment, [one, diverging], [], slots)
@@ -253,12 +259,12 @@ def test_a_retraining_that_diverges_costs_only_the_comparison_or_is_told_with_wh
 
 @pytest.mark.long
 def test_a_slot_that_started_early_gives_its_room_back_to_a_search_that_waits_for_it(
-    images: ImageSet, tmp_path: Path, cluster: None
+    images: ImageSet, tmp_path: Path, mailbox: Any
 ) -> None:
     """Also if the workers of the search's slots have another shape. The search and the retraining waited for ever."""
     import ray
 
-    with FinalSlots(slot_plan(images, tmp_path), 1, lambda: True, avoided=set()):
+    with FinalSlots(slot_plan(images, tmp_path, mailbox), 1, lambda: True):
         wait_for(train_workers, within_s=120)
         everything = {"CPU": ray.cluster_resources()["CPU"]}
         group = ray.util.placement_group([everything], name="one-slot-1-a")
@@ -267,28 +273,19 @@ def test_a_slot_that_started_early_gives_its_room_back_to_a_search_that_waits_fo
 
 
 def test_no_retraining_starts_on_a_node_that_the_search_leaves_alone(
-    images: ImageSet, tmp_path: Path, cluster: None
+    images: ImageSet, tmp_path: Path, mailbox: Any
 ) -> None:
-    """Neither beside the last trials, nor after them, also if the search found the node at its very end."""
     import ray
 
-    plan, everywhere = slot_plan(images, tmp_path), {node["NodeID"] for node in ray.nodes()}
-    avoided = set[str]()
-    with FinalSlots(plan, 1, lambda: True, avoided) as slots:
-        with opened_mailbox("one", avoided) as mailbox:
-            ray.get(mailbox.avoid.remote(everywhere))
-            time.sleep(3)
-            assert not train_workers() and not slots._has_room()
-            slots._stop_watching()
-            ray.get(mailbox.avoid.remote({"f" * 56}))
-        slots._start(1)
-        assert ray.get(slots._mailbox.avoid.remote({"e" * 56})) == everywhere | {"e" * 56, "f" * 56}
-    assert "e" * 56 in avoided, "the seeds come after the retrainings"
+    ray.get(mailbox.avoid.remote({node["NodeID"] for node in ray.nodes()}))
+    with FinalSlots(slot_plan(images, tmp_path, mailbox), 1, lambda: True) as slots:
+        time.sleep(3)
+        assert not train_workers() and not slots._has_room()
 
 
 @pytest.mark.long
 def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_answer(
-    images: ImageSet, tmp_path: Path, cluster: None
+    images: ImageSet, tmp_path: Path, mailbox: Any
 ) -> None:
     """Its thread ended, and kept the room for which the search may wait."""
     warnings: list[str] = []
@@ -298,7 +295,7 @@ def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_a
             raise StudyError("the database is locked")
         return True
 
-    with FinalSlots(slot_plan(images, tmp_path), 1, nears_end, avoided=set(), warn=warnings.append):
+    with FinalSlots(slot_plan(images, tmp_path, mailbox), 1, nears_end, warn=warnings.append):
         wait_for(lambda: warnings and not train_workers(), within_s=120)
         assert "the database is locked" in warnings[0]
 

@@ -50,7 +50,7 @@ def test_a_note_that_was_overtaken_takes_no_trial_back() -> None:
     """The calls of an actor with asyncio may overtake each other: a task would wait, and Ray's dashboard show two."""
 
     async def notes() -> None:
-        mailbox = Mailbox()
+        mailbox = Mailbox("one")
         await mailbox.note_ended(3)
         await mailbox.note_ended(2)
         await asyncio.wait_for(mailbox.await_ended(3), timeout=5)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 @pytest.fixture
 def plan(tmp_path: Path) -> SlotPlan:
     """Of workers that get no order."""
-    return SlotPlan(Experiment.at(str(tmp_path), "one"), None, (), 1, {"CPU": 1.0})  # type: ignore[arg-type]
+    return SlotPlan(Experiment.at(str(tmp_path), "one"), None, (), 1, {"CPU": 1.0}, None)  # type: ignore[arg-type]
 
 
 def test_a_slots_process_lets_ray_train_wait_for_room_and_starts_on_no_node_that_is_left_alone(plan: SlotPlan) -> None:
@@ -40,7 +41,7 @@ def test_a_slots_process_lets_ray_train_wait_for_room_and_starts_on_no_node_that
 
     with opened_mailbox("one") as mailbox:
         ray.get(mailbox.avoid.remote({"f" * 56}))
-        slot = SlotActor(plan)
+        slot = SlotActor(replace(plan, mailbox=mailbox))
         seen, avoided = ray.get(slot._actor.__ray_call__.remote(lambda it: (dict(os.environ), it._group.avoid)))
         assert seen.items() >= OF_RAY_TRAIN.items()
         assert avoided == {"f" * 56}
@@ -67,7 +68,7 @@ def test_errors_of_a_slots_process_reach_the_user_as_they_are(plan: SlotPlan) ->
         def run(self, order: TrialOrder) -> Any:
             return self.actor.run.remote(order)
 
-    queue, order = SlotQueue(plan, None, print), TrialOrder(0, 0, Hyperparameters())
+    queue, order = SlotQueue(plan, print), TrialOrder(0, 0, Hyperparameters())
     refusing = InActor(Refusing)
     with pytest.raises(NodeRefused, match=r"^node 1: cannot write$"):
         queue._step(refusing, order)  # type: ignore[arg-type]
@@ -88,7 +89,7 @@ def test_a_second_ctrl_c_waits_for_the_threads_of_slots_that_end(plan: SlotPlan)
             ended.append(True)
 
     ended: list[bool] = []
-    queue = SlotQueue(plan, None, print)
+    queue = SlotQueue(plan, print)
     queue._slots = [Ending()]  # type: ignore[list-item]
     with pytest.raises(KeyboardInterrupt):
         queue.end()
@@ -109,7 +110,7 @@ def test_while_slots_train_the_user_hears_their_news(plan: SlotPlan) -> None:
         running.set_result(EpochReport(Outcome.COMPLETED))
 
     with opened_mailbox("one") as mailbox, ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(SlotQueue(plan, mailbox, warn).wait, [running])
+        waiting = thread.submit(SlotQueue(replace(plan, mailbox=mailbox), warn).wait, [running])
         ray.get(mailbox.warn.remote("trial 3 has lost its workers"))
         waiting.result(timeout=60)
     assert said == ["trial 3 has lost its workers"]

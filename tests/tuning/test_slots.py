@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -49,12 +49,14 @@ class InActor:
     """
 
     def __init__(self, plan: SlotPlan) -> None:
-        from lungct_tune.tuning.mailbox import open_mailbox
+        from lungct_tune.tuning.mailbox import opened_mailbox
         from lungct_tune.tuning.slots import TuneSlot
 
-        self.plan, self.folder = plan, Path(plan.experiment.uri)
-        self.mailbox = open_mailbox(plan.experiment.name)
-        made = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=plan))
+        with ExitStack() as held:
+            self.mailbox = plan.mailbox or held.enter_context(opened_mailbox(plan.experiment.name))
+            self.end_mailbox = held.pop_all().close
+        self.plan, self.folder = replace(plan, mailbox=self.mailbox), Path(plan.experiment.uri)
+        made = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=self.plan))
         self.actor: Any = made.remote(order(0).as_dict())
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -81,7 +83,7 @@ class InActor:
     def stop(self) -> None:
         self.call(lambda slot: slot.stop())
         ray.kill(self.actor)
-        ray.kill(self.mailbox)
+        self.end_mailbox()
 
 
 @pytest.fixture(scope="module", params=[(1, 1)])
@@ -173,10 +175,10 @@ def test_a_killed_slot_leaves_no_worker_and_no_resources_held(endless: SlotPlan)
     before, free = processes(), ray.available_resources()["CPU"]
     killed = stepped(endless)
     ray.kill(killed.actor)
-    ray.kill(stepped(endless).actor)  # which gets the number of the first, and its resources
+    ray.kill(stepped(killed.plan).actor)  # which gets the number of the first, and its resources
     remove_placement_groups(f"{endless.experiment.name} slot")
     wait_for(lambda: processes() == before and ray.available_resources().get("CPU") == free, within_s=90)
-    ray.kill(killed.mailbox)
+    killed.end_mailbox()
 
 
 def test_a_trial_run_fifth_gives_what_it_gave_first_and_a_diverging_one_ends_alone(slot: InActor) -> None:
@@ -311,6 +313,7 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(tmp_pat
     from lungct_tune.config.search_space import parse_space
     from lungct_tune.display import Display
     from lungct_tune.filesystem import NodeRefused
+    from lungct_tune.tuning.mailbox import opened_mailbox
     from lungct_tune.tuning.tuner import run_search
 
     plan = slot_plan(tmp_path, phantoms, epochs=1, name="refused")
@@ -318,8 +321,9 @@ def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(tmp_pat
     # as if the node had come when the search had begun: what it would write is in the way of itself
     (Path(plan.experiment.uri) / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir(parents=True)
     space = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
-    with pytest.raises(NodeRefused, match=rf"^node [\d.]+: {plan.experiment.uri}: cannot write \.probe-"):
-        run_search(study, space, plan, trials=2, slots=1, seed=0, display=Display(Console()))
+    refused = pytest.raises(NodeRefused, match=rf"^node [\d.]+: {plan.experiment.uri}: cannot write \.probe-")
+    with opened_mailbox("refused") as mailbox, refused:
+        run_search(study, space, replace(plan, mailbox=mailbox), trials=2, slots=1, seed=0, display=Display(Console()))
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
     assert "ended" not in study.trials[0].user_attrs
 
@@ -337,9 +341,8 @@ def test_an_order_does_not_overtake_the_opening_of_its_group(
             await super().open(group)
 
     monkeypatch.setattr(mailbox, "Mailbox", SlowToOpen)
-    plan = slot_plan(tmp_path, phantoms, epochs=1, name="slow")
-    with mailbox.opened_mailbox(plan.experiment.name):
-        slot = SlotActor(plan)
+    with mailbox.opened_mailbox("slow") as slow:
+        slot = SlotActor(slot_plan(tmp_path, phantoms, epochs=1, name="slow", mailbox=slow))
         assert ray.get(slot.run(order(0))).is_last
         slot.end()
 

@@ -24,7 +24,14 @@ SHALLOW = Hyperparameters(truncation_depth=4, backbone_lr=1e-3)
 
 
 def slot_plan(
-    folder: Path, phantoms: Path, *, epochs: int, folds: int = 1, workers: int = 1, name: str = "one"
+    folder: Path,
+    phantoms: Path,
+    *,
+    epochs: int,
+    folds: int = 1,
+    workers: int = 1,
+    name: str = "one",
+    mailbox: Any = None,
 ) -> SlotPlan:
     """A plan whose trials pause after each epoch, and keep a state of each. The workers of a slot share one CPU."""
     from lungct_tune.data import fold_images, read_images, split_images
@@ -48,6 +55,7 @@ def slot_plan(
         folds=tuple(Fold(searched[fold_N != k], searched[fold_N == k]) for k in range(folds)),
         workers=workers,
         resources_per_worker={"CPU": 1 / workers},
+        mailbox=mailbox,
         rungs=tuple(range(1, epochs)),
         checkpoint_interval=0,
     )
