@@ -26,6 +26,7 @@ import torch
 from lungct_tune.evaluation.classifier import Classifier
 from lungct_tune.evaluation.exported import INPUT, Graph, export_onnx, export_torch
 from lungct_tune.experiment.bundle import CHECKSUMS
+from lungct_tune.experiment.model_config import ModelConfig
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 BATCHES = (1, 8, 32)
@@ -64,12 +65,16 @@ def main() -> None:
 def untrained(folder: Path, depth: int, px: int) -> Classifier:
     """A model with random weights, and as much of a bundle as its export reads."""
     (folder / CHECKSUMS).write_bytes(b"")
-    config = {
+    content = {
+        "model": {"truncation_depth": depth, "dropout": 0.5},
         "classes": ["adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma"],
         "preprocessing": {"image_size": px},
-        "settings": {"normalisation": "imagenet"},
         "calibration": None,
+        "training": {"configuration": {}, "epochs": 1},
+        "versions": {},
+        "settings": {"name": "untrained", "normalisation": "imagenet", "trials": 1},
     }
+    config = ModelConfig.model_validate(content)
     return Classifier(folder, TruncatedResNet50(depth), config, None, None, "cpu")
 
 

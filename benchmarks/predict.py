@@ -75,7 +75,7 @@ def prepare(folder: Path, depth: int, px: int, n: int) -> tuple[Classifier, list
     configuration = Hyperparameters(truncation_depth=depth)
     files = {
         MODEL: safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()}),
-        CONFIG: as_json(describe_model(settings, images, configuration, 1, None)),
+        CONFIG: as_json(describe_model(settings, images, configuration, 1, None).model_dump()),
         LEARNED: list_learned(images, rows),
         FEATURES: TrainingFeatures.fit(features_ND, images.table["group"].to_numpy(), 1.0).as_bytes(),
     }

@@ -69,7 +69,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     from lungct_tune.reporting.test_section import Network
 
     bundle = Classifier.load(asked.bundle)
-    settings = bundle.config["settings"]
+    settings = bundle.config.settings
     class_map = read_map(asked.map, bundle.classes)
     out = asked.out or Path(f"{place_name(asked.data)}-judged")
     check_output(out, "--out", is_folder=True)
@@ -84,9 +84,9 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         window=bundle.window,
     )
     metrics, predictions = evaluate_images(bundle, images, class_map, asked.data)
-    network = Network(bundle.model, bundle.classes, settings["normalisation"])
-    phantoms = settings.get("data", "") is None
-    page = evaluation_page(settings["name"], metrics, predictions, images, network, command, phantoms=phantoms)
+    network = Network(bundle.model, bundle.classes, settings.normalisation)
+    phantoms = settings.data is None
+    page = evaluation_page(settings.name, metrics, predictions, images, network, command, phantoms=phantoms)
 
     files = {REPORT: page, METRICS: metrics_json(metrics), PREDICTIONS: predictions.as_csv()}
     with written_whole(out, "--out") as new:

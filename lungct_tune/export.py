@@ -59,14 +59,14 @@ def export(asked: argparse.Namespace, console: Console) -> None:
     from lungct_tune.reporting.output_file import check_output, written_whole
 
     classifier = Classifier.load(asked.bundle, device="cpu")
-    settings = classifier.config["settings"]
-    out = asked.out or Path(f"{settings['name']}{SUFFIXES[asked.to]}")
+    settings = classifier.config.settings
+    out = asked.out or Path(f"{settings.name}{SUFFIXES[asked.to]}")
     beside = out.with_name(f"{out.name}.json")
     for file in (out, beside):
         check_output(file, "--out")
     data = asked.data
-    if data is None and settings.get("data", "") is None:
-        data = make_phantoms(default_cache(), settings["seed"])
+    if data is None and settings.data is None:
+        data = make_phantoms(default_cache(), settings.seed)
     images_NHW, what = exported.images_to_compare(classifier, data)
 
     graph = exported.export_onnx(classifier) if asked.to == "onnx" else exported.export_torch(classifier)

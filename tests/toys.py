@@ -1,4 +1,4 @@
-"""Small trainings for tests on CPUs and on GPUs."""
+"""Small trainings and models for tests on CPUs and on GPUs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.experiment.model_config import ModelConfig
 from lungct_tune.models import preprocessing
 from lungct_tune.training.trainer import Trainer
 
@@ -25,6 +26,22 @@ def toy_data(n: int = 48) -> tuple[Tensor, Tensor]:
     labels_N = (torch.arange(n) % 5 - 1).clamp(min=0)
     noise_NHW = torch.randint(60, (n, PX, PX), generator=generator)
     return (noise_NHW + 60 * labels_N[:, None, None]).to(torch.uint8), labels_N
+
+
+def model_config(depth: int, classes: str = "abcd", members: int = 1, temperature: float | None = None) -> ModelConfig:
+    """As much of a bundle's config.json as the model depends on. The classes have names of a letter."""
+    fitted_on = {"images": 6, "groups": 2, "what": "made up"}
+    return ModelConfig.model_validate(
+        {
+            "model": {"truncation_depth": depth, "dropout": 0.5, "members": members},
+            "classes": list(classes),
+            "preprocessing": {"image_size": PX},
+            "calibration": temperature and {"temperature": temperature, "fitted_on": fitted_on},
+            "training": {"configuration": {}, "epochs": 1},
+            "versions": {},
+            "settings": {"name": "one", "normalisation": "imagenet", "trials": 1},
+        }
+    )
 
 
 def training(configuration: Hyperparameters = SMALL, **changes: Any) -> Trainer:

@@ -71,7 +71,7 @@ def write_trained_bundle(storage: Path, data: Path, name: str = "one", seed: int
     best = {"trial": 3, "balanced_accuracy": 0.5}
     files = {
         MODEL: safetensors.torch.save(trainer.model_state()),
-        CONFIG: as_json(describe_model(settings, images, configuration, trainer.epochs, scaling, point)),
+        CONFIG: as_json(describe_model(settings, images, configuration, trainer.epochs, scaling, point).model_dump()),
         METRICS: metrics_json(BundleMetrics("phantoms", None, best, {"trials": 1}, figures)),
         LEARNED: list_learned(images, learned),
         FEATURES: TrainingFeatures.fit(features_ND, table["group"].to_numpy()[learned], scale).as_bytes(),

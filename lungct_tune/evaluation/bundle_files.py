@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import optuna
@@ -41,6 +40,7 @@ from lungct_tune.experiment.metrics import (
     TemperatureScaling,
     TestMetrics,
 )
+from lungct_tune.experiment.model_config import ModelConfig
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.experiment.results import Bundle
@@ -241,8 +241,8 @@ def describe_model(
     scaling: TemperatureScaling | None,
     point: OperatingPoint | None = None,
     members: int = 1,
-) -> dict[str, Any]:
-    """The content of config.json: the model, its preprocessing, and how the model was made.
+) -> ModelConfig:
+    """The content of config.json.
 
     Args:
         scaling: None if the network's probabilities are not scaled.
@@ -251,7 +251,7 @@ def describe_model(
     """
     mean, deviation = NORMALISATIONS[settings.normalisation]
     window = settings.ct_window
-    return {
+    content = {
         "model": {
             "architecture": "ResNet50 cut after its k-th ReLU, pooling, batch normalisation, three dense layers",
             "truncation_depth": hyperparameters.truncation_depth,
@@ -268,10 +268,11 @@ def describe_model(
             "mean": list(mean),
             "deviation": list(deviation),
         },
-        "calibration": asdict(scaling) if scaling else None,
-        "operating_point": asdict(point) if point else None,
+        "calibration": scaling,
+        "operating_point": point,
         "training": {"configuration": hyperparameters.as_dict(), "epochs": epochs, "seed": settings.seed},
         "settings": yaml.safe_load(settings.as_yaml()),
         "data_fingerprint": images.fingerprint,
         "versions": versions(),
     }
+    return ModelConfig.model_validate(content)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,8 @@ from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal
 from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import FEATURES, LEARNED
 from lungct_tune.experiment.form import written_by_a_search
-from lungct_tune.experiment.metrics import HALF, FittedOn, TemperatureScaling
+from lungct_tune.experiment.metrics import HALF, TemperatureScaling
+from lungct_tune.experiment.model_config import ModelConfig
 from lungct_tune.experiment.predictions import probability_columns
 from lungct_tune.models.ensemble import Model, members_of
 from lungct_tune.models.features import feature_channels, recorded_features
@@ -104,7 +105,7 @@ class Classifier:
     folder: Path
     model: Model = field(repr=False)
     """On the CPU until it has classified images; from then on on the GPU, if there is one."""
-    config: dict[str, Any] = field(repr=False)
+    config: ModelConfig = field(repr=False)
     """config.json."""
     learned: LearnedImages | None = field(repr=False)
     """None where a bundle of an earlier version does not list its training images."""
@@ -139,24 +140,23 @@ class Classifier:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.config["classes"])
+        return tuple(self.config.classes)
 
     @property
     def image_size(self) -> int:
         """Width and height of the images in pixels."""
-        return int(self.config["preprocessing"]["image_size"])
+        return self.config.preprocessing.image_size
 
     @property
     def window(self) -> Window | None:
         """The window of CT values in DICOM files that it was trained with; None is each file's own."""
-        kept = self.config["preprocessing"].get("window")
-        return Window(**kept) if kept else None
+        kept = self.config.preprocessing.window
+        return Window(kept.center, kept.width) if kept else None
 
     @property
     def scaling(self) -> TemperatureScaling | None:
         """How the temperature was fitted; None without scaling."""
-        kept = self.config["calibration"]
-        return TemperatureScaling(kept["temperature"], FittedOn(**kept["fitted_on"])) if kept else None
+        return self.config.calibration
 
     @property
     def temperature(self) -> float:
@@ -166,7 +166,7 @@ class Classifier:
     @property
     def threshold(self) -> float:
         """The operating point; 0.5 where a bundle of an earlier version has none."""
-        return float((self.config.get("operating_point") or {"threshold": HALF})["threshold"])
+        return self.config.operating_point.threshold if self.config.operating_point else HALF
 
     def classify(self, images_NHW: np.ndarray, digests_N: Sequence[str] | np.ndarray | None = None) -> Classified:
         """Classifies images. An image has the same answer to the last digit, alone or among others.
@@ -204,7 +204,7 @@ class Classifier:
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = device.type == "cuda"
         at_once, side = BATCH if on_gpu else 1, self.image_size
-        members, normalisation = members_of(self.model.to(device).eval()), self.config["settings"]["normalisation"]
+        members, normalisation = members_of(self.model.to(device).eval()), self.config.settings.normalisation
 
         @torch.inference_mode()
         def compute(start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -278,7 +278,7 @@ class Classifier:
                 "version, its search has not ended, or all that it learned from is one group. Run the search again, "
                 "pull the bundle when it has ended, or give smaller groups, such as patients"
             )
-        normalisation, scale = self.config["settings"]["normalisation"], self.features.evidence_scale
+        normalisation, scale = self.config.settings.normalisation, self.features.evidence_scale
         maps_N1hw, _ = grad_cam(self.model, images_NHW, classes_N[:, None], normalisation, scale)
         return np.asarray(maps_N1hw[:, 0])
 

@@ -47,7 +47,7 @@ class Graph(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.model = classifier.model.cpu().eval()
-        self.normalisation = classifier.config["settings"]["normalisation"]
+        self.normalisation = classifier.config.settings.normalisation
         self.temperature = classifier.temperature
         self.eval()
 

@@ -83,7 +83,7 @@ def evaluate_images(
     rows = images.table.iloc[evaluated]
     classified = bundle.classify(images.images_NHW[evaluated], rows["digest"].to_numpy())
     uncalibrated_NC, probabilities_NC = classified.uncalibrated_NC, classified.probabilities_NC
-    seen_N, scaling = classified.seen_N, bundle.scaling
+    seen_N, scaling, point = classified.seen_N, bundle.scaling, bundle.config.operating_point
     assert seen_N is not None  # the bundle lists its training images
     if two_classes:  # summed after the scaling, because the temperature is for the single classes
         uncalibrated_NC = cancer_or_normal(uncalibrated_NC, bundle.classes)
@@ -101,7 +101,7 @@ def evaluate_images(
         references={"majority class": (classes[largest], np.full(len(evaluated), largest))},
         overlap_N=np.isin(groups_N, groups_N[seen_N != NEW]),
         threshold=bundle.threshold,
-        at_95_specificity=(bundle.config.get("operating_point") or {}).get("at_95_specificity"),
+        at_95_specificity=point.at_95_specificity if point else None,
     )
     metrics = EvaluationMetrics(
         data=data,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 
 from lungct_tune.experiment.bundle import CONFIG, MODEL, BundleError, verify
-from lungct_tune.experiment.model_config import read_config
+from lungct_tune.experiment.model_config import ModelConfig, read_config
 from lungct_tune.models.ensemble import Ensemble, Model
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 
 
-def load_model(folder: Path | str) -> tuple[Model, dict[str, Any]]:
+def load_model(folder: Path | str) -> tuple[Model, ModelConfig]:
     """Rebuilds a bundle's model, on the CPU and ready to predict, with its config.json.
 
     Raises:
@@ -27,7 +25,7 @@ def load_model(folder: Path | str) -> tuple[Model, dict[str, Any]]:
     return build_model(config, (folder / MODEL).read_bytes()), config
 
 
-def build_model(config: Mapping[str, Any], weights: bytes) -> Model:
+def build_model(config: ModelConfig, weights: bytes) -> Model:
     """The model that a bundle's config.json and model.safetensors describe, on the CPU and ready to predict.
 
     Raises:
@@ -35,14 +33,14 @@ def build_model(config: Mapping[str, Any], weights: bytes) -> Model:
     """
     networks = [
         TruncatedResNet50(
-            config["model"]["truncation_depth"],
-            dropout=config["model"]["dropout"],
-            classes=len(config["classes"]),
+            config.model.truncation_depth,
+            dropout=config.model.dropout,
+            classes=len(config.classes),
             initialise=False,
         )
-        for _ in range(config["model"].get("members", 1))
+        for _ in range(config.model.members)
     ]
-    temperature = config["calibration"]["temperature"] if config["calibration"] else 1.0
+    temperature = config.calibration.temperature if config.calibration else 1.0
     model: Model = networks[0] if len(networks) == 1 else Ensemble(networks, temperature)
     try:
         model.load_state_dict(safetensors.torch.load(weights))

@@ -48,7 +48,9 @@ def check_form(values: Any, form: Any, file: str, *, strict: bool = False) -> An
         BundleError: a value is missing or has another form; the message names file and key.
     """
     try:
-        return TypeAdapter(form).validate_python(values, strict=strict)
+        adapter = TypeAdapter(form)
+        # with strict types, only values that come from JSON may become dataclasses
+        return adapter.validate_json(json.dumps(values), strict=True) if strict else adapter.validate_python(values)
     except ValidationError as error:
         first, *_ = error.errors()
         where = ".".join(str(part)[:_LONGEST] for part in first["loc"])

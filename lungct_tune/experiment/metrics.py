@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, Field, TypeAdapter
+from pydantic import AliasChoices, BaseModel, Field, FiniteFloat, TypeAdapter
 
 from lungct_tune.experiment.bundle import METRICS, as_json
 from lungct_tune.experiment.form import check_form, read_json
 
 HALF = 0.5
 """The operating point of bundles that have chosen none."""
+
+_Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 MAJORITY, SHORTCUT, PUBLISHED = "majority class", "shortcut", "published"
 """The kinds of predictions that a model is compared with."""
@@ -89,7 +91,7 @@ class FittedOn:
 class TemperatureScaling:
     """A fitted temperature, as config.json holds it too."""
 
-    temperature: float
+    temperature: Annotated[FiniteFloat, Field(ge=0.01, le=100)]
     fitted_on: FittedOn
 
 
@@ -97,9 +99,9 @@ class TemperatureScaling:
 class OperatingPoint:
     """The probability of cancer above which an image counts as cancer, as config.json holds it too."""
 
-    threshold: float
+    threshold: _Probability
     chosen_on: FittedOn
-    at_95_specificity: float | None = None
+    at_95_specificity: _Probability | None = None
     """The lowest threshold with a specificity of at least 95 % on the same images."""
 
 

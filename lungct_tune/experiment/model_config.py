@@ -1,4 +1,4 @@
-"""Reads config.json of a bundle. Others may have written it, so what it asks for is bounded before it is used."""
+"""config.json of a bundle. Others may have written it, so what it asks for is bounded before it is used."""
 
 from __future__ import annotations
 
@@ -10,37 +10,42 @@ from pydantic import BaseModel, Field, FiniteFloat, field_validator
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.bundle import CONFIG
 from lungct_tune.experiment.form import check_form, read_json
+from lungct_tune.experiment.metrics import OperatingPoint, TemperatureScaling
 
 
-class _Model(BaseModel):
+class _Part(BaseModel, frozen=True, extra="allow"):
+    """What only people read has no field, and is kept as it is."""
+
+
+class NetworkConfig(_Part, frozen=True):
+    """The network."""
+
     truncation_depth: Annotated[int, Field(ge=1, le=49)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     members: Annotated[int, Field(ge=1, le=50)] = 1
+    """How many such networks the model has; several are an ensemble."""
 
 
-class _Window(BaseModel):
+class WindowConfig(_Part, frozen=True):
+    """See `lungct_tune.config.window.Window`."""
+
     center: Annotated[FiniteFloat, Field(ge=-1e6, le=1e6)]
     width: Annotated[FiniteFloat, Field(ge=1, le=1e6)]
 
 
-class _Preprocessing(BaseModel):
+class PreprocessingConfig(_Part, frozen=True):
+    """From an image file to the network's input."""
+
     image_size: Annotated[int, Field(ge=32, le=2048)]
-    window: _Window | None = None
+    """Width and height in pixels."""
+    window: WindowConfig | None = None
 
 
-class _FittedOn(BaseModel, extra="forbid"):
-    images: int
-    groups: int
-    what: str
+class TrainingConfig(_Part, frozen=True):
+    """How the model was trained."""
 
-
-class _Calibration(BaseModel):
-    temperature: Annotated[FiniteFloat, Field(ge=0.01, le=100)]
-    fitted_on: _FittedOn
-
-
-class _Training(BaseModel):
     configuration: dict[str, int | float]
+    """The hyperparameters, by name."""
     epochs: int
 
     @field_validator("configuration")
@@ -50,28 +55,39 @@ class _Training(BaseModel):
             raise ValueError(f"{min(unknown)!r} is unknown")
         return value
 
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """The configuration of the trial; what it does not name has its default."""
+        values: dict[str, Any] = dict(self.configuration)
+        return Hyperparameters(**values)
 
-class _OperatingPoint(BaseModel):
-    threshold: Annotated[FiniteFloat, Field(ge=0, le=1)]
-    at_95_specificity: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
 
+class SettingsConfig(_Part, frozen=True):
+    """The settings of the search that are read again."""
 
-class _Settings(BaseModel):
     name: str
     normalisation: Literal["imagenet", "unit"]
     trials: Annotated[int, Field(ge=1)] | None
+    data: str | None = ""
+    """None: phantoms."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     folds: int | None = None
+    hold_test: bool = False
 
 
-class _Config(BaseModel):
-    model: _Model
+class ModelConfig(_Part, frozen=True):
+    """config.json: the model, its preprocessing, and how the model was made."""
+
+    model: NetworkConfig
     classes: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=2, max_length=1000)]
-    preprocessing: _Preprocessing
-    calibration: _Calibration | None
-    training: _Training
+    preprocessing: PreprocessingConfig
+    calibration: TemperatureScaling | None
+    """None: the network's probabilities are not scaled."""
+    training: TrainingConfig
     versions: dict[str, str]
-    operating_point: _OperatingPoint | None = None
-    settings: _Settings
+    operating_point: OperatingPoint | None = None
+    """None: the classes are not normal and cancers, or a version without one wrote the bundle."""
+    settings: SettingsConfig
 
     @field_validator("classes")
     @classmethod
@@ -81,12 +97,11 @@ class _Config(BaseModel):
         return classes
 
 
-def read_config(content: bytes) -> dict[str, Any]:
-    """The content of config.json, as plain values. Those that size, model and probabilities depend on are in bounds.
+def read_config(content: bytes) -> ModelConfig:
+    """Reads config.json.
 
     Raises:
-        BundleError: a value is missing or out of bounds; the message names it.
+        BundleError: a value is missing, has another type, or is out of bounds; the message names it.
     """
-    config = read_json(content, CONFIG)
-    check_form(config, _Config, CONFIG, strict=True)
-    return dict(config)
+    config: ModelConfig = check_form(read_json(content, CONFIG), ModelConfig, CONFIG, strict=True)
+    return config

@@ -36,7 +36,7 @@ from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import check_form, read_json, written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_study, read_kept
 from lungct_tune.experiment.metrics import BundleMetrics, SeedComparison, TestMetrics, metrics_json, read_metrics
-from lungct_tune.experiment.model_config import read_config
+from lungct_tune.experiment.model_config import ModelConfig, read_config
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 from lungct_tune.experiment.study import check_trials, count_outcomes, load_study, read_trials
 from lungct_tune.experiment.study_mirror import JOURNAL, copy_study
@@ -54,7 +54,7 @@ class Bundle:
 
     weights: bytes
     """safetensors."""
-    config: dict[str, Any]
+    config: ModelConfig
     """config.json."""
     metrics: BundleMetrics
     predictions: Predictions | None
@@ -66,7 +66,7 @@ class Bundle:
     @property
     def files(self) -> dict[str, bytes]:
         """The content of the bundle's files, by name."""
-        files = {MODEL: self.weights, CONFIG: as_json(self.config), METRICS: metrics_json(self.metrics)}
+        files = {MODEL: self.weights, CONFIG: as_json(self.config.model_dump()), METRICS: metrics_json(self.metrics)}
         if self.predictions is not None:
             files[PREDICTIONS] = self.predictions.as_csv()
         if self.features is not None:
@@ -109,7 +109,7 @@ class SearchResults:
     @property
     def versions(self) -> dict[str, str]:
         """The versions of the packages that made the bundle."""
-        return dict(self.bundle.config["versions"]) if self.bundle else {}
+        return self.bundle.config.versions if self.bundle else {}
 
     @property
     def phantoms(self) -> bool:
@@ -251,7 +251,7 @@ def read_bundle(experiment: Experiment) -> Bundle | None:
         weights=weights,
         config=content,
         metrics=read_metrics(metrics),
-        predictions=None if predictions is None else read_predictions(predictions, content["classes"]),
+        predictions=None if predictions is None else read_predictions(predictions, content.classes),
     )
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 from lungct_tune.auditing.conclusions import counted
 from lungct_tune.auditing.findings import Audit, CopiesAcross
 from lungct_tune.cli import command_words
-from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
@@ -213,16 +212,16 @@ def print_bundle(folder: Path, console: Console) -> None:
     config, metrics = read_config((folder / CONFIG).read_bytes()), read_metrics((folder / METRICS).read_bytes())
     best = metrics.best_trial
     score = best.get(OBJECTIVE, best.get(f"best_{OBJECTIVE}"))  # the second in bundles of version 0.1
-    configuration = Hyperparameters(**config["training"]["configuration"])
-    members = config["model"].get("members", 1)
+    configuration = config.training.hyperparameters
+    members = config.model.members
     ensemble = f"an ensemble of {members} models of " if members > 1 else ""
     print_prose(console, f"{ensemble}trial {best['trial']}: {configuration}")
     if metrics.test is None:
-        held = config["settings"].get("hold_test")
+        held = config.settings.hold_test
         console.print(
             f"[bold yellow]The search has not {'been judged' if held else 'ended'}[/]: this is the best of the first "
-            f"{metrics.search.trials} of {config['settings']['trials']} trials, chosen by its balanced accuracy of "
-            f"{score:.3f} {judged(config['settings'].get('folds'))}. It has not been evaluated on the test split. "
+            f"{metrics.search.trials} of {config.settings.trials} trials, chosen by its balanced accuracy of "
+            f"{score:.3f} {judged(config.settings.folds)}. It has not been evaluated on the test split. "
             + ("--judge does that. Pull again afterwards." if held else "Pull again when the search has ended."),
             soft_wrap=not console.is_terminal,
             markup=True,

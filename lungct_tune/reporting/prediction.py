@@ -84,7 +84,7 @@ def _print_warnings(classifier: Classifier, read: pd.DataFrame, console: Console
     def warn(sentence: str) -> None:
         print_prose(console, sentence, "bold yellow")
 
-    if classifier.config["settings"].get("data", "") is None:
+    if classifier.config.settings.data is None:
         warn(TRAINED_ON_PHANTOMS)
     if classifier.learned is None:
         warn("The bundle does not list its training images, so nothing is known about images that it has seen.")

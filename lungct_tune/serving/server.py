@@ -74,7 +74,7 @@ def serving(
             )
         gpus, least, most = _scale(replicas, ray.cluster_resources())
         about = {
-            "bundle": classifier.config["settings"]["name"],
+            "bundle": classifier.config.settings.name,
             "classes": list(classifier.classes),
             "image_size": classifier.image_size,
             "threshold": classifier.threshold,

@@ -68,8 +68,8 @@ def test_the_window_is_the_bundles(bundle: Path, tmp_path: Path) -> None:
     classifier = Classifier.load(bundle)
     assert classifier.window is None
     window = {"center": 100.0, "width": 900.0}
-    preprocessing = classifier.config["preprocessing"] | {"window": window}
-    windowed = replace(classifier, config=classifier.config | {"preprocessing": preprocessing})
+    preprocessing = classifier.config.preprocessing.model_copy(update={"window": Window(**window)})
+    windowed = replace(classifier, config=classifier.config.model_copy(update={"preprocessing": preprocessing}))
     assert windowed.window == Window(**window)
     grey_HW = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     path = write_slice(tmp_path / "x", grey_HW, window=Window(**window), WindowCenter=0, WindowWidth=2)

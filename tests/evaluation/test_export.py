@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_here
+from toys import model_config
 from trained import THRESHOLD
 
 from lungct_tune.data.inputs import ReadImage
@@ -66,9 +67,7 @@ def at_depth(depth: int) -> Classifier:
     model = TruncatedResNet50(depth)
     for _ in range(3):
         forward(model, torch.rand(8, 1, 32, 32), "imagenet")
-    config = {"classes": list("abcd"), "calibration": None, "preprocessing": {"image_size": 32}}
-    config |= {"settings": {"normalisation": "imagenet"}}
-    return Classifier(Path(), model.eval(), config, None, None, "cpu")
+    return Classifier(Path(), model.eval(), model_config(depth), None, None, "cpu")
 
 
 @pytest.mark.parametrize("depth", [1, 10, *(pytest.param(k, marks=pytest.mark.long) for k in range(2, 50) if k != 10)])

@@ -104,7 +104,7 @@ def test_the_four_classes_are_judged_with_calibrated_probabilities(
     with torch.no_grad():
         grey_N3HW = torch.tensor(images.images_NHW[rows] / 255, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
         plain_NC = model(grey_N3HW).softmax(dim=1).numpy()
-    columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
+    columns = [f"p_{name.replace(' ', '_')}" for name in config.classes]
     np.testing.assert_allclose(predictions[columns], calibrated(plain_NC, 1.5), atol=1e-4)
     scaling, brier = metrics["test"]["calibration"], ((plain_NC - np.eye(4)[images.table["label"].iloc[rows]]) ** 2)
     page = (out / "report.html").read_text()

@@ -20,7 +20,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def test_values_within_bounds_are_read_as_they_are() -> None:
     written = config(calibration={"temperature": 1.5, "fitted_on": FITTED}, more="kept")
-    assert read_config(json.dumps(written).encode()) == written
+    assert json.loads(read_config(json.dumps(written).encode()).model_dump_json(exclude_unset=True)) == written
 
 
 @pytest.mark.parametrize(

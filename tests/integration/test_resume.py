@@ -153,7 +153,7 @@ def pull_the_best_so_far(experiment: Path, model: Path, capsys: pytest.CaptureFi
     assert re.search(r"best of the first [12] of 3 trials", said) and "not been evaluated" in said
     network, config = load_model(model)
     with torch.no_grad():
-        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, len(config["classes"]))
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, len(config.classes))
 
 
 @pytest.mark.skipif(

@@ -138,20 +138,21 @@ def test_the_bundles_model_gives_the_predictions_that_were_judged(finished: Path
     from lungct_tune.evaluation.inference import load_model
 
     model, config = load_model(finished / "best")
-    assert config["preprocessing"]["image_size"] == images.images_NHW.shape[1]
+    assert config.preprocessing.image_size == images.images_NHW.shape[1]
     predictions = pd.read_csv(finished / "best" / "predictions.csv")
     rows = images.table.set_index("path").index.get_indexer(predictions["path"])
     grey_NHW = torch.from_numpy(images.images_NHW[rows]).float() / 255
-    mean, deviation = (torch.tensor(config["preprocessing"][key]) for key in ("mean", "deviation"))
+    mean, deviation = (torch.tensor(getattr(config.preprocessing, key)) for key in ("mean", "deviation"))
     images_NCHW = (grey_NHW[:, None] - mean[:, None, None]) / deviation[:, None, None]
     with torch.no_grad():
         probabilities_NC = model(images_NCHW).softmax(dim=1).numpy()
-    columns = [f"p_{name.replace(' ', '_')}" for name in config["classes"]]
-    probabilities_NC = calibrated(probabilities_NC, config["calibration"]["temperature"])
+    columns = [f"p_{name.replace(' ', '_')}" for name in config.classes]
+    assert config.calibration is not None
+    probabilities_NC = calibrated(probabilities_NC, config.calibration.temperature)
     np.testing.assert_allclose(predictions[columns], probabilities_NC, atol=5e-3)
     classified = Classifier.load(finished / "best").classify(images.images_NHW[rows])
     np.testing.assert_allclose(classified.probabilities_NC, probabilities_NC, atol=5e-3)
-    assert list(predictions["class"]) == [config["classes"][label] for label in images.table["label"].iloc[rows]]
+    assert list(predictions["class"]) == [config.classes[label] for label in images.table["label"].iloc[rows]]
 
 
 def test_the_report_in_the_bundle_and_one_made_again_say_the_same(finished: Path, tmp_path: Path) -> None:

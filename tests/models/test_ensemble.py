@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from toys import model_config
 
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.inference import build_model
@@ -54,15 +55,12 @@ def test_a_sure_member_does_not_make_it_infinite() -> None:
 
 
 def test_a_bundles_config_and_weights_give_it_again() -> None:
-    model = {"truncation_depth": 6, "dropout": 0.5, "members": 3}
-    fitted = {"temperature": TEMPERATURE}
-    config = {"model": model, "classes": ["a", "b", "c"], "calibration": fitted}
     weights = safetensors.torch.save(joined_states(member.state_dict() for member in MEMBERS))
-    again = build_model(config, weights)
+    again = build_model(model_config(6, "abc", members=3, temperature=TEMPERATURE), weights)
     np.testing.assert_array_equal(probabilities(again), probabilities(Ensemble(MEMBERS, TEMPERATURE)))
     for members in (1, 2, 4):
         with pytest.raises(BundleError, match="does not have the weights of the model"):
-            build_model(config | {"model": model | {"members": members}}, weights)
+            build_model(model_config(6, "abc", members), weights)
 
 
 def test_its_maps_are_the_mean_of_its_members_maps() -> None:

@@ -105,7 +105,8 @@ def test_what_is_judged_is_the_mean_of_the_members_calibrated_probabilities(
     finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
 ) -> None:
     search, split = finished
-    temperature = final.config["calibration"]["temperature"]
+    assert final.config.calibration is not None
+    temperature = final.config.calibration.temperature
     assert temperature != pytest.approx(1, abs=0.05)
     mean_NC = np.mean([calibrated(model.probabilities_NC, temperature) for model in members], axis=0)
     assert final.predictions is not None and final.metrics.test is not None
@@ -151,7 +152,7 @@ def test_validation_predictions_that_a_lost_machine_has_damaged_cost_the_calibra
     for damaged in (b"", kept[:150]):
         experiment.write(file, damaged)
         made = BundleFiles(search.plan, split, {}, search.study, slots=1).final(best, members)
-        assert made.config["calibration"] is made.config["operating_point"] is None
+        assert made.config.calibration is made.config.operating_point is None
         assert f"{file} is missing or damaged" in caplog.text
         caplog.clear()
     experiment.write(file, kept)
