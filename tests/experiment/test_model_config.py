@@ -39,6 +39,7 @@ def test_values_within_bounds_are_read_as_they_are() -> None:
         ({"calibration": {"temperature": 0}}, "calibration.temperature"),
         ({"calibration": {"temperature": 1.5, "fitted_on": {}}}, "calibration.fitted_on"),
         ({"settings": {"name": "a", "trials": 8, "normalisation": "other"}}, "settings.normalisation"),
+        ({"settings": {"name": "a", "trials": 8, "normalisation": "unit", "seed": "7"}}, "settings.seed"),
         ({"training": {"configuration": {"depth": 3}, "epochs": 4}}, "training.configuration.*'depth' is unknown"),
         ({"training": {"configuration": [], "epochs": 4}}, "training.configuration"),
         ({"versions": None}, "versions"),
