@@ -39,6 +39,14 @@ def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
             assert link.fragment in map(slug, headings), f"{page.name}: {target}"
 
 
+def test_sections_of_pages_that_the_code_names_are_there() -> None:
+    files = [*REPOSITORY.glob("lungct_tune/**/*.py"), *REPOSITORY.glob("search_spaces/*.yaml")]
+    named = {pair for file in files for pair in re.findall(r'(docs/[\w-]+\.md), "([^"]+)"', file.read_text())}
+    assert named
+    for page, section in named:
+        assert re.search(rf"^#+ {re.escape(section)}$", (REPOSITORY / page).read_text(), re.M), (page, section)
+
+
 def test_pages_of_the_site_link_to_nothing_outside_of_it() -> None:
     """A link to a file elsewhere in the repository works on GitHub, and is dead on the site."""
     for page in PAGES[1:]:

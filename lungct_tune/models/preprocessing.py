@@ -34,7 +34,7 @@ def precision_for(device: torch.device) -> torch.dtype:
 def training_precision_for(device: torch.device) -> torch.dtype:
     """What the backbone computes in while it is trained: as `precision_for`, but bfloat16 on CPUs that compute in it.
 
-    There a step takes half the time (docs/benchmarks.md, "The precision of a CPU"). What predicts stays in float32 on
+    There a step takes half the time (docs/benchmarks.md, "The pipeline's share"). What predicts stays in float32 on
     CPUs, so that a model's figures do not depend on the processor.
     """
     if device.type != "cpu":

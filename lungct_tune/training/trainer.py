@@ -177,7 +177,7 @@ class Trainer:
             indices: of the images.
             images_NHW: other images than those of the training.
             rough: before the last epoch, estimate the batch-norm statistics from 64 images instead of 256
-                (docs/benchmarks.md, "Norms from fewer images").
+                (docs/benchmarks.md, "The pipeline's share").
         """
         self._estimate_norms(rough)
         images_NHW = self.images_NHW if images_NHW is None else images_NHW
