@@ -34,6 +34,10 @@ T = TypeVar("T")
 STEP_S = 1.0
 """A step ends with the first epoch that ends after so many seconds, so that the study and the display keep up."""
 
+AHEAD_S = 3.0
+"""The next step is trained before it is ordered if one took less than so many seconds. Who stops the search waits so
+much longer at most."""
+
 PAUSE_S = 5.0
 """How long a trial that has ended waits before it tries again to write its files to a storage that refused them."""
 
@@ -89,6 +93,9 @@ class TrialRunner:
         self._in_order = np.argsort(np.concatenate([fold.valid_rows for fold in folds]))
         self._history: list[EpochFigures] = []
         self._ended = False
+        self.goes_on = False
+        """Whether the next step will be ordered: the trial has not ended, and does not stand at a rung. Where a step
+        takes long, False."""
         # not a method of this object: a thread that still writes would keep the models of a trial that has ended
         self._state_file = partial(state_file, order.number, rank=self._rank)
         self._writer = StateWriter(plan.experiment, self._state_file)
@@ -121,6 +128,8 @@ class TrialRunner:
             outcome = Outcome.COMPLETED
             self._keep_model()
         self._ended, self._reported = outcome is not Outcome.RUNNING, len(self._history)
+        took_s = sum(figures.seconds for figures in self._history[known:])  # the same on all workers, as is the rest
+        self.goes_on = not self._ended and self._reported not in self._rungs and took_s < AHEAD_S
         cost = EpochCost(
             epochs=len(self._history) - known,
             images=self._images,

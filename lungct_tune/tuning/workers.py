@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -21,6 +21,9 @@ from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.storage_check import check_from_here
 from lungct_tune.tuning.trial_runner import TrialRunner
 
+if TYPE_CHECKING:
+    import torch
+
 
 class OutOfMemory(RuntimeError):
     """A trial needs more memory than its workers have. The message says of what kind."""
@@ -29,18 +32,19 @@ class OutOfMemory(RuntimeError):
 def run_worker(config: dict[str, Any]) -> None:
     """Runs a worker of a slot: it takes an order, runs a step of that trial and reports, until there are no orders.
 
+    The next step of a trial whose steps are short is trained before it is ordered. It will be, because early stopping
+    decides only at rungs. So the GPU does not wait until the report has been to the driver and back.
+
     Args:
         config: "plan" (SlotPlan), "group" (the id of the group of workers) and "slot" (its number).
 
     Raises:
         NodeRefused: the worker's node cannot use the storage. Such a node may have joined after the search started.
-        OutOfMemory: one of several workers has run out of memory; the others would wait for it.
+        OutOfMemory: see `Worker.step`.
     """
     import torch
     from ray.train import get_context
     from ray.train.torch import get_device
-
-    from lungct_tune.training.trainer import NotFiniteLoss
 
     plan: SlotPlan = config["plan"]
     mailbox, group = plan.mailbox, config["group"]
@@ -54,48 +58,85 @@ def run_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(plan.resources_per_worker["CPU"])))
     if (device := get_device()).type == "cuda":
         torch.cuda.set_device(device)  # workers with one fold each gather their results there
-    is_first = get_context().get_world_rank() == 0
-    drain = mailbox.get.remote((node, DRAIN, 0))
-
-    def must_save() -> bool:
-        return bool(ray.wait([drain], timeout=0)[0])
-
-    def warn(sentence: str) -> None:
-        mailbox.warn.remote(sentence)
-
-    trial: TrialRunner | None = None
+    worker = Worker(plan, device, config["slot"], drained=mailbox.get.remote((node, DRAIN, 0)))
     for sequence in range(1, 2**62):
-        order: TrialOrder | RetrainOrder | None = ray.get(mailbox.get.remote((group, ORDER, sequence)))
+        waiting = mailbox.get.remote((group, ORDER, sequence))
+        expected = worker.next_order
+        report = worker.step(expected) if expected else None
+        order: TrialOrder | RetrainOrder | None = ray.get(waiting)
         if order is None:
-            if trial is not None:
-                trial.close()
+            worker.close()
             return
+        if report is None or order != expected:
+            report = worker.step(order)
+        if get_context().get_world_rank() == 0:
+            ray.get(mailbox.put.remote((group, REPORT, sequence), report))
+
+
+class Worker:
+    """Runs the steps of a worker, of one trial after another.
+
+    Args:
+        plan, slot: see `run_worker`.
+        drained: is there when the worker's node will be lost.
+    """
+
+    def __init__(self, plan: SlotPlan, device: torch.device, slot: int, drained: ray.ObjectRef[None]) -> None:
+        self._plan, self._device, self._slot, self._drained = plan, device, slot, drained
+        self._trial: TrialRunner | None = None
+
+    @property
+    def next_order(self) -> TrialOrder | None:
+        """The order that comes next, if it is known already."""
+        return self._trial.order if self._trial and self._trial.goes_on else None
+
+    def step(self, order: TrialOrder | RetrainOrder) -> EpochReport:
+        """Runs a step of a trial, or a whole retraining.
+
+        Raises:
+            OutOfMemory: one of several workers has run out of memory; the others would wait for it.
+        """
+        import torch
+
+        from lungct_tune.training.trainer import NotFiniteLoss
+
         try:
-            if trial is None or trial.order != order:
-                if trial is not None:
-                    trial.drop()
-                trial = None
+            if self._trial is None or self._trial.order != order:
+                self._drop()
                 _free_memory()
             if isinstance(order, RetrainOrder):
-                retrain(plan, order, device, must_save, warn, partial(mailbox.note_epoch.remote, order.folder))
-                report = EpochReport(Outcome.COMPLETED)
-            else:
-                trial = trial or TrialRunner(plan, order, device, config["slot"], warn)
-                report = trial.run(must_save)
+                note_epoch = partial(self._plan.mailbox.note_epoch.remote, order.folder)
+                retrain(self._plan, order, self._device, self._must_save, self._warn, note_epoch)
+                return EpochReport(Outcome.COMPLETED)
+            self._trial = self._trial or TrialRunner(self._plan, order, self._device, self._slot, self._warn)
+            return self._trial.run(self._must_save)
         except NotFiniteLoss as error:  # of a retraining, on all workers; a trial reports it itself
-            report = EpochReport(Outcome.DIVERGED, reason=str(error))
+            return EpochReport(Outcome.DIVERGED, reason=str(error))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             in_capture = error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else None
-            reason = f"{device}: {first_line(in_capture or error)}"
-            if plan.workers > 1 or in_capture:  # the GPU may be unusable
+            reason = f"{self._device}: {first_line(in_capture or error)}"
+            if self._plan.workers > 1 or in_capture:  # the GPU may be unusable
                 raise OutOfMemory(reason) from None
-            if trial is not None:
-                trial.drop()
-            trial, report = None, EpochReport(Outcome.OUT_OF_MEMORY, reason=reason)
-        if is_first:
-            ray.get(mailbox.put.remote((group, REPORT, sequence), report))
+            self._drop()
+            return EpochReport(Outcome.OUT_OF_MEMORY, reason=reason)
+
+    def close(self) -> None:
+        """Saves the state of the trial, if it has not ended."""
+        if self._trial is not None:
+            self._trial.close()
+
+    def _drop(self) -> None:
+        if self._trial is not None:
+            self._trial.drop()
+        self._trial = None
+
+    def _must_save(self) -> bool:
+        return bool(ray.wait([self._drained], timeout=0)[0])
+
+    def _warn(self, sentence: str) -> None:
+        self._plan.mailbox.warn.remote(sentence)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -169,6 +169,16 @@ def test_a_slot_is_two_processes_and_saves_its_trial_when_it_is_released(endless
     assert list(slot.folder.glob("trials/0000/state-*.pt"))
 
 
+def test_the_next_step_is_trained_before_it_is_ordered_and_dropped_if_another_trial_is(endless: SlotPlan) -> None:
+    slot = stepped(endless)
+    assign(slot, 1)
+    epochs = [figures.epoch for figures in step(slot).epochs]
+    assert epochs == list(range(1, len(epochs) + 1))
+    slot.stop()
+    (state,) = slot.folder.glob("trials/*/state-*.pt")
+    assert state.parent.name == "0001" and int(state.name[6:10]) > epochs[-1]
+
+
 def test_a_killed_slot_leaves_no_worker_and_no_resources_held(endless: SlotPlan) -> None:
     from lungct_tune.tuning.groups import remove_placement_groups
 

@@ -68,6 +68,19 @@ def test_a_step_goes_to_the_next_rung_or_to_the_end_and_reports_all_epochs(plan:
     assert all(report.cost and report.cost.images == trial._images for report in (first, second, last))
 
 
+def test_the_next_step_is_known_but_at_rungs_at_the_end_and_where_steps_take_long(
+    plan: SlotPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_runner, "STEP_S", 0.0)
+    trial, goes_on = runner(plan, order(0), rungs=(2,)), list[bool]()
+    while not trial.run().is_last:
+        goes_on.append(trial.goes_on)
+    assert [*goes_on, trial.goes_on] == [True, False, True, False]
+    monkeypatch.setattr(trial_runner, "AHEAD_S", 0.0)
+    slow = runner(plan, order(1), rungs=(2,))
+    assert not slow.run().is_last and not slow.goes_on
+
+
 def test_a_trial_that_diverges_reports_the_epochs_before_it(plan: SlotPlan) -> None:
     trial = runner(plan, order(0), rungs=(), checkpoint_interval=3600)
 
