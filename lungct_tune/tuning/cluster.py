@@ -21,7 +21,7 @@ from lungct_tune.display import Display
 from lungct_tune.errors import first_line, number_of
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
-from lungct_tune.stopping import own_signals
+from lungct_tune.stopping import own_signals, stop_delayed
 from lungct_tune.tuning.allocation import (
     ClusterError,
     ResourcePlan,
@@ -115,7 +115,8 @@ def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
         yield connect(address, verbose, name)
     finally:
         if started_here:
-            ray.shutdown()
+            with stop_delayed():  # half of it would leave a process that waits for a minute and dies with status 1
+                ray.shutdown()
 
 
 def starts_here(address: str | None) -> bool:
