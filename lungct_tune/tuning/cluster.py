@@ -86,9 +86,10 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             "RAY_AUTH_TOKEN); RAY_AUTH_MODE must be the same here as there."
         ) from error
     except Exception as error:  # Ray raises any kind
-        if isinstance(error, OSError) and Path(str(error.filename)).name in (".ray", "auth_token"):
+        token = Path("~/.ray/auth_token").expanduser()
+        if isinstance(error, OSError) and Path(str(error.filename)) in (token, *token.parents):
             raise ClusterError(
-                f"Ray cannot write its token to {error.filename}: {error.strerror}. Set HOME to a folder that you can "
+                f"Ray cannot write its token to {token}: {error.strerror}. Set HOME to a folder that you can "
                 "write to, or RAY_AUTH_TOKEN to a long secret of your own"
             ) from error
         if not at and not has_local_cluster():
