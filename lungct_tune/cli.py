@@ -31,7 +31,10 @@ OBJECTS = 50_000
 """How many new objects start Python's search for cycles. With its default of 700, what a command imports is searched
 again and again, for a tenth of the time until it answers."""
 
-REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Errors of a disk that is full, or of a user who may not write more to it. A write that fails names no file."""
+
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, *FULL}
 """What the system refuses a user: permission, a write, a name that long, space. No other `OSError` is the user's."""
 
 COMMANDS = {
@@ -119,9 +122,10 @@ def exit_status(run: Callable[[], int | None], stopped: str = "") -> int:
         without_reader(sys.stdout.fileno())
         return 130
     except OSError as error:
-        if error.errno not in REFUSALS or error.filename is None:
+        if error.errno not in REFUSALS or (error.filename is None and error.errno not in FULL):
             raise
-        _say(f"error: {error.filename}: {error.strerror}")
+        where = error.filename or "the disk of the results, of the cache (XDG_CACHE_HOME) or of /tmp (TMPDIR)"
+        _say(f"error: {where}: {error.strerror}")
         return 2
 
 

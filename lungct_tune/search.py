@@ -19,7 +19,7 @@ from lungct_tune.cli import exit_status, terminal
 from lungct_tune.config.settings import Settings, read_settings
 from lungct_tune.display import Display, print_prose
 from lungct_tune.errors import UserError, number_of
-from lungct_tune.experiment.trial import BASELINE, best_trial
+from lungct_tune.experiment.trial import BASELINE, TrialRecord, best_trial
 
 if TYPE_CHECKING:  # imported only after the settings are checked, so that --help and errors in them answer at once
     from concurrent.futures import Future
@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # imported only after the settings are checked, so that --hel
     from lungct_tune.experiment.metrics import SeedComparison
     from lungct_tune.experiment.plan import Plan
     from lungct_tune.experiment.results import Bundle
-    from lungct_tune.experiment.trial import TrialRecord
     from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.final_slots import FinalSlots
     from lungct_tune.tuning.outlook import Outlook
@@ -71,14 +70,15 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             # imported here and not by two threads at once: packages that import each other in a circle can fail then
             import lungct_tune.auditing.audit
             import lungct_tune.reporting.console
+            from lungct_tune.tuning.callbacks.mlflow import check_tracking
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
-        settings = plan.settings
+            settings = plan.settings
+            check_tracking(settings.track, plan.experiment.name, new=not settings.resume)
         with plan.resumable():
             if settings.plan and starts_here(settings.address):
                 plan, split, _ = load_and_audit(plan, display)
-                if settings.weights != "none":  # else torch would be imported for nothing
-                    plan.read_weights()
+                plan.read_weights()
                 announce(plan, split, "", display)
                 return
             with joined_meanwhile(settings.address, settings.verbose, plan.experiment.name, display) as dashboard:

@@ -134,6 +134,9 @@ def test_a_refusal_of_the_system_is_a_sentence_and_another_error_is_not(
     denied, too_long = capsys.readouterr().err.splitlines()
     assert denied == "error: /ward/images: Permission denied"
     assert too_long == f"error: {tmp_path}/{'x' * 300}: File name too long"
+    with open("/dev/full", "wb", buffering=0) as full:
+        assert exit_status(lambda: full.write(b"x")) == 2
+    assert "the cache (XDG_CACHE_HOME) or of /tmp (TMPDIR): No space left on device" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
         exit_status(lambda: (tmp_path / "lost").stat().st_size)
 

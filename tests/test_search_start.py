@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 from rich.console import Console
@@ -21,9 +22,10 @@ from lungct_tune.experiment.bundle import CONFIG, write_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.lock import exclusive_lock
 from lungct_tune.experiment.plan import PlanError, plan_search
+from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.filesystem import StorageError
-from lungct_tune.search import SearchRun, main, start_search
+from lungct_tune.search import SearchRun, main, search, start_search
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,6 +91,50 @@ def test_a_search_that_another_process_runs_is_refused_before_its_storage_is_tou
     with exclusive_lock(plan.experiment):
         refused = refused_at_its_start(plan, StorageError)
     assert "another process is running one" in str(refused) and not checked
+
+
+def test_a_search_that_another_process_runs_is_refused_before_its_images_are_read(
+    phantoms: Path, tmp_path: Path
+) -> None:
+    """Found: it was refused after its images were read and Ray had started."""
+    asked = {"data": phantoms, "storage": str(tmp_path), "name": "one", "image_size": 32, "weights": "none"}
+    plan = plan_search(Settings.model_validate(asked), set())
+    plan.save(plan.load_and_split())
+    again, given = Settings(resume="one", storage=str(tmp_path)), {"resume", "storage"}
+    plan_search(again, given)
+    with exclusive_lock(plan.experiment):
+        with pytest.raises(StorageError, match="another process is running one"):
+            plan_search(again, given)
+        plan_search(again.model_copy(update={"plan": True}), given)  # which changes nothing
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ({"study": "sqlite:////nowhere/study.db"}, r"nowhere/study\.db cannot be opened: (.|\n)*Check --study"),
+        ({"study": "sqlite:///HERE/taken.db"}, r"there is a study 'one' in sqlite:.*taken\.db already"),
+        ({"track": "mlflow:http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9 cannot be used"),
+    ],
+)
+def test_a_database_or_a_server_that_cannot_be_used_is_refused_before_the_images_are_read(
+    where: dict[str, str], says: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lungct_tune.search.load_and_audit", pytest.fail)
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/taken.db", study_name="one")
+    where = {name: address.replace("HERE", str(tmp_path)) for name, address in where.items()}
+    asked = {"data": phantoms, "storage": str(tmp_path / "results"), "name": "one", "weights": "none"} | where
+    with pytest.raises(UserError, match=says):
+        search(Settings.model_validate(asked), set(), Console())
+
+
+def test_a_study_that_is_not_in_the_database_is_refused_at_once(phantoms: Path, tmp_path: Path) -> None:
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/other.db", study_name="other")
+    asked = {"data": phantoms, "storage": str(tmp_path), "name": "one", "image_size": 32, "weights": "none"}
+    plan = plan_search(Settings.model_validate(asked | {"study": f"sqlite:///{tmp_path}/own.db"}), set())
+    plan.save(plan.load_and_split())
+    again = Settings(resume="one", storage=str(tmp_path), study=f"sqlite:///{tmp_path}/other.db")
+    with pytest.raises(StudyError, match="there is no study 'one'"):
+        plan_search(again, {"resume", "storage", "study"})
 
 
 def test_a_folder_where_the_bundle_cannot_be_written_is_refused_before_anything_is_trained(

@@ -161,7 +161,7 @@ def require_space(cache: Path, needed: int) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
         if free < needed:  # a memory map on a full disk ends in SIGBUS, which cannot be caught
-            raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
+            raise OSError(f"{-(-needed // 10**6):,} MB are needed, and {free // 10**6:,} MB are free")
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise DataError(

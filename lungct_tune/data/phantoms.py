@@ -63,7 +63,7 @@ def make_phantoms(root: Path, seed: int, *, patients: int = 240, size: int = 48)
     folder = root / f"phantoms-v{_VERSION}-{patients}x{SLICES}-{size}px-seed{seed}"
     if folder.exists():
         return folder
-    require_space(root, 0)
+    require_space(root, patients * SLICES * (size**2 + 4096))  # a file has at least a block
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         unfinished = Path(scratch, folder.name)
         groups = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -97,6 +98,15 @@ def expected_bytes(settings: Settings, space: SearchSpace, slots: int) -> tuple[
     at_end = kept + weights * models * (1 + retrainings * (1 + STATE_SIZE))
     states = slots * 2 * STATE_SIZE * (settings.folds or 1)
     return at_end + weights * (2 + states), at_end
+
+
+def free_there(experiment: Experiment, needed: int) -> str:
+    """Words for the plan if the disk of a search has less space free than it may need; empty if not, or not known."""
+    if not experiment.is_local:
+        return ""
+    folder = next(path for path in (Path(experiment.uri), *Path(experiment.uri).parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return f"; only {as_size(free)} are free there" if free < needed else ""
 
 
 def weight_bytes(depth: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from threading import Event, Thread
-from typing import Any
+from typing import IO, Any
 
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import StorageError
@@ -62,16 +62,7 @@ def _locked_on_this_machine(experiment: Experiment) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"the study's folder {folder} cannot be used: {error}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(lock.fileno()).st_nlink:  # the process that had it has just removed it
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another process is running {experiment.name}; wait for it, or stop it first"
-            ) from error
-        except OSError:
-            pass
+        _lock(lock, fcntl.LOCK_EX, experiment)
         try:
             yield
         finally:
@@ -80,6 +71,27 @@ def _locked_on_this_machine(experiment: Experiment) -> Iterator[None]:
                     (folder / LOCK).unlink()
                     for path in made:
                         path.rmdir()
+
+
+def refuse_running(experiment: Experiment) -> None:
+    """Looks at the lock on this machine without taking it, so that a search that runs is refused before any work.
+
+    Raises:
+        StorageError: another process runs this search.
+    """
+    with suppress(OSError), (experiment.local_folder / LOCK).open() as lock:
+        _lock(lock, fcntl.LOCK_SH, experiment)
+
+
+def _lock(lock: IO[str], kind: int, experiment: Experiment) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        if not os.fstat(lock.fileno()).st_nlink:  # the process that had it has just removed it
+            raise BlockingIOError
+    except BlockingIOError as error:
+        raise StorageError(f"another process is running {experiment.name}; wait for it, or stop it first") from error
+    except OSError:
+        pass
 
 
 def _refuse_another_machine(experiment: Experiment, say: Callable[[str], None]) -> None:

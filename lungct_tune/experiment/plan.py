@@ -27,7 +27,7 @@ from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
-from lungct_tune.experiment.lock import exclusive_lock
+from lungct_tune.experiment.lock import exclusive_lock, refuse_running
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror
 from lungct_tune.filesystem import StorageError
 from lungct_tune.stopping import was_asked
@@ -211,10 +211,11 @@ class Plan:
         Raises:
             WeightsError: they are not available, or do not reach that depth.
         """
-        from lungct_tune.models.pretrained import read_covering
+        if self.settings.weights == "none":
+            return None
+        from lungct_tune.models.pretrained import read_covering  # imports torch
 
-        source = self.settings.weights or ""
-        return None if source == "none" else read_covering(source, self.space.deepest)
+        return read_covering(self.settings.weights or "", self.space.deepest)
 
     def check_weights(self, study: optuna.Study) -> None:
         """Checks that a file of weights is the one that the search started with. The study keeps its sha256.
@@ -257,11 +258,20 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
         PlanError: the name is taken, or there is no search of that name to resume.
         SettingsError: a setting cannot change in a resumed search.
         SpaceError: the search space cannot be used.
+        StorageError: another process runs it.
+        StudyError: the database of `study` cannot be used.
     """
     if asked.judge:
         asked = asked.model_copy(update={"resume": asked.judge, "judge": None, "hold_test": False})
         given = given | {"resume", "hold_test"}
-    return _resumed(asked, given) if asked.resume else _new(asked)
+    plan = _resumed(asked, given) if asked.resume else _new(asked)
+    if not asked.plan:
+        refuse_running(plan.experiment)
+        if plan.settings.study:
+            from lungct_tune.experiment.study import check_study  # a plan needs no database
+
+            check_study(plan.settings.study, plan.experiment.name, new=plan.fingerprint is None)
+    return plan
 
 
 def _new(asked: Settings) -> Plan:

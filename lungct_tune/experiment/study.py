@@ -96,30 +96,13 @@ def open_study(
     Raises:
         StudyError: the storage cannot be used, it has no such study, or the name of a new study is taken.
     """
-    from sqlalchemy.engine import make_url
-
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=rungs(epochs)[0], reduction_factor=REDUCTION)
-    where = f"{name!r} in {file}" if file else repr(name)
-    refusals: tuple[type[Exception], ...] = (*study_errors(), ImportError, ValueError)
-    try:
-        if isinstance(storage, str):
-            where += f" in {make_url(storage).render_as_string(hide_password=True)}"
-            if make_url(storage).get_backend_name() == "sqlite":
-                storage = RDBStorage(storage, {"connect_args": {"timeout": LOCKED_S}})
+    with _opened(storage, name, file) as opened:
         if not new:
-            study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+            study = optuna.load_study(storage=opened, study_name=name, pruner=pruner)
             check_trials(study)
             return study
-        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner)
-    except optuna.exceptions.DuplicatedStudyError as error:
-        raise StudyError(
-            f"there is a study {where} already, though no search of that name is in the --storage: its start may have "
-            "failed. Choose another --name, or delete that study if nobody needs it"
-        ) from error
-    except KeyError as error:
-        raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
-    except refusals as error:
-        raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
+        study = optuna.create_study(storage=opened, study_name=name, direction="maximize", pruner=pruner)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([OBJECTIVE_NAME])  # what optuna-dashboard calls it
@@ -130,6 +113,43 @@ def open_study(
             user_attrs={"configuration": hyperparameters.as_dict()},
         )
     return study
+
+
+def check_study(url: str, name: str, *, new: bool) -> None:
+    """Checks, before any work, that `open_study` will find a database with such a study, or for a new one without it.
+
+    Raises:
+        StudyError: see `open_study`.
+    """
+    with _opened(url, name) as storage:
+        is_there = name in optuna.get_all_study_names(storage)
+        if new and is_there:
+            raise optuna.exceptions.DuplicatedStudyError
+        if not new and not is_there:
+            raise KeyError(name)
+
+
+@contextmanager
+def _opened(storage: str | BaseStorage, name: str, file: Path | None = None) -> Iterator[BaseStorage]:
+    from sqlalchemy.engine import make_url
+
+    where = f"{name!r} in {file}" if file else repr(name)
+    refusals: tuple[type[Exception], ...] = (*study_errors(), ImportError, ValueError)
+    try:
+        if isinstance(storage, str):
+            where += f" in {make_url(storage).render_as_string(hide_password=True)}"
+            waits = {"timeout": LOCKED_S} if make_url(storage).get_backend_name() == "sqlite" else {}
+            storage = RDBStorage(storage, {"connect_args": waits})
+        yield storage
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise StudyError(
+            f"there is a study {where} already, though no search of that name is in the --storage: its start may have "
+            "failed. Choose another --name, or delete that study if nobody needs it"
+        ) from error
+    except KeyError as error:
+        raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
+    except refusals as error:
+        raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.display import print_prose
 from lungct_tune.errors import number_of
 from lungct_tune.experiment.bundle import CHECKSUMS, CONFIG, FOLDER, METRICS
-from lungct_tune.experiment.disk_use import as_size, expected_bytes, not_needed
+from lungct_tune.experiment.disk_use import as_size, expected_bytes, free_there, not_needed
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.forecast import as_range, as_time
 from lungct_tune.experiment.metrics import (
@@ -97,6 +97,7 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
     """
     settings = plan.settings
     while_it_runs, at_end = expected_bytes(settings, plan.space, slots)
+    free = free_there(plan.experiment, while_it_runs)
     work = f"{number_of(settings.trials or 0, 'trial')} of at most {number_of(settings.epochs or 0, 'epoch')}"
     console.print(f"\n{plan.experiment.name}: {work}", style="bold")
     lines = {
@@ -104,7 +105,7 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
         "dashboard": f"{dashboard} (if it asks for a token: ray get-auth-token)" if dashboard else "none yet",
         "experiment": plan.experiment.uri,
         "study": plan.study_url,
-        "disk": f"at most {as_size(while_it_runs)} while it runs, {as_size(at_end)} at its end",
+        "disk": f"at most {as_size(while_it_runs)} while it runs, {as_size(at_end)} at its end{free}",
     }
     if settings.track:
         lines["tracking"] = settings.track

@@ -21,7 +21,7 @@ from lungct_tune.display import Display
 from lungct_tune.errors import first_line, number_of
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
-from lungct_tune.stopping import own_signals
+from lungct_tune.stopping import own_signals, stop_delayed
 from lungct_tune.tuning.allocation import (
     ClusterError,
     ResourcePlan,
@@ -86,9 +86,10 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
             "RAY_AUTH_TOKEN); RAY_AUTH_MODE must be the same here as there."
         ) from error
     except Exception as error:  # Ray raises any kind
-        if isinstance(error, OSError) and Path(str(error.filename)).name in (".ray", "auth_token"):
+        token = Path("~/.ray/auth_token").expanduser()
+        if isinstance(error, OSError) and Path(str(error.filename)) in (token, *token.parents):
             raise ClusterError(
-                f"Ray cannot write its token to {error.filename}: {error.strerror}. Set HOME to a folder that you can "
+                f"Ray cannot write its token to {token}: {error.strerror}. Set HOME to a folder that you can "
                 "write to, or RAY_AUTH_TOKEN to a long secret of your own"
             ) from error
         if not at and not has_local_cluster():
@@ -115,7 +116,8 @@ def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
         yield connect(address, verbose, name)
     finally:
         if started_here:
-            ray.shutdown()
+            with stop_delayed():  # half of it would leave a process that waits for a minute and dies with status 1
+                ray.shutdown()
 
 
 def starts_here(address: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,6 +88,12 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cache folder .*file/cache cannot be used: .*; set XDG_CACHE_HOME"):
         make_phantoms(tmp_path / "file" / "cache", 0, patients=12, size=32)
+
+
+def test_a_full_disk_is_named_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=20_000))
+    with pytest.raises(DataError, match=r"cannot be used: 1 MB are needed, and 0 MB are free; set XDG_CACHE_HOME"):
+        make_phantoms(tmp_path, 0, patients=12, size=32)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

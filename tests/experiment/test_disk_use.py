@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from lungct_tune.experiment.disk_use import (
     STATE_SIZE,
     as_size,
     expected_bytes,
+    free_there,
     not_needed,
     sizes_by_kind,
     weight_bytes,
@@ -125,6 +127,15 @@ def test_the_space_of_a_running_search_counts_the_models_of_all_folds(tmp_path: 
     )
     assert one_left == five_left, "only the first fold's weights are kept"
     assert five - one == 4 * 3 * 2 * STATE_SIZE * weight_bytes(22)
+
+
+def test_a_plan_says_where_the_disk_has_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: a search began on a full disk without a word, and waited at the end of its first trial."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=90_000_000))
+    new = Experiment.at(str(tmp_path / "results"), "one")
+    assert free_there(new, 90_000_000) == ""
+    assert free_there(new, 90_000_001) == "; only 90 MB are free there"
+    assert free_there(Experiment.at("s3://bucket", "one"), 10**12) == ""
 
 
 def test_sizes_are_rounded_for_reading() -> None:

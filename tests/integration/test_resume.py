@@ -53,7 +53,7 @@ def test_a_search_goes_on_from_a_lost_worker_from_signals_and_the_loss_of_its_pr
         run.send_signal(signal.SIGTERM)
         output, _ = run.communicate(timeout=120)
     assert run.returncode == 130
-    assert re.search(r"^stopping; trial \d keeps its epoch \d", output, re.MULTILINE)
+    assert re.search(r"^stopping; trial \d is at epoch \d", output, re.MULTILINE)
     again = f" -m lungct_tune.search --resume killed --storage {tmp_path}"
     assert re.search(rf"^stopped\. To continue: \S+{re.escape(again)}$", output, re.MULTILINE)
     assert "Traceback" not in output

@@ -52,13 +52,15 @@ def test_a_token_that_is_missing_here_is_said_with_how_to_get_it(tmp_path: Path)
     assert "Run `ray get-auth-token` on its head" in said
 
 
-def test_a_home_that_cannot_be_written_is_named_where_ray_keeps_its_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("home", ["home", "home/me", "home/of/me"])
+def test_a_home_that_cannot_be_written_is_named_where_ray_keeps_its_token(home: str, tmp_path: Path) -> None:
+    """Also one that does not exist, as that of `nobody`."""
     (tmp_path / "home").write_text("")  # root may write to any folder, but not into a file
     here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
-    here |= {"HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(tmp_path)}
+    here |= {"HOME": str(tmp_path / home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(tmp_path)}
     start = "from lungct_tune.tuning.cluster import connect; connect('local', verbose=False)"
     said = subprocess.run([sys.executable, "-c", start], env=here, capture_output=True, text=True).stderr
-    assert f"ClusterError: Ray cannot write its token to {tmp_path}/home/.ray: Not a directory. Set HOME" in said
+    assert f"ClusterError: Ray cannot write its token to {tmp_path}/{home}/.ray/auth_token: Not a directory" in said
 
 
 def test_a_machine_that_is_too_busy_for_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_a_trial_that_failed_is_shown_when_the_study_is_told_of_it() -> None:
     assert not shown.progress._left._running
 
 
-def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
+def test_at_a_stop_it_says_at_once_where_each_trial_is_and_not_what_it_will_keep() -> None:
     shown = Shown(200, terminal=False)
     with shown.progress:
         for number in (9, 8, 7):
@@ -140,7 +140,7 @@ def test_at_a_stop_it_says_at_once_what_each_trial_keeps() -> None:
         shown.start(10)
         shown.progress.say_stopping()
     text = shown.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "stopping; trial 7 keeps its epoch 1, trial 8 its epoch 2, trial 9 its epoch 3. Ctrl-C again" in text
+    assert "stopping; trial 7 is at epoch 1, trial 8 is at epoch 2, trial 9 is at epoch 3. Ctrl-C again" in text
     shown = Shown(80)
     with shown.progress:
         shown.train(shown.start(7), 1, 0.3)

@@ -118,11 +118,13 @@ class ProgressCallback(SearchCallback):
     on_trial_error = on_trial_complete
 
     def say_stopping(self) -> None:
-        """Says that the search stops, and what the trials that run have."""
-        kept = [f"trial {n} its epoch {trial.epoch}" for n, trial in sorted(self._running.items()) if trial.epoch]
-        first, *others = [*kept[:3], f"{len(kept) - 3} others theirs"] if len(kept) > 3 else kept or [""]
-        keeps = f"; {first.replace(' its', ' keeps its')}" if first else "; no trial has an epoch to keep"
-        text = ", ".join([f"stopping{keeps}", *others])
+        """Says that the search stops, and where the trials that run are.
+
+        What they keep is known later: at a rung, and where the storage refuses, it is an older state.
+        """
+        at = [f"trial {n} is at epoch {trial.epoch}" for n, trial in sorted(self._running.items()) if trial.epoch]
+        more = [f"{len(at) - 3} others run"] if len(at) > 3 else []
+        text = f"stopping; {', '.join([*at[:3], *more]) or 'no trial has ended an epoch'}"
         self._stops = True
         print_prose(self._display.console, f"{text}. Ctrl-C again ends it without waiting", "yellow")
         self._held.enter_context(self._display.step("saving the states of the trials that run"))
