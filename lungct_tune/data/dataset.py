@@ -26,7 +26,7 @@ _READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 class CopyOf(NamedTuple):
-    """Two images that are copies; see `Copy` for the last four fields."""
+    """Two images that are copies; see `Copy` for the last five fields."""
 
     path: str
     other: str
@@ -34,8 +34,9 @@ class CopyOf(NamedTuple):
     other_class: str
     kind: str
     similarity: float
-    flip: str
+    way: str
     shift: float
+    is_inverted: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,8 +124,8 @@ def test_images_that_it_has_learned_from_are_told(
     same, saved_again = sorted((phantoms / "train").glob("normal/*.png"))[::6][:2]
     shutil.copy(same, data / "normal" / "same.png")
     with Image.open(saved_again) as image:
-        flipped = ImageOps.mirror(image.convert("L"))
-    flipped.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
+        changed = ImageOps.invert(image.convert("L")).transpose(Image.Transpose.ROTATE_90)
+    changed.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "trained on 1 of these files, and on images that look like 1 more" in said
