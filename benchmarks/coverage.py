@@ -78,7 +78,9 @@ def balanced_coverage(groups: tuple[int, ...], truth: float, simulations: int) -
     return float(np.mean(held))
 
 
-def macro_f1_coverage(groups: tuple[int, ...], truth: float, alike: float, simulations: int) -> float:
+def macro_f1_coverage(
+    groups: tuple[int, ...], truth: float, alike: float, simulations: int, *, is_unequal: bool = False
+) -> float:
     """Of the macro F1, with this sensitivity of each class; all wrong classes are equally likely."""
     held, k, class_of_G = [], len(groups), np.repeat(np.arange(len(groups)), groups)
     share_C = np.array(groups) / sum(groups)
@@ -86,7 +88,7 @@ def macro_f1_coverage(groups: tuple[int, ...], truth: float, alike: float, simul
     true_f1 = float(np.mean(2 * truth * share_C / (share_C + predicted_C)))
     for simulation in range(simulations):
         rng = np.random.default_rng([*groups, simulation])
-        groups_N = _draw_groups(rng, sum(groups), is_unequal=False)
+        groups_N = _draw_groups(rng, sum(groups), is_unequal)
         right_N, labels_N = _draw_right(rng, groups_N, truth, alike), class_of_G[groups_N]
         wrong_N = (labels_N + rng.integers(1, k, len(labels_N))) % k
         bootstrap = ClusterBootstrap(groups_N, seed=simulation)
@@ -141,11 +143,13 @@ def main() -> None:
         table.add_row(", ".join(map(str, of_classes)), *(f"{share:.3f}" for share in held))
     console.print(table)
     columns = [f"{truth}, {alike}" for truth, alike in kinds]
-    table = Table("groups of each class", *columns, title="macro F1, correlation in a group of 1 to 4 images")
-    for of_classes in CLASSES:
-        held = [macro_f1_coverage(of_classes, *kind, asked.simulations) for kind in kinds]
-        table.add_row(", ".join(map(str, of_classes)), *(f"{share:.3f}" for share in held))
-    console.print(table)
+    for is_unequal in (False, True):
+        sizes = "groups of very unequal sizes" if is_unequal else "groups of 1 to 4 images"
+        table = Table("groups of each class", *columns, title=f"macro F1, correlation in a group; {sizes}")
+        for of_classes in CLASSES:
+            held = [macro_f1_coverage(of_classes, *kind, asked.simulations, is_unequal=is_unequal) for kind in kinds]
+            table.add_row(", ".join(map(str, of_classes)), *(f"{share:.3f}" for share in held))
+        console.print(table)
     kinds = [(truth, alike) for truth in AUROCS for alike in SCORES_ALIKE]
     columns = [f"{truth}, {alike}" for truth, alike in kinds]
     table = Table("groups of the class", *columns, title="AUROC, correlation of scores in a group")
