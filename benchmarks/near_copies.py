@@ -59,6 +59,8 @@ def windowed(image: Image.Image, low: float, high: float, gamma: float) -> Image
     return image.point(np.round(255 * greys).astype(int).tolist())
 
 
+Turn = Image.Transpose
+
 KINDS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
     "JPEG, quality 20 to 90": lambda image, rng: jpeg(image, int(rng.integers(20, 91))),
     "rescaled, 0.4 to 2 times": lambda image, rng: rescaled(image, rng.uniform(0.4, 2)),
@@ -80,6 +82,13 @@ KINDS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
             rng.uniform(0.6, 1.4),
         ),
         int(rng.integers(50, 91)),
+    ),
+    "turned by 90° or 270°, flipped or not": lambda image, rng: image.transpose(
+        [Turn.ROTATE_90, Turn.ROTATE_270, Turn.TRANSPOSE, Turn.TRANSVERSE][rng.integers(4)]
+    ),
+    "inverted": lambda image, rng: ImageOps.invert(image),
+    "turned by 90°, inverted, rescaled, JPEG": lambda image, rng: jpeg(
+        rescaled(ImageOps.invert(image.transpose(Turn.ROTATE_90)), rng.uniform(0.6, 1.4)), int(rng.integers(50, 91))
     ),
 }
 

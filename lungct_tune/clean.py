@@ -49,7 +49,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
         StorageError: the storage refuses, or a search runs in it.
     """
     # imported only after the command line is checked, so that --help answers at once
-    from lungct_tune.experiment.bundle import has_bundle
+    from lungct_tune.experiment.bundle import FOLDER, find_bundle
     from lungct_tune.experiment.disk_use import as_size, not_needed, remove, sizes_by_kind
     from lungct_tune.experiment.folder import locate
     from lungct_tune.experiment.lock import exclusive_lock
@@ -59,7 +59,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     if not experiment.exists("settings.yaml"):
         raise NotCleaned(no_such_search(experiment))
     with exclusive_lock(experiment, console.print):
-        ended = has_bundle(experiment)
+        ended = find_bundle(experiment) == FOLDER
         if not asked.unfinished and not ended:
             raise NotCleaned(
                 f"{experiment.uri} has not ended, so nothing was removed. With --unfinished its states and weights are "

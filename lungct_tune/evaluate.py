@@ -82,6 +82,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
         skip_unreadable=asked.skip_unreadable,
         table=asked.table,
         window=bundle.window,
+        fewest_classes=1,  # the sensitivity for one class is worth knowing
     )
     metrics, predictions = evaluate_images(bundle, images, class_map, asked.data)
     network = Network(bundle.model, bundle.classes, settings.normalisation)

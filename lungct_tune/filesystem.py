@@ -34,6 +34,7 @@ CAUSES = {
     r"HTTP status 301|PERMANENT_REDIRECT": "the bucket is in another region; set AWS_REGION to it",
     r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE": "the server only answers with errors",
     r"No space left": "the disk is full",
+    r"not a regular file": "there is something else of this name; move it away, and restore the file",
 }
 """Patterns in the text of an error, and the likely cause of each."""
 

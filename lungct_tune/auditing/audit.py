@@ -186,9 +186,8 @@ def _by_class(names: Iterable[str]) -> dict[str, int]:
 
 
 def _change(files: pd.DataFrame, pair: CopyOf) -> str:
-    """How the images of a near-identical pair differ, as text: flip, shift, size, format."""
-    changes = [f"flipped {pair.flip}" if pair.flip in ("left-right", "top-bottom") else pair.flip]
-    changes.append(f"shifted by {pair.shift:.1%}" if pair.shift else "")
+    """How the images of a near-identical pair differ, as text: turn or flip, negative, shift, size, format."""
+    changes = [pair.way, "inverted" if pair.is_inverted else "", f"shifted by {pair.shift:.1%}" if pair.shift else ""]
     if pair.path in files.index and pair.other in files.index:
         first, second = files.loc[pair.path], files.loc[pair.other]
         if (first["width"], first["height"]) != (second["width"], second["height"]):

@@ -26,7 +26,7 @@ _READ_AS_EVER = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 class CopyOf(NamedTuple):
-    """Two images that are copies; see `Copy` for the last four fields."""
+    """Two images that are copies; see `Copy` for the last five fields."""
 
     path: str
     other: str
@@ -34,8 +34,9 @@ class CopyOf(NamedTuple):
     other_class: str
     kind: str
     similarity: float
-    flip: str
+    way: str
     shift: float
+    is_inverted: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,7 @@ def read_images(
     progress: bool = True,
     table: Path | None = None,
     window: Window | None = None,
+    fewest_classes: int = 2,
 ) -> ImageSet:
     """Finds, decodes and groups the images in `root`. Images that were read before come from the cache.
 
@@ -108,13 +110,14 @@ def read_images(
         progress: show a bar while decoding, if stderr is a terminal.
         table: a CSV of the images and their classes, see `find_listed`; `root` then needs no class folders.
         window: of CT values in DICOM files; None is each file's own.
+        fewest_classes: of how many classes there must be images.
 
     Raises:
         DataError: the folder's layout, a class name, groups.csv, the table, a file or the cache is not usable, or there
             are DICOM files and pydicom is not installed.
     """
     cache = cache or default_cache()
-    in_folder, sources = _find(root, class_map, table, cache, progress)
+    in_folder, sources = _find(root, class_map, table, cache, progress, fewest_classes)
     if in_folder.unmatched and check_map:
         raise DataError(
             f"{in_folder.unmatched}. Correct --class-map (for evaluate: --map), or class_map in the settings"
@@ -132,10 +135,11 @@ def read_images(
             "Repair or remove them, or leave them out with --skip-unreadable"
         )
     classes = tuple(sorted(set(labels)))
-    if len(classes) < 2:
+    if len(classes) < fewest_classes:
+        few = "fewer than two classes" if classes else "no class"
         raise DataError(
-            f"without the {number_of(len(unreadable), 'file')} that cannot be read, {root} has images of fewer than "
-            f"two classes; repair or rename {unreadable[0][0]}"
+            f"without the {number_of(len(unreadable), 'file')} that cannot be read, {root} has images of {few}; "
+            f"repair or rename {unreadable[0][0]}"
         )
     rows = pd.DataFrame(
         {
@@ -190,18 +194,23 @@ class _Source(NamedTuple):
 
 
 def _find(
-    root: Path, class_map: Mapping[str, str] | None, table: Path | None, cache: Path, progress: bool
+    root: Path,
+    class_map: Mapping[str, str] | None,
+    table: Path | None,
+    cache: Path,
+    progress: bool,
+    fewest_classes: int,
 ) -> tuple[Found, list[_Source]]:
     """Finds the images in a data folder, and what is known of each; leaves DICOM files aside that are no slices."""
     if table is None:
-        found = find_images(root, class_map)
+        found = find_images(root, class_map, fewest_classes)
         digests = _digests(root, [file.path for file in found.files])
         headers = read_headers(root, digests, cache, progress)
     else:
         all_files = scan_folder(root)
         digests = _digests(root, all_files.files)
         headers = read_headers(root, digests, cache, progress)
-        found = find_listed(root, table, all_files, headers, pseudonyms(cache), class_map)
+        found = find_listed(root, table, all_files, headers, pseudonyms(cache), class_map, fewest_classes)
     aside: dict[str, list[str]] = {}
     for path in (file.path for file in found.files if file.path in headers):
         if (header := headers[path]) is None:

@@ -113,7 +113,7 @@ def scan_folder(root: Path) -> Scan:
         raise DataError(f"{root} cannot be read: {error.strerror or error}") from error
 
 
-def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found:
+def find_images(root: Path, class_map: Mapping[str, str] | None = None, fewest_classes: int = 2) -> Found:
     """Finds the images below `root`, with the classes of their folders.
 
     The class folders are inside train, valid and test (or their usual synonyms), or side by side in one folder, which
@@ -123,7 +123,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
 
     Raises:
         DataError: no images, images outside a class folder, an empty class folder, a folder whose class is
-            unknown, class folders in several places, fewer than two classes, or a malformed groups.csv.
+            unknown, class folders in several places, fewer than `fewest_classes`, or a malformed groups.csv.
     """
     found = scan_folder(root)
     spellings = spellings_of(class_map)
@@ -160,11 +160,11 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None) -> Found
     if unknown:
         raise DataError(_unknown_classes(root, unknown))
     classes = {file.class_name for file in files}
-    if len(classes) < 2 and not found.unreadable:
+    if len(classes) < fewest_classes and not found.unreadable:
         only = f"only the class {classes.pop()!r}" if classes else "no images"
         raise DataError(
-            f"found {only} in {root}; expected at least two folders named after their classes, "
-            f"in train/, valid/, test/ or directly in the data folder{_aside_in_words(found)}"
+            f"found {only} in {root}; expected at least {number_of(fewest_classes, 'folder')} named after their "
+            f"classes, in train/, valid/, test/ or directly in the data folder{_aside_in_words(found)}"
         )
     holding = {
         folder for file in {PurePosixPath(file.path).parent for file in files} for folder in (file, *file.parents)

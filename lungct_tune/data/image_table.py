@@ -33,6 +33,7 @@ def find_listed(
     headers: Mapping[str, Header | None],
     pseudonym: Pseudonym,
     class_map: Mapping[str, str] | None = None,
+    fewest_classes: int = 2,
 ) -> Found:
     """Finds the images that a table names.
 
@@ -47,9 +48,10 @@ def find_listed(
         headers: of the DICOM files in it, by path; None for one that could not be read.
         pseudonym: what hashed the series in `headers`.
         class_map: other names for classes of the table.
+        fewest_classes: how many classes it must have.
 
     Raises:
-        DataError: the table is malformed, names an image twice or one that is not there, or has fewer than two classes.
+        DataError: the table is malformed, names an image twice or one that is not there, or has too few classes.
     """
     unread: list[tuple[str, str]] = []
     if SERIES in read_rows(table):
@@ -59,8 +61,9 @@ def find_listed(
         rows = read_listing(table, ["path", CLASS], found.files, root, root, also=[GROUP])
     spellings = spellings_of(class_map)
     classes = {name: class_in_table(name, spellings) for name in rows[CLASS].unique()}
-    if len(set(classes.values())) < 2:
-        raise DataError(f"{table} has images of fewer than two classes; add lines for another class")
+    if len(set(classes.values())) < fewest_classes:
+        few = "fewer than two classes; add lines for another class" if len(classes) else "no class; it has no lines"
+        raise DataError(f"{table} has images of {few}")
     files = [ImageFile(str(path), "", classes[name]) for path, name in rows[CLASS].items()]
     known = {path: group.name for path, group in listed_groups(root, found.groups, found.files).items()}
     if GROUP in rows:

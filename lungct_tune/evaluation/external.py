@@ -67,8 +67,8 @@ def evaluate_images(
         The figures and the predictions.
 
     Raises:
-        EvaluateError: some images are of classes that the bundle does not have, or the bundle is of an earlier version
-            that did not list its training images.
+        EvaluateError: some images are of classes that the bundle does not have, all are mapped to `OTHER`, or the
+            bundle is of an earlier version that did not list its training images.
     """
     if bundle.learned is None:
         raise EvaluateError(
@@ -79,6 +79,8 @@ def evaluate_images(
     names_N = _names(images, classes)
     is_other_N = (names_N == OTHER) & (OTHER not in classes)  # it may be the name of a class of the model
     evaluated = np.flatnonzero(~is_other_N)
+    if not len(evaluated):
+        raise EvaluateError(f"all {len(names_N)} images in {images.root} are mapped to {OTHER}, so none is left")
     labels_N = np.array([classes.index(name) for name in names_N[evaluated]])
     rows = images.table.iloc[evaluated]
     classified = bundle.classify(images.images_NHW[evaluated], rows["digest"].to_numpy())
@@ -89,7 +91,9 @@ def evaluate_images(
         uncalibrated_NC = cancer_or_normal(uncalibrated_NC, bundle.classes)
         probabilities_NC = cancer_or_normal(probabilities_NC, bundle.classes)
 
+    # a rule that always names the only class is right on all of its images, and says nothing of the model
     largest = int(np.bincount(labels_N).argmax())
+    always = {"majority class": (classes[largest], np.full(len(evaluated), largest))} if np.ptp(labels_N) else {}
     groups_N = rows["group"].to_numpy()
     test = evaluate_predictions(
         labels_N,
@@ -98,7 +102,7 @@ def evaluate_images(
         groups_N,
         uncalibrated_NC=uncalibrated_NC if scaling else None,
         scaling=scaling,
-        references={"majority class": (classes[largest], np.full(len(evaluated), largest))},
+        references=always,
         overlap_N=np.isin(groups_N, groups_N[seen_N != NEW]),
         threshold=bundle.threshold,
         at_95_specificity=point.at_95_specificity if point else None,

@@ -152,11 +152,12 @@ def balanced_difference(
 
 
 def _two_classes(is_N: np.ndarray, positive_N: np.ndarray, bootstrap: ClusterBootstrap) -> dict[str, Figure]:
+    has_both = is_N.any() and not is_N.all()  # predictive values are 0 or 1 among images of one kind
     return {
         "sensitivity": bootstrap.rate(positive_N, is_N),
         "specificity": bootstrap.rate(~positive_N, ~is_N),
-        "ppv": bootstrap.rate(is_N, positive_N),
-        "npv": bootstrap.rate(~is_N, ~positive_N),
+        "ppv": bootstrap.rate(is_N, positive_N & has_both),
+        "npv": bootstrap.rate(~is_N, ~positive_N & has_both),
     }
 
 
@@ -168,7 +169,9 @@ def _one_class(
         n=int(is_N.sum()),
         **_two_classes(is_N, positive_N, bootstrap),
         auroc=bootstrap.figure(auroc(is_N, score_N), min(of_class, others), is_rate=True),
-        average_precision=bootstrap.figure(average_precision(is_N, score_N), of_class, is_rate=True),
+        average_precision=Figure(None, None)
+        if is_N.all()  # it is 1 whatever the model says
+        else bootstrap.figure(average_precision(is_N, score_N), of_class, is_rate=True),
     )
 
 

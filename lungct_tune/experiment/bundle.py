@@ -67,8 +67,17 @@ def has_bundle(experiment: Experiment) -> bool:
 
 
 def find_bundle(experiment: Experiment) -> str | None:
-    """The bundle's folder: `best`, or before the search has ended the newest in `so_far/`. None if there is none."""
+    """The bundle's folder: `best`, or before the search has ended the newest in `so_far/`. None if there is none.
+
+    Raises:
+        BundleError: `best` has lost its checksums.
+    """
     so_far = _complete_so_far(experiment)  # listed first: the search deletes it once `best/` is written
+    if not has_bundle(experiment) and not so_far and experiment.files(FOLDER):
+        raise BundleError(
+            f"{experiment.uri}/{FOLDER} has no {CHECKSUMS}, so it is no complete bundle. Restore that file, or move "
+            f"the folder away: search --resume {experiment.name} then writes it again"
+        )
     return FOLDER if has_bundle(experiment) else max(so_far, default=None)
 
 

@@ -34,7 +34,7 @@ def read_json(content: bytes, file: str) -> Any:
     try:
         return json.loads(content, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is not JSON: {str(error)[:_LONGEST]}") from None
+        raise BundleError(f"{file} is not JSON: {str(error)[:_LONGEST]}; restore it") from None
 
 
 def check_form(values: Any, form: Any, file: str, *, strict: bool = False) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lungct_tune.config.search_space import SearchSpace, SpaceError, parse_space
 from lungct_tune.config.settings import OF_ONE_RUN, SettingsError, flags, validate
 from lungct_tune.config.yaml_file import parse_yaml
 from lungct_tune.experiment.folder import Experiment
 
-SETTINGS = "settings.yaml"
+SETTINGS, SPACE = "settings.yaml", "space.yaml"
 
 
 def read_kept(experiment: Experiment) -> dict[str, Any] | None:
@@ -46,6 +47,23 @@ def read_kept(experiment: Experiment) -> dict[str, Any] | None:
         raise SettingsError(f"{file} is not one that a search wrote: {error}") from error
     defaults = checked.model_dump(mode="json", exclude={*OF_ONE_RUN, "data", "study"})
     return {"data": None, "study": None} | defaults | used
+
+
+def read_kept_space(experiment: Experiment) -> tuple[str, SearchSpace]:
+    """The text of a search's space.yaml, and the space.
+
+    Raises:
+        SettingsError: the file is missing, or not one that this program wrote.
+        StorageError: the storage refuses.
+    """
+    file, kept = f"{experiment.uri}/{SPACE}", experiment.read(SPACE)
+    if kept is None:
+        raise SettingsError(f"{file} is missing; restore it")
+    text = kept.decode(errors="replace")
+    try:
+        return text, parse_space(text, file)
+    except SpaceError as error:
+        raise SettingsError(f"{error}; restore it, since the search wrote another one") from error
 
 
 def confirm_study(kept: Mapping[str, Any], experiment: Experiment, given: Collection[str]) -> None:

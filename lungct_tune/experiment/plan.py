@@ -26,7 +26,7 @@ from lungct_tune.errors import UserError, number_of
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
-from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept
+from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept, read_kept_space
 from lungct_tune.experiment.lock import exclusive_lock, refuse_running
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror
 from lungct_tune.filesystem import StorageError
@@ -365,8 +365,7 @@ def read_plan(experiment: Experiment, given: Collection[str], **elsewhere: Any) 
     confirm_study(kept, experiment, given)
     confirm_paths(kept, experiment, given)
     fingerprint = kept.pop("fingerprint")
-    text = (experiment.read("space.yaml") or b"").decode(errors="replace")
-    space = parse_space(text, f"{experiment.uri}/space.yaml")
+    text, space = read_kept_space(experiment)
     return Plan(validate(kept | {"study": None} | elsewhere), experiment, space, text, fingerprint)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import BaseModel, FiniteFloat
 
 from lungct_tune.auditing.findings import Audit
-from lungct_tune.config.search_space import SearchSpace, parse_space
+from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
 from lungct_tune.data.tables import read_table
@@ -34,7 +34,7 @@ from lungct_tune.experiment.bundle import (
 )
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import check_form, read_json, written_by_a_search
-from lungct_tune.experiment.kept_settings import confirm_study, read_kept
+from lungct_tune.experiment.kept_settings import confirm_study, read_kept, read_kept_space
 from lungct_tune.experiment.metrics import BundleMetrics, SeedComparison, TestMetrics, metrics_json, read_metrics
 from lungct_tune.experiment.model_config import ModelConfig, read_config
 from lungct_tune.experiment.predictions import Predictions, read_predictions
@@ -259,17 +259,17 @@ def gather_results(experiment: Experiment, study: optuna.Study, bundle: Bundle |
     """Gathers the results of an experiment, whose study is open and whose bundle is already read."""
     kept = read_kept(experiment)
     assert kept is not None  # the caller has read it
-    space, split, audit = (experiment.read(name) for name in ("space.yaml", SPLIT, AUDIT))
+    split, audit = (experiment.read(name) for name in (SPLIT, AUDIT))
     check_trials(study)
     trials = read_trials(study)
     ended = sum(trial.is_finished for trial in trials)  # more than asked for, if `--resume` got a lower --trials
     return SearchResults(
         settings=kept | {"trials": max(kept["trials"], ended)},
-        space=parse_space((space or b"").decode(errors="replace"), f"{experiment.uri}/space.yaml"),
+        space=read_kept_space(experiment)[1],
         study=check_form(study.user_attrs, _StudyAttributes, "the study").model_dump(),
         trials=trials,
-        split=_read_split(split or b""),
-        audit=check_form(read_json(audit, AUDIT), Audit, AUDIT) if audit else None,
+        split=_read_split(split, f"{experiment.uri}/{SPLIT}"),
+        audit=None if audit is None else check_form(read_json(audit, f"{experiment.uri}/{AUDIT}"), Audit, AUDIT),
         bundle=bundle,
     )
 
@@ -287,8 +287,10 @@ class _StudyAttributes(BaseModel, extra="allow"):
     planned: _Planned | None = None
 
 
-def _read_split(csv: bytes) -> pd.DataFrame:
-    with written_by_a_search(SPLIT):
+def _read_split(csv: bytes | None, file: str) -> pd.DataFrame:
+    if csv is None:
+        raise BundleError(f"{file} is missing; restore it")
+    with written_by_a_search(file):
         table = read_table(csv)
         if not set(table["split"]) <= set(SPLITS):
             raise ValueError(f"a split is called {min(set(table['split']) - set(SPLITS))!r}")
@@ -308,7 +310,6 @@ def _open_study(experiment: Experiment, name: str, url: str | None, scratch: Pat
     except UserError:
         raise
     except Exception as error:  # Optuna and SQLAlchemy raise any kind about a damaged study
-        where = "its database" if url else experiment.uri
-        raise NothingHeld(
-            f"the study {name!r} cannot be read from {where}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        where, remedy = ("its database", "check --study") if url else (experiment.uri, f"restore {JOURNAL}")
+        reason = "it is not there" if isinstance(error, KeyError) else f"{type(error).__name__}: {first_line(error)}"
+        raise NothingHeld(f"the study {name!r} cannot be read from {where}: {reason}; {remedy}") from error

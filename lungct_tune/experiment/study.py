@@ -147,7 +147,8 @@ def _opened(storage: str | BaseStorage, name: str, file: Path | None = None) -> 
             "failed. Choose another --name, or delete that study if nobody needs it"
         ) from error
     except KeyError as error:
-        raise StudyError(f"there is no study {where}; give the --study that the search was started with") from error
+        remedy = "restore that file" if file else "give the --study that the search was started with"
+        raise StudyError(f"there is no study {where}; {remedy}") from error
     except refusals as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
 

@@ -20,12 +20,13 @@ def cancer_section(test: TestMetrics, predictions: Predictions) -> dict[str, Any
         return None
     is_N = predictions.labels_N != classes.index(NORMAL)
     score_N = cancer_or_normal(predictions.probabilities_NC, classes)[:, 0]
+    has_both = is_N.any() and not is_N.all()
     return {
         "rule": _rule(cancer),
         "difference": _difference(cancer, test.confusion_matrix, classes),
         "calibration": _calibration(calibration_line(is_N, score_N, ClusterBootstrap(predictions.groups_N))),
-        "roc": test_charts.cancer_roc(is_N, score_N, cancer),
-        "decision": test_charts.decision(is_N, score_N),
+        "roc": test_charts.cancer_roc(is_N, score_N, cancer) if has_both else None,
+        "decision": test_charts.decision(is_N, score_N) if has_both else None,
     }
 
 

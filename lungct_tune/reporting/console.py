@@ -292,6 +292,8 @@ def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console,
             "bold yellow",
         )
     print_figures(metrics.test, console, title="accuracy")
+    if missing := missing_in_words(metrics.test.missing):
+        print_prose(console, missing.strip())
     if phantoms:
         print_prose(console, TRAINED_ON_PHANTOMS, "bold yellow")
 

@@ -87,6 +87,11 @@ def _worth(new: TestMetrics | WithoutOverlap) -> str:
     """What the figures on groups that the model was not trained on are worth."""
     if not new.n:
         return "None: no group is new to the model."
+    if not new.references:
+        return (
+            "The images are of one class. They show how many of them the model recognises, and not whether it tells "
+            "classes apart: a rule that always names this class is right on all of them."
+        )
     compared = against_the_simple(new, disease=True)
     if not is_above_zero(hardest(new)):
         return compared

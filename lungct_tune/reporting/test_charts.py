@@ -106,11 +106,10 @@ def _defined(labels_N: np.ndarray, classes: Iterable[str]) -> list[tuple[int, st
 def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> Markup:
     """Sensitivity for cancer against 1 - specificity, with the thresholds that were chosen on other images."""
     chart, axes = _of_shares(diagonal=True)
-    if is_N.any() and not is_N.all():
-        false_alarms, sensitivity, _ = roc_curve(is_N, score_N)
-        (line,) = axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
-        images = f"{cancer.n_cancer} images of cancer, {cancer.n_normal} normal images"
-        line.set_gid(chart.tip(f"{images}: AUROC {_with_interval(cancer.auroc)}"))
+    false_alarms, sensitivity, _ = roc_curve(is_N, score_N)
+    (line,) = axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
+    images = f"{cancer.n_cancer} images of cancer, {cancer.n_normal} normal images"
+    line.set_gid(chart.tip(f"{images}: AUROC {_with_interval(cancer.auroc)}"))
     at = cancer.at_95_specificity
     points: list[tuple[str, str, CancerMetrics | RatesAt]] = [("o", "operating point", cancer)]
     if at is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,24 +79,27 @@ def orders_of(settings: Settings, trial: TrialRecord, test: SharedDataset) -> li
 
 
 def read_result(experiment: Experiment, order: RetrainOrder) -> RetrainedModel | None:
-    """The model of a retraining; None if it has not ended, or a machine that was lost has left damaged files.
+    """The model of a retraining; None if it has not ended, or, with a warning, if its files are damaged.
+
+    A machine that is lost may leave such files.
 
     Raises:
         StorageError: its files cannot be read.
     """
     import safetensors.torch
 
-    predictions = experiment.read(order.file(PREDICTIONS))
-    weights = experiment.read(order.file(WEIGHTS)) if predictions else None
-    if not weights or not predictions:
+    predictions = experiment.read(order.file(PREDICTIONS))  # the last to be written
+    if predictions is None:
         return None
-    features = experiment.read(order.file(FEATURES))
+    weights, features = experiment.read(order.file(WEIGHTS)) or b"", experiment.read(order.file(FEATURES))
     try:
         safetensors.torch.load(weights)
         if features is not None:
             dict(np.load(io.BytesIO(features)))
         return RetrainedModel(weights, np.load(io.BytesIO(predictions)), features)
     except Exception:  # the libraries raise any kind
+        where = f"{experiment.uri}/{order.folder}"
+        logging.getLogger(__name__).warning("%s runs again: its files in %s are damaged", order.what, where)
         return None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CT_IMAGES
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 from test_shortcuts import an_image_set
 
@@ -51,6 +51,16 @@ def copy_across(folder: Path, images: int = 4) -> list[str]:
     for path in sorted((folder / "train" / "normal").iterdir())[:images]:
         copied.append(shutil.copy(path, folder / "valid" / "normal" / f"copy-{path.name}"))
     return [Path(path).relative_to(folder).as_posix() for path in copied]
+
+
+def test_what_was_done_to_a_copy_is_said(clean: Path) -> None:
+    original, other, *_ = sorted((clean / "train" / "normal").iterdir())
+    Image.open(original).convert("L").transpose(Image.Transpose.ROTATE_90).save(clean / "valid/normal/turned.png")
+    ImageOps.invert(ImageOps.mirror(Image.open(other).convert("L"))).save(clean / "valid/normal/negative.png")
+    pairs = audited(clean, "--split", "official")["copies"]["pairs"]
+    changes = {pair["second"]["path"]: pair["change"] for pair in pairs}
+    assert changes["valid/normal/turned.png"] == "turned left by 90°"
+    assert changes["valid/normal/negative.png"] == "flipped left-right, inverted"
 
 
 @pytest.mark.parametrize(("split", "seed"), [("official", 0), ("official", 1), ("grouped", 2)])

@@ -14,7 +14,7 @@ from near_copies import jpeg, rescaled, shifted, windowed
 from PIL import Image, ImageOps
 
 from lungct_tune.data import group_overlap, make_phantoms, read_images, split_images
-from lungct_tune.data.copies import PRINT, Copy, find_copies
+from lungct_tune.data.copies import PRINT, WAYS, Copy, find_copies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,15 @@ KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "flipped left-right": ImageOps.mirror,
     "flipped top-bottom": ImageOps.flip,
     "turned by 180°": lambda image: ImageOps.flip(ImageOps.mirror(image)),
+    "turned right by 90°": lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    "turned left by 90°": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "turned right by 90° and flipped left-right": lambda image: ImageOps.mirror(
+        image.transpose(Image.Transpose.ROTATE_270)
+    ),
+    "turned left by 90° and flipped left-right": lambda image: ImageOps.mirror(
+        image.transpose(Image.Transpose.ROTATE_90)
+    ),
+    "inverted": ImageOps.invert,
     "shifted": lambda image: shifted(image, 0.04, -0.03),
     "narrower window": lambda image: windowed(image, 0.05, 0.9, 1),
     "gamma": lambda image: windowed(image, 0, 1, 0.6),
@@ -52,9 +61,21 @@ def test_a_changed_copy_is_found_and_nothing_else(patients: list[Image.Image], k
     found = copies_among(patients + [KINDS[kind](image) for image in patients[:20]])
     assert {(copy.first, copy.second) for copy in found} == {(i, 40 + i) for i in range(20)}
     assert {copy.kind for copy in found} == {"near-identical"}
-    flips = {copy.flip for copy in found}
-    assert flips == {kind.removeprefix("flipped ")} if "flipped" in kind or "turned" in kind else flips == {""}
+    assert {copy.way for copy in found} == {kind if kind in WAYS else ""}
+    assert {copy.is_inverted for copy in found} == {kind == "inverted"}
     assert all((copy.shift > 0.02) == (kind == "shifted") for copy in found)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way])
+def test_a_negative_of_half_the_height_is_found_whatever_way_it_was_turned(
+    patients: list[Image.Image], way: str
+) -> None:
+    flat = [image.resize((image.width, image.height // 2)) for image in patients[:20]]
+    changed = [ImageOps.invert(jpeg(KINDS[way](image), 60)) for image in flat]
+    found = copies_among(flat + changed)
+    assert [(copy.first, copy.second, copy.way, copy.is_inverted) for copy in found] == [
+        (i, 20 + i, way, True) for i in range(20)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -111,7 +132,9 @@ def test_the_more_copies_of_an_image_the_more_pairs_but_one_set(patients: list[I
     assert reached == {7, *range(40, 60)}
 
 
-@pytest.mark.parametrize("kind", ["half as large", "flipped top-bottom", "shifted", "narrower window"])
+@pytest.mark.parametrize(
+    "kind", ["half as large", "flipped top-bottom", "turned left by 90°", "inverted", "shifted", "narrower window"]
+)
 @pytest.mark.parametrize("where", ["train", "test"])
 def test_no_grouped_split_parts_copies_and_the_official_one_counts_them(tmp_path: Path, kind: str, where: str) -> None:
     folder = make_phantoms(tmp_path, seed=5, patients=12, size=96)

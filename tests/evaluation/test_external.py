@@ -116,6 +116,27 @@ def test_the_four_classes_are_judged_with_calibrated_probabilities(
     assert metrics["test"]["leak_free"] is None and "trained on" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", [CANCERS[0], "normal"])
+def test_images_of_one_class_show_its_sensitivity_and_what_needs_two_is_not_defined(
+    bundle: Path, elsewhere: Path, tmp_path: Path, name: str
+) -> None:
+    data = tmp_path / "one"
+    shutil.copytree(elsewhere / name, data / name)
+    ended = run(bundle, "--data", data, "--out", tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
+    assert "the figures say nothing about these classes" in ended.stdout and "always" not in ended.stdout
+    metrics, predictions = judged(tmp_path / "out")
+    of_class, cancer = metrics["test"]["per_class"][name], metrics["test"]["cancer_vs_normal"]
+    assert of_class["sensitivity"]["value"] == pytest.approx(right_N(predictions).mean())
+    assert of_class["sensitivity"]["ci95"] and metrics["test"]["references"] == {}
+    undefined = ("specificity", "ppv", "npv", "auroc", "average_precision")
+    assert [of_class[figure]["value"] for figure in undefined] == [None] * 5
+    known = {rate for rate in ("sensitivity", "specificity") if cancer[rate]["value"] is not None}
+    assert known == {"specificity" if name == "normal" else "sensitivity"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The images are of one class." in page and "decision curve" not in page and "For comparison" not in page
+
+
 def test_images_that_it_has_learned_from_are_told(
     bundle: Path, elsewhere: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,8 +145,8 @@ def test_images_that_it_has_learned_from_are_told(
     same, saved_again = sorted((phantoms / "train").glob("normal/*.png"))[::6][:2]
     shutil.copy(same, data / "normal" / "same.png")
     with Image.open(saved_again) as image:
-        flipped = ImageOps.mirror(image.convert("L"))
-    flipped.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
+        changed = ImageOps.invert(image.convert("L")).transpose(Image.Transpose.ROTATE_90)
+    changed.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "trained on 1 of these files, and on images that look like 1 more" in said
@@ -189,7 +210,7 @@ def test_only_copies_and_neighbours_are_like_what_was_learned_from(tmp_path: Pat
     [
         (["--map", "normal=malignant"], "normal=malignant: this bundle's images can be adenocarcinoma, large cell"),
         (["--map", "normal"], "expected FOLDER=CLASS[,FOLDER=CLASS...]"),
-        (["--map", ",".join(f"{name}=other" for name in (*CANCERS, "normal"))], "expected at least two"),
+        (["--map", ",".join(f"{name}=other" for name in (*CANCERS, "normal"))], "mapped to other, so none is left"),
         (["--map", "Normals=other"], "is called 'Normals' (did you mean normal?); there are adenocarcinoma, "),
         (["--data", "UNKNOWN"], "the classes of these folders"),
         (["--data", "EMPTY"], "found no images"),

@@ -77,7 +77,7 @@ def test_what_is_not_needed_is_said_and_removed_and_nothing_else(
 def test_a_search_that_has_not_ended_keeps_all_without_a_word_of_the_user(
     experiment: Experiment, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment.delete("best/checksums.txt")
+    experiment.delete_folder("best")
     before = experiment.files()
     assert clean([experiment.uri]) == 2
     assert "has not ended, so nothing was removed" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_a_search_that_has_not_ended_keeps_all_without_a_word_of_the_user(
 
 
 def test_a_retraining_that_has_ended_is_kept_for_the_bundle(experiment: Experiment) -> None:
-    experiment.delete("best/checksums.txt")
+    experiment.delete_folder("best")
     folder = "final/trial_0007_012_epochs"
     for name in ("model.safetensors", "features.npz", "test_probabilities.npy"):
         experiment.write(f"{folder}/{name}", b"done")

@@ -156,14 +156,21 @@ def test_a_damaged_state_is_not_continued_from(images: ImageSet, whole: dict[str
 @pytest.mark.parametrize("name", [WEIGHTS, PREDICTIONS, FEATURES])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_retraining_whose_files_a_lost_machine_has_damaged_counts_as_not_ended(
-    name: str, share: float, images: ImageSet, whole: dict[str, bytes], tmp_path: Path
+    name: str,
+    share: float,
+    images: ImageSet,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     experiment, one = Experiment.at(str(tmp_path), "one"), order(images)
+    assert read_result(experiment, one) is None
     for each, content in whole.items():
         experiment.write(one.file(each), content)
-    assert read_result(experiment, one)
+    assert read_result(experiment, one) and not caplog.text
     experiment.write(one.file(name), whole[name][: int(len(whole[name]) * share)])
     assert read_result(experiment, one) is None
+    assert f"runs again: its files in {tmp_path}/one/{one.folder} are damaged" in caplog.text
 
 
 def test_a_member_of_an_ensemble_is_the_model_that_the_trial_had(images: ImageSet, tmp_path: Path) -> None:
