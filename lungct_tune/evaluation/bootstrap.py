@@ -45,12 +45,13 @@ class ClusterBootstrap:
     sizes count as fewer (`effective_groups`). No percentile reaches beyond the worst resample, which with 3 to 5 groups
     is too near. So the interval is at least that of Student's t with the spread of the resamples' middle 68 %.
 
-    - The AUROC and others between 0 and 1 have the exact interval too, for the number of independent images that has
-      the variance of the resamples: with three groups of a class, no percentile reaches beyond the worst of them.
+    - The AUROC, the macro F1 and others between 0 and 1 have the exact interval too, for the number of independent
+      images that has the variance of the resamples: with three groups of a class, no percentile reaches beyond the
+      worst of them.
     - The resamples that do not define a figure (no image of the class was drawn) are ignored.
     - A figure from fewer than two groups has no interval.
-    - A difference of mean rates and the macro F1 are less certain than their resamples show if a class has no error,
-      because no resample has one. So their intervals are widened by the exact limit of these classes.
+    - A difference of mean rates is less certain than its resamples show if a class has no error, because no resample
+      has one. So its interval is widened by the exact limit of these classes.
     - Any other figure that is the same in all resamples has no interval. An example is the difference of two models
       that are right on the same images.
 
@@ -166,7 +167,7 @@ class ClusterBootstrap:
         value = float(np.mean(rates))
         if is_fixed or self.count(np.any(strata, axis=0)) < 2:
             return Figure(value, None)
-        ends = zip((below, above), self.unseen(hit_N, strata), strict=True)
+        ends = zip((below, above), self._unseen(hit_N, strata), strict=True)
         lower, upper = (float(np.hypot(self._together(distances, strata), unseen)) for distances, unseen in ends)
         return Figure(value, (value - lower, value + upper))
 
@@ -182,10 +183,10 @@ class ClusterBootstrap:
         """
         gains_N = hit_N.astype(float) - other_N
         if is_fixed:
-            unseen = self.unseen(hit_N, strata)
+            unseen = self._unseen(hit_N, strata)
         else:
             differ = [bool((hit_N != other_N)[in_stratum_N].any()) for in_stratum_N in strata]
-            ours, theirs = self.unseen(hit_N, strata, differ), self.unseen(other_N, strata, differ)
+            ours, theirs = self._unseen(hit_N, strata, differ), self._unseen(other_N, strata, differ)
             unseen = float(np.hypot(ours[0], theirs[1])), float(np.hypot(ours[1], theirs[0]))
 
         def mean_share(weights_BN: np.ndarray) -> np.ndarray:
@@ -199,7 +200,7 @@ class ClusterBootstrap:
         fewest = min((self.effective(in_stratum_N) for in_stratum_N in strata), default=0.0)
         return min(self.effective(np.any(strata, axis=0)), len(strata) * fewest) if fewest else 0.0
 
-    def unseen(
+    def _unseen(
         self, hit_N: np.ndarray, strata: Sequence[np.ndarray], counts: Sequence[bool] | None = None
     ) -> tuple[float, float]:
         """How far a mean share of hits may be below and above its value for what no resample shows.

@@ -135,12 +135,7 @@ def _macro_f1(labels_N: np.ndarray, predicted_N: np.ndarray, bootstrap: ClusterB
         ]
         return np.asarray(np.mean(f1_KB, axis=0))
 
-    is_one_or_zero_K = (of_class_KN == positive_KN).all(axis=1) | ~(of_class_KN & positive_KN).any(axis=1)
-    unseen = bootstrap.unseen(labels_N == predicted_N, list(of_class_KN), is_one_or_zero_K.tolist())
-    of_classes = _of_classes(labels_N)
-    if _is_fixed(predicted_N, of_classes):
-        unseen = 0.0, 0.0
-    return bootstrap.figure(macro, bootstrap.least_groups(of_classes), unseen=unseen, within=(0, 1))
+    return bootstrap.figure(macro, bootstrap.least_groups(_of_classes(labels_N)), is_rate=True)
 
 
 def balanced_difference(
