@@ -88,7 +88,7 @@ def test_a_table_of_series_takes_all_their_images(root: Path) -> None:
         ("path,class", ["a/0.png,normal", "a/./0.png,x"], "line 3: the path .* is named twice"),
         ("path,class", ["a/0.png,normal", "a/1.png,"], "line 3: .* has an empty class"),
         ("path,class", ["a/0.png,normal", "a/1.png,Normal"], "has images of fewer than two classes"),
-        ("path,class", [], "has images of fewer than two classes"),
+        ("path,class", [], "has images of no class; it has no lines"),
         ("file,class", ["a/0.png,normal"], "not a CSV file with the columns path,class"),
         ("path,class", ['"a/0.png,normal'], "is not a CSV file"),
         ("path,class,group,Group", ["a/0.png,normal,p,q"], "has several columns 'group'"),
