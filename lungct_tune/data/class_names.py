@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping
 
 from lungct_tune.errors import UserError
 
+MOST_CLASSES, LONGEST_NAME = 1000, 200
+"""A bundle with more classes, or with longer names, is not read: others may have written it."""
+
 CANONICAL_CLASSES = ("adenocarcinoma", "large cell carcinoma", "normal", "squamous cell carcinoma")
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from lungct_tune.config.window import Window
 from lungct_tune.data.cache import decode_all, default_cache, file_digest
+from lungct_tune.data.class_names import LONGEST_NAME, MOST_CLASSES
 from lungct_tune.data.decode import DECODER_VERSION, FileProperties
 from lungct_tune.data.dicom_headers import pseudonyms, read_headers
 from lungct_tune.data.folders import DataError, Found, LeftAside, count_aside, find_images, first_lines, scan_folder
@@ -140,6 +141,12 @@ def read_images(
         raise DataError(
             f"without the {number_of(len(unreadable), 'file')} that cannot be read, {root} has images of {few}; "
             f"repair or rename {unreadable[0][0]}"
+        )
+    if len(classes) > MOST_CLASSES or len(longest := max(classes, key=len)) > LONGEST_NAME:
+        wrong = f"{len(classes)} classes" if len(classes) > MOST_CLASSES else f"the class {longest!r}"
+        raise DataError(
+            f"{root} has {wrong}; a model has at most {MOST_CLASSES} classes, with names of at most {LONGEST_NAME} "
+            "characters: rename the folders, or name their classes with --class-map (for evaluate: --map)"
         )
     rows = pd.DataFrame(
         {

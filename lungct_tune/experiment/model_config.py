@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, FiniteFloat, field_validator
 
 from lungct_tune.config.hyperparameters import Hyperparameters
+from lungct_tune.data.class_names import LONGEST_NAME, MOST_CLASSES
 from lungct_tune.experiment.bundle import CONFIG
 from lungct_tune.experiment.form import check_form, read_json
 from lungct_tune.experiment.metrics import OperatingPoint, TemperatureScaling
@@ -79,7 +80,9 @@ class ModelConfig(_Part, frozen=True):
     """config.json: the model, its preprocessing, and how the model was made."""
 
     model: NetworkConfig
-    classes: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(min_length=2, max_length=1000)]
+    classes: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]], Field(min_length=2, max_length=MOST_CLASSES)
+    ]
     preprocessing: PreprocessingConfig
     calibration: TemperatureScaling | None
     """None: the network's probabilities are not scaled."""

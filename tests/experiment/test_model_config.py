@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from bundles import files_of_a_bundle
 
+from lungct_tune.data import DataError, read_images
 from lungct_tune.experiment.bundle import CONFIG, BundleError
 from lungct_tune.experiment.model_config import read_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FITTED = {"images": 9, "groups": 3, "what": "validation"}
 
@@ -54,3 +58,9 @@ def test_what_is_not_json_is_no_config() -> None:
     for content in (b"{", b"[" * 100_000, b"\xff\xfe", json.dumps(config(calibration=float("nan"))).encode()):
         with pytest.raises(BundleError, match="is not JSON"):
             read_config(content)
+
+
+def test_a_class_that_no_bundle_can_have_is_refused_when_the_images_are_read(phantoms: Path) -> None:
+    """Found: the search ran to its end, and then could not write its bundle."""
+    with pytest.raises(DataError, match="names of at most 200 characters: rename"):
+        read_images(phantoms, 32, class_map={"normal": "n" * 201}, progress=False)
