@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from recipe import FOLDS, REFERENCE, ROWS, Recipe, Results, in_clusters
+from recipe import FOLDS, Results, in_clusters
+from recipe_rows import REFERENCE, ROWS, Recipe
 
 from lungct_tune.auditing.shortcuts import most_similar
 from lungct_tune.data.dataset import ImageSet, read_images

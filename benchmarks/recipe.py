@@ -4,9 +4,10 @@ python benchmarks/recipe.py --data DIR --weights FILE --results FILE.jsonl [--on
   [--epochs 12] [--clusters 0] [--device cpu]
 
 Each row of the table is one change, made to the reference, to the reference with mild augmentation, or to the default
-of the program. Every model is evaluated on the fold that it was not trained on. Balanced accuracy, negative
-log-likelihood and calibration error are means over the seeds. The difference to the reference is paired by image, with
-a 95 % cluster-bootstrap interval; the rows "default + …" are compared with the default.
+of the program. Every model is evaluated on the fold that it was not trained on. All figures are means over the seeds.
+In the balanced accuracy and in the mean recall of the three cancers, each group of similar slices counts as one image.
+The difference to the reference is paired by image, with a 95 % cluster-bootstrap interval; the rows "default + …" are
+compared with the default. Negative log-likelihood and calibration error count each image.
 The figures of each training are kept in the results file, so an interrupted run goes on, and rows can be added.
 
 The folds do not divide a group of similar slices. Two slices of one patient that look different can still be in two
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from recipe_rows import JUDGED, REFERENCE, ROWS, Recipe
 from sklearn.cluster import AgglomerativeClustering
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -42,94 +44,14 @@ from lungct_tune.data.decode import open_image
 from lungct_tune.data.grey import read_grey
 from lungct_tune.data.groups import join_groups, unit_vectors
 from lungct_tune.data.split import fold_images
-from lungct_tune.evaluation.bootstrap import ClusterBootstrap
+from lungct_tune.evaluation.bootstrap import ClusterBootstrap, group_weights
+from lungct_tune.evaluation.metrics import NORMAL
 from lungct_tune.models.preprocessing import as_grey, forward, training_precision_for
 from lungct_tune.models.pretrained import load_backbone, read_weights
 from lungct_tune.models.truncated_resnet import TruncatedResNet50
 from lungct_tune.training.trainer import schedule
 
 FOLDS, BINS = 4, 15
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one model is trained and judged. The defaults are those of commit f89f17a, cut at activation 22."""
-
-    depth: int = 22
-    epochs: int = 12
-    size: int = 64
-    batch: int = 32
-    geometry: str = "squash"  # pad: keep the aspect; body: crop to the body, keep the aspect
-    rotation: float = 72.0  # degrees, uniform in ±
-    zoom: float = 0.2  # uniform in 1 ±
-    flip: float = 0.5  # probability of a horizontal flip
-    shift: float = 0.0  # share of the width, uniform in ±
-    intensity: float = 0.0  # log gamma and log contrast in ± this, brightness in ± a third of it
-    noise: float = 0.0  # standard deviation, grey values from 0 to 1
-    smoothing: float = 0.1
-    weighted: bool = True  # classes by the inverse of their frequency, as CrossEntropyLoss(weight=…) does
-    mixup: float = 0.0  # alpha of the beta distribution
-    probe: float = 0.0  # share of the epochs in which only the head learns
-    decay_by_stage: float = 1.0  # factor of the learning rate from one stage to the one before
-    backbone_lr: float = 3e-4
-    head_lr: float = 1e-3
-    weight_decay: float = 1e-2
-    dropout: float = 0.5
-    frozen: int = 0  # activations
-    horizon: int = 50  # over about how many steps the averaged weights reach back
-    models: int = 1  # that are averaged, each trained without another of so many parts of the training images
-    clusters: int = 0  # see --clusters
-    float32: bool = False  # also on a CPU that the program trains on in bfloat16
-    judged: str = "running"  # norms: running, estimated; ema: averaged weights, with estimated norms; flips: ema, flips
-
-    def key(self, seed: int) -> str:
-        """Names the training: what differs from the defaults. One training is judged in several ways."""
-        defaults = asdict(Recipe()) | {"judged": self.judged}
-        changed = {name: value for name, value in asdict(self).items() if value != defaults[name]}
-        return json.dumps({**changed, "seed": seed}, sort_keys=True)
-
-
-JUDGED = ("running", "estimated", "ema", "ema flips")
-REFERENCE = Recipe()
-MILD = replace(REFERENCE, rotation=15.0, zoom=0.1, shift=0.05)
-DEFAULT = replace(MILD, weighted=False, horizon=16, judged="ema")  # of the program: it averages over an epoch
-ROWS: dict[str, Recipe] = {
-    "f89f17a": REFERENCE,
-    "+ re-estimated norms": replace(REFERENCE, judged="estimated"),
-    "+ averaged weights": replace(REFERENCE, judged="ema"),
-    "+ flips at test time": replace(REFERENCE, judged="ema flips"),
-    "+ no class weights": replace(REFERENCE, weighted=False),
-    "mild: rotation 15°, zoom 10 %, shift 5 %": MILD,
-    "mild + re-estimated norms": replace(MILD, judged="estimated"),
-    "mild + averaged weights": replace(MILD, judged="ema"),
-    "mild + flips at test time": replace(MILD, judged="ema flips"),
-    "mild + no class weights": replace(MILD, weighted=False, judged="ema"),
-    "mild + intensity 0.3": replace(MILD, intensity=0.3, judged="ema"),
-    "mild + body crop, padded": replace(MILD, geometry="body", judged="ema"),
-    "default": DEFAULT,
-    "default + no label smoothing": replace(DEFAULT, smoothing=0.0),
-    "default + no flips": replace(DEFAULT, flip=0.0),
-    "default + rotation 30°": replace(DEFAULT, rotation=30.0),
-    "default + intensity 0.1": replace(DEFAULT, intensity=0.1),
-    "default + intensity 0.3": replace(DEFAULT, intensity=0.3),
-    "default + noise 0.03": replace(DEFAULT, noise=0.03),
-    "default + padded": replace(DEFAULT, geometry="pad"),
-    "default + MixUp 0.2": replace(DEFAULT, mixup=0.2),
-    "default + head first for a sixth": replace(DEFAULT, probe=1 / 6),
-    "default + rates by stage 0.5": replace(DEFAULT, decay_by_stage=0.5),
-    "default + backbone rate 1e-3": replace(DEFAULT, backbone_lr=1e-3),
-    "default + batch 16": replace(DEFAULT, batch=16, horizon=32),
-    "default + batch 64": replace(DEFAULT, batch=64, horizon=8),
-    "default + dropout 0.2": replace(DEFAULT, dropout=0.2),
-    "default + 10 frozen": replace(DEFAULT, frozen=10),
-    "default + 24 epochs": replace(DEFAULT, epochs=24),
-    "default + 24 epochs, batch 16": replace(DEFAULT, epochs=24, batch=16, horizon=32),
-    "default + 48 epochs": replace(DEFAULT, epochs=48),
-    "default + average of 4 models": replace(DEFAULT, models=4),
-    "default + float32": replace(DEFAULT, float32=True),
-    "default, depth 20": replace(DEFAULT, depth=20),
-    "linear probe": replace(REFERENCE, frozen=22),
-}
 
 
 def square(path: Path, size: int, geometry: str) -> np.ndarray:
@@ -344,24 +266,46 @@ def weighted_mean(values_N: np.ndarray, weight_N: np.ndarray, counts_BN: np.ndar
     return np.asarray(counts_BN @ (weight_N * values_N) / (counts_BN @ weight_N))
 
 
-def print_table(rows: dict[str, Recipe], images: ImageSet, results: Results, seeds: list[int]) -> None:
-    labels_N, bootstrap = images.table["label"].to_numpy(), ClusterBootstrap(images.table["group"].to_numpy())
-    weight_N = 1 / np.bincount(labels_N)[labels_N]
-    columns = ("recipe", "seeds", "balanced accuracy", "difference, 95 %", "NLL", "ECE", "time")
-    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, recipe in rows.items():
-        reference = rows["default" if name.startswith("default + ") else "f89f17a"]
-        found = [(results.get(recipe, seed), results.get(reference, seed)) for seed in seeds]
-        if not (both := [(row, old) for row, old in found if row and old]):
-            continue
-        mean = np.mean([(row.balanced_accuracy, row.nll, row.ece, row.seconds / old.seconds) for row, old in both], 0)
-        better_N = np.mean([row.right_N(len(labels_N)) - old.right_N(len(labels_N)) for row, old in both], axis=0)
-        gain = bootstrap.figure(partial(weighted_mean, better_N, weight_N), bootstrap.effective(bootstrap.everything_N))
+class Table:
+    """Balanced accuracies, and differences paired by image, in which each group of similar slices counts as one image.
+
+    Without that, a few images decide: `normal` has 161 images, but they are only 26 groups, one of 36 images.
+
+    Args:
+        groups_N: what the folds do not divide; the bootstrap draws these.
+    """
+
+    def __init__(self, images: ImageSet, groups_N: np.ndarray) -> None:
+        self._labels_N, normal = images.table["label"].to_numpy(), images.classes.index(NORMAL)
+        once_N = group_weights(images.table["group"].to_numpy())
+        self._weight_N = once_N / np.bincount(self._labels_N, once_N)[self._labels_N]
+        self._cancers_N = self._weight_N * (self._labels_N != normal)
+        self._bootstrap = ClusterBootstrap(groups_N)
+
+    def print(self, rows: dict[str, Recipe], results: Results, seeds: list[int]) -> None:
+        """Prints a row for each recipe of which the results have a training and one of what it is compared with."""
+        figures = ("balanced accuracy", "difference, 95 %", "recall of cancers", "difference, 95 %")
+        columns = ("recipe", "seeds", *figures, "NLL", "ECE", "time")
+        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+        for name, recipe in rows.items():
+            reference = rows["default" if name.startswith("default + ") else "f89f17a"]
+            found = [(results.get(recipe, seed), results.get(reference, seed)) for seed in seeds]
+            if not (both := [(row, old) for row, old in found if row and old]):
+                continue
+            mean = np.mean([(row.nll, row.ece, row.seconds / old.seconds) for row, old in both], axis=0)
+            all_classes, cancers = (self._figures(both, weight_N) for weight_N in (self._weight_N, self._cancers_N))
+            costs = f"{mean[0]:.3f} | {mean[1]:.3f} | {mean[2]:.2f}"
+            print(f"| {name} | {len(both)} | {all_classes} | {cancers} | {costs} |")
+
+    def _figures(self, both: list[tuple[Judged, Judged]], weight_N: np.ndarray) -> str:
+        """The mean recall of the classes that have a weight, and what it is above that of the reference: two cells."""
+        n = len(weight_N)
+        right_N = np.mean([row.right_N(n) for row, _ in both], axis=0)
+        better_N = right_N - np.mean([old.right_N(n) for _, old in both], axis=0)
+        effective = self._bootstrap.effective(self._bootstrap.everything_N)
+        gain = self._bootstrap.figure(partial(weighted_mean, better_N, weight_N), effective)
         low, high = gain.ci95 or (math.nan, math.nan)
-        print(
-            f"| {name} | {len(both)} | {mean[0]:.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f}) "
-            f"| {mean[1]:.3f} | {mean[2]:.3f} | {mean[3]:.2f} |"
-        )
+        return f"{np.average(right_N, weights=weight_N):.3f} | {gain.value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def main() -> None:
@@ -379,7 +323,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     images, state = read_images(asked.data, REFERENCE.size), read_weights(asked.weights)
-    images = in_clusters(images, asked.clusters) if asked.clusters else images
+    folded = in_clusters(images, asked.clusters) if asked.clusters else images
     common = {"size": asked.size, "epochs": asked.epochs, "clusters": asked.clusters}
     rows = {
         name: replace(row, **{key: n for key, n in common.items() if getattr(row, key) == getattr(REFERENCE, key)})
@@ -389,11 +333,11 @@ def main() -> None:
     for seed in asked.seeds:
         for name in asked.only:
             if results.get(rows[name], seed) is None:
-                found, seconds = out_of_fold(rows[name], images, state, seed, asked.device)
+                found, seconds = out_of_fold(rows[name], folded, state, seed, asked.device)
                 judged = {way: Judged.of(labels_N, found_NC, seconds) for way, found_NC in found.items()}
                 results.add(rows[name], seed, judged)
                 print(f"{name}, seed {seed}: {judged[rows[name].judged]}", flush=True)
-    print_table(rows, images, results, asked.seeds)
+    Table(images, folded.table["group"].to_numpy()).print(rows, results, asked.seeds)
 
 
 if __name__ == "__main__":
