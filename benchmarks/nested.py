@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import sem, t
 
 from lungct_tune.data.dataset import read_images
 from lungct_tune.data.split import fold_images
@@ -84,7 +85,7 @@ def main() -> None:
     images = read_images(Path(asked.data), 64)
     part_N = fold_images(images, np.arange(len(images.table)), PARTS, seed=0)
     print("| part | depth | validation | test | minus published, on test |\n|---|---|---|---|---|")
-    validation, tested, published = [], [], []
+    validation, tested, published, above = [], [], [], []
     for part in range(PARTS):
         rest = np.where(part_N == (part + 1) % PARTS, "valid", "train")  # with folds, these two are one
         split = images.table[["path"]].assign(split=np.where(part_N == part, "test", rest))
@@ -94,12 +95,15 @@ def main() -> None:
         tested.append(read_predictions((bundle / "predictions.csv").read_bytes(), classes))
         published.append(published_predictions(bundle, tested[-1]))
         validation.append(metrics["best_trial"][OBJECTIVE])
+        above.append(metrics["test"][OBJECTIVE]["value"] - validation[-1])
         print(
             f"| {part} | {metrics['best_trial']['truncation_depth']} | {validation[-1]:.3f} "
             f"| {figures([tested[-1]], [published[-1]])} |",
             flush=True,
         )
     print(f"| all | | {statistics.mean(validation):.3f} | {figures(tested, published)} |")
+    low, high = t.interval(0.95, PARTS - 1, np.mean(above), sem(above))
+    print(f"\ntest is {np.mean(above):+.3f} above validation ({low:+.3f} to {high:+.3f}, Student's t over the parts)")
 
 
 if __name__ == "__main__":
