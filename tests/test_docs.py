@@ -89,6 +89,15 @@ def test_commands_are_found_in_pages() -> None:
     }
 
 
+def test_new_places_in_upgrading_are_there() -> None:
+    places = re.findall(r"^\| `.+ \| `([\w.]+)", (DOCS / "upgrading.md").read_text(), re.MULTILINE)
+    assert len(places) > 50
+    for place in places:
+        module, _, name = place.rpartition(".")
+        there = [PACKAGE.joinpath(*path.split(".")).with_suffix(".py") for path in (place, module)]
+        assert there[0].exists() or re.search(rf"^(def|class) {name}\b", there[1].read_text(), re.MULTILINE), place
+
+
 def test_messages_in_troubleshooting_are_the_programs() -> None:
     constants = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     said = "\n".join(node.value for node in constants if isinstance(node, ast.Constant) and isinstance(node.value, str))
