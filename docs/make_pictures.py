@@ -334,7 +334,7 @@ async def make(wanted: set[str], folder: Path) -> None:
             if not report.exists():
                 raise RuntimeError(f"the bundle has no report:\n{terminal.text}")
             await page.show(report.as_uri())
-            save("report", await page.picture(), height=750)
+            save("report", await page.picture())
         if "study" in wanted:
             await study_page(page, experiment / "study.journal")
             save("study", await page.picture())

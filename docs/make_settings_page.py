@@ -31,7 +31,7 @@ Flags win over the file. The flags that you need most:
 | several slots on one GPU | `--gpus-per-worker 0.25` |
 | trials at the same time | `--slots N`; by default as many as the cluster has or can grow to |
 | a cluster of several nodes | `--storage URI`, a shared folder or a bucket |
-| another Ray cluster | `--address ADDR`; by default the one at hand, else one is started on this machine |
+| another Ray cluster | `--address ADDR`; by default the one at hand, else a new one here; `local` is a new one |
 | other random numbers | `--seed N` |
 
 ## All settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
@@ -86,6 +87,25 @@ def test_commands_are_found_in_pages() -> None:
         "pull",
         "download",
     }
+
+
+def test_new_places_in_upgrading_are_there() -> None:
+    places = re.findall(r"^\| `.+ \| `([\w.]+)", (DOCS / "upgrading.md").read_text(), re.MULTILINE)
+    assert len(places) > 50
+    for place in places:
+        module, _, name = place.rpartition(".")
+        there = [PACKAGE.joinpath(*path.split(".")).with_suffix(".py") for path in (place, module)]
+        assert there[0].exists() or re.search(rf"^(def|class) {name}\b", there[1].read_text(), re.MULTILINE), place
+
+
+def test_messages_in_troubleshooting_are_the_programs() -> None:
+    constants = [node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    said = "\n".join(node.value for node in constants if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    messages = re.findall(r"^\| `([^`]+)`", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        unsaid = [part for part in message.split("…") if part.strip() not in said]
+        assert not unsaid, f"{message}: {unsaid}"
 
 
 @every_page

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from lungct_tune.cli import suggestion
 from lungct_tune.config.addresses import shown
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.config.settings import SPACES
 from lungct_tune.config.yaml_file import parse_yaml
 from lungct_tune.errors import UserError
 from lungct_tune.files import read_text
@@ -94,7 +95,7 @@ def read_space(path: Path) -> str:
     try:
         return read_text(path)
     except (OSError, ValueError) as error:
-        raise SpaceError(f"{path}: cannot be read ({error}); search_spaces/ has spaces to start from") from error
+        raise SpaceError(f"{path}: cannot be read ({error}); {SPACES}/ has spaces to start from") from error
 
 
 def parse_space(text: str, path: str) -> SearchSpace:

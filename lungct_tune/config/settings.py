@@ -102,7 +102,7 @@ class Settings(BaseModel):
     )
     skip_unreadable: bool = Field(False, description="leave out files that cannot be read")
     space: LocalPath | None = _flag(
-        "the search space in search_spaces/: what Optuna may vary (default; phantoms)", "FILE"
+        "the search space: what Optuna may vary (search_spaces/default.yaml; phantoms phantoms.yaml)", "FILE"
     )
     trials: Positive | None = _flag("trials to run (40; phantoms 20)")
     epochs: Positive | None = _flag("the most epochs of a trial (48; phantoms 10)")

@@ -327,7 +327,7 @@ def _last_end(busy: list[float], jobs: Sequence[float]) -> float:
 
 def as_range(low: float, high: float) -> str:
     """A range of seconds as text: "40 to 55 s", "3.1 to 4.5 min", "12 to 13 h", "at most 5 s"."""
-    unit, name = _unit(high)
+    unit, name = _unit(high := max(high, 1.0))
     least, most = (f"{end / unit:.{int(unit > 1 and high < 10 * unit)}f}" for end in (low, high))
     if float(least) == 0:
         return f"at most {most} {name}"

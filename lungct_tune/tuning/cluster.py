@@ -92,7 +92,7 @@ def connect(address: str | None, verbose: bool, name: str = "") -> str:
                 f"Ray cannot write its token to {token}: {error.strerror}. Set HOME to a folder that you can "
                 "write to, or RAY_AUTH_TOKEN to a long secret of your own"
             ) from error
-        if not at and not has_local_cluster():
+        if starts_here(address):
             raise ClusterError(
                 f"Ray cannot start on this machine: {first_line(error)}\nIf other programs keep the machine busy, run "
                 f"the command again later. Ray's files are in {os.environ.get('RAY_TMPDIR', '/tmp')}/ray: set "
@@ -122,7 +122,8 @@ def joined(address: str | None, verbose: bool, name: str) -> Iterator[str]:
 
 def starts_here(address: str | None) -> bool:
     """Whether `connect` would start a cluster on this machine, and join none."""
-    return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS") or has_local_cluster())
+    at = address or os.environ.get("RAY_ADDRESS", "")
+    return not ray.is_initialized() and (at == "local" or not (at or has_local_cluster()))
 
 
 @contextmanager

@@ -98,3 +98,8 @@ def test_a_missing_file_is_refused() -> None:
 @given(st.integers(1, 49), st.floats(0, 1))
 def test_frozen_depth_stays_within_the_cut(depth: int, share: float) -> None:
     assert 0 <= Hyperparameters(truncation_depth=depth, frozen_share=share).frozen_depth <= depth
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_folder_of_those_that_are() -> None:
+    with pytest.raises(SpaceError, match=f"no.yaml: cannot be read .*; {SPACES}/ has spaces"):
+        read_space(Path("no.yaml"))

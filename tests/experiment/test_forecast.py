@@ -225,6 +225,7 @@ def test_the_time_left_follows_what_was_measured() -> None:
         ((90_000, 130_000), "25 to 36 h"),
         ((50, 50), "about 50 s"),
         ((0, 5.5), "at most 6 s"),
+        ((0, 0.3), "at most 1 s"),
     ],
 )
 def test_a_range_as_text(seconds: tuple[float, float], text: str) -> None:

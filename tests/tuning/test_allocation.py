@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lungct_tune.config.settings import validate
 from lungct_tune.tuning.allocation import ClusterError, divide, divide_for_retraining, workers_of, workers_that_fit
-from lungct_tune.tuning.cluster import connect, workers_have_gpus
+from lungct_tune.tuning.cluster import connect, starts_here, workers_have_gpus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,17 +63,19 @@ def test_a_home_that_cannot_be_written_is_named_where_ray_keeps_its_token(home: 
     assert f"ClusterError: Ray cannot write its token to {tmp_path}/{home}/.ray/auth_token: Not a directory" in said
 
 
-def test_a_machine_that_is_too_busy_for_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's error for a start of more than 30 s is a plain Exception."""
+@pytest.mark.parametrize("address", [None, "local"])
+def test_a_machine_that_is_too_busy_for_ray_is_named(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's error for a start of more than 30 s is a plain Exception. `local` starts one beside one that runs."""
 
     def time_out(**options: Any) -> None:
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr("ray.init", time_out)
-    monkeypatch.setattr("lungct_tune.tuning.cluster.has_local_cluster", lambda: False)
+    monkeypatch.setattr("lungct_tune.tuning.cluster.has_local_cluster", lambda: bool(address))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match=r"timed out during startup(.|\n)*busy, run the command again later"):
-        connect(None, verbose=False)
+        connect(address, verbose=False)
+    assert starts_here(address)
 
 
 def settings(**values: Any) -> Any:
