@@ -47,6 +47,15 @@ class Hyperparameters:
         return round(self.frozen_share * self.truncation_depth)
 
     @property
+    def mirrored(self) -> bool:
+        """Whether predictions are those of an image and its mirror image together: from a flip probability of 0.25 on.
+
+        Without flips in training it would do harm (docs/benchmarks.md, "Among unlike images").
+        """
+        flip = self.resolved.flip
+        return flip is not None and flip >= 0.25
+
+    @property
     def resolved(self) -> Hyperparameters:
         """These, with numbers instead of None."""
         s = self.augmentation

@@ -257,6 +257,7 @@ def describe_model(
             "truncation_depth": hyperparameters.truncation_depth,
             "dropout": hyperparameters.dropout,
             "members": members,
+            "mirrored": hyperparameters.mirrored,
             "head_widths": list(HEAD_WIDTHS),
         },
         "classes": list(images.classes),

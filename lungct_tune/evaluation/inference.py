@@ -36,6 +36,7 @@ def build_model(config: ModelConfig, weights: bytes) -> Model:
             config.model.truncation_depth,
             dropout=config.model.dropout,
             classes=len(config.classes),
+            mirrored=config.model.mirrored,
             initialise=False,
         )
         for _ in range(config.model.members)

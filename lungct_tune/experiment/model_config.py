@@ -25,6 +25,8 @@ class NetworkConfig(_Part, frozen=True):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     members: Annotated[int, Field(ge=1, le=50)] = 1
     """How many such networks the model has; several are an ensemble."""
+    mirrored: bool = False
+    """Whether features are averaged over an image and its mirror image; not so in earlier versions."""
 
 
 class WindowConfig(_Part, frozen=True):

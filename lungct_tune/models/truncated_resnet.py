@@ -42,11 +42,15 @@ class TruncatedResNet50(nn.Module):
     The layers that the f-th ReLU depends on are frozen. They need no gradients, autograd stores none of their
     activations, and their batch normalisation uses its loaded statistics, unchanged, even in training.
 
+    If `mirrored`, the features in eval mode are the mean of those of the image and of its mirror image, turned back.
+    So the two have the same logits, as far as rounding allows.
+
     Args:
         truncation_depth: k, 1 to 49.
         frozen_depth: f, 0 (all layers are trained) to k (only the head is trained).
         dropout: probability of dropping a unit between the dense layers, 0 to below 1.
         classes: number of outputs.
+        mirrored: see above.
         initialise: whether to draw the backbone's initial weights. Without, they are undefined until weights are
             loaded; 24 million random numbers that are overwritten then would take 0.3 s.
 
@@ -61,9 +65,11 @@ class TruncatedResNet50(nn.Module):
         dropout: float = 0.5,
         classes: int = 4,
         *,
+        mirrored: bool = False,
         initialise: bool = True,
     ) -> None:
         super().__init__()
+        self.mirrored = mirrored
         if not 0 <= frozen_depth <= truncation_depth:
             raise ValueError(
                 f"frozen depth is {frozen_depth}; allowed are 0 to the truncation depth {truncation_depth}"
@@ -85,7 +91,12 @@ class TruncatedResNet50(nn.Module):
         Under autocast only the backbone is computed in lower precision. The head costs next to nothing, and logits of
         eight significant bits would often be equal.
         """
-        features_NCHW = self.backbone(images_NCHW)
+        if self.mirrored and not self.head.get_submodule("norm").training:  # its statistics are of single images
+            both_NCHW = self.backbone(torch.cat([images_NCHW, images_NCHW.flip(3)]))
+            direct_NCHW, mirror_NCHW = both_NCHW.chunk(2)
+            features_NCHW = (direct_NCHW + mirror_NCHW.flip(3)) / 2
+        else:
+            features_NCHW = self.backbone(images_NCHW)
         is_lower = features_NCHW.dtype != torch.float32
         with torch.autocast(features_NCHW.device.type, enabled=False) if is_lower else nullcontext():
             logits_NC: Tensor = self.head(features_NCHW)

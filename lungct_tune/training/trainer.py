@@ -115,6 +115,7 @@ class Trainer:
             configuration.frozen_depth,
             configuration.dropout,
             classes,
+            mirrored=configuration.mirrored,
             initialise=backbone_state is None,
         )
         if backbone_state is not None:
@@ -176,10 +177,11 @@ class Trainer:
         Args:
             indices: of the images.
             images_NHW: other images than those of the training.
-            rough: before the last epoch, estimate the batch-norm statistics from 64 images instead of 256
-                (docs/benchmarks.md, "The pipeline's share").
+            rough: before the last epoch, do not average with the mirror images, and estimate the batch-norm statistics
+                from 64 images instead of 256 (docs/benchmarks.md, "The pipeline's share").
         """
         self._estimate_norms(rough)
+        self.average.model.mirrored = self.model.mirrored and not (rough and self.epoch < self.epochs)
         images_NHW = self.images_NHW if images_NHW is None else images_NHW
         rows = torch.as_tensor(indices, dtype=torch.int64, device=images_NHW.device)
         mine = rows[self.rank :: self.world]

@@ -150,6 +150,23 @@ def test_the_head_is_pooling_norm_and_three_dense_layers_with_dropout() -> None:
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
+def test_an_image_and_its_mirror_image_have_the_same_logits_and_features() -> None:
+    torch.manual_seed(0)
+    single, images_NCHW = TruncatedResNet50(6), torch.randn(3, 3, 32, 32)
+    single(images_NCHW)  # statistics that are not those of the start
+    mirrored = TruncatedResNet50(6, mirrored=True)
+    mirrored.load_state_dict(single.state_dict())
+    pooled: list[Tensor] = []
+    mirrored.head.get_submodule("pool").register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(mirrored.eval()(images_NCHW), mirrored(images_NCHW.flip(3)))
+        torch.testing.assert_close(pooled[0], pooled[1].flip(3), msg="maps of the features would not fit the image")
+        assert not torch.allclose(single.eval()(images_NCHW), single(images_NCHW.flip(3)), rtol=0.01)
+        mirrored.head.get_submodule("norm").train()
+        mirrored(images_NCHW)
+    torch.testing.assert_close(pooled[2], single.backbone(images_NCHW), msg="norms would not fit single images")
+
+
 @pytest.mark.parametrize(("depth", "frozen"), [(0, 0), (50, 0), (20, -1), (20, 21)])
 def test_refuses_depths_that_do_not_exist(depth: int, frozen: int) -> None:
     with pytest.raises(ValueError, match="depth is"):

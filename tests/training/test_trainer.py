@@ -159,13 +159,26 @@ def test_the_model_state_is_a_copy_that_rebuilds_the_model(tmp_path: Path) -> No
     save_file(state, tmp_path / "model.safetensors")
     probabilities_NC = trained.probabilities([3, 1])
     trained.train_epoch()
-    rebuilt = TruncatedResNet50(5, classes=4).eval()
+    rebuilt = TruncatedResNet50(5, classes=4, mirrored=True).eval()
     rebuilt.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert_same(rebuilt.state_dict(), state)
     images_NHW, _ = toy_data()
     with torch.inference_mode():
         again_NC = forward(rebuilt, as_grey(images_NHW[[3, 1]]), "imagenet").softmax(dim=1)
     np.testing.assert_allclose(again_NC.numpy(), probabilities_NC, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("flip", "mirrored"), [(0.2, False), (0.25, True), (0.5, True)])
+def test_predictions_are_mirrored_where_training_images_are_flipped_and_not_in_a_rough_validation(
+    flip: float, mirrored: bool
+) -> None:
+    trained = training(replace(SMALL, flip=flip), epochs=2)
+    mirror_NHW = toy_data()[0].flip(2)
+    for rough, same in ((True, False), (False, mirrored)):
+        trained.train_epoch()
+        there, back = (trained.probabilities(range(8), images, rough=rough) for images in (None, mirror_NHW))
+        assert np.allclose(there, back, atol=1e-5) == same
+    assert np.array_equal(trained.probabilities(range(8), rough=True), there), "the last epoch is never rough"
 
 
 @pytest.mark.parametrize("size", [{"batch_size": 1}, {"train_indices": [5]}])
