@@ -47,7 +47,7 @@ class Recipe:
 JUDGED = ("running", "estimated", "ema", "ema flips")
 REFERENCE = Recipe()
 MILD = replace(REFERENCE, rotation=15.0, zoom=0.1, shift=0.05)
-DEFAULT = replace(MILD, weighted=False, horizon=16, judged="ema")  # of the program: it averages over an epoch
+DEFAULT = replace(MILD, weighted=False, horizon=16, judged="ema flips")  # of the program: it averages over an epoch
 ROWS: dict[str, Recipe] = {
     "f89f17a": REFERENCE,
     "+ re-estimated norms": replace(REFERENCE, judged="estimated"),
@@ -63,7 +63,9 @@ ROWS: dict[str, Recipe] = {
     "mild + body crop, padded": replace(MILD, geometry="body", judged="ema"),
     "default": DEFAULT,
     "default + no label smoothing": replace(DEFAULT, smoothing=0.0),
-    "default + no flips": replace(DEFAULT, flip=0.0),
+    "default + running batch-norm statistics": replace(DEFAULT, judged="running"),
+    "default + no flips at test time": replace(DEFAULT, judged="ema"),
+    "default + no flips": replace(DEFAULT, flip=0.0, judged="ema"),
     "default + rotation 30°": replace(DEFAULT, rotation=30.0),
     "default + intensity 0.1": replace(DEFAULT, intensity=0.1),
     "default + intensity 0.3": replace(DEFAULT, intensity=0.3),
