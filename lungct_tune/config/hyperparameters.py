@@ -50,7 +50,7 @@ class Hyperparameters:
     def mirrored(self) -> bool:
         """Whether predictions are those of an image and its mirror image together: from a flip probability of 0.25 on.
 
-        Without flips in training it would do harm (docs/benchmarks.md, "Among unlike images").
+        Without flips in training it would do harm (docs/accuracy.md, "Among unlike images").
         """
         flip = self.resolved.flip
         return flip is not None and flip >= 0.25
