@@ -14,11 +14,7 @@ _BATCH = 16
 
 
 def grad_cam(
-    model: Model,
-    images_NHW: np.ndarray,
-    classes_NK: np.ndarray,
-    normalisation: str,
-    scale: float | None = None,
+    model: Model, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grad-CAM maps (Selvaraju et al., ICCV 2017) of the features that the head pools.
 
@@ -29,16 +25,13 @@ def grad_cam(
         images_NHW: uint8 grey.
         classes_NK: the classes to explain in each image, as indices.
         normalisation: a name in `preprocessing.NORMALISATIONS`.
-        scale: the evidence that becomes 1, for maps that can be compared, see `evidence_scale`; more than that becomes
-            1 too. By default each map is scaled to its own maximum.
+        scale: the evidence that becomes 1, see `evidence_scale`; more than that becomes 1 too.
 
     Returns:
         Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 if there is no evidence for the
         class), and the probabilities (N, C) of the same forward pass.
     """
     maps_NKhw, probabilities_NC = _evidence(model, images_NHW, classes_NK, normalisation)
-    if scale is None:
-        return maps_NKhw / np.maximum(maps_NKhw.max(axis=(2, 3), keepdims=True), 1e-12), probabilities_NC
     return np.minimum(maps_NKhw / scale, 1), probabilities_NC
 
 
