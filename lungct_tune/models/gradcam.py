@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 from captum.attr import LayerGradCam
@@ -57,17 +59,14 @@ def _evidence(
     for start in range(0, len(images_NHW), _BATCH):
         batch = slice(start, start + _BATCH)
         pooled: list[Tensor] = []
-        hooks = [
-            head.get_submodule("pool").register_forward_pre_hook(
-                lambda _, inputs, pooled=pooled: pooled.append(inputs[0])
-            )
-            for head in heads
-        ]
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as hooks:
+            for head in heads:
+                hook = head.get_submodule("pool").register_forward_pre_hook(
+                    lambda _, inputs, pooled=pooled: pooled.append(inputs[0])
+                )
+                hooks.enter_context(hook)
             grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])).to(device))
             probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).cpu().numpy())
-        for hook in hooks:
-            hook.remove()
         targets_KN = torch.as_tensor(classes_NK[batch], dtype=torch.int64, device=device).T
         of_members = [
             _maps(head, features_NCHW.float(), targets_KN) for head, features_NCHW in zip(heads, pooled, strict=True)

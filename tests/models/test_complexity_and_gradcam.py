@@ -21,6 +21,13 @@ def test_parameters_and_arithmetic_are_counted_as_they_are() -> None:
     assert "layer3" not in model_profile(20, 4, 224).flops
 
 
+def test_maps_that_fail_leave_no_hook_behind() -> None:
+    model = TruncatedResNet50(2)
+    with pytest.raises(KeyError):
+        grad_cam(model, np.zeros((1, 32, 32), np.uint8), np.zeros((1, 1), int), "no such normalisation", 1.0)
+    assert not model.head.get_submodule("pool")._forward_pre_hooks
+
+
 def test_maps_are_grad_cam_by_its_definition() -> None:
     torch.manual_seed(0)
     model = TruncatedResNet50(8, classes=3).eval()
