@@ -88,7 +88,7 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     if asked.html:
         write_whole(asked.html, "--html", comparison_page(curves, judged, compared, command))
         with stop_says(f"written: {asked.html}"):
-            console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
+            console.print(f"written: {asked.html}")
 
 
 def _read_searches(

@@ -85,7 +85,7 @@ def export(asked: argparse.Namespace, console: Console) -> None:
         f"{compared['largest_difference']:.1g}, and no class changes"
     )
     with stop_says(done):
-        console.print(done, soft_wrap=True, markup=False)
+        console.print(done)
 
 
 if __name__ == "__main__":

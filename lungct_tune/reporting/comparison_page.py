@@ -29,23 +29,19 @@ DASHES = ("-", "--", "-.", ":")
 
 def print_comparison(judged: Sequence[Judged], compared: Sequence[Comparison], console: Console) -> None:
     """Prints each model's accuracy, and its differences to the first."""
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, markup=False)
-
     first = judged[0]
-    say(f"{first.metrics.n} test images in {first.metrics.groups} groups")
-    say(f"\n{first.name}: accuracy {figure(first.metrics.accuracy)}", "bold")
+    console.print(f"{first.metrics.n} test images in {first.metrics.groups} groups")
+    console.print(f"\n{first.name}: accuracy {figure(first.metrics.accuracy)}", style="bold")
     for model, other in zip(judged[1:], compared, strict=True):
-        say(f"\n{model.name}: accuracy {figure(model.metrics.accuracy)}", "bold")
+        console.print(f"\n{model.name}: accuracy {figure(model.metrics.accuracy)}", style="bold")
         table = Table("in percentage points", "difference to the first", "95 % interval")
         for name, difference in other.differences.items():
             table.add_row(name, *points(difference))
         console.print(table)
-        say(sentence(first, other))
+        console.print(sentence(first, other))
     for text in overlaps(judged):
-        say(text, "bold yellow")
-    say(f"\n{LIMITS}", "dim")
+        console.print(text, style="bold yellow")
+    console.print(f"\n{LIMITS}", style="dim")
 
 
 def print_searches(curves: Sequence[SearchCurve], console: Console) -> None:
@@ -55,7 +51,7 @@ def print_searches(curves: Sequence[SearchCurve], console: Console) -> None:
         table.add_row(title, *row)
     console.print(table)
     for text in about_searches(curves):
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text)
     console.print()
 
 

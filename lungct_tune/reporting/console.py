@@ -65,7 +65,7 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
     if images.conflicts:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
-            console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
+            console.print(f"  {', '.join(paths)}")
     for aside in images.left_aside:
         print_prose(console, _left_aside(aside), hang=2)
 
@@ -86,7 +86,7 @@ def print_verdict(audit: Audit, settings: Settings, console: Console) -> None:
     names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
     same = flags(settings.model_dump(), names)
     words = [*command_words("audit"), "--data", audit.data, *how, *same]
-    console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
+    console.print(f"  all of it: {shlex.join(words)}")
 
 
 def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: str, console: Console) -> None:
@@ -112,7 +112,7 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
     for name, value in lines.items():
         print_prose(console, f"  {name:<11}{value}", hang=13)
     if not settings.plan:  # printed now, since nothing can print it if the machine fails
-        console.print(f"  if stopped {plan.resume_command}", soft_wrap=True)
+        console.print(f"  if stopped {plan.resume_command}")
 
 
 def print_start(plan: Plan, slots: int, ended: int, console: Console) -> None:
@@ -133,7 +133,7 @@ def print_disk_use(experiment: Experiment, console: Console) -> None:
     size, removable = sum(experiment.files().values()), sum(not_needed(experiment, ended=True).values())
     where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
     print_prose(console, f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove:")
-    console.print(f"  {shlex.join([*command_words('clean'), where])}", soft_wrap=True)
+    console.print(f"  {shlex.join([*command_words('clean'), where])}")
 
 
 def print_space(space: SearchSpace, console: Console) -> None:
@@ -143,7 +143,7 @@ def print_space(space: SearchSpace, console: Console) -> None:
         print_prose(console, f"  {configuration}", hang=4)
     console.print("Optuna varies:")
     for name, distribution in space.distributions.items():
-        console.print(f"  {name}: {in_range(distribution)}", soft_wrap=True)
+        console.print(f"  {name}: {in_range(distribution)}")
     for name, value in space.constants.items():
         console.print(f"  {name}: {value} in all other trials")
 
@@ -191,7 +191,7 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, conso
     _print_worth(metrics, console)
     if said := looks_in_words(metrics.looks):
         print_prose(console, said, "bold yellow")
-    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
+    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)")
 
 
 def print_held(plan: Plan, winner: TrialRecord, console: Console) -> None:
@@ -205,7 +205,7 @@ def print_held(plan: Plan, winner: TrialRecord, console: Console) -> None:
     }
     console.print("\nthe test split has not been looked at (--hold-test)", style="bold")
     for name, value in lines.items():
-        console.print(f"  {name:<13}{value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<13}{value}")
 
 
 def print_bundle(folder: Path, console: Console) -> None:
@@ -229,9 +229,9 @@ def print_bundle(folder: Path, console: Console) -> None:
         )
     _print_worth(metrics, console)
     check = f"(cd {shlex.quote(str(folder))} && sha256sum -c {CHECKSUMS})"
-    console.print(f"check it: {check}", soft_wrap=True, markup=False)
+    console.print(f"check it: {check}")
     words = shlex.join([*command_words("predict"), str(folder), "IMAGE"])
-    console.print(f"use it:   {words}", soft_wrap=True, markup=False)
+    console.print(f"use it:   {words}")
 
 
 def print_figures(test: TestMetrics, console: Console, title: str = "test accuracy") -> None:
