@@ -16,7 +16,7 @@ from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting.format import endings, figure, percent
 from lungct_tune.reporting.html import render
-from lungct_tune.reporting.svg import CLASSES, Chart, in_integers, in_percent, plain, styled, time_unit
+from lungct_tune.reporting.svg import Chart, in_integers, in_percent, line_style, plain, styled, time_unit
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
@@ -24,7 +24,6 @@ LIMITS = (
     "McNemar's test assumes independent images. If groups have several images, use the intervals. With several "
     "models, some interval leaves out 0 by chance: each is for one comparison alone."
 )
-DASHES = ("-", "--", "-.", ":")
 
 
 def print_comparison(judged: Sequence[Judged], compared: Sequence[Comparison], console: Console) -> None:
@@ -156,9 +155,8 @@ def _chart(curves: Sequence[SearchCurve], by_time: bool) -> Markup:
         x = [s / unit for s in curve.seconds or ()] if by_time else list(range(1, curve.trials + 1))
         steps = [(at, score) for at, score in zip(x, curve.best, strict=False) if score is not None]
         if steps:
-            look: dict[str, Any] = {"color": CLASSES[i % len(CLASSES)], "linestyle": DASHES[i % len(DASHES)]}
             mark = "o" if len(steps) == 1 else None
-            axes.step(*zip(*steps, strict=True), where="post", label=plain(curve.name), marker=mark, **look)
+            axes.step(*zip(*steps, strict=True), where="post", label=plain(curve.name), marker=mark, **line_style(i))
     axes.set(xlabel=name if by_time else "trials that have ended", ylabel=f"best {OBJECTIVE_NAME}\nso far")
     if not by_time:
         in_integers(axes.xaxis)
