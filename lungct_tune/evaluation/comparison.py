@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
-from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, balanced_difference, cancer_or_normal, mcnemar
+from lungct_tune.evaluation.metrics import (
+    NORMAL,
+    are_cancer_and_normal,
+    balanced_difference,
+    cancer_probability,
+    mcnemar,
+)
 from lungct_tune.evaluation.ranking import auroc
 from lungct_tune.experiment.bundle import CHECKSUMS, METRICS, PREDICTIONS, check_sums
 from lungct_tune.experiment.folder import Experiment
@@ -90,14 +96,9 @@ def read_judged(name: str, folder: Experiment) -> Judged:
 def judged_model(name: str, unordered: Predictions, metrics: TestMetrics) -> Judged:
     """A model's predictions, sorted by path."""
     order = np.argsort(unordered.paths_N, kind="stable")
-    predictions = Predictions(
-        unordered.classes,
-        unordered.paths_N[order],
-        unordered.labels_N[order],
-        unordered.probabilities_NC[order],
-        unordered.groups_N[order],
-    )
-    return Judged(name, predictions, metrics)
+    columns = ("paths_N", "labels_N", "probabilities_NC", "groups_N")
+    ordered = {column: getattr(unordered, column)[order] for column in columns}
+    return Judged(name, replace(unordered, **ordered), metrics)
 
 
 def check_same_images(judged: Sequence[Judged]) -> None:
@@ -169,5 +170,5 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
 
 def _of_cancer(judged: Judged) -> tuple[np.ndarray, np.ndarray]:
     """The probability of cancer, and whether it is above the model's operating point."""
-    score_N = cancer_or_normal(judged.predictions.probabilities_NC, judged.predictions.classes)[:, 0]
+    score_N = cancer_probability(judged.predictions.probabilities_NC, judged.predictions.classes)
     return score_N, score_N > judged.threshold

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lungct_tune.data.decode import RESIZING
-from lungct_tune.data.inputs import ReadImage, Unreadable
+from lungct_tune.data.inputs import Unreadable
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.experiment.bundle import CHECKSUMS, PREDICTIONS
@@ -187,8 +187,7 @@ def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.nda
     for path, image in zip(paths, read, strict=True):
         if isinstance(image, Unreadable):
             raise ExportError(f"the test image {path} cannot be read in {data}: {image.reason}; correct --data")
-    images = [image for image in read if isinstance(image, ReadImage)]
-    return classifier.stack(images), f"the {len(images)} test images of the bundle"
+    return classifier.stack(read), f"the {len(read)} test images of the bundle"
 
 
 def _example(classifier: Classifier) -> Tensor:
