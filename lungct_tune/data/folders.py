@@ -76,6 +76,9 @@ class LeftAside:
     example: str
     """The path of one of them."""
 
+    def __str__(self) -> str:
+        return f"not used, {self.reason}: {self.files}, such as {self.example}"
+
 
 class ListedGroup(NamedTuple):
     """The group of an image, for example its patient, in a groups.csv."""

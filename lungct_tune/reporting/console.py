@@ -11,13 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.auditing.conclusions import counted
+from lungct_tune.auditing.conclusions import about_files, counted
 from lungct_tune.auditing.findings import Audit, CopiesAcross
 from lungct_tune.cli import command_words
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
-from lungct_tune.data.folders import LeftAside
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.display import print_prose
 from lungct_tune.errors import number_of
@@ -46,10 +45,7 @@ if TYPE_CHECKING:
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
     """Prints the split by class, and the files that were left out and why."""
-    table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
-    table.add_column("class")
-    for name in SPLITS:
-        table.add_column(name, justify="right")
+    table = _table(f"{len(split)} images in {images.table['group'].nunique()} groups", "class", *SPLITS)
     for label, name in enumerate(images.classes):
         of_class = images.table["label"].to_numpy() == label
         table.add_row(name, *(str(int((of_class & (split == part)).sum())) for part in SPLITS))
@@ -67,11 +63,7 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
         for paths in images.conflicts:
             console.print(f"  {', '.join(paths)}")
     for aside in images.left_aside:
-        print_prose(console, _left_aside(aside), hang=2)
-
-
-def _left_aside(aside: LeftAside) -> str:
-    return f"not used, {aside.reason}: {aside.files}, such as {aside.example}"
+        print_prose(console, str(aside), hang=2)
 
 
 def print_verdict(audit: Audit, settings: Settings, console: Console) -> None:
@@ -322,26 +314,14 @@ def print_audit(audit: Audit, console: Console) -> None:
     for advice in verdict.advice:
         say(f"  - {advice}")
 
-    parts, inventory = audit.split.parts, audit.inventory
+    parts = audit.split.parts
     table = _table(f"\n{audit.images} images, {audit.split.how} split", "class", *parts, "with a copy")
-    for name, counts in inventory.by_class.items():
+    for name, counts in audit.inventory.by_class.items():
         with_copy = copies.images_by_class.get(name, 0)
         table.add_row(name, *(str(counts[part]) for part in parts), str(with_copy))
     console.print(table)
-    say(f"formats: {counted(inventory.formats)}; modes: {counted(inventory.modes)}")
-    width, height = inventory.sizes["width"], inventory.sizes["height"]
-    say(
-        f"widths {width.min} to {width.max}, heights {height.min} to {height.max}, "
-        f"{inventory.distinct_sizes} distinct sizes"
-    )
-    for file in inventory.not_what_the_suffix_says:
-        say(f"  {file.path} holds {file.format}")
-    for unreadable in inventory.unreadable:
-        say(f"  {unreadable.path} cannot be read: {unreadable.reason}")
-    for path in inventory.without_content:
-        say(f"  {path} has no content")
-    for aside in inventory.left_aside:
-        say(_left_aside(aside))
+    for line in about_files(audit.inventory):
+        say(f"  {line}")
 
     say(f"\npairs of copies: {counted(copies.pairs_by_kind)}", "bold")
     for row in (*copies.across, *copies.inside):
