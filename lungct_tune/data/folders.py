@@ -220,36 +220,27 @@ def read_rows(file: Path) -> pd.DataFrame:
             columns.
     """
     try:
-        text = read_text(file)
-        _refuse_uneven_lines(file, text)
-        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False).rename(columns=_column)
-        return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
+        reader = csv.reader(StringIO(read_text(file), newline=None), strict=True)
+        lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
+        names = [_COLUMNS.get(name.strip().lower(), name.strip()) for name in next(lines, [])]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{file} has several columns {twice[0]!r}; remove or rename one")
+        rows = []
+        for values in lines:
+            if len(values) != len(names):
+                raise DataError(
+                    f"{file}, line {reader.line_num} has {number_of(len(values), 'value')}, and the first line names "
+                    f"{number_of(len(names), 'column')}; remove or add a comma, or put a value that has commas into "
+                    "quotes"
+                )
+            rows.append([text if name == "path" else text.strip() for name, text in zip(names, values, strict=True)])
+        return pd.DataFrame(rows, columns=names, dtype=str)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error}); save it again as CSV in UTF-8") from error
-    except (ValueError, csv.Error) as error:
+    except csv.Error as error:
         raise DataError(f"{file} is not a CSV file: {error}") from error
-
-
-def _column(name: str) -> str:
-    return _COLUMNS.get(name.strip().lower(), name.strip())
-
-
-def _refuse_uneven_lines(file: Path, text: str) -> None:
-    """Refuses columns and lines of which pandas would rename, shift or fill in some."""
-    reader = csv.reader(StringIO(text, newline=None), strict=True)
-    lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
-    names = list(map(_column, next(lines, [])))
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{file} has several columns {twice[0]!r}; remove or rename one")
-    columns = len(names)
-    for values in lines:
-        if len(values) != columns:
-            raise DataError(
-                f"{file}, line {reader.line_num} has {number_of(len(values), 'value')}, and the first line names "
-                f"{number_of(columns, 'column')}; remove or add a comma, or put a value that has commas into quotes"
-            )
 
 
 def read_listing(
