@@ -144,7 +144,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None, fewest_c
     }
     images: dict[str, list[str]] = {folder: [] for folder in class_of}
     others: list[str] = []  # in no class folder
-    depth = len(base.split("/")) * bool(base) + (2 if splits else 1)
+    depth = (base.count("/") + 1 if base else 0) + (2 if splits else 1)  # of the class folders
     for path in found.files:
         images.get("/".join(path.split("/")[:depth]), others).append(path)
     _take_others(root, base, splits, others, found)
