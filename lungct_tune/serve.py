@@ -63,8 +63,7 @@ def serve(asked: argparse.Namespace, console: Console) -> None:
 
     Raises:
         BundleError: the bundle is incomplete or altered.
-        ServeError, ClusterError: the server cannot start.
-        UserError: a package is missing.
+        UserError: a package is missing, or the server cannot start.
     """
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import verify

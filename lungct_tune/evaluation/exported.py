@@ -34,10 +34,6 @@ RANDOM = 32
 INPUT, OUTPUT = "images", "probabilities"
 
 
-class ExportError(UserError):
-    """A bundle's model cannot be exported. The message says why and what to do."""
-
-
 class Graph(nn.Module):
     """A bundle's model with its normalisation and its temperature.
 
@@ -105,14 +101,14 @@ def export_onnx(classifier: Classifier) -> Exported:
     """The graph as an ONNX file.
 
     Raises:
-        ExportError: onnx, onnxscript or onnxruntime are missing.
+        UserError: onnx, onnxscript or onnxruntime are missing.
     """
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{error.name} is missing; install it with: pip install 'lungct-tune[onnx]'") from error
+        raise UserError(f"{error.name} is missing; install it with: pip install 'lungct-tune[onnx]'") from error
 
     program = torch.onnx.export(
         Graph(classifier),
@@ -176,7 +172,7 @@ def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.nda
         data: the folder that the search had; None where it is not at hand.
 
     Raises:
-        ExportError: a test image is not in the folder, or cannot be read.
+        UserError: a test image is not in the folder, or cannot be read.
     """
     file, size = classifier.folder / PREDICTIONS, classifier.image_size
     if data is None or not file.exists():
@@ -186,7 +182,7 @@ def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.nda
     read = [classifier.read(str(data / path)) for path in paths]
     for path, image in zip(paths, read, strict=True):
         if isinstance(image, Unreadable):
-            raise ExportError(f"the test image {path} cannot be read in {data}: {image.reason}; correct --data")
+            raise UserError(f"the test image {path} cannot be read in {data}: {image.reason}; correct --data")
     return classifier.stack(read), f"the {len(read)} test images of the bundle"
 
 
