@@ -71,7 +71,7 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
             console.print(f"{as_size(size):>8}  {what}")
         remove(experiment, files)
     done = f"removed {number_of(len(files), 'file')}, {as_size(sum(files.values()))}" if files else "nothing to remove"
-    console.print(f"{experiment.uri}: {done}; {as_size(kept)} are left", soft_wrap=True)
+    console.print(f"{experiment.uri}: {done}; {as_size(kept)} are left")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,10 @@ def _say(text: str) -> None:
 
 
 def terminal() -> Console:
-    """What a command prints to: texts are shown as they are, see `printable`, unless `markup` is given."""
+    """What a command prints to: texts are shown as they are, see `printable`, unless `markup` is given.
+
+    No text is broken into lines, so that a path or a command can be copied; `print_prose` breaks sentences.
+    """
     return _Terminal(highlight=False, markup=False)
 
 
@@ -190,6 +193,9 @@ class _Terminal(Console):
         self.quiet = _Terminal.has_no_reader = True
         without_reader(sys.stdout.fileno())
         os.kill(os.getpid(), signal.SIGTERM)  # and not an exception here, which may be in the thread of a display
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **{"soft_wrap": all(isinstance(each, str) for each in objects), **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, printable, terminal
+from lungct_tune.errors import UserError
 from lungct_tune.stopping import stop_says
 
 if TYPE_CHECKING:
@@ -54,13 +55,12 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     """Reads the figures, compares them, prints the tables and writes the page.
 
     Raises:
-        CompareError: trials or models were not evaluated on the same images.
         BundleError: a bundle is altered, or its metrics.json cannot be read.
         NothingHeld, StorageError: a search cannot be read.
-        UserError: the page cannot be written.
+        UserError: trials or models were not evaluated on the same images, or the page cannot be written.
     """
     # imported only after the command line is checked, so that --help answers at once
-    from lungct_tune.evaluation.comparison import CompareError, compare_models, read_judged
+    from lungct_tune.evaluation.comparison import compare_models, read_judged
     from lungct_tune.experiment.bundle import bundle_to_give
     from lungct_tune.experiment.folder import Experiment
     from lungct_tune.experiment.kept_settings import SETTINGS
@@ -79,7 +79,7 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     elif any(are_searches):
         search, model = (sources[are_searches.index(kind)] for kind in (True, False))
         give = bundle_to_give(folders[sources.index(search)], search)
-        raise CompareError(f"{search} is a search and {model} is not; to compare the models, {give}")
+        raise UserError(f"{search} is a search and {model} is not; to compare the models, {give}")
     else:
         judged = [read_judged(source, folder) for source, folder in zip(sources, folders, strict=True)]
     compared = compare_models(judged) if len(judged) > 1 else []
@@ -88,7 +88,7 @@ def compare(asked: argparse.Namespace, command: str, console: Console) -> None:
     if asked.html:
         write_whole(asked.html, "--html", comparison_page(curves, judged, compared, command))
         with stop_says(f"written: {asked.html}"):
-            console.print(f"written: {asked.html}", soft_wrap=True, markup=False)
+            console.print(f"written: {asked.html}")
 
 
 def _read_searches(

@@ -22,24 +22,20 @@ examples:
 """
 
 
-class DownloadError(UserError):
-    """The images cannot be fetched; the message says why and what to do."""
-
-
 def download(folder: Path) -> Path:
     """Downloads and unpacks the data set with kagglehub; an earlier complete download is used again.
 
     Raises:
-        DownloadError: kagglehub is not installed, or Kaggle cannot be reached or refuses the download.
+        UserError: kagglehub is not installed, or Kaggle cannot be reached or refuses the download.
     """
     try:
         import kagglehub
     except ImportError as error:
-        raise DownloadError("kagglehub is not installed (the extra `kaggle`): pip install kagglehub") from error
+        raise UserError("kagglehub is not installed (the extra `kaggle`): pip install kagglehub") from error
     try:
         return Path(kagglehub.dataset_download(DATASET, output_dir=str(folder)))
     except Exception as error:  # kagglehub raises every error of requests, sockets and zip files
-        raise DownloadError(
+        raise UserError(
             f"{DATASET} cannot be downloaded from Kaggle ({type(error).__name__}: {error}).\n"
             "Check the network. Or download the zip file in a browser from "
             f"https://www.kaggle.com/datasets/{DATASET}, unpack it, and give its folder to --data"

@@ -97,7 +97,7 @@ def evaluate(asked: argparse.Namespace, command: str, console: Console) -> None:
     written = f"written: {', '.join(f'{out}/{name}' for name in files)}"
     with stop_says(written):
         print_judged(images, metrics, console, phantoms=phantoms)
-        console.print(written, soft_wrap=True, markup=False)
+        console.print(written)
 
 
 if __name__ == "__main__":

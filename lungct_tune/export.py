@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.errors import UserError
 from lungct_tune.stopping import stop_says
 
 EXAMPLES = """\
@@ -44,8 +45,8 @@ def export(asked: argparse.Namespace, console: Console) -> None:
 
     Raises:
         BundleError: the bundle is incomplete or altered.
-        ExportError: a package or a test image is missing, or the graph does not give the bundle's probabilities.
-        UserError: the output cannot be written.
+        UserError: a package or a test image is missing, the graph does not give the bundle's probabilities, or the
+            output cannot be written.
     """
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import as_json, verify
@@ -72,7 +73,7 @@ def export(asked: argparse.Namespace, console: Console) -> None:
     graph = exported.export_onnx(classifier) if asked.to == "onnx" else exported.export_torch(classifier)
     compared = exported.compare_with_bundle(graph, classifier, images_NHW, what)
     if not compared["same"]:
-        raise exported.ExportError(
+        raise UserError(
             f"the graph does not give the bundle's probabilities: on {what} they differ by up to "
             f"{compared['largest_difference']:.2g}, and {compared['changed_classes']} classes change. Please report it "
             "with the versions of torch, onnx and onnxruntime"
@@ -85,7 +86,7 @@ def export(asked: argparse.Namespace, console: Console) -> None:
         f"{compared['largest_difference']:.1g}, and no class changes"
     )
     with stop_says(done):
-        console.print(done, soft_wrap=True, markup=False)
+        console.print(done)
 
 
 if __name__ == "__main__":

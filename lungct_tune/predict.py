@@ -97,7 +97,7 @@ def predict(asked: argparse.Namespace, console: Console) -> int:
     with stop_says("\n".join(written)):
         print_predictions(classifier, rows, patients, left_aside, console)
         for line in written:
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line)
     return int(not is_read.all())
 
 

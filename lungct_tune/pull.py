@@ -71,7 +71,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     existed = os.path.lexists(dest)
     found = fetch(experiment, dest, console, everything=everything)
     done = f"{dest} holds this bundle already" if existed else f"pulled {experiment.name} to {dest}"
-    console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}", soft_wrap=True, markup=False)
+    console.print(f"{done}: {'verified' if found else 'no trial has completed yet'}")
     if found:
         from lungct_tune.reporting.console import print_bundle
 
@@ -79,7 +79,7 @@ def pull(experiment: Experiment, dest: Path | None, console: Console, *, everyth
     if everything and found != FOLDER and dest.name == experiment.name:
         resume = shlex.join([*command_words("search"), "--resume", dest.name, "--storage", str(dest.absolute().parent)])
         add = "add --data DIR if it had one, as the images are now, and --study URL if it had one"
-        console.print(f"to continue it here ({add}):\n  {resume}", soft_wrap=True, markup=False)
+        console.print(f"to continue it here ({add}):\n  {resume}")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def _run(asked: argparse.Namespace, console: Console) -> None:
     page = report_page(experiment.name, found, pictures)
     write_whole(asked.out, "--out", page)
     if pictures.missing:
-        console.print(f"without pictures: {pictures.missing}", style="yellow", soft_wrap=True, markup=False)
-    console.print(f"{asked.out}: {len(page) / 1e6:.1f} MB", soft_wrap=True, markup=False)
+        console.print(f"without pictures: {pictures.missing}", style="yellow")
+    console.print(f"{asked.out}: {len(page) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lungct_tune.cli import command_line, exit_status, terminal
+from lungct_tune.display import print_prose
 from lungct_tune.errors import UserError
 
 TOKEN = "LUNGCT_TOKEN"
@@ -62,8 +63,7 @@ def serve(asked: argparse.Namespace, console: Console) -> None:
 
     Raises:
         BundleError: the bundle is incomplete or altered.
-        ServeError, ClusterError: the server cannot start.
-        UserError: a package is missing.
+        UserError: a package is missing, or the server cannot start.
     """
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.bundle import verify
@@ -82,10 +82,11 @@ def serve(asked: argparse.Namespace, console: Console) -> None:
     replicas = Replicas(least, most, asked.gpus_per_replica)
     with serving(classifier, asked.host, asked.port, token, replicas, asked.address) as what:
         name = f"[{asked.host}]" if ":" in asked.host else asked.host
-        console.print(f"serving {asked.bundle} at http://{name}:{asked.port} ({what})", soft_wrap=True)
+        console.print(f"serving {asked.bundle} at http://{name}:{asked.port} ({what})")
         if token:
             shown = f"that of {TOKEN}" if os.environ.get(TOKEN) else token
-            console.print(f"token: {shown}. Anyone who can read the network can read it: put TLS before this server.")
+            warning = "Anyone who can read the network can read it: put TLS before this server."
+            print_prose(console, f"token: {shown}. {warning}")
         console.print("Ctrl-C ends it. Research software: no answer is a diagnosis.")
         threading.Event().wait()
 

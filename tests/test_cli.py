@@ -180,6 +180,11 @@ def test_nothing_that_a_terminal_obeys_and_no_secret_is_printed(capsys: pytest.C
     assert r"\x1b[31mred" in said and "[/b]" in said
 
 
+def test_no_text_is_broken_into_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal().print("a long path", *["and more of it"] * 10)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_that_ask_a_command_to_end_are_a_ctrl_c(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]

@@ -145,10 +145,11 @@ def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> Copies:
         )
         for pair in images.copies
     ]
+    with_copy = {(side.path, side.class_name) for pair in pairs for side in (pair.first, pair.second)}
     return Copies(
         threshold=COPY_CORRELATION,
         pairs_by_kind={kind: sum(pair.kind == kind for pair in images.copies) for kind in KINDS},
-        images_by_class=_copied_by_class(images.copies),
+        images_by_class=_by_class(name for _, name in with_copy),
         across=[
             CopiesAcross(**vars(_with_copy(images, split == part, split == other)), part=part, other=other)
             for part in parts
@@ -158,11 +159,6 @@ def _copies(images: ImageSet, split: np.ndarray, parts: list[str]) -> Copies:
         inside=[CopiesInside(**vars(_with_copy(images, split == part, split == part)), part=part) for part in parts],
         pairs=sorted(pairs, key=_badness),
     )
-
-
-def _copied_by_class(copies: list[CopyOf]) -> dict[str, int]:
-    with_copy = {(c.path, c.class_name) for c in copies} | {(c.other, c.other_class) for c in copies}
-    return _by_class(name for _, name in with_copy)
 
 
 def _with_copy(images: ImageSet, is_part_N: np.ndarray, is_other_N: np.ndarray) -> CopyCounts:

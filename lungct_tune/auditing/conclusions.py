@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lungct_tune.auditing.findings import Findings, Level, Similarity, Verdict
+from lungct_tune.auditing.findings import Findings, Inventory, Level, Similarity, Verdict
 from lungct_tune.auditing.shortcuts import RULES
 from lungct_tune.data.split import SPLITS, UNSPLIT
 
@@ -88,6 +88,20 @@ def _leaks(found: Findings) -> Iterator[str]:
 def counted(counts: Mapping[str, int]) -> str:
     """Counts and their names, as text."""
     return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def about_files(inventory: Inventory) -> list[str]:
+    """What the files are, and each that is not as it should be, a line each."""
+    width, height = inventory.sizes["width"], inventory.sizes["height"]
+    return [
+        f"formats: {counted(inventory.formats)}; modes: {counted(inventory.modes)}",
+        f"widths {width.min} to {width.max}, heights {height.min} to {height.max}, {inventory.distinct_sizes} distinct "
+        "sizes",
+        *(f"{file.path} holds {file.format}" for file in inventory.not_what_the_suffix_says),
+        *(f"{file.path} cannot be read: {file.reason}" for file in inventory.unreadable),
+        *(f"{path} has no content" for path in inventory.without_content),
+        *map(str, inventory.left_aside),
+    ]
 
 
 def _too_alike(found: Findings) -> list[Similarity]:

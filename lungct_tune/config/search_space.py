@@ -121,7 +121,7 @@ def parse_space(text: str, path: str) -> SearchSpace:
     fixed = content.pop("fixed_trials", None) or []
     if not isinstance(fixed, list):
         raise SpaceError(f"{path}: fixed_trials: expected a list of trials, found {shown(fixed)}")
-    trials = [PUBLISHED] + [_fixed_trial(path, f"fixed_trials[{i}]", trial) for i, trial in enumerate(fixed)]
+    trials = [PUBLISHED] + [_fixed_trial(f"{path}: fixed_trials[{i}]", trial) for i, trial in enumerate(fixed)]
     distributions: dict[str, BaseDistribution] = {}
     constants: dict[str, int | float] = {}
     for key, value in content.items():
@@ -171,7 +171,7 @@ def _range(path: str, key: str, value: dict[str, Any], trials: list[Hyperparamet
     return FloatDistribution(low, high, log=log)
 
 
-def _number(path: str, key: str, value: Any, where: str = "") -> int | float:
+def _number(where: str, key: str, value: Any) -> int | float:
     low, high = LIMITS[key]
     integer = isinstance(getattr(PUBLISHED, key), int)
     # YAML 1.1 reads 1e-5 as text, but the user means a number
@@ -181,24 +181,20 @@ def _number(path: str, key: str, value: Any, where: str = "") -> int | float:
         number = float("nan")
     if not low <= number <= high or (integer and number != int(number)):
         kind = "a whole number" if integer else "a number"
-        raise SpaceError(
-            f"{path}: {where}{key}: {shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}"
-        )
+        raise SpaceError(f"{where}: {key}: {shown(value)} is not allowed; it must be {kind} from {low:g} to {high:g}")
     return int(number) if integer else number
 
 
-def _fixed_trial(path: str, where: str, trial: Any) -> Hyperparameters:
+def _fixed_trial(where: str, trial: Any) -> Hyperparameters:
     if not isinstance(trial, dict):
-        raise SpaceError(f"{path}: {where}: expected parameters and values, found {shown(trial)}")
+        raise SpaceError(f"{where}: expected parameters and values, found {shown(trial)}")
     for key in trial:
-        _known(path, key, f"{where}: ")
-    values = {key: _number(path, key, value, f"{where}: ") for key, value in trial.items()}
+        _known(where, key)
+    values = {key: _number(where, key, value) for key, value in trial.items()}
     return Hyperparameters(**(PUBLISHED.as_dict() | values))
 
 
-def _known(path: str, key: Any, where: str = "") -> None:
+def _known(where: str, key: Any) -> None:
     if key not in LIMITS:
-        raise SpaceError(
-            f"{path}: {where}{key}: no such parameter{suggestion(str(key), LIMITS)}; the parameters are "
-            f"{', '.join(LIMITS)}"
-        )
+        meant = suggestion(str(key), LIMITS)
+        raise SpaceError(f"{where}: {key}: no such parameter{meant}; the parameters are {', '.join(LIMITS)}")

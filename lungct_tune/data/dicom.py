@@ -280,7 +280,7 @@ def _in_grey(values_HW: np.ndarray, dataset: Dataset, window: Window | None) -> 
     if window is not None:
         dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = *window, "LINEAR"
     full = 2 ** int(dataset.BitsStored) - 1
-    if _numbers(dataset, "WindowCenter") and _numbers(dataset, "WindowWidth"):
+    if _has_value(dataset, "WindowCenter") and _has_value(dataset, "WindowWidth"):
         grey_HW = _windowed(values_HW, dataset)
     elif full <= 255 and not dataset.PixelRepresentation:
         grey_HW = np.round(values_HW * (255 / full)).astype(np.uint8)
@@ -292,8 +292,8 @@ def _in_grey(values_HW: np.ndarray, dataset: Dataset, window: Window | None) -> 
 def _windowed(values_HW: np.ndarray, dataset: Dataset) -> np.ndarray:
     from pydicom.pixels.processing import apply_rescale, apply_windowing
 
-    rescale = [_numbers(dataset, name) for name in ("RescaleSlope", "RescaleIntercept")]
-    if any(rescale) != all(rescale) or _numbers(dataset, "ModalityLUTSequence"):
+    rescale = [_has_value(dataset, name) for name in ("RescaleSlope", "RescaleIntercept")]
+    if any(rescale) != all(rescale) or _has_value(dataset, "ModalityLUTSequence"):
         raise _Refused(
             "its window is for rescaled values, and it has a lookup table or only one of slope and intercept"
         )
@@ -339,7 +339,7 @@ def _luma(values: np.ndarray, dataset: Dataset) -> Image.Image:
     return Image.fromarray((values[..., :3] >> (depth - 8)).astype(np.uint8)).convert("L")
 
 
-def _numbers(dataset: Dataset, name: str) -> bool:
+def _has_value(dataset: Dataset, name: str) -> bool:
     """Whether an element is there and has a value."""
     value: Any = dataset.get(name)
     return value is not None and value != "" and value != []

@@ -76,6 +76,9 @@ class LeftAside:
     example: str
     """The path of one of them."""
 
+    def __str__(self) -> str:
+        return f"not used, {self.reason}: {self.files}, such as {self.example}"
+
 
 class ListedGroup(NamedTuple):
     """The group of an image, for example its patient, in a groups.csv."""
@@ -128,37 +131,33 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None, fewest_c
     found = scan_folder(root)
     spellings = spellings_of(class_map)
     base = _base(root, found, spellings)
-    inside = [path for path in found.files if _is_below(path, base)]
+    splits = [
+        folder
+        for folder in _children(found, base)
+        if _split_of(folder) and any(_is_below(path, folder) for path in found.files)
+    ]
+    class_of = {
+        folder: class_name
+        for above in splits or [base]
+        for folder in _children(found, above)
+        if (class_name := class_of_folder(posixpath.basename(folder), spellings)) is not None
+    }
+    images: dict[str, list[str]] = {folder: [] for folder in class_of}
+    others: list[str] = []  # in no class folder
+    depth = (base.count("/") + 1 if base else 0) + (2 if splits else 1)  # of the class folders
     for path in found.files:
-        if not _is_below(path, base):
-            found.put_aside(OTHER_FORMATS if _suffix(path) in _NO_PICTURES else OUTSIDE, path)
-    split_folders = [folder for folder in _children(found, base) if _split_of(folder) and _has_files(inside, folder)]
-    if split_folders:
-        _refuse_images_beside(root, base, split_folders, inside)
-    files: list[ImageFile] = []
-    unknown: Counter[str] = Counter()
-    names: set[str] = set()
-    for folder in split_folders or [base]:
-        below = _by_child(inside, folder)
-        for class_folder in _children(found, folder):
-            images = below.get(class_folder, [])
-            class_name = class_of_folder(posixpath.basename(class_folder), spellings)
-            if class_name is not None:
-                if not images and not any(_is_below(path, class_folder) for path, _ in found.unreadable):
-                    raise DataError(f"the class folder {class_folder}/ in {root} holds no images; fill or remove it")
-                if other := class_inside(class_name, [path.removeprefix(class_folder) for path in images]):
-                    raise DataError(f"{class_folder}/ in {root} has a folder of another class, {other}/; move it out")
-                split = _split_of(folder) if split_folders else ""
-                files += [ImageFile(path, split, class_name) for path in images]
-                names.add(posixpath.basename(class_folder))
-            else:
-                unknown.update(posixpath.dirname(path) for path in images if _suffix(path) not in _NO_PICTURES)
-                for path in images:
-                    if _suffix(path) in _NO_PICTURES:
-                        found.put_aside(OTHER_FORMATS, path)
-        _take_loose_files(root, folder, inside, found)
-    if unknown:
-        raise DataError(_unknown_classes(root, unknown))
+        images.get("/".join(path.split("/")[:depth]), others).append(path)
+    _take_others(root, base, splits, others, found)
+    for folder, paths in images.items():
+        if not paths and not any(_is_below(path, folder) for path, _ in found.unreadable):
+            raise DataError(f"the class folder {folder}/ in {root} holds no images; fill or remove it")
+        if other := class_inside(class_of[folder], [path.removeprefix(folder) for path in paths]):
+            raise DataError(f"{folder}/ in {root} has a folder of another class, {other}/; move it out")
+    files = [
+        ImageFile(path, _split_of(posixpath.dirname(folder)) if splits else "", class_of[folder])
+        for folder, paths in images.items()
+        for path in paths
+    ]
     classes = {file.class_name for file in files}
     if len(classes) < fewest_classes and not found.unreadable:
         only = f"only the class {classes.pop()!r}" if classes else "no images"
@@ -172,6 +171,7 @@ def find_images(root: Path, class_map: Mapping[str, str] | None = None, fewest_c
     groups = [path for path in found.groups if PurePosixPath(path).parent in holding]
     for path in set(found.groups) - set(groups):
         found.put_aside(DOCUMENTS, path)
+    names = {posixpath.basename(folder) for folder in class_of}
     wrong = unmatched_keys(class_map, {letters for name in names for letters in beginnings(name)}, names)
     unmatched = wrong and f"no class folder in {root} is called {wrong}; there are {', '.join(sorted(names))}"
     listed = listed_groups(root, sorted(groups), [file.path for file in files])
@@ -220,36 +220,27 @@ def read_rows(file: Path) -> pd.DataFrame:
             columns.
     """
     try:
-        text = read_text(file)
-        _refuse_uneven_lines(file, text)
-        rows = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False).rename(columns=_column)
-        return rows.assign(**{name: rows[name].str.strip() for name in rows.columns if name != "path"})
+        reader = csv.reader(StringIO(read_text(file), newline=None), strict=True)
+        lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
+        names = [_COLUMNS.get(name.strip().lower(), name.strip()) for name in next(lines, [])]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{file} has several columns {twice[0]!r}; remove or rename one")
+        rows = []
+        for values in lines:
+            if len(values) != len(names):
+                raise DataError(
+                    f"{file}, line {reader.line_num} has {number_of(len(values), 'value')}, and the first line names "
+                    f"{number_of(len(names), 'column')}; remove or add a comma, or put a value that has commas into "
+                    "quotes"
+                )
+            rows.append([text if name == "path" else text.strip() for name, text in zip(names, values, strict=True)])
+        return pd.DataFrame(rows, columns=names, dtype=str)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error}); save it again as CSV in UTF-8") from error
-    except (ValueError, csv.Error) as error:
+    except csv.Error as error:
         raise DataError(f"{file} is not a CSV file: {error}") from error
-
-
-def _column(name: str) -> str:
-    return _COLUMNS.get(name.strip().lower(), name.strip())
-
-
-def _refuse_uneven_lines(file: Path, text: str) -> None:
-    """Refuses columns and lines of which pandas would rename, shift or fill in some."""
-    reader = csv.reader(StringIO(text, newline=None), strict=True)
-    lines = (values for values in reader if len(values) > 1 or "".join(values).strip())
-    names = list(map(_column, next(lines, [])))
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"{file} has several columns {twice[0]!r}; remove or rename one")
-    columns = len(names)
-    for values in lines:
-        if len(values) != columns:
-            raise DataError(
-                f"{file}, line {reader.line_num} has {number_of(len(values), 'value')}, and the first line names "
-                f"{number_of(columns, 'column')}; remove or add a comma, or put a value that has commas into quotes"
-            )
 
 
 def read_listing(
@@ -322,52 +313,47 @@ def _base(root: Path, found: Scan, spellings: Mapping[str, str]) -> str:
     return bases[0] if bases else ""
 
 
-def _refuse_images_beside(root: Path, base: str, split_folders: list[str], inside: list[str]) -> None:
-    beside = [path for path in inside if not any(_is_below(path, folder) for folder in split_folders)]
-    names = {path.removeprefix(f"{base}/").split("/")[0] for path in beside if posixpath.dirname(path) != base}
-    if names:
-        raise DataError(
-            f"{root / base} has images in {', '.join(sorted(names))} beside the folders "
-            f"{', '.join(map(posixpath.basename, split_folders))}; keep either split folders or class folders"
-        )
-
-
-def _take_loose_files(root: Path, folder: str, inside: list[str], found: Scan) -> None:
-    """Puts aside the files of other formats that are directly in a folder of class folders.
+def _take_others(root: Path, base: str, splits: list[str], others: list[str], found: Scan) -> None:
+    """Puts aside the files in no class folder that are of other formats, or not in the folder of the class folders.
 
     Raises:
         DataError: there are others, which may be images.
     """
-    loose = [path for path in inside if posixpath.dirname(path) == folder]
-    for path in loose:
+    beside: set[str] = set()  # folders
+    loose: dict[str, list[str]] = {}
+    unknown: Counter[str] = Counter()
+    for path in others:
+        folder, name = posixpath.split(path)
         if _suffix(path) in _NO_PICTURES:
             found.put_aside(OTHER_FORMATS, path)
-    if images := sorted(posixpath.basename(path) for path in loose if _suffix(path) not in _NO_PICTURES):
+        elif not _is_below(path, base):
+            found.put_aside(OUTSIDE, path)
+        elif folder in (base, *splits):
+            loose.setdefault(folder, []).append(name)
+        elif splits and not any(_is_below(path, split) for split in splits):
+            beside.add(path.removeprefix(f"{base}/").split("/")[0])
+        else:
+            unknown[folder] += 1
+    if beside:
         raise DataError(
-            f"{root / folder} has {number_of(len(images), 'file')} in no class folder, such as {images[0]!r}; "
+            f"{root / base} has images in {', '.join(sorted(beside))} beside the folders "
+            f"{', '.join(map(posixpath.basename, splits))}; keep either split folders or class folders"
+        )
+    for folder, names in loose.items():
+        raise DataError(
+            f"{root / folder} has {number_of(len(names), 'file')} in no class folder, such as {min(names)!r}; "
             "move each file into the folder of its class, or out of the data folder"
         )
+    if unknown:
+        raise DataError(_unknown_classes(root, unknown))
 
 
 def _children(found: Scan, folder: str) -> list[str]:
     return sorted(path for path in found.folders if path and posixpath.dirname(path) == folder)
 
 
-def _by_child(files: list[str], folder: str) -> dict[str, list[str]]:
-    """The files below each folder that is directly in this one."""
-    start, below = len(folder) + 1 if folder else 0, dict[str, list[str]]()
-    for path in files:
-        if _is_below(path, folder) and (end := path.find("/", start)) >= 0:
-            below.setdefault(path[:end], []).append(path)
-    return below
-
-
 def _is_below(path: str, folder: str) -> bool:
     return not folder or path.startswith(f"{folder}/")
-
-
-def _has_files(files: list[str], folder: str) -> bool:
-    return any(_is_below(path, folder) for path in files)
 
 
 def _split_of(folder: str) -> str:

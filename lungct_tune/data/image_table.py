@@ -54,9 +54,10 @@ def find_listed(
         DataError: the table is malformed, names an image twice or one that is not there, or has too few classes.
     """
     unread: list[tuple[str, str]] = []
-    if SERIES in read_rows(table):
+    rows = read_rows(table)
+    if SERIES in rows:
         unread = [(path, AT_FIRST) for path, header in headers.items() if header is None]
-        rows = _images_of_series(root, table, headers, pseudonym)
+        rows = _images_of_series(root, table, rows, headers, pseudonym)
     else:
         rows = read_listing(table, ["path", CLASS], found.files, root, root, also=[GROUP])
     spellings = spellings_of(class_map)
@@ -77,10 +78,9 @@ def find_listed(
 
 
 def _images_of_series(
-    root: Path, table: Path, headers: Mapping[str, Header | None], pseudonym: Pseudonym
+    root: Path, table: Path, rows: pd.DataFrame, headers: Mapping[str, Header | None], pseudonym: Pseudonym
 ) -> pd.DataFrame:
     """The class and perhaps the group of each image of the series in the table. The index is the images' paths."""
-    rows = read_rows(table)
     if CLASS not in rows:
         raise DataError(f"{table} is not a CSV file with the columns {SERIES},{CLASS} and perhaps {GROUP}")
     rows = rows[[SERIES, CLASS, *rows.columns.intersection([GROUP])]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from errno import EACCES, ELOOP, ENOENT, EPERM
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -44,6 +44,8 @@ class InputImage(NamedTuple):
     """Why it cannot be used: a folder in its place, a name that is not UTF-8, or a header that could not be read."""
     listed_in: str = ""
     """The folder of the groups.csv that gives its group."""
+    aside: str = ""
+    """Why it is left aside, see `scan` and `Header`; "" if it may be an image."""
 
 
 class Inputs(NamedTuple):
@@ -82,12 +84,14 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
             malformed, or there are DICOM files and pydicom is not installed.
     """
     found: dict[str, InputImage] = {}
-    reasons: dict[str, str] = {}  # of the files that are left aside
+    aside: dict[str, str] = {}
     for name in inputs:
-        for image in _images_at(name, reasons):
-            if image.source not in found or image.listed_in:
+        for image in _images_at(name):
+            if image.aside:
+                aside[image.source] = image.aside
+            elif image.source not in found or image.listed_in:
                 found[image.source] = image
-    left_aside = Counter(reason for source, reason in reasons.items() if source not in found)
+    left_aside = Counter(reason for source, reason in aside.items() if source not in found)
     if not found:
         raise DataError(f"there are no images; left aside: {', '.join(f'{n} {why}' for why, n in left_aside.items())}")
     return Inputs(_told_apart(list(found.values())), left_aside)
@@ -129,42 +133,39 @@ def read_input(source: str, size: int, window: Window | None) -> ReadImage | Unr
         return Unreadable(reason_of(error, place))
 
 
-def _images_at(name: str, reasons: dict[str, str]) -> Iterable[InputImage]:
+def _images_at(name: str) -> list[InputImage]:
     if (path := local_path(name)) is None:
-        return _images_at_uri(name, reasons)
+        return _images_at_uri(name)
     if path.is_dir():
-        return _images_in(path, reasons)
+        return _images_in(path)
     if path.exists():
-        return [_image_at(path)[0]]
+        return [_image_at(path)._replace(aside="")]
     if matches := sorted(glob.glob(str(path), recursive=True)):
-        return [image for match in matches for image in _images_at(match, reasons)]
+        return [image for match in matches for image in _images_at(match)]
     raise DataError(f"{name}: there is no such file or folder; give image files, folders, URIs, or a pattern in quotes")
 
 
-def _images_in(folder: Path, reasons: dict[str, str]) -> list[InputImage]:
+def _images_in(folder: Path) -> list[InputImage]:
     try:
         found = scan(folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
     if not found.files and not found.unreadable:
         raise DataError(f"{folder}: there are no images in this folder")
-    reasons.update({str(folder / path): reason for reason, files in found.aside.items() for path in files})
     paths = sorted(found.files)
     listed, images = listed_groups(folder, found.groups, paths), []
     for path in paths:
-        image, aside = _image_at(folder / path)
-        if aside:
-            reasons[image.source] = aside
-        elif path in listed:
+        image = _image_at(folder / path)
+        if path in listed:
             name, file = listed[path]
-            images.append(image._replace(group=name, listed_in=str((folder / file).parent)))
-        else:
-            images.append(image)
-    faulty = [InputImage(str(folder / path), str((folder / path).parent), why) for path, why in found.unreadable]
-    return images + faulty
+            image = image._replace(group=name, listed_in=str((folder / file).parent))
+        images.append(image)
+    images += [InputImage(str(folder / path), str((folder / path).parent), why) for path, why in found.unreadable]
+    others = [(path, reason) for reason, files in found.aside.items() for path in files]
+    return images + [InputImage(str(folder / path), "", aside=reason) for path, reason in others]
 
 
-def _images_at_uri(uri: str, reasons: dict[str, str]) -> list[InputImage]:
+def _images_at_uri(uri: str) -> list[InputImage]:
     try:
         filesystem, place = resolve_filesystem(uri)
         (at,) = filesystem.get_file_info([place])
@@ -176,12 +177,14 @@ def _images_at_uri(uri: str, reasons: dict[str, str]) -> list[InputImage]:
     except Exception as error:  # fsspec's file systems raise any kind
         raise DataError(refusal(uri, "list it", error)) from error
     inside = sorted(PurePosixPath(info.path).relative_to(place).as_posix() for info in below if info.is_file)
-    source_of = {path: f"{uri.rstrip('/')}/{path if _is_literal(uri) else quote(path, safe=_PLAIN)}" for path in inside}
-    aside = {path: reason for path in inside if (reason := why_aside(path))}
-    if len(aside) == len(inside):
+    names = [path if _is_literal(uri) else quote(path, safe=_PLAIN) for path in inside]
+    images = [
+        _alone(f"{uri.rstrip('/')}/{name}")._replace(aside=why_aside(path))
+        for path, name in zip(inside, names, strict=True)
+    ]
+    if all(image.aside for image in images):
         raise DataError(f"{uri}: there are no images")
-    reasons.update({source_of[path]: reason for path, reason in aside.items()})
-    return [_alone(source) for path, source in source_of.items() if path not in aside]
+    return images
 
 
 def _is_literal(uri: str) -> bool:
@@ -189,15 +192,15 @@ def _is_literal(uri: str) -> bool:
     return uri.startswith("fsspec+")
 
 
-def _image_at(path: Path) -> tuple[InputImage, str]:
-    """A file with its patient, as far as its header says it, and why it is left aside, see `Header`."""
+def _image_at(path: Path) -> InputImage:
+    """A file with its patient, as far as its header says it."""
     image = InputImage(str(path), str(path.parent))
     try:
         header = read_header(path, lambda kind, value: _pseudonyms(default_cache())(kind, value))
     except (OSError, MemoryError) as error:  # it may be readable by now, but not its patient
         again = "" if getattr(error, "errno", None) in _FAULTS else "; run the command again"
-        return image._replace(fault=f"{reason_of(error, str(path))}{again}"), ""
-    return image._replace(group=header.patient or image.group), header.aside
+        return image._replace(fault=f"{reason_of(error, str(path))}{again}")
+    return image._replace(group=header.patient or image.group, aside=header.aside)
 
 
 def _alone(source: str) -> InputImage:

@@ -15,6 +15,7 @@ import pyarrow.fs
 from lungct_tune.data.cache import default_cache, require_space
 from lungct_tune.data.folders import DataError
 from lungct_tune.display import tracked
+from lungct_tune.files import local_path
 from lungct_tune.filesystem import StorageError, refusal, resolve_filesystem
 
 DOWNLOADS = 16
@@ -22,7 +23,7 @@ DOWNLOADS = 16
 
 
 def fetch_images(uri: str | Path, cache: Path | None = None) -> Path:
-    """Returns a local folder of the images: a path as it is, or a copy of all files below a URI.
+    """Returns a local folder of the images: a path or file:// as it is, or a copy of all files below another URI.
 
     Fetches new and changed files, and deletes files that are no longer at the URI. A file is unchanged if its size and
     its modification time are the same. After an interrupted run, the files that were fetched are kept.
@@ -30,8 +31,10 @@ def fetch_images(uri: str | Path, cache: Path | None = None) -> Path:
     Raises:
         DataError: the URI cannot be read, has no files, or the cache cannot hold them.
     """
-    if isinstance(uri, Path) or "://" not in uri:
-        return Path(uri)
+    if isinstance(uri, Path):
+        return uri
+    if (folder := local_path(uri)) is not None:
+        return folder
     try:
         filesystem, root = resolve_filesystem(uri)
         found: Any = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))

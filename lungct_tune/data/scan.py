@@ -99,11 +99,11 @@ def scan(root: Path) -> Scan:
     return found
 
 
-def why_aside(path: str) -> str | None:
-    """The reason for which a file would be left aside by its path alone, as in a listing of a storage; or None."""
+def why_aside(path: str) -> str:
+    """The reason for which a file would be left aside by its path alone, as in a listing of a storage; or ""."""
     if any(map(_is_clutter, path.split("/"))):
         return CLUTTER
-    return DOCUMENTS if _is_document(path) else None
+    return DOCUMENTS if _is_document(path) else ""
 
 
 def _is_clutter(name: str) -> bool:

@@ -6,7 +6,7 @@ from io import BytesIO
 
 import pandas as pd
 
-NAMES = ["path", "label", "class", "predicted", "group", "patient", "first_image"]
+NAMES = ["path", "label", "class", "predicted", "group", "patient", "first_image", "images_say"]
 """The columns with names that users have given. They stay text: a class may be called 1, None or NA, a group 007."""
 
 _SHIELD = "'"

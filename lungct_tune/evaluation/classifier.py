@@ -20,7 +20,7 @@ from lungct_tune.data.seen_images import LearnedImages
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.calibration import calibrated
 from lungct_tune.evaluation.inference import load_model
-from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_probability
 from lungct_tune.evaluation.training_features import TrainingFeatures
 from lungct_tune.experiment.bundle import FEATURES, LEARNED
 from lungct_tune.experiment.form import written_by_a_search
@@ -88,7 +88,7 @@ class Classified:
         for column, of_class_N in zip(probability_columns(self.classes), self.probabilities_NC.T, strict=True):
             table[column] = of_class_N
         if are_cancer_and_normal(self.classes):
-            is_cancer_N = cancer_or_normal(self.probabilities_NC, self.classes)[:, 0] > self.threshold
+            is_cancer_N = cancer_probability(self.probabilities_NC, self.classes) > self.threshold
             table["cancer_or_normal"] = np.where(is_cancer_N, CANCER, NORMAL)
         table["learned_from"] = "unknown" if self.seen_N is None else self.seen_N
         table["unlike_training"] = pd.array(
@@ -253,10 +253,9 @@ class Classifier:
 
     def tabulate(self, sources: Sequence[str], files: Sequence[ReadImage | Unreadable]) -> pd.DataFrame:
         """Classifies files that have been read; returns the rows of `classify_files`."""
-        readable = [i for i, file in enumerate(files) if isinstance(file, ReadImage)]
-        images = [file for file in files if isinstance(file, ReadImage)]
-        table = self.classify(self.stack(images), [image.digest for image in images]).table()
-        table = table.set_axis(readable).reindex(range(len(files)))
+        read = {i: file for i, file in enumerate(files) if isinstance(file, ReadImage)}
+        table = self.classify(self.stack(files), [image.digest for image in read.values()]).table()
+        table = table.set_axis(list(read)).reindex(range(len(files)))
         table.insert(0, "path", list(sources))
         table["unreadable"] = ["" if isinstance(file, ReadImage) else file.reason for file in files]
         return table
@@ -282,10 +281,10 @@ class Classifier:
         maps_N1hw, _ = grad_cam(self.model, images_NHW, classes_N[:, None], normalisation, scale)
         return np.asarray(maps_N1hw[:, 0])
 
-    def stack(self, images: Sequence[ReadImage]) -> np.ndarray:
-        """Images as one array (N, H, W)."""
-        size = self.image_size
-        return np.array([image.image_HW for image in images], dtype=np.uint8).reshape(-1, size, size)
+    def stack(self, files: Sequence[ReadImage | Unreadable]) -> np.ndarray:
+        """The images of the files that could be read, as one array (N, H, W)."""
+        images = [file.image_HW for file in files if isinstance(file, ReadImage)]
+        return np.array(images, dtype=np.uint8).reshape(-1, self.image_size, self.image_size)
 
     def _check(self, images_NHW: np.ndarray) -> None:
         size, is_array = self.image_size, isinstance(images_NHW, np.ndarray)

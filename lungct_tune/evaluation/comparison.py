@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
-from lungct_tune.evaluation.metrics import NORMAL, are_cancer_and_normal, balanced_difference, cancer_or_normal, mcnemar
+from lungct_tune.evaluation.metrics import (
+    NORMAL,
+    are_cancer_and_normal,
+    balanced_difference,
+    cancer_probability,
+    mcnemar,
+)
 from lungct_tune.evaluation.ranking import auroc
 from lungct_tune.experiment.bundle import CHECKSUMS, METRICS, PREDICTIONS, check_sums
 from lungct_tune.experiment.folder import Experiment
@@ -17,10 +23,6 @@ from lungct_tune.experiment.metrics import HALF, Figure, TestMetrics, read_test_
 from lungct_tune.experiment.predictions import Predictions, read_predictions
 
 DIFFERENCES = ("accuracy", "balanced accuracy", "sensitivity for cancer", "specificity for cancer", "AUROC of cancer")
-
-
-class CompareError(UserError):
-    """These models cannot be compared. The message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ def read_judged(name: str, folder: Experiment) -> Judged:
         folder: the bundle's own folder, or the one that was written.
 
     Raises:
-        CompareError: it has no test predictions.
+        UserError: it has no test predictions.
         BundleError: its metrics.json or its predictions.csv is altered, or cannot be read.
         StorageError: the storage refuses.
     """
@@ -76,52 +78,47 @@ def read_judged(name: str, folder: Experiment) -> Judged:
     if listing is not None:  # a bundle; what evaluate writes has no checksums
         check_sums(folder.uri, listing, {METRICS: figures, PREDICTIONS: rows})
     if figures is None or rows is None:
-        raise CompareError(
+        raise UserError(
             f"{name} has no {METRICS if figures is None else PREDICTIONS}{folder.similar()}; give the bundle of a "
             "search that has ended (results/NAME/best), a folder that lungct_tune.evaluate has written, or the folder "
             "of a search (results/NAME)"
         )
     metrics = read_test_metrics(figures)
     if metrics is None:
-        raise CompareError(f"{name} has no test figures: its search has not ended")
+        raise UserError(f"{name} has no test figures: its search has not ended")
     return judged_model(name, read_predictions(rows, list(metrics.per_class)), metrics)
 
 
 def judged_model(name: str, unordered: Predictions, metrics: TestMetrics) -> Judged:
     """A model's predictions, sorted by path."""
     order = np.argsort(unordered.paths_N, kind="stable")
-    predictions = Predictions(
-        unordered.classes,
-        unordered.paths_N[order],
-        unordered.labels_N[order],
-        unordered.probabilities_NC[order],
-        unordered.groups_N[order],
-    )
-    return Judged(name, predictions, metrics)
+    columns = ("paths_N", "labels_N", "probabilities_NC", "groups_N")
+    ordered = {column: getattr(unordered, column)[order] for column in columns}
+    return Judged(name, replace(unordered, **ordered), metrics)
 
 
 def check_same_images(judged: Sequence[Judged]) -> None:
     """Checks that all models were judged on the same images with the same true classes.
 
     Raises:
-        CompareError: they were not; the message says what differs.
+        UserError: they were not; the message says what differs.
     """
     first = judged[0]
     for other in judged[1:]:
         ours, theirs = first.predictions, other.predictions
         between = f"{first.name} and {other.name} cannot be compared:"
         if ours.classes != theirs.classes:
-            raise CompareError(f"{between} their classes are {', '.join(ours.classes)} and {', '.join(theirs.classes)}")
+            raise UserError(f"{between} their classes are {', '.join(ours.classes)} and {', '.join(theirs.classes)}")
         if set(ours.paths_N) != set(theirs.paths_N):
             only = sorted(set(ours.paths_N) ^ set(theirs.paths_N))
-            raise CompareError(
+            raise UserError(
                 f"{between} their test images differ. {len(only)} images are in one of them only, such as {only[0]}. "
                 "Searches of the same images have the same test images if --split and --split-seed are the same. To "
                 "judge models on the same images, use lungct_tune.evaluate, and compare the folders that it writes"
             )
         if (differ := ours.labels_N != theirs.labels_N).any():
             path = ours.paths_N[differ][0]
-            raise CompareError(f"{between} the true class of {int(differ.sum())} images differs, such as {path}")
+            raise UserError(f"{between} the true class of {int(differ.sum())} images differs, such as {path}")
 
 
 def compare_models(judged: Sequence[Judged]) -> list[Comparison]:
@@ -130,7 +127,7 @@ def compare_models(judged: Sequence[Judged]) -> list[Comparison]:
     The groups of the bootstrap are those of the first model's search.
 
     Raises:
-        CompareError: the test images differ.
+        UserError: the test images differ.
     """
     check_same_images(judged)
     first, *others = judged
@@ -169,5 +166,5 @@ def _compare(first: Judged, other: Judged, bootstrap: ClusterBootstrap) -> Compa
 
 def _of_cancer(judged: Judged) -> tuple[np.ndarray, np.ndarray]:
     """The probability of cancer, and whether it is above the model's operating point."""
-    score_N = cancer_or_normal(judged.predictions.probabilities_NC, judged.predictions.classes)[:, 0]
+    score_N = cancer_probability(judged.predictions.probabilities_NC, judged.predictions.classes)
     return score_N, score_N > judged.threshold

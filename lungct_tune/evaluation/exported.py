@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lungct_tune.data.decode import RESIZING
-from lungct_tune.data.inputs import ReadImage, Unreadable
+from lungct_tune.data.inputs import Unreadable
 from lungct_tune.errors import UserError
 from lungct_tune.evaluation.classifier import BATCH, Classifier
 from lungct_tune.experiment.bundle import CHECKSUMS, PREDICTIONS
@@ -32,10 +32,6 @@ RANDOM = 32
 """Random images to compare on where the test images are not at hand."""
 
 INPUT, OUTPUT = "images", "probabilities"
-
-
-class ExportError(UserError):
-    """A bundle's model cannot be exported. The message says why and what to do."""
 
 
 class Graph(nn.Module):
@@ -105,14 +101,14 @@ def export_onnx(classifier: Classifier) -> Exported:
     """The graph as an ONNX file.
 
     Raises:
-        ExportError: onnx, onnxscript or onnxruntime are missing.
+        UserError: onnx, onnxscript or onnxruntime are missing.
     """
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{error.name} is missing; install it with: pip install 'lungct-tune[onnx]'") from error
+        raise UserError(f"{error.name} is missing; install it with: pip install 'lungct-tune[onnx]'") from error
 
     program = torch.onnx.export(
         Graph(classifier),
@@ -176,7 +172,7 @@ def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.nda
         data: the folder that the search had; None where it is not at hand.
 
     Raises:
-        ExportError: a test image is not in the folder, or cannot be read.
+        UserError: a test image is not in the folder, or cannot be read.
     """
     file, size = classifier.folder / PREDICTIONS, classifier.image_size
     if data is None or not file.exists():
@@ -186,9 +182,8 @@ def images_to_compare(classifier: Classifier, data: Path | None) -> tuple[np.nda
     read = [classifier.read(str(data / path)) for path in paths]
     for path, image in zip(paths, read, strict=True):
         if isinstance(image, Unreadable):
-            raise ExportError(f"the test image {path} cannot be read in {data}: {image.reason}; correct --data")
-    images = [image for image in read if isinstance(image, ReadImage)]
-    return classifier.stack(images), f"the {len(images)} test images of the bundle"
+            raise UserError(f"the test image {path} cannot be read in {data}: {image.reason}; correct --data")
+    return classifier.stack(read), f"the {len(read)} test images of the bundle"
 
 
 def _example(classifier: Classifier) -> Tensor:

@@ -14,7 +14,7 @@ from lungct_tune.evaluation.metrics import (
     CANCERS,
     NORMAL,
     are_cancer_and_normal,
-    cancer_or_normal,
+    cancer_probability,
     evaluate_predictions,
 )
 from lungct_tune.experiment.bundle import LEARNED
@@ -88,8 +88,11 @@ def evaluate_images(
     seen_N, scaling, point = classified.seen_N, bundle.scaling, bundle.config.operating_point
     assert seen_N is not None  # the bundle lists its training images
     if two_classes:  # summed after the scaling, because the temperature is for the single classes
-        uncalibrated_NC = cancer_or_normal(uncalibrated_NC, bundle.classes)
-        probabilities_NC = cancer_or_normal(probabilities_NC, bundle.classes)
+        normal = bundle.classes.index(NORMAL)
+        uncalibrated_NC, probabilities_NC = (
+            np.stack([cancer_probability(p_NC, bundle.classes), p_NC[:, normal]], axis=1)
+            for p_NC in (uncalibrated_NC, probabilities_NC)
+        )
 
     # a rule that always names the only class is right on all of its images, and says nothing of the model
     largest = int(np.bincount(labels_N).argmax())

@@ -96,10 +96,9 @@ def evaluate_predictions(
     )
 
 
-def cancer_or_normal(probabilities_NC: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
-    """The probabilities (N, 2) of cancer (the sum of all cancers) and of normal."""
-    is_cancer_C = np.isin(classes, CANCERS)
-    return np.stack([probabilities_NC[:, is_cancer_C].sum(axis=1), probabilities_NC[:, ~is_cancer_C].sum(axis=1)], 1)
+def cancer_probability(probabilities_NC: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """The probability of cancer (N,): the sum of all cancers."""
+    return np.asarray(probabilities_NC[..., np.isin(classes, CANCERS)].sum(axis=-1))
 
 
 def are_cancer_and_normal(classes: tuple[str, ...]) -> bool:
@@ -185,7 +184,7 @@ def _cancer_against_normal(
     """
     if not are_cancer_and_normal(classes):
         return None
-    score_N = cancer_or_normal(probabilities_NC, classes)[:, 0]
+    score_N = cancer_probability(probabilities_NC, classes)
     is_N, positive_N = labels_N != classes.index(NORMAL), score_N > threshold
     fewest = min(bootstrap.effective(is_N), bootstrap.effective(~is_N))
     return CancerMetrics(

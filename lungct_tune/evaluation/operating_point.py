@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lungct_tune.evaluation.bootstrap import group_weights
-from lungct_tune.evaluation.metrics import NORMAL, SPECIFICITY, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.metrics import NORMAL, SPECIFICITY, are_cancer_and_normal, cancer_probability
 from lungct_tune.experiment.metrics import HALF, FittedOn, OperatingPoint
 
 
@@ -29,7 +29,7 @@ def choose_operating_point(
     """
     if not are_cancer_and_normal(classes):
         return None
-    is_N, score_N = labels_N != classes.index(NORMAL), cancer_or_normal(probabilities_NC, classes)[:, 0]
+    is_N, score_N = labels_N != classes.index(NORMAL), cancer_probability(probabilities_NC, classes)
     if is_N.all() or not is_N.any():
         return None
     weights_N = group_weights(groups_N)

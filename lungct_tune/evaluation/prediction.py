@@ -14,7 +14,7 @@ from lungct_tune.data.cache import decoding_threads
 from lungct_tune.data.inputs import ReadImage, Unreadable
 from lungct_tune.data.seen_images import NEW
 from lungct_tune.evaluation.classifier import BATCH, Classifier
-from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_or_normal
+from lungct_tune.evaluation.metrics import CANCER, NORMAL, are_cancer_and_normal, cancer_probability
 from lungct_tune.experiment.predictions import probability_columns
 
 _LEAST = 1e-300  # a probability's logarithm must be finite
@@ -44,8 +44,7 @@ def classify_in_parts(
             names = [source for source, _ in reading]
             rows = classifier.tabulate(names, files)
             if on_images:
-                images = [file for file in files if isinstance(file, ReadImage)]
-                on_images(rows[rows["unreadable"] == ""], classifier.stack(images))
+                on_images(rows[rows["unreadable"] == ""], classifier.stack(files))
             yield rows
             reading = following
 
@@ -80,7 +79,7 @@ def by_patient(images: pd.DataFrame, groups: Sequence[str], classes: tuple[str, 
             row["class"] = classes[joined_C.argmax()]
             row |= dict(zip(columns, joined_C, strict=True))
             if are_cancer_and_normal(classes):
-                is_cancer = cancer_or_normal(joined_C[None], classes)[0, 0] > threshold
+                is_cancer = cancer_probability(joined_C, classes) > threshold
                 row["cancer_or_normal"] = CANCER if is_cancer else NORMAL
             row["images_say"] = ", ".join(f"{name} {n}" for name, n in read["class"].value_counts().items())
             seen, unlike = read["learned_from"], read["unlike_training"]

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from lungct_tune.evaluation.comparison import CompareError
+from lungct_tune.errors import UserError
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.experiment.trial import Outcome, TrialRecord
 
@@ -55,10 +55,10 @@ def search_curve(name: str, results: SearchResults) -> SearchCurve:
     """The curve of a search, finished or not.
 
     Raises:
-        CompareError: no trial has run to its end.
+        UserError: no trial has run to its end.
     """
     if results.winner is None:
-        raise CompareError(f"{name} cannot be compared: none of its trials has run to its end yet")
+        raise UserError(f"{name} cannot be compared: none of its trials has run to its end yet")
     ended = sorted(
         (trial for trial in results.trials if trial.is_finished),
         key=lambda trial: (trial.completed.timestamp() if trial.completed else 0.0, trial.number),
@@ -73,12 +73,12 @@ def check_comparable(curves: Sequence[SearchCurve]) -> None:
     """Checks that the trials of all searches were evaluated on the same images.
 
     Raises:
-        CompareError: they were not; the message says what differs.
+        UserError: they were not; the message says what differs.
     """
     first = curves[0]
     for other in curves[1:]:
         if difference := _difference(first.results, other.results):
-            raise CompareError(
+            raise UserError(
                 f"the validation figures of {first.name} and {other.name} cannot be compared: {difference}. If their "
                 "test images are the same, their final models can be compared: give the folder best of each search"
             )

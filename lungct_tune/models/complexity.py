@@ -20,8 +20,6 @@ class ModelProfile:
     parameters: dict[str, int]
     flops: dict[str, int]
     """Floating-point operations for one image; a multiplication and an addition count as two."""
-    features: tuple[int, int]
-    """The head's input: channels, and width in pixels."""
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -36,7 +34,6 @@ def model_profile(truncation_depth: int, classes: int, image_size: int) -> Model
     images_NCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images_NCHW)
-    features_NCHW = model.backbone(images_NCHW)
     parameters, flops = dict.fromkeys(STAGES, 0), dict.fromkeys(STAGES, 0)
     for name, parameter in model.named_parameters():
         parameters[_stage(name)] += parameter.numel()
@@ -44,11 +41,7 @@ def model_profile(truncation_depth: int, classes: int, image_size: int) -> Model
         if not list(module.children()):
             flops[_stage(name)] += sum(counter.get_flop_counts().get(f"TruncatedResNet50.{name}", {}).values())
     present = [stage for stage in STAGES if parameters[stage]]
-    return ModelProfile(
-        {stage: parameters[stage] for stage in present},
-        {stage: flops[stage] for stage in present},
-        (features_NCHW.shape[1], features_NCHW.shape[3]),
-    )
+    return ModelProfile({stage: parameters[stage] for stage in present}, {stage: flops[stage] for stage in present})
 
 
 def _stage(name: str) -> str:

@@ -29,10 +29,8 @@ def recorded_features(model: Model) -> Iterator[Callable[[], Tensor]]:
         .get_submodule("head.float32")
         .register_forward_hook(lambda _, inputs, pooled_ND: setattr(last, "pooled_ND", pooled_ND.detach()))
     )
-    try:
+    with hook:
         yield lambda: last.pooled_ND
-    finally:
-        hook.remove()
 
 
 def feature_channels(model: Model) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 from captum.attr import LayerGradCam
@@ -14,11 +16,7 @@ _BATCH = 16
 
 
 def grad_cam(
-    model: Model,
-    images_NHW: np.ndarray,
-    classes_NK: np.ndarray,
-    normalisation: str,
-    scale: float | None = None,
+    model: Model, images_NHW: np.ndarray, classes_NK: np.ndarray, normalisation: str, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grad-CAM maps (Selvaraju et al., ICCV 2017) of the features that the head pools.
 
@@ -29,16 +27,13 @@ def grad_cam(
         images_NHW: uint8 grey.
         classes_NK: the classes to explain in each image, as indices.
         normalisation: a name in `preprocessing.NORMALISATIONS`.
-        scale: the evidence that becomes 1, for maps that can be compared, see `evidence_scale`; more than that becomes
-            1 too. By default each map is scaled to its own maximum.
+        scale: the evidence that becomes 1, see `evidence_scale`; more than that becomes 1 too.
 
     Returns:
         Maps (N, K, h, w) at the resolution of the features, each from 0 to 1 (all 0 if there is no evidence for the
         class), and the probabilities (N, C) of the same forward pass.
     """
     maps_NKhw, probabilities_NC = _evidence(model, images_NHW, classes_NK, normalisation)
-    if scale is None:
-        return maps_NKhw / np.maximum(maps_NKhw.max(axis=(2, 3), keepdims=True), 1e-12), probabilities_NC
     return np.minimum(maps_NKhw / scale, 1), probabilities_NC
 
 
@@ -64,17 +59,14 @@ def _evidence(
     for start in range(0, len(images_NHW), _BATCH):
         batch = slice(start, start + _BATCH)
         pooled: list[Tensor] = []
-        hooks = [
-            head.get_submodule("pool").register_forward_pre_hook(
-                lambda _, inputs, pooled=pooled: pooled.append(inputs[0])
-            )
-            for head in heads
-        ]
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as hooks:
+            for head in heads:
+                hook = head.get_submodule("pool").register_forward_pre_hook(
+                    lambda _, inputs, pooled=pooled: pooled.append(inputs[0])
+                )
+                hooks.enter_context(hook)
             grey_N1HW = as_grey(torch.from_numpy(np.ascontiguousarray(images_NHW[batch])).to(device))
             probabilities.append(forward(model, grey_N1HW, normalisation).softmax(dim=1).cpu().numpy())
-        for hook in hooks:
-            hook.remove()
         targets_KN = torch.as_tensor(classes_NK[batch], dtype=torch.int64, device=device).T
         of_members = [
             _maps(head, features_NCHW.float(), targets_KN) for head, features_NCHW in zip(heads, pooled, strict=True)

@@ -1,9 +1,10 @@
-"""What a person sees of an audit: in the terminal, and as one page that needs no network."""
+"""An audit as one page that needs no network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lungct_tune.auditing.conclusions import about_files
 from lungct_tune.auditing.findings import Audit
 from lungct_tune.reporting.format import place_name
 from lungct_tune.reporting.html import pairs_of_copies, render
@@ -23,6 +24,7 @@ def audit_page(audit: Audit, root: Path) -> bytes:
         "warnings": [],
         "sections": [("verdict", "verdict"), ("there", "the images"), ("found", "findings")],
         "audit": audit,
+        "files": about_files(audit.inventory),
         "pairs": (pairs := pairs_of_copies(audit, root, PAIRS_SHOWN)),
         "shows_images": bool(pairs),
     }

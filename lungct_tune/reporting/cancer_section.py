@@ -6,7 +6,7 @@ from typing import Any
 
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.evaluation.calibration import CalibrationLine, calibration_line
-from lungct_tune.evaluation.metrics import NORMAL, cancer_or_normal
+from lungct_tune.evaluation.metrics import NORMAL, cancer_probability
 from lungct_tune.experiment.metrics import HALF, CancerMetrics, TestMetrics
 from lungct_tune.experiment.predictions import Predictions
 from lungct_tune.reporting import test_charts
@@ -19,7 +19,7 @@ def cancer_section(test: TestMetrics, predictions: Predictions) -> dict[str, Any
     if cancer is None:
         return None
     is_N = predictions.labels_N != classes.index(NORMAL)
-    score_N = cancer_or_normal(predictions.probabilities_NC, classes)[:, 0]
+    score_N = cancer_probability(predictions.probabilities_NC, classes)
     has_both = is_N.any() and not is_N.all()
     return {
         "rule": _rule(cancer),

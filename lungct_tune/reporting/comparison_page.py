@@ -16,7 +16,7 @@ from lungct_tune.experiment.metrics import Figure
 from lungct_tune.experiment.results import SearchResults
 from lungct_tune.reporting.format import endings, figure, percent
 from lungct_tune.reporting.html import render
-from lungct_tune.reporting.svg import CLASSES, Chart, in_integers, in_percent, plain, styled, time_unit
+from lungct_tune.reporting.svg import Chart, in_integers, in_percent, line_style, plain, styled, time_unit
 from lungct_tune.reporting.test_charts import worth
 from lungct_tune.training.objective import OBJECTIVE_NAME
 
@@ -24,28 +24,23 @@ LIMITS = (
     "McNemar's test assumes independent images. If groups have several images, use the intervals. With several "
     "models, some interval leaves out 0 by chance: each is for one comparison alone."
 )
-DASHES = ("-", "--", "-.", ":")
 
 
 def print_comparison(judged: Sequence[Judged], compared: Sequence[Comparison], console: Console) -> None:
     """Prints each model's accuracy, and its differences to the first."""
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, markup=False)
-
     first = judged[0]
-    say(f"{first.metrics.n} test images in {first.metrics.groups} groups")
-    say(f"\n{first.name}: accuracy {figure(first.metrics.accuracy)}", "bold")
+    console.print(f"{first.metrics.n} test images in {first.metrics.groups} groups")
+    console.print(f"\n{first.name}: accuracy {figure(first.metrics.accuracy)}", style="bold")
     for model, other in zip(judged[1:], compared, strict=True):
-        say(f"\n{model.name}: accuracy {figure(model.metrics.accuracy)}", "bold")
+        console.print(f"\n{model.name}: accuracy {figure(model.metrics.accuracy)}", style="bold")
         table = Table("in percentage points", "difference to the first", "95 % interval")
         for name, difference in other.differences.items():
             table.add_row(name, *points(difference))
         console.print(table)
-        say(sentence(first, other))
+        console.print(sentence(first, other))
     for text in overlaps(judged):
-        say(text, "bold yellow")
-    say(f"\n{LIMITS}", "dim")
+        console.print(text, style="bold yellow")
+    console.print(f"\n{LIMITS}", style="dim")
 
 
 def print_searches(curves: Sequence[SearchCurve], console: Console) -> None:
@@ -55,7 +50,7 @@ def print_searches(curves: Sequence[SearchCurve], console: Console) -> None:
         table.add_row(title, *row)
     console.print(table)
     for text in about_searches(curves):
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text)
     console.print()
 
 
@@ -160,9 +155,8 @@ def _chart(curves: Sequence[SearchCurve], by_time: bool) -> Markup:
         x = [s / unit for s in curve.seconds or ()] if by_time else list(range(1, curve.trials + 1))
         steps = [(at, score) for at, score in zip(x, curve.best, strict=False) if score is not None]
         if steps:
-            look: dict[str, Any] = {"color": CLASSES[i % len(CLASSES)], "linestyle": DASHES[i % len(DASHES)]}
             mark = "o" if len(steps) == 1 else None
-            axes.step(*zip(*steps, strict=True), where="post", label=plain(curve.name), marker=mark, **look)
+            axes.step(*zip(*steps, strict=True), where="post", label=plain(curve.name), marker=mark, **line_style(i))
     axes.set(xlabel=name if by_time else "trials that have ended", ylabel=f"best {OBJECTIVE_NAME}\nso far")
     if not by_time:
         in_integers(axes.xaxis)

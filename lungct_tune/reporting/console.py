@@ -11,13 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lungct_tune.auditing.conclusions import counted
+from lungct_tune.auditing.conclusions import about_files, counted
 from lungct_tune.auditing.findings import Audit, CopiesAcross
 from lungct_tune.cli import command_words
 from lungct_tune.config.search_space import SearchSpace, in_range
 from lungct_tune.config.settings import Settings, flags
 from lungct_tune.data import SPLITS, ImageSet
-from lungct_tune.data.folders import LeftAside
 from lungct_tune.data.phantoms import PHANTOMS
 from lungct_tune.display import print_prose
 from lungct_tune.errors import number_of
@@ -46,10 +45,7 @@ if TYPE_CHECKING:
 
 def print_data(images: ImageSet, split: np.ndarray, console: Console) -> None:
     """Prints the split by class, and the files that were left out and why."""
-    table = Table(title=f"{len(split)} images in {images.table['group'].nunique()} groups", title_justify="left")
-    table.add_column("class")
-    for name in SPLITS:
-        table.add_column(name, justify="right")
+    table = _table(f"{len(split)} images in {images.table['group'].nunique()} groups", "class", *SPLITS)
     for label, name in enumerate(images.classes):
         of_class = images.table["label"].to_numpy() == label
         table.add_row(name, *(str(int((of_class & (split == part)).sum())) for part in SPLITS))
@@ -65,13 +61,9 @@ def _print_left_out(images: ImageSet, console: Console) -> None:
     if images.conflicts:
         console.print("left out, the same image under several classes:", style="yellow")
         for paths in images.conflicts:
-            console.print(f"  {', '.join(paths)}", soft_wrap=True, markup=False)
+            console.print(f"  {', '.join(paths)}")
     for aside in images.left_aside:
-        print_prose(console, _left_aside(aside), hang=2)
-
-
-def _left_aside(aside: LeftAside) -> str:
-    return f"not used, {aside.reason}: {aside.files}, such as {aside.example}"
+        print_prose(console, str(aside), hang=2)
 
 
 def print_verdict(audit: Audit, settings: Settings, console: Console) -> None:
@@ -86,7 +78,7 @@ def print_verdict(audit: Audit, settings: Settings, console: Console) -> None:
     names = ("split_seed", "split_file", "image_size", "class_map", "table", "window", "skip_unreadable")
     same = flags(settings.model_dump(), names)
     words = [*command_words("audit"), "--data", audit.data, *how, *same]
-    console.print(f"  all of it: {shlex.join(words)}", soft_wrap=True, markup=False)
+    console.print(f"  all of it: {shlex.join(words)}")
 
 
 def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: str, console: Console) -> None:
@@ -112,7 +104,7 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
     for name, value in lines.items():
         print_prose(console, f"  {name:<11}{value}", hang=13)
     if not settings.plan:  # printed now, since nothing can print it if the machine fails
-        console.print(f"  if stopped {plan.resume_command}", soft_wrap=True)
+        console.print(f"  if stopped {plan.resume_command}")
 
 
 def print_start(plan: Plan, slots: int, ended: int, console: Console) -> None:
@@ -133,7 +125,7 @@ def print_disk_use(experiment: Experiment, console: Console) -> None:
     size, removable = sum(experiment.files().values()), sum(not_needed(experiment, ended=True).values())
     where = experiment.name if experiment.uri == Experiment.at("./results", experiment.name).uri else experiment.uri
     print_prose(console, f"on disk: {as_size(size)}, of which {as_size(removable)} are not needed any more; to remove:")
-    console.print(f"  {shlex.join([*command_words('clean'), where])}", soft_wrap=True)
+    console.print(f"  {shlex.join([*command_words('clean'), where])}")
 
 
 def print_space(space: SearchSpace, console: Console) -> None:
@@ -143,7 +135,7 @@ def print_space(space: SearchSpace, console: Console) -> None:
         print_prose(console, f"  {configuration}", hang=4)
     console.print("Optuna varies:")
     for name, distribution in space.distributions.items():
-        console.print(f"  {name}: {in_range(distribution)}", soft_wrap=True)
+        console.print(f"  {name}: {in_range(distribution)}")
     for name, value in space.constants.items():
         console.print(f"  {name}: {value} in all other trials")
 
@@ -191,7 +183,7 @@ def print_outcome(plan: Plan, metrics: BundleMetrics, study: optuna.Study, conso
     _print_worth(metrics, console)
     if said := looks_in_words(metrics.looks):
         print_prose(console, said, "bold yellow")
-    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)", soft_wrap=True, markup=False)
+    console.print(f"bundle: {plan.experiment.uri}/{FOLDER} (start with its report.html)")
 
 
 def print_held(plan: Plan, winner: TrialRecord, console: Console) -> None:
@@ -205,7 +197,7 @@ def print_held(plan: Plan, winner: TrialRecord, console: Console) -> None:
     }
     console.print("\nthe test split has not been looked at (--hold-test)", style="bold")
     for name, value in lines.items():
-        console.print(f"  {name:<13}{value}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<13}{value}")
 
 
 def print_bundle(folder: Path, console: Console) -> None:
@@ -229,9 +221,9 @@ def print_bundle(folder: Path, console: Console) -> None:
         )
     _print_worth(metrics, console)
     check = f"(cd {shlex.quote(str(folder))} && sha256sum -c {CHECKSUMS})"
-    console.print(f"check it: {check}", soft_wrap=True, markup=False)
+    console.print(f"check it: {check}")
     words = shlex.join([*command_words("predict"), str(folder), "IMAGE"])
-    console.print(f"use it:   {words}", soft_wrap=True, markup=False)
+    console.print(f"use it:   {words}")
 
 
 def print_figures(test: TestMetrics, console: Console, title: str = "test accuracy") -> None:
@@ -322,26 +314,14 @@ def print_audit(audit: Audit, console: Console) -> None:
     for advice in verdict.advice:
         say(f"  - {advice}")
 
-    parts, inventory = audit.split.parts, audit.inventory
+    parts = audit.split.parts
     table = _table(f"\n{audit.images} images, {audit.split.how} split", "class", *parts, "with a copy")
-    for name, counts in inventory.by_class.items():
+    for name, counts in audit.inventory.by_class.items():
         with_copy = copies.images_by_class.get(name, 0)
         table.add_row(name, *(str(counts[part]) for part in parts), str(with_copy))
     console.print(table)
-    say(f"formats: {counted(inventory.formats)}; modes: {counted(inventory.modes)}")
-    width, height = inventory.sizes["width"], inventory.sizes["height"]
-    say(
-        f"widths {width.min} to {width.max}, heights {height.min} to {height.max}, "
-        f"{inventory.distinct_sizes} distinct sizes"
-    )
-    for file in inventory.not_what_the_suffix_says:
-        say(f"  {file.path} holds {file.format}")
-    for unreadable in inventory.unreadable:
-        say(f"  {unreadable.path} cannot be read: {unreadable.reason}")
-    for path in inventory.without_content:
-        say(f"  {path} has no content")
-    for aside in inventory.left_aside:
-        say(_left_aside(aside))
+    for line in about_files(audit.inventory):
+        say(f"  {line}")
 
     say(f"\npairs of copies: {counted(copies.pairs_by_kind)}", "bold")
     for row in (*copies.across, *copies.inside):

@@ -58,7 +58,9 @@ def mistakes_section(predictions: Predictions, pictures: Pictures, network: Netw
     ]
     again = _add_pictures(cases, shown, predictions, pictures.images, network) if pictures.images and cases else ""
     few = f" Only the first {MOST_SHOWN} are shown." if len(wrong) > MOST_SHOWN else ""
-    first, folded = _unfolded(_by_group(cases[: len(shown) - len(right)]))
+    cards = _by_group(cases[: len(shown) - len(right)])
+    images_before = np.cumsum([0, *map(len, cards)])[:-1]
+    unfolded = int((images_before < UNFOLDED).sum())
     return {
         "summary": f"{len(wrong)} of {len(labels_N)} images are misclassified. The most confident come first, with the "
         "other slices of the same group." + few,
@@ -66,8 +68,8 @@ def mistakes_section(predictions: Predictions, pictures: Pictures, network: Netw
         "no_maps": "" if classes == network.classes else "No maps: the network's own classes are finer than these.",
         "has_maps": any(case.get("maps") for case in cases),
         "again": again,
-        "wrong": first,
-        "folded": folded,
+        "wrong": cards[:unfolded],
+        "folded": cards[unfolded:],
         "right": _by_group(cases[len(shown) - len(right) :]),
     }
 
@@ -78,15 +80,6 @@ def _by_group(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for case in cases:
         cards.setdefault(case["group"], []).append(case)
     return list(cards.values())
-
-
-def _unfolded(
-    cards: list[list[dict[str, Any]]],
-) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
-    """The first cards, of some `UNFOLDED` images, and the others."""
-    images_before = np.cumsum([0, *map(len, cards)])[:-1]
-    first = int((images_before < UNFOLDED).sum())
-    return cards[:first], cards[first:]
 
 
 def _add_pictures(

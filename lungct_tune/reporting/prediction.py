@@ -60,22 +60,19 @@ def print_predictions(
     counted = table[table["class"].notna()]
     what = "image" if patients is None else "patient"
     counts = ", ".join(f"{name} {n}" for name, n in counted["class"].value_counts().items()) if len(counted) else "none"
-    console.print(f"classified: {number_of(len(counted), what)} ({counts})", soft_wrap=True, markup=False)
+    console.print(f"classified: {number_of(len(counted), what)} ({counts})")
     if are_cancer_and_normal(classifier.classes) and len(counted):
         n = int((counted["cancer_or_normal"] == "cancer").sum())
-        console.print(
-            f"cancer at the operating point (probability of cancer above {classifier.threshold:.3f}): "
-            + number_of(n, what),
-            soft_wrap=True,
-        )
+        rule = f"cancer at the operating point (probability of cancer above {classifier.threshold:.3f})"
+        console.print(f"{rule}: {number_of(n, what)}")
     if patients is not None:
-        console.print("a patient's probabilities are those of the mean logits of its images", soft_wrap=True)
+        console.print("a patient's probabilities are those of the mean logits of its images")
     if len(unread):
         console.print(f"unreadable: {number_of(len(unread), 'file')}", style="yellow")
         for path, reason in zip(unread["path"], unread["unreadable"], strict=True):
-            console.print(f"  {path}: {reason}", soft_wrap=True, markup=False)
+            console.print(f"  {path}: {reason}")
     for reason, n in sorted(left_aside.items()):
-        console.print(f"left aside: {n} {reason}", soft_wrap=True, markup=False)
+        console.print(f"left aside: {n} {reason}")
     _print_warnings(classifier, read, console)
     console.print("Research software: no output is a diagnosis.", style="dim")
 
@@ -101,7 +98,7 @@ def _print_warnings(classifier: Classifier, read: pd.DataFrame, console: Console
 
 def _print_row(row: pd.Series, classes: tuple[str, ...], console: Console) -> None:
     """Prints an image or a patient: its name, its class and the other classes with probabilities, the other columns."""
-    console.print(str(row.iloc[0]), style="bold", soft_wrap=True, markup=False)
+    console.print(str(row.iloc[0]), style="bold")
     if pd.isna(row.get("class")):
         console.print("  no image that can be read")
         return

@@ -61,7 +61,9 @@ def report_page(
         "worth_chart": worth(rows, OBJECTIVE_NAME) if rows else "",
         "groups": found.split["group"].nunique(),
         "data": data_section(found),
-        "pairs": _pairs(found, pictures),
+        "pairs": pairs_of_copies(found.audit, pictures.images.root, PAIRS_SHOWN)
+        if found.audit and pictures.images
+        else [],
         "about_the_search": about_the_search(found),
         "failures": failures(found),
         "trials": trial_rows(found),
@@ -91,10 +93,6 @@ def report_page(
 def parts_of_search(found: SearchResults) -> dict[str, Any]:
     """The parts of the page that take time to make and do not depend on the final model."""
     return {"search_charts": search_charts(found), "winner": winner_section(found)}
-
-
-def _pairs(found: SearchResults, pictures: Pictures) -> list[dict[str, Any]]:
-    return pairs_of_copies(found.audit, pictures.images.root, PAIRS_SHOWN) if found.audit and pictures.images else []
 
 
 def command(settings: Mapping[str, Any]) -> str:

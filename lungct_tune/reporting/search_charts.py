@@ -7,9 +7,9 @@ on a phone or in print. Values that Optuna computes are taken from Optuna.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -58,7 +58,7 @@ def history(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> M
     for trial, score in seen:
         colour, mark = _colour(trial.number, winner), _MARKS[trial.outcome]
         (point,) = axes.plot([trial.number], [score], mark, color=colour, markersize=6 if colour == OTHER else 9)
-        point.set_gid(chart.tip(_tip(trial)))
+        chart.tip(point, _tip(trial))
     for outcome, mark in _MARKS.items():
         if any(trial.outcome is outcome for trial, _ in seen):
             axes.plot([], [], mark, color=OTHER, label=outcome.value)
@@ -88,7 +88,7 @@ def curves(trials: Sequence[TrialRecord], winner: int | None, judged: str) -> Ma
         (line,) = axes.plot(
             x, y, _DASHES[colour], color=colour, linewidth=0.8 if plain else 2, alpha=0.6 if plain else 1
         )
-        line.set_gid(chart.tip(_tip(trial)))
+        chart.tip(line, _tip(trial))
         if trial.outcome is not Outcome.COMPLETED:
             axes.plot(x[-1:], y[-1:], _MARKS[trial.outcome], color=colour, markersize=4)
     _name_colours(axes, winner)
@@ -106,7 +106,7 @@ def importances(importance: Mapping[str, float]) -> Markup:
     names = [parameter_name(name) for name in importance]
     bars = axes.barh(names, list(importance.values()), color=WINNER, height=0.6)
     for bar, name, share in zip(bars, names, importance.values(), strict=True):
-        bar.set_gid(chart.tip(f"{name}: {percent(share)}"))
+        chart.tip(bar, f"{name}: {percent(share)}")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", labelcolor=INK)
@@ -132,7 +132,7 @@ def slice_of(
             alpha=0.25 + 0.75 * min(1, len(trial.history) / epochs),
             markeredgewidth=0,
         )
-        point.set_gid(chart.tip(_tip(trial)))
+        chart.tip(point, _tip(trial))
     axes.xaxis.set_major_locator(MaxNLocator(3))
     if getattr(distribution, "log", False):
         axes.set_xscale("log")
@@ -152,26 +152,26 @@ def parallel(
     axes = chart.axes
     seen = sorted(_with_scores(trials), key=lambda pair: pair[1])
     names = list(distributions)
-    scaled = {name: _Scale([getattr(t.hyperparameters, name) for t, _ in seen], distributions[name]) for name in names}
-    scores = _Scale([100 * score for _, score in seen], None)
-    for rank, (trial, score) in enumerate(seen):
-        heights = [scaled[name](getattr(trial.hyperparameters, name)) for name in names]
+    values = {name: [getattr(trial.hyperparameters, name) for trial, _ in seen] for name in names}
+    scales = [_scaled(values[name], log=getattr(distributions[name], "log", False)) for name in names]
+    scales.append(_scaled([100 * score for _, score in seen], log=False))
+    for rank, (trial, _) in enumerate(seen):
         colour, share = _colour(trial.number, winner), (rank + 1) / len(seen)
         special = colour != OTHER
         (line,) = axes.plot(
             range(len(names) + 1),
-            [*heights, scores(100 * score)],
+            [heights_T[rank] for heights_T, _, _ in scales],
             _DASHES[colour],
             color=colour if special else INK,
             linewidth=2.2 if special else 0.9,
             alpha=1 if special else 0.1 + 0.5 * share**2,
             zorder=3 if special else 2,
         )
-        line.set_gid(chart.tip(_tip(trial)))
-    for x, scale in enumerate([*scaled.values(), scores]):
+        chart.tip(line, _tip(trial))
+    for x, (_, bottom, top) in enumerate(scales):
         axes.plot([x, x], [0, 1], color=SOFT, linewidth=0.8, zorder=1)
-        axes.text(x, 1.03, scale.top, ha="center", va="bottom", fontsize=8, color=SOFT)
-        axes.text(x, -0.03, scale.bottom, ha="center", va="top", fontsize=8, color=SOFT)
+        axes.text(x, 1.03, top, ha="center", va="bottom", fontsize=8, color=SOFT)
+        axes.text(x, -0.03, bottom, ha="center", va="top", fontsize=8, color=SOFT)
     labels = [parameter_name(name).replace(" ", "\n", 1) for name in names]
     axes.set(ylim=(-0.12, 1.12), xlim=(-0.4, len(names) + 0.4), yticks=[], xticks=range(len(names) + 1))
     axes.set_xticklabels([*labels, OBJECTIVE_NAME.replace(" ", "\n") + ", %"], color=INK, fontsize=8.5)
@@ -182,21 +182,12 @@ def parallel(
     return chart.svg(f"Parallel coordinates of {len(seen)} trials over {', '.join(map(parameter_name, names))}")
 
 
-class _Scale:
-    """An axis of the parallel coordinates: 0 to 1 over the trials' values, on the distribution's own scale."""
-
-    def __init__(self, values: Sequence[float], distribution: BaseDistribution | None) -> None:
-        self._log = bool(getattr(distribution, "log", False))
-        low, high = min(values), max(values)
-        style = ".2g" if self._log else ".3g"
-        self.bottom, self.top = format(low, style), format(high, style)
-        self._low, self._range = self._place(low), (self._place(high) - self._place(low)) or 1.0
-
-    def _place(self, value: float) -> float:
-        return math.log(value) if self._log else float(value)
-
-    def __call__(self, value: float) -> float:
-        return (self._place(value) - self._low) / self._range
+def _scaled(values_T: Sequence[float], *, log: bool) -> tuple[np.ndarray, str, str]:
+    """An axis of the parallel coordinates: the values as 0 to 1, and as text the least and the greatest."""
+    heights_T = np.log(values_T) if log else np.array(values_T, dtype=float)
+    heights_T -= heights_T.min()
+    style = ".2g" if log else ".3g"
+    return heights_T / (heights_T.max() or 1.0), format(min(values_T), style), format(max(values_T), style)
 
 
 @styled
@@ -223,7 +214,7 @@ def timeline(trials: Sequence[TrialRecord], winner: int | None) -> Markup | None
                 alpha=dim if colour == OTHER else 1,
                 linewidth=0,
             )
-            bars.set_gid(chart.tip(_tip(trial)))
+            chart.tip(bars, _tip(trial))
             left, right = spans[0][0], spans[-1][0] + spans[-1][1]
             if right - left > 0.02 * last / unit:
                 x, y = (left + right) / 2, slots.index(slot)
@@ -249,7 +240,7 @@ def validation(epochs: Sequence[EpochFigures], baseline: Sequence[EpochFigures],
     for epoch in epochs:
         (point,) = axes.plot([epoch.epoch], [epoch.balanced_accuracy], ".", color=WINNER)
         figures = f"{OBJECTIVE_NAME} {percent(epoch.balanced_accuracy)}, accuracy {percent(epoch.accuracy)}"
-        point.set_gid(chart.tip(f"epoch {epoch.epoch}: {figures}"))
+        chart.tip(point, f"epoch {epoch.epoch}: {figures}")
     axes.set(xlabel="epoch", ylabel=f"accuracy {judged}")
     in_percent(axes.yaxis)
     in_integers(axes.xaxis)
@@ -269,7 +260,7 @@ def losses(epochs: Sequence[EpochFigures], judged: str) -> Markup:
     for epoch in epochs:
         (point,) = axes.plot([epoch.epoch], [epoch.log_loss], ".", color=WINNER)
         figures = f"{epoch.log_loss:.3f} {judged}, {epoch.train_loss:.3f} in training"
-        point.set_gid(chart.tip(f"epoch {epoch.epoch}: {figures}"))
+        chart.tip(point, f"epoch {epoch.epoch}: {figures}")
     axes.set(xlabel="epoch", ylabel="negative log-likelihood")
     in_integers(axes.xaxis)
     axes.legend()

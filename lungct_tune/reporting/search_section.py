@@ -181,11 +181,5 @@ def facts(found: SearchResults) -> list[tuple[str, str]]:
         ("seed", str(found.settings["seed"])),
         ("hardware", found.study["cluster"] or "not noted"),
         ("trials", f"{found.done}, of {epochs} epochs in all"),
-        ("time of the search", f"{_duration(found.study['wall_s'])}; in epochs {_duration(training_s)}"),
+        ("time of the search", f"{as_time(found.study['wall_s'])}; in epochs {as_time(training_s)}"),
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

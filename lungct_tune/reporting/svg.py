@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -65,11 +66,10 @@ class Chart:
         self.axes: Axes = self.figure.subplots()
         self.tips: dict[str, str] = {}
 
-    def tip(self, text: str) -> str:
-        """Returns a gid for an artist; the text is its tooltip."""
-        gid = f"tip-{len(self.tips)}"
+    def tip(self, artist: Artist, text: str) -> None:
+        """Gives an artist a tooltip."""
+        artist.set_gid(gid := f"tip-{len(self.tips)}")
         self.tips[gid] = text
-        return gid
 
     def legend(self, where: Literal["best", "lower right"]) -> None:
         """Draws a legend, unless nothing has a name: images of one class have no curve, and new searches no trials."""
@@ -95,6 +95,11 @@ class Chart:
         return Markup(
             re.sub(r"\n\s*", "\n", drawn.replace("<svg", label, 1))
         )  # safe: matplotlib made it, and all text is escaped
+
+
+def line_style(c: int) -> dict[str, Any]:
+    """Colour and dashes of the c-th class or search: some readers cannot tell the colours apart."""
+    return {"color": CLASSES[c % len(CLASSES)], "linestyle": ("-", "--", "-.", ":")[c % 4]}
 
 
 def in_integers(axis: Any) -> None:

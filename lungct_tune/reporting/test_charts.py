@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from lungct_tune.evaluation.decision_curve import benefit_of_all, net_benefit
+from lungct_tune.evaluation.decision_curve import net_benefit
 from lungct_tune.experiment.metrics import CancerMetrics, ClassMetrics, Figure, RatesAt, ReliabilityBins
 from lungct_tune.reporting.format import interval, percent
-from lungct_tune.reporting.svg import BAD, CLASSES, GRID, INK, SOFT, WINNER, Chart, in_percent, plain, styled
+from lungct_tune.reporting.svg import BAD, GRID, INK, SOFT, WINNER, Chart, in_percent, line_style, plain, styled
 
 MOST_LETTERS = 45
 """Of a name in a chart of half the page's width."""
@@ -55,8 +54,8 @@ def roc(labels_N: np.ndarray, probabilities_NC: np.ndarray, per_class: Mapping[s
     chart, axes = _of_shares(diagonal=True)
     for c, name in _defined(labels_N, per_class):
         false_alarms, sensitivity, _ = roc_curve(labels_N == c, probabilities_NC[:, c])
-        (line,) = axes.plot(false_alarms, sensitivity, label=plain(name), **_line(c))
-        line.set_gid(chart.tip(f"{name}, {per_class[name].n} images: AUROC {_with_interval(per_class[name].auroc)}"))
+        (line,) = axes.plot(false_alarms, sensitivity, label=plain(name), **line_style(c))
+        chart.tip(line, f"{name}, {per_class[name].n} images: AUROC {_with_interval(per_class[name].auroc)}")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, one class against the rest")
     chart.legend("lower right")
     return chart.svg("ROC curves of each class against the rest; the table below has the areas under them")
@@ -70,9 +69,9 @@ def precision_recall(
     chart, axes = _of_shares(diagonal=False)
     for c, name in _defined(labels_N, per_class):
         value, sensitivity, _ = precision_recall_curve(labels_N == c, probabilities_NC[:, c])
-        (line,) = axes.plot(sensitivity, value, label=plain(name), **_line(c))
+        (line,) = axes.plot(sensitivity, value, label=plain(name), **line_style(c))
         area = _with_interval(per_class[name].average_precision)
-        line.set_gid(chart.tip(f"{name}, {per_class[name].n} images: average precision {area}"))
+        chart.tip(line, f"{name}, {per_class[name].n} images: average precision {area}")
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)", title="precision and recall", ylim=(0, 1.03))
     chart.legend("best")
     return chart.svg("Precision-recall curves of each class against the rest")
@@ -86,11 +85,6 @@ def _of_shares(*, diagonal: bool) -> tuple[Chart, Axes]:
     in_percent(chart.axes.xaxis)
     in_percent(chart.axes.yaxis)
     return chart, chart.axes
-
-
-def _line(c: int) -> dict[str, Any]:
-    """Colour and dashes of a class: some readers cannot tell the colours apart."""
-    return {"color": CLASSES[c % len(CLASSES)], "linestyle": ("-", "--", "-.", ":")[c % 4]}
 
 
 def _with_interval(f: Figure) -> str:
@@ -109,7 +103,7 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
     false_alarms, sensitivity, _ = roc_curve(is_N, score_N)
     (line,) = axes.plot(false_alarms, sensitivity, color=WINNER, label="cancer")
     images = f"{cancer.n_cancer} images of cancer, {cancer.n_normal} normal images"
-    line.set_gid(chart.tip(f"{images}: AUROC {_with_interval(cancer.auroc)}"))
+    chart.tip(line, f"{images}: AUROC {_with_interval(cancer.auroc)}")
     at = cancer.at_95_specificity
     points: list[tuple[str, str, CancerMetrics | RatesAt]] = [("o", "operating point", cancer)]
     if at is not None:
@@ -120,7 +114,7 @@ def cancer_roc(is_N: np.ndarray, score_N: np.ndarray, cancer: CancerMetrics) -> 
             x, y = 1 - rates.specificity.value, rates.sensitivity.value
             (point,) = axes.plot([x], [y], mark, color=BAD, markersize=8, label=label, clip_on=False)
             hit, spared = _with_interval(rates.sensitivity), _with_interval(rates.specificity)
-            point.set_gid(chart.tip(f"{label}; sensitivity {hit}, specificity {spared}"))
+            chart.tip(point, f"{label}; sensitivity {hit}, specificity {spared}")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC, cancer against normal")
     chart.legend("lower right")
     return chart.svg("ROC curve for cancer against normal, with the operating point marked")
@@ -132,9 +126,9 @@ def decision(is_N: np.ndarray, score_N: np.ndarray) -> Markup:
     chart = Chart(4.4, 3.6)
     axes = chart.axes
     thresholds_T = np.linspace(0.01, 0.99, 99)
-    prevalence = float(is_N.mean())
+    prevalence, all_N = float(is_N.mean()), np.ones(len(is_N))
     axes.plot(thresholds_T, net_benefit(is_N, score_N, thresholds_T), "-", color=WINNER, label="this model")
-    axes.plot(thresholds_T, benefit_of_all(is_N, thresholds_T), "--", color=SOFT, label="all count as cancer")
+    axes.plot(thresholds_T, net_benefit(is_N, all_N, thresholds_T), "--", color=SOFT, label="all count as cancer")
     axes.axhline(0, color=SOFT, linestyle=":", label="none counts as cancer")
     axes.set(xlabel="probability of cancer from which one acts", ylabel="net benefit", title="decision curve")
     axes.set(xlim=(0, 1), ylim=(-0.3 * prevalence, 1.1 * prevalence))
@@ -156,7 +150,7 @@ def reliability(curves: Mapping[str, ReliabilityBins]) -> Markup:
         axes.plot(confidence, accuracy, dashes, color=colour, linewidth=1.2, label=name)
         for x, y, images in bins:
             point = axes.scatter([x], [y], s=12 + 160 * images / n.sum(), color=colour, alpha=0.7, linewidths=0)
-            point.set_gid(chart.tip(f"{name}: {images} images, confidence {percent(x)}, accuracy {percent(y)}"))
+            chart.tip(point, f"{name}: {images} images, confidence {percent(x)}, accuracy {percent(y)}")
     axes.set(xlabel="confidence", ylabel="accuracy", title="reliability diagram", xlim=(0, 1.03))
     axes.set_ylim(-0.03, 1.03)
     axes.legend(loc="upper left")

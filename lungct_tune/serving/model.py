@@ -82,7 +82,7 @@ def answers(classifier: Classifier, files: Sequence[tuple[Upload, ReadImage | Un
     drawn = [i for i, (upload, file) in enumerate(files) if upload.pictures and isinstance(file, ReadImage)]
     if not drawn:
         return answered
-    images_NHW = classifier.stack([file for i in drawn if isinstance(file := files[i][1], ReadImage)])
+    images_NHW = classifier.stack([files[i][1] for i in drawn])
     maps_Nhw: Sequence[np.ndarray | None] = [None] * len(drawn)
     if classifier.features is not None:  # else there is no scale
         classes_N = pd.Index(classifier.classes).get_indexer(pd.Index(rows["class"].iloc[drawn]))

@@ -31,10 +31,6 @@ ENDING_S = 15.0
 """Seconds in which requests that have arrived are answered when the server ends. Kubernetes kills it after 30."""
 
 
-class ServeError(UserError):
-    """The server cannot start. The message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Replicas:
     """How many replicas there are, and what each of them has."""
@@ -60,7 +56,7 @@ def serving(
         What the replicas are, as text.
 
     Raises:
-        ServeError: the port is taken, Ray Serve runs already, or a replica cannot start.
+        UserError: the port is taken, Ray Serve runs already, or a replica cannot start.
         ClusterError: the cluster cannot be joined, or has no room.
     """
     _check_port(host, port)
@@ -68,7 +64,7 @@ def serving(
     silence = ExitStack()
     with silence, joined(address, False, "serve"):
         if serve.status().proxies:
-            raise ServeError(
+            raise UserError(
                 "Ray Serve runs already on this cluster; end it (`serve shutdown`), or leave --address out and unset "
                 "RAY_ADDRESS to start another cluster"
             )
@@ -112,7 +108,7 @@ def _start(web: serve.Application, host: str, port: int) -> DeploymentHandle[Any
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), logging_config=quiet)
         return serve.run(web, name=APPLICATION, logging_config=quiet)
     except RuntimeError as error:
-        raise ServeError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
+        raise UserError(f"Ray Serve cannot start the model: {error}\n{_why()}") from error
 
 
 def _why() -> str:
@@ -128,7 +124,7 @@ def _check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as error:
-        raise ServeError(
+        raise UserError(
             f"--host {host} --port {port}: nothing can listen there ({error.strerror}); choose another --port or --host"
         ) from error
 

@@ -168,6 +168,7 @@ def test_a_class_map_with_a_folder_that_is_not_there_is_refused(root: Path) -> N
         ),
         (["normal/1.png", "adenocarcinoma/1.png", "2.png"], "in no class folder, such as '2.png'"),
         (["train/normal/1.png", "train/adenocarcinoma/1.png", "train/2.png"], "in no class folder"),
+        (["train/normal/1.png", "train/adenocarcinoma/1.png", "2.png"], "images has 1 file in no class folder"),
         (["train/normal/1.png", "adenocarcinoma/1.png"], "keep either split folders or class folders"),
     ],
 )

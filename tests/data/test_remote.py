@@ -12,10 +12,17 @@ from test_dataset import two_classes
 from lungct_tune.data import fetch_images
 
 
+def test_a_folder_of_this_machine_is_not_copied(tmp_path: Path) -> None:
+    images = two_classes(tmp_path / "my images")
+    for name in (images, str(images), images.as_uri()):
+        assert fetch_images(name, tmp_path / "cache") == images
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_another_search_fetches_meanwhile_is_not_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, fetched = two_classes(tmp_path / "images").as_uri(), list[str]()
+    uri, fetched = f"fsspec+file://{two_classes(tmp_path / 'images')}", list[str]()
     copy_files, flock = pyarrow.fs.copy_files, fcntl.flock
 
     def fetch(source: str, *arguments: object, **options: object) -> None:

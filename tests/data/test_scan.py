@@ -144,6 +144,14 @@ def test_groups_of_other_images_are_left_aside(root: Path) -> None:
     assert aside(root) == {DOCUMENTS: 1}
 
 
+def test_files_of_other_formats_beside_split_folders_are_named(tmp_path: Path) -> None:
+    two_classes(tmp_path / "train")
+    for name in ("model.pth", "weights/model.pth", "train/model.pth", "train/weights/model.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"weights")
+    assert aside(tmp_path) == {OTHER_FORMATS: 4}
+
+
 def test_class_folders_are_found_inside_the_folders_of_an_archive(tmp_path: Path) -> None:
     inner = two_classes(tmp_path / "data set/data set")
     save(tmp_path / "data set/Test cases/1.png", 8)

@@ -13,13 +13,13 @@ from lungct_tune.data.tables import read_table, write_table
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "'=1", "a=1", "NA", "1", 'a"b\nc', "ü,;"])
 def test_a_name_is_read_as_it_was_and_is_no_formula(name: str) -> None:
-    names = {"path": [name, "b"], "label": ["normal", name], "group": ["007", name]}
+    names = {"path": [name, "b"], "label": ["normal", name], "group": ["007", name], "images_say": [f"{name} 2", ""]}
     table = pd.DataFrame(names | {"p_normal": [-0.5, 1.0]})
     content = write_table(table)
     pd.testing.assert_frame_equal(read_table(content), table)
     rows = list(csv.reader(io.StringIO(content.decode())))[1:]
     assert not any(cell.startswith(("=", "+", "@", "\t")) for row in rows for cell in row)
-    assert not any(cell.startswith("-") for cell in (rows[0][0], rows[1][1], rows[1][2]))
+    assert not any(cell.startswith("-") for cell in (rows[0][0], rows[1][1], rows[1][2], rows[0][3]))
 
 
 @pytest.mark.parametrize("names", [["normal", None], [None, float("nan")], [pd.NA, 7]])

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from lungct_tune.evaluation.bootstrap import ClusterBootstrap
 from lungct_tune.evaluation.calibration import CalibrationLine, calibration_line
-from lungct_tune.evaluation.decision_curve import benefit_of_all, net_benefit
+from lungct_tune.evaluation.decision_curve import net_benefit
 
 
 def test_net_benefit_by_hand() -> None:
@@ -18,7 +18,7 @@ def test_net_benefit_by_hand() -> None:
     thresholds_T = np.array([0.1, 0.5])
     ours = net_benefit(is_N, score_N, thresholds_T)
     np.testing.assert_allclose(ours, [2 / 5 - 3 / 5 / 9, 1 / 5 - 1 / 5])
-    np.testing.assert_allclose(benefit_of_all(is_N, thresholds_T), [2 / 5 - 3 / 5 / 9, 2 / 5 - 3 / 5])
+    np.testing.assert_allclose(net_benefit(is_N, np.ones(5), thresholds_T), [2 / 5 - 3 / 5 / 9, 2 / 5 - 3 / 5])
     assert net_benefit(is_N, is_N.astype(float), thresholds_T) == pytest.approx(2 / 5)  # a perfect model
 
 
