@@ -14,6 +14,7 @@ import numpy as np
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.tuning.collectives import gather, of_first
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes
 
@@ -133,7 +134,7 @@ def retrain(
         trainer.train_epoch()
         if trainer.rank == 0:
             note_epoch(trainer.epoch)
-        due = _any_worker(must_save(), trainer) or time.monotonic() - saved_at >= order.checkpoint_interval
+        due = any(gather(must_save())) or time.monotonic() - saved_at >= order.checkpoint_interval
         if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < trainer.epochs:
             if (error := writer.take_error()) is not None:
                 warn(f"the final retraining goes on, but its state is not saved: {error}")
@@ -163,28 +164,11 @@ def sample_features(trainer: Trainer, dataset: SharedDataset, train_rows: np.nda
     return kept.getvalue()
 
 
-def _any_worker(wish: bool, trainer: Trainer) -> bool:
-    """Whether any worker has the wish."""
-    import torch
-    import torch.distributed as dist
-
-    if trainer.world == 1:
-        return wish
-    wishes = torch.tensor(float(wish), device=trainer.device)
-    dist.all_reduce(wishes)
-    return wishes.item() > 0
-
-
 def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:
     """Continues from the last state, if there is one that is whole.
 
     Only the first worker reads it. If each read the storage, one of them might find another state than the others, and
     data-parallel training goes wrong without an error then.
     """
-    import torch.distributed as dist
-
-    kept = [read_bytes(experiment, order.file(STATE)) if trainer.rank == 0 else b""]
-    if trainer.world > 1:
-        dist.broadcast_object_list(kept, src=0)
-    if kept[0]:
-        trainer.load_state_dict(from_bytes(kept[0]))
+    if kept := of_first(read_bytes(experiment, order.file(STATE)) if trainer.rank == 0 else b""):
+        trainer.load_state_dict(from_bytes(kept))
