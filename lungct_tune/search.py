@@ -184,7 +184,7 @@ def start_search(
         experiment.write(bundle.AUDIT, bundle.as_json(audit.as_dict()))
         if tracker:
             held.enter_context(tracker.kept_up(study, display.console))
-        folder = plan.study_folder if has_shared_file_system(experiment) else None
+        folder = experiment.local_folder if has_shared_file_system(experiment) else None
         search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
         mailbox = held.enter_context(opened_mailbox(experiment.name))
         slot_plan = make_slot_plan(plan, split, share_weights(weights), outlook.resources, mailbox, search_file)

@@ -150,16 +150,38 @@ def test_a_folder_where_the_bundle_cannot_be_written_is_refused_before_anything_
     assert notes.read_text() == "mine"
 
 
+@pytest.mark.parametrize("scheme", ["", "fsspec+file://"])
 def test_a_search_that_was_stopped_at_its_start_begins_again_with_the_same_command(
-    phantoms: Path, tmp_path: Path
+    scheme: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its study was there, and its settings.yaml was not yet."""
-    asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
+    """Its study was there, and its settings.yaml was not yet. Found: with remote storage its copy was refused."""
+    monkeypatch.chdir(tmp_path)
+    storage = f"{scheme}{tmp_path}/there"
+    asked = Settings.model_validate({"data": phantoms, "storage": storage, "name": "one", "weights": "none"})
     plan = plan_search(asked.model_copy(update={"epochs": 3}), set())
-    (tmp_path / "one").mkdir()
     for _ in range(2):
-        with plan.opened_study(new=True) as study:
+        with plan.locked(print), plan.opened_study(new=True) as study:
             assert study.get_trials(states=[TrialState.WAITING]) == study.get_trials() != []
+
+
+def test_the_study_of_a_search_that_was_deleted_is_refused_and_not_copied_to_the_storage(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: whoever deleted that study, as the message says, got it back from the copy."""
+    monkeypatch.chdir(tmp_path)
+    storage = f"fsspec+file://{tmp_path}/there"
+    asked = Settings.model_validate({"data": phantoms, "storage": storage, "name": "one", "weights": "none"})
+    plan = plan_search(asked.model_copy(update={"epochs": 3}), set())
+    with plan.locked(print), plan.opened_study(new=True) as study:
+        study.ask()
+    plan.experiment.delete_folder("")
+    taken = pytest.raises(StudyError, match=r"is a study 'one' in .*study\.journal already")
+    with taken, plan.locked(print), plan.opened_study(new=True):
+        pass
+    assert not plan.experiment.exists("study")
+    (plan.experiment.local_folder / "study.journal").unlink()
+    with plan.locked(print), plan.opened_study(new=True):
+        pass
 
 
 def test_what_a_search_resumes_from_is_not_written_again_where_it_is_the_same(phantoms: Path, tmp_path: Path) -> None:

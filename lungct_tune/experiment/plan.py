@@ -28,7 +28,7 @@ from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept, read_kept_space
 from lungct_tune.experiment.lock import exclusive_lock, refuse_running
-from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror
+from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, remove_unbegun
 from lungct_tune.filesystem import StorageError
 from lungct_tune.stopping import was_asked
 
@@ -65,20 +65,16 @@ class Plan:
     """The names of the settings that the user gave for a resumed search."""
 
     @property
-    def study_folder(self) -> Path:
-        """The folder of the study's file: the experiment's folder, or with remote storage a folder on this machine."""
-        return self.experiment.local_folder
-
-    @property
     def study_url(self) -> str:
         """The Optuna storage's URL, or the path of the study's file."""
         return self.settings.study or str(self._study_file)
 
     @cached_property
     def _study_file(self) -> Path:
-        database = self.study_folder / DATABASE
+        folder = self.experiment.local_folder
+        database = folder / DATABASE
         is_old = self.fingerprint is not None and (database.exists() or self.experiment.exists(DATABASE))
-        return database if is_old else self.study_folder / JOURNAL
+        return database if is_old else folder / JOURNAL
 
     @property
     def resume_command(self) -> str:
@@ -142,8 +138,8 @@ class Plan:
             StudyError, JournalError: the study cannot be opened.
             StorageError: on entering, the storage cannot be read.
         """
-        from lungct_tune.experiment.study import open_study, sqlite_storage, told_as_user_errors
-        from lungct_tune.experiment.study_journal import opened_journal, remove_unbegun
+        from lungct_tune.experiment.study import name_taken, open_study, sqlite_storage, told_as_user_errors
+        from lungct_tune.experiment.study_journal import opened_journal
 
         assert self.settings.epochs is not None  # decided by the plan
         how = self.experiment.name, self.space, self.settings.epochs
@@ -153,8 +149,8 @@ class Plan:
             return
         file = self._study_file
         is_journal = file.name == JOURNAL
-        if new:
-            remove_unbegun(file)
+        if new and (left := remove_unbegun(self.experiment, file)):  # before it is copied to the storage
+            raise name_taken(f"{self.experiment.name!r} in {' and '.join(left)}")
         with ExitStack() as held, told_as_user_errors(str(file)):
             if not self.experiment.is_local:
                 held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))

@@ -80,7 +80,7 @@ def test_no_database_is_asked_that_only_the_storage_names(
 
 
 def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
-    study_url = f"sqlite:///{begun.study_folder}/elsewhere.db"
+    study_url = f"sqlite:///{begun.experiment.local_folder}/elsewhere.db"
     open_study(study_url, "begun", begun.space, 1, new=True)
     overwrite(begun, study="postgresql+psycopg://me@elsewhere/x")
     assert read_results(begun.experiment, study_url).trials == []
