@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -70,11 +70,12 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
             # imported here and not by two threads at once: packages that import each other in a circle can fail then
             import lungct_tune.auditing.audit
             import lungct_tune.reporting.console
-            from lungct_tune.tuning.callbacks.mlflow import check_tracking
+            from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
             from lungct_tune.tuning.cluster import joined_meanwhile, starts_here
 
             settings = plan.settings
-            check_tracking(settings.track, plan.experiment.name, new=not settings.resume)
+            is_new = not settings.resume
+            tracker = MLflowTracker(settings.track, plan.experiment.name, new=is_new) if settings.track else None
         with plan.resumable():
             if settings.plan and starts_here(settings.address):
                 plan, split, _ = load_and_audit(plan, display)
@@ -87,7 +88,7 @@ def search(settings: Settings, given: set[str], console: Console) -> None:
                 outlook = announce(plan, split, dashboard.result(), display)
                 if settings.plan:
                     return
-                with start_search(plan, split, audit, outlook, weights, display) as run:
+                with start_search(plan, split, audit, outlook, weights, tracker, display) as run:
                     if settings.hold_test:
                         lungct_tune.reporting.console.print_held(plan, run.search(), console)
                         return
@@ -153,6 +154,7 @@ def start_search(
     audit: Audit,
     outlook: Outlook,
     weights: dict[str, torch.Tensor] | None,
+    tracker: MLflowTracker | None,
     display: Display,
 ) -> Iterator[SearchRun]:
     """Starts a search: checks its storage, opens its study, writes its plan, shares its images with the workers.
@@ -161,13 +163,12 @@ def start_search(
 
     Raises:
         PlanError, StorageError: see `Plan`; or a node cannot use the storage, or the images do not fit.
-        StudyError, TrackingError: the study or the tracking server cannot be used.
+        StudyError: the study cannot be used.
     """
     from lungct_tune.experiment import bundle
-    from lungct_tune.tuning.callbacks.mlflow import MLflowTracker
     from lungct_tune.tuning.cluster import check_storage, has_shared_file_system
-    from lungct_tune.tuning.mailbox import opened_mailbox
-    from lungct_tune.tuning.shared_data import share_dataset, share_weights
+    from lungct_tune.tuning.mailbox import news_exchanged, opened_mailbox
+    from lungct_tune.tuning.shared_data import share_dataset
     from lungct_tune.tuning.tuner import make_slot_plan
 
     settings, experiment = plan.settings, plan.experiment
@@ -176,7 +177,6 @@ def start_search(
         held.enter_context(plan.locked(partial(print_prose, display.console)))
         check_storage(experiment)  # after the lock: it deletes a file that workers of another process may look for
         is_new = not settings.resume
-        tracker = MLflowTracker(settings.track, experiment.name, new=is_new) if settings.track else None
         study = held.enter_context(plan.opened_study(new=is_new))
         plan.check_weights(study)
         outlook.keep(study, new=is_new)
@@ -187,7 +187,8 @@ def start_search(
         folder = experiment.local_folder if has_shared_file_system(experiment) else None
         search_file, test_file = (folder and folder / f"{name}-images.npy" for name in ("search", "test"))
         mailbox = held.enter_context(opened_mailbox(experiment.name))
-        slot_plan = make_slot_plan(plan, split, share_weights(weights), outlook.resources, mailbox, search_file)
+        held.enter_context(news_exchanged(mailbox, partial(print_prose, display.console, style="yellow")))
+        slot_plan = make_slot_plan(plan, split, weights, outlook.resources, mailbox, search_file)
         test = share_dataset(settings, split.images, split.test_rows, None, test_file, besides=slot_plan.dataset)
         preparing.close()
         yield SearchRun(plan, split, audit, outlook, study, slot_plan, test, tracker, display)
@@ -255,15 +256,16 @@ class SearchRun:
         seeds = [(settings.seed + k) % 2**32 for k in range(1, settings.seeds + 1)]
         plan, at_once = self.slot_plan, self.outlook.work.slots
         with self._shown(f"training with {settings.seeds} other seeds", announced=True):
-            return rerun_with_seeds(plan, winner, published, seeds, at_once, self._left, self._warn)
+            return rerun_with_seeds(plan, winner, published, seeds, at_once, self._left)
 
     def final_slots(self) -> FinalSlots:
         """The slots of the retrainings. The first may start before the search has ended."""
-        from lungct_tune.tuning.tuner import make_final_slots
+        from lungct_tune.tuning.final_slots import FinalSlots, nears_end
 
-        settings, slots = self.plan.settings, self.outlook.work.slots
-        pages = partial(import_module, "lungct_tune.reporting.report_page")
-        return make_final_slots(settings, self.slot_plan, self.study, slots, self._left, pages, self._warn)
+        work, resources = self.outlook.work, self.outlook.retraining
+        plan = replace(self.slot_plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
+        soon = partial(nears_end, self.study, work.trials, work.slots, self._left)
+        return FinalSlots(plan, work.final_slots, soon, partial(import_module, "lungct_tune.reporting.report_page"))
 
     def retrain(
         self, winner: TrialRecord, slots: FinalSlots
@@ -273,12 +275,11 @@ class SearchRun:
         Returns: the winner's models, several for an ensemble; if there is a comparison, the other trial and its models.
 
         Raises:
-            RetrainingFailed: see `retrain_all`.
+            RetrainingFailed: see `FinalSlots.retrain`.
         """
-        from lungct_tune.tuning.final_slots import retrain_all
         from lungct_tune.tuning.retrain import orders_of
 
-        settings, experiment = self.plan.settings, self.plan.experiment
+        settings = self.plan.settings
         orders = orders_of(settings, winner, self.test)
         how = f"for an ensemble of {len(orders)} models" if settings.ensemble else "on train and validation"
         try:  # from the first word on, so that a stop at any moment says what is kept
@@ -288,9 +289,7 @@ class SearchRun:
             self._left.retrain({order.folder: order.hyperparameters for order in orders + others})
             showing = self.display.showing(self._left.retraining_bar)
             with self._shown(f"retraining trial {winner.number}", announced=True), showing:
-                models, theirs = retrain_all(
-                    experiment, orders, others, slots, self._prepare_bundle, self._left.retrained
-                )
+                models, theirs = slots.retrain(orders, others, self._prepare_bundle, self._left.retrained)
         except KeyboardInterrupt:
             self._warn("stopping; the retraining continues from the last state that it has saved")
             raise

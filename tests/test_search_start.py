@@ -60,7 +60,7 @@ def refused_at_its_start(plan: Plan, error: type[UserError] = PlanError) -> User
     with (
         pytest.raises(error) as refused,
         plan.resumable(),
-        start_search(plan, nothing, {}, nothing, None, display),
+        start_search(plan, nothing, {}, nothing, None, None, display),
     ):
         pass
     return refused.value

@@ -90,7 +90,10 @@ def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | Non
 def divide(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
 ) -> ResourcePlan:
-    """Computes `plan_resources` from present nodes and from future ones, `to_come` (see `autoscaler_nodes`).
+    """The slots for which a cluster has room now or can grow; `settings.slots` and others override the defaults.
+
+    Args:
+        nodes, to_come: the two parts of `cluster_nodes`.
 
     Raises:
         ClusterError: there will never be room for one slot, or for the number that the settings ask for; or the head
@@ -131,7 +134,7 @@ def _check_head(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Non
 def divide_for_retraining(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
 ) -> RetrainingResources:
-    """Computes `plan_retraining_resources` from present nodes and from future ones, `to_come`.
+    """The workers of each final retraining, on the same nodes as for `divide`.
 
     By default as many workers as a slot has; with folds one, because a slot's workers then train a fold each. More
     workers seldom pay: a batch of 32 images takes a GPU some ms, and two nodes with 10 Gb/s between them 60 ms to add

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from math import inf
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lungct_tune.stopping import stop_delayed
+from lungct_tune.tuning.ray_compat import draining_nodes
 
 Address = tuple[str, str, int]
 """Group of workers, kind of letter, number."""
 
 ORDER, REPORT, DRAIN = "order", "report", "drain"
 
-NEWS_S = 30.0
+ANSWER_S = 30.0
 """How long a mailbox gets to answer."""
+
+NEWS_EVERY_S = 1.0
+"""How often the driver and the workers exchange news."""
 
 MANY = 100_000
 """Requests that may wait at the same time: some for each worker of each slot."""
@@ -227,3 +234,32 @@ def opened_mailbox(search: str) -> Iterator[Any]:
         yield mailbox
     finally:
         ray.kill(mailbox)
+
+
+@contextmanager
+def news_exchanged(mailbox: Any, say: Callable[[str], None]) -> Iterator[None]:
+    """In a thread: workers hear that their nodes will be lost, and the user hears what slots and workers have to say.
+
+    Args:
+        say: is called with each sentence.
+    """
+    ended = Event()
+
+    def exchange() -> None:
+        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
+            for sentence in ray.get(mailbox.exchange.remote(draining_nodes()), timeout=ANSWER_S):
+                say(sentence)
+
+    def exchange_to_the_end() -> None:
+        while not ended.wait(NEWS_EVERY_S):
+            exchange()
+        exchange()
+
+    thread = Thread(target=exchange_to_the_end, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        with stop_delayed():  # see `SlotQueue.end`
+            thread.join()

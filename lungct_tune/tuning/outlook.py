@@ -21,8 +21,14 @@ from lungct_tune.experiment.forecast import Forecast, Workload, as_range
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
-from lungct_tune.tuning.allocation import ResourcePlan, RetrainingResources, workers_that_fit
-from lungct_tune.tuning.cluster import machines, plan_resources, plan_retraining_resources
+from lungct_tune.tuning.allocation import (
+    ResourcePlan,
+    RetrainingResources,
+    divide,
+    divide_for_retraining,
+    workers_that_fit,
+)
+from lungct_tune.tuning.cluster import cluster_nodes, machines
 from lungct_tune.tuning.ray_compat import autoscaling_config
 from lungct_tune.tuning.sampler import first_trials
 
@@ -49,6 +55,7 @@ class Outlook:
 
     resources: ResourcePlan
     """The slots."""
+    retraining: RetrainingResources
     lines: dict[str, str]
     """For the plan, by name: cluster, time, price."""
     work: Workload
@@ -73,17 +80,19 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
         ClusterError: the cluster is too small.
         PricesError: clusters/prices.yaml cannot be used.
     """
-    resources, retraining = plan_resources(plan.settings), plan_retraining_resources(plan.settings)
+    nodes, to_come = cluster_nodes()
+    resources = divide(plan.settings, nodes, to_come)
+    retraining = divide_for_retraining(plan.settings, nodes, to_come)
     head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
     lines = {"cluster": f"{resources}; the final retraining on {retraining}; {head}"}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     order = _pace_order(plan, resources)
     on_worker = _pace_of_worker(order, resources) if len(nodes) > 1 else None
     pace = on_worker or measured_pace(order)
     prices = read_prices()
-    work = _workload(plan, split, resources, retraining, max(1, len(nodes)))
+    work = _workload(plan, split, resources, retraining, len(nodes))
     if pace is None:
-        return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, work, None, None)
+        lines["time"] = "not known: the pace could not be measured"
+        return Outlook(resources, retraining, lines, work, None, None)
     processes = min(work.cpus, work.slots_of_machine * work.workers)
     slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
     known = first_trials(plan.space, seed=plan.settings.seed, trials=work.trials, slots=work.slots)
@@ -95,7 +104,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     if slowdown >= BUSY:
         text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
     lines |= {"time": text} | _price_line(forecast, seconds, prices, resources, plan.settings.slots)
-    return Outlook(resources, lines, work, forecast, seconds)
+    return Outlook(resources, retraining, lines, work, forecast, seconds)
 
 
 def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:

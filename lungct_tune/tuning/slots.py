@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -68,7 +67,7 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's side of a slot: an actor that Tune reuses for one trial after another.
 
     A trial's configuration is a `TrialOrder` as a dictionary, and a step is one call of `Slot.run`. The result of a
-    step has the figures of its last epoch for Tune's loggers, and under `REPORT` the `EpochReport` for the other code.
+    step has what Tune asks for, and under `REPORT` the `EpochReport` for the other code.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
@@ -87,12 +86,8 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
             report = self._slot.run(self._order)
         except NodeRefused as refusal:  # not raised: Tune would count it as a failure of the trial and retry
             report = EpochReport(Outcome.REFUSED, reason=str(refusal))
-        result: dict[str, Any] = {OBJECTIVE: 0.0, REPORT: report, "done": report.is_last}
-        if report.epochs:
-            last = report.epochs[-1]
-            # Tune's own iteration, by which its loggers count, would restart at 1 when an interrupted trial continues
-            result |= last.as_dict() | {"training_iteration": last.epoch}
-        return result | (asdict(report.cost) if report.cost else {})
+        reached = report.epochs[-1].balanced_accuracy if report.epochs else 0.0
+        return {OBJECTIVE: reached, REPORT: report, "done": report.is_last}
 
     def cleanup(self) -> None:
         self._slot.release()
@@ -103,19 +98,16 @@ class Slot:
 
     The workers write a trial's state to the experiment's storage from time to time, and start by reading it. So other
     workers can continue the trial: workers that replace these, or workers of a resumed search.
-
-    Args:
-        search: what the slot's name begins with; by default the name of the experiment.
     """
 
-    def __init__(self, plan: SlotPlan, search: str = "") -> None:
+    def __init__(self, plan: SlotPlan) -> None:
         for name, value in OF_RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
         self._mailbox = plan.mailbox
         self._actor = ray.get_runtime_context().current_actor
         self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
-        self.name = f"{search or plan.experiment.name} slot {self.number}"
+        self.name = f"{plan.slots} {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
         self._group = self._new_group(self._avoided())
 

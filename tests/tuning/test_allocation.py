@@ -120,7 +120,7 @@ def test_the_retraining_has_the_workers_of_a_slot_and_several_get_a_whole_gpu_ea
 
 def test_gpus_count_once_the_cluster_is_joined_and_if_workers_get_some(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes, joining = list(LAPTOP), Future[str]()
-    monkeypatch.setattr("lungct_tune.tuning.cluster._cluster", lambda: (nodes, FIXED))
+    monkeypatch.setattr("lungct_tune.tuning.cluster.cluster_nodes", lambda: (nodes, FIXED))
     assert not workers_have_gpus(settings(), None)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(workers_have_gpus, settings(), joining)
