@@ -18,9 +18,13 @@ from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.ray_compat import draining_nodes
 
 Address = tuple[str, str, int]
-"""Group of workers, kind of letter, number."""
+"""To whom or of whom, kind of letter, number."""
 
-ORDER, REPORT, DRAIN = "order", "report", "drain"
+ORDER, REPORT = OF_GROUPS = "order", "report"
+"""Kinds of letters to and of a group of workers. They are dropped when it is closed."""
+
+DRAIN, ENDED = "drain", "ended"
+"""Kinds of letters that stay: to the workers on a node that will be lost, and to a task of the scoreboard."""
 
 ANSWER_S = 30.0
 """How long a mailbox gets to answer."""
@@ -65,7 +69,6 @@ class Mailbox:
         self._warnings: list[str] = []
         self._warned: set[str] = set()
         self._epochs: dict[str, int] = {}
-        self._ended, self._another_ended = 0, asyncio.Condition()
 
     def __repr__(self) -> str:
         return self._name
@@ -104,9 +107,9 @@ class Mailbox:
 
     @_unlisted
     async def put(self, address: Address, letter: Any) -> None:
-        """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
+        """Puts a letter. A group's letters of the same kind two numbers before it have been read, and are dropped."""
         group, kind, number = address
-        if kind != DRAIN and group not in self._open:
+        if kind in OF_GROUPS and group not in self._open:
             return
         if kind == REPORT:
             for node in self._nodes[group]:
@@ -115,7 +118,8 @@ class Mailbox:
         future = self._letters[address]
         if not future.done():
             future.set_result(letter)
-        self._letters.pop((group, kind, number - 2), None)
+        if kind in OF_GROUPS:
+            self._letters.pop((group, kind, number - 2), None)
 
     async def get(self, address: Address) -> Any:
         """The letter at this address.
@@ -123,7 +127,7 @@ class Mailbox:
         Raises:
             RuntimeError: the group of workers has been closed, or it is older than this mailbox.
         """
-        if address[1] != DRAIN and address[0] not in self._open:
+        if address[1] in OF_GROUPS and address[0] not in self._open:
             raise RuntimeError(CLOSED)
         return await asyncio.shield(self._letters[address])
 
@@ -193,19 +197,6 @@ class Mailbox:
     async def epochs_of(self, retrainings: Sequence[str]) -> dict[str, int]:
         """The last epoch of each of these retrainings; 0 if none has ended."""
         return {retraining: self._epochs.get(retraining, 0) for retraining in retrainings}
-
-    @_unlisted
-    async def note_ended(self, trials: int) -> None:
-        """Notes how many trials of the search have ended. A later note may overtake an earlier one."""
-        async with self._another_ended:
-            self._ended = max(self._ended, trials)
-            self._another_ended.notify_all()
-
-    @_unlisted
-    async def await_ended(self, trials: int) -> None:
-        """Returns when so many trials of the search have ended."""
-        async with self._another_ended:
-            await self._another_ended.wait_for(lambda: self._ended >= trials)
 
     @_unlisted
     async def exchange(self, draining: set[str]) -> list[str]:
