@@ -14,7 +14,6 @@ import optuna
 import ray
 
 from lungct_tune.config.prices import PRICES, PricedCluster, Prices, priced_cluster, read_prices, without_price
-from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import number_of
 from lungct_tune.experiment.forecast import Forecast, Workload, as_range
@@ -108,7 +107,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
 
 
 def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:
-    settings, space = plan.settings, plan.space
+    settings = plan.settings
     assert settings.image_size is not None and settings.batch_size is not None  # decided by for_data()
     each, gpu = resources.resources_per_worker, bool(resources.resources_per_worker.get("GPU"))
     threads = max(1, int(each["CPU"]))
@@ -118,21 +117,12 @@ def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:
     return PaceOrder(
         image_size=settings.image_size,
         images=settings.batch_size // together,
-        depths=depths_to_measure(_shallowest(space), space.deepest),
+        depths=depths_to_measure(*plan.space.depths),
         threads=threads,
         gpu=gpu,
         beside=max(1, min(workers, most)),
         device=device_name(gpu=gpu),
     )
-
-
-def _shallowest(space: SearchSpace) -> int:
-    drawn = space.distributions.get("truncation_depth")
-    fixed = min(trial.truncation_depth for trial in space.fixed_trials)
-    low = getattr(drawn, "low", None)
-    if low is None:
-        low = min(getattr(drawn, "choices", (int(space.constants.get("truncation_depth", fixed)),)))
-    return min(fixed, int(low))
 
 
 def _pace_of_worker(order: PaceOrder, resources: ResourcePlan) -> Pace | None:
