@@ -98,7 +98,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     forecast = Forecast(work, plan.space, pace, slowdown, known)
     seconds = forecast.total()
     text = f"{as_range(*seconds)} (measured on {'a worker' if on_worker else 'this machine'}: {pace.device})"
-    if plan.settings.resume:
+    if not plan.is_new:
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
