@@ -20,13 +20,7 @@ from lungct_tune.experiment.forecast import Forecast, Workload, as_range
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
-from lungct_tune.tuning.allocation import (
-    ResourcePlan,
-    RetrainingResources,
-    divide,
-    divide_for_retraining,
-    workers_that_fit,
-)
+from lungct_tune.tuning.allocation import ResourcePlan, divide, divide_for_retraining, workers_that_fit
 from lungct_tune.tuning.cluster import cluster_nodes, machines
 from lungct_tune.tuning.ray_compat import autoscaling_config
 from lungct_tune.tuning.sampler import first_trials
@@ -54,7 +48,8 @@ class Outlook:
 
     resources: ResourcePlan
     """The slots."""
-    retraining: RetrainingResources
+    retraining: ResourcePlan
+    """Those of the final retrainings."""
     lines: dict[str, str]
     """For the plan, by name: cluster, time, price."""
     work: Workload
@@ -83,7 +78,7 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
     resources = divide(plan.settings, nodes, to_come)
     retraining = divide_for_retraining(plan.settings, nodes, to_come)
     head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
-    lines = {"cluster": f"{resources}; the final retraining on {retraining}; {head}"}
+    lines = {"cluster": f"{resources}; the final retraining on {retraining.slot}; {head}"}
     order = _pace_order(plan, resources)
     on_worker = _pace_of_worker(order, resources) if len(nodes) > 1 else None
     pace = on_worker or measured_pace(order)
@@ -144,9 +139,7 @@ def _measure_there(order: PaceOrder) -> Pace | None:
     return measured_pace(replace(order, device=device_name(gpu=order.gpu)))
 
 
-def _workload(
-    plan: Plan, split: DataSplit, resources: ResourcePlan, retraining: RetrainingResources, nodes: int
-) -> Workload:
+def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, retraining: ResourcePlan, nodes: int) -> Workload:
     settings = plan.settings
     assert settings.trials is not None and settings.epochs is not None and settings.batch_size is not None
     train_rows, valid_rows = split.folds[0]

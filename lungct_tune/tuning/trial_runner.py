@@ -23,7 +23,7 @@ from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.collectives import gather, of_first, rank_and_world
 from lungct_tune.tuning.fold_model import FoldModel, mean_figures
-from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, saved_epochs
+from lungct_tune.tuning.trial_state import StateWriter, read_state, saved_epochs
 
 if TYPE_CHECKING:
     import torch
@@ -220,14 +220,8 @@ class TrialRunner:
         self._resume_old()
 
     def _read_state(self, file: str) -> dict[str, Any] | None:
-        """The state in a file; None if there is none, it is damaged, or it is of another study's trial.
-
-        Workers that train one model together get it from the first of them. If each read the storage, one of them might
-        find another state than the others, and data-parallel training goes wrong without an error then.
-        """
-        kept = read_bytes(self._experiment, file) if self._rank == 0 or self._each_alone else b""
-        kept = kept if self._each_alone else of_first(kept)
-        state = from_bytes(kept) if kept else None
+        """The state in a file; None if there is none, it is damaged, or it is of another study's trial."""
+        state = read_state(self._experiment, file, each_alone=self._each_alone)
         return state if state and state["order"] == self.order.identity else None
 
     def _resume_old(self) -> None:

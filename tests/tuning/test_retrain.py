@@ -71,9 +71,10 @@ def searched(images: ImageSet) -> SharedDataset:
     return dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) != "test"))
 
 
-def slot_plan(images: ImageSet, storage: Path, mailbox: Any = None) -> SlotPlan:
+def slot_plan(images: ImageSet, storage: Path, mailbox: Any = None, interval: float = 1e9) -> SlotPlan:
     fold = Fold(searched(images).rows, searched(images).rows)
-    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, mailbox)
+    experiment = Experiment.at(str(storage), "one")
+    return SlotPlan(experiment, searched(images), (fold,), 1, {"CPU": 1}, mailbox, checkpoint_interval=interval)
 
 
 @pytest.fixture
@@ -82,13 +83,12 @@ def mailbox(cluster: None) -> Iterator[Any]:
         yield mailbox
 
 
-def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
+def order(images: ImageSet) -> RetrainOrder:
     return RetrainOrder(
         number=3,
         hyperparameters=Hyperparameters(truncation_depth=3, augmentation=0.5, dropout=0.2),
         seed=3,
         test=dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) == "test")),
-        checkpoint_interval=interval,
     )
 
 
@@ -124,7 +124,7 @@ def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageS
 def test_a_stopped_retraining_continues_to_the_same_weights(
     images: ImageSet, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, one, train_epoch = slot_plan(images, tmp_path), order(images, interval=0.0), Trainer.train_epoch
+    plan, one, train_epoch = slot_plan(images, tmp_path, interval=0.0), order(images), Trainer.train_epoch
 
     def lost_in_the_third_epoch(trainer: Trainer) -> float:
         time.sleep(0.3)  # until the earlier epoch's state is written

@@ -241,7 +241,7 @@ def test_a_retraining_may_take_longer_than_workers_of_a_trial_may_be_silent(slot
 
     run(slot, 24)
     group = group_of(slot)
-    long = RetrainOrder(24, SHALLOW, seed=3, test=Slow(**vars(slot.plan.dataset)), checkpoint_interval=3600)
+    long = RetrainOrder(24, SHALLOW, seed=3, test=Slow(**vars(slot.plan.dataset)))
     with slot.changed("lungct_tune.tuning.groups", HANG_MIN_S=0.0, HANG_EPOCHS=0):
         assert slot.call(lambda it: it._slot.run(long)).outcome is Outcome.COMPLETED
     assert group_of(slot) == group

@@ -348,8 +348,10 @@ def _two_ranks(rank: int, folder: Path, phantoms: Path, folds: int) -> None:
             apart._models[0].trainer.epoch = rank
             with pytest.raises(RuntimeError, match="workers are at different epochs"):
                 apart.run()
-            retraining = RetrainOrder(1, order(2).hyperparameters, 0, plan.dataset, checkpoint_interval=1e9)
-            retrain(plan, retraining, torch.device("cpu"), must_save=lambda: rank == 1)
+            retraining = RetrainOrder(1, order(2).hyperparameters, 0, plan.dataset)
+            retrain(
+                replace(plan, checkpoint_interval=1e9), retraining, torch.device("cpu"), must_save=lambda: rank == 1
+            )
             assert rank == 1 or plan.experiment.exists(retraining.file(STATE)), "the second worker may be lost"
     finally:
         dist.destroy_process_group()
