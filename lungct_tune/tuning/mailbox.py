@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lungct_tune.stopping import stop_delayed
+from lungct_tune.stopping import stop_delayed, was_asked
 from lungct_tune.tuning.ray_compat import draining_nodes
 
 Address = tuple[str, str, int]
@@ -244,7 +244,8 @@ def news_exchanged(mailbox: Any, say: Callable[[str], None]) -> Iterator[None]:
     def exchange_to_the_end() -> None:
         while not ended.wait(NEWS_EVERY_S):
             exchange()
-        exchange()
+        if not was_asked():  # else Ray's own processes may have got the same signal, and not answer
+            exchange()
 
     thread = Thread(target=exchange_to_the_end, daemon=True)
     thread.start()
@@ -253,4 +254,4 @@ def news_exchanged(mailbox: Any, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         ended.set()
         with stop_delayed():  # see `SlotQueue.end`
-            thread.join()
+            thread.join(timeout=ANSWER_S)

@@ -40,10 +40,15 @@ class SlotTrainer(Private.DATA_PARALLEL_TRAINER.load()):  # type: ignore[misc]
         groups: PlacementGroups,
         avoid: Iterable[str] = (),
     ) -> None:
+        backend = BackendConfig()
+        if workers > 1:
+            from lungct_tune.tuning.process_group import ProcessGroup  # imports torch
+
+            backend = ProcessGroup()
         super().__init__(
             run_worker,
             train_loop_config=config,
-            backend_config=_process_group() if workers > 1 else BackendConfig(),
+            backend_config=backend,
             scaling_config=scaling(workers, resources_per_worker, avoid),
             run_config=run_config,
         )
@@ -76,12 +81,6 @@ def scaling(workers: int, resources_per_worker: dict[str, float], avoid: Iterabl
         resources_per_worker=resources_per_worker,
         label_selector=elsewhere,  # type: ignore[call-arg]  # exists in Train V2, but mypy sees V1
     )
-
-
-def _process_group() -> BackendConfig:
-    from lungct_tune.tuning.process_group import ProcessGroup
-
-    return ProcessGroup()
 
 
 class _FixedSize(Private.SCALING_POLICY.load()):  # type: ignore[misc]
