@@ -41,7 +41,7 @@ from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.ray_compat import reopen_trial, report_value, storage_of, suggest_value
 from lungct_tune.tuning.sampler import SearchSampler
-from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.slots import ORDER, REPORT
 from lungct_tune.tuning.tally import SearchTally
 
 MAX_FAILED_IN_A_ROW = 5
@@ -141,7 +141,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", self._provenance)
         self._live[trial_id] = _Live(trial)
-        return TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from).as_dict()
+        return {ORDER: TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from)}
 
     def record(self, trial_id: str, report: EpochReport) -> None:
         """Adds a step's epochs to the study, and earlier epochs that an interruption kept from it."""

@@ -43,7 +43,7 @@ from lungct_tune.tuning.sampler import startup_trials
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slot_plan import SlotPlan
-from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
+from lungct_tune.tuning.slots import ON_HEAD, ORDER, TuneSlot
 from lungct_tune.tuning.time_left import TimeLeft
 
 if TYPE_CHECKING:
@@ -227,4 +227,4 @@ def provenance(plan: SlotPlan) -> dict[str, Any]:
 
 
 def _trial_name(trial: Any) -> str:
-    return f"trial_{trial.config['number']:04d}"
+    return f"trial_{trial.config[ORDER].number:04d}"

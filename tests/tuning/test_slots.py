@@ -57,7 +57,7 @@ class InActor:
             self.end_mailbox = held.pop_all().close
         self.plan, self.folder = replace(plan, mailbox=self.mailbox), Path(plan.experiment.uri)
         made = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=self.plan))
-        self.actor: Any = made.remote(order(0).as_dict())
+        self.actor: Any = made.remote({"order": order(0)})
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the slot's process, with Ray Tune's side of the slot and these arguments."""
@@ -116,8 +116,8 @@ def run(slot: InActor, number: int, hyperparameters: Hyperparameters = SHALLOW) 
 
 def assign(slot: InActor, number: int, hyperparameters: Hyperparameters = SHALLOW, **changes: Any) -> None:
     """Gives the slot a trial, as Ray Tune does."""
-    trial = order(number, hyperparameters).as_dict() | changes
-    assert slot.call(lambda it: it.reset(trial))
+    trial = replace(order(number, hyperparameters), **changes)
+    assert slot.call(lambda it: it.reset({"order": trial}))
 
 
 def begin(slot: InActor, number: int) -> None:
