@@ -52,7 +52,7 @@ from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.shared_data import SharedDataset
 from lungct_tune.tuning.slot_plan import SlotPlan
-from lungct_tune.tuning.slots import ON_HEAD, REPORT
+from lungct_tune.tuning.slots import ON_HEAD, ORDER, REPORT
 from lungct_tune.tuning.tally import SearchTally
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "default.yaml"
@@ -114,7 +114,7 @@ class LightSlot(tune.Trainable):  # type: ignore[misc]
         return last.as_dict() | {REPORT: report, "done": report.is_last, "training_iteration": last.epoch}
 
     def _figures(self) -> EpochFigures:
-        order = TrialOrder.from_dict(self._config)
+        order: TrialOrder = self._config[ORDER]
         # the learning rate decides, and luck; without --asha no trial is worse than those before
         luck = np.random.default_rng(order.number).normal() / 9
         worth = 1 / (1 + abs(np.log10(order.hyperparameters.head_lr) + 3)) + luck
@@ -160,7 +160,7 @@ class Alone(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         self._number += 1
-        return TrialOrder(self._number - 1, 0, self._configuration).as_dict()
+        return {ORDER: TrialOrder(self._number - 1, 0, self._configuration)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._progress.note()
@@ -188,7 +188,7 @@ class Before(Searcher):  # type: ignore[misc]
         trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", {"torch": "2"})
         self._live[trial_id] = trial, []
-        return TrialOrder(trial.number, 0, hyperparameters).as_dict()
+        return {ORDER: TrialOrder(trial.number, 0, hyperparameters)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         trial, history = self._live[trial_id]

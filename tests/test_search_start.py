@@ -25,7 +25,8 @@ from lungct_tune.experiment.plan import PlanError, plan_search
 from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.filesystem import StorageError
-from lungct_tune.search import SearchRun, main, search, start_search
+from lungct_tune.search import main, search
+from lungct_tune.search_run import SearchRun, start_search
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +61,7 @@ def refused_at_its_start(plan: Plan, error: type[UserError] = PlanError) -> User
     with (
         pytest.raises(error) as refused,
         plan.resumable(),
-        start_search(plan, nothing, {}, nothing, None, display),
+        start_search(plan, nothing, {}, nothing, None, None, display),
     ):
         pass
     return refused.value
@@ -69,7 +70,7 @@ def refused_at_its_start(plan: Plan, error: type[UserError] = PlanError) -> User
 def test_what_another_process_did_while_images_were_read_is_not_done_again(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lungct_tune.tuning.cluster.check_storage", lambda experiment: None)
+    monkeypatch.setattr("lungct_tune.search_run.check_storage", lambda experiment: None)
     same = {"data": phantoms, "storage": str(tmp_path), "name": "one", "image_size": 32, "weights": "none"}
     first, second = (plan_search(Settings.model_validate(same), set()) for _ in range(2))
     first.save(first.load_and_split())
@@ -87,7 +88,7 @@ def test_a_search_that_another_process_runs_is_refused_before_its_storage_is_tou
     """Found: the check of the storage deletes a file that the workers of the running search look for."""
     asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
     plan, checked = plan_search(asked, set()), list[Experiment]()
-    monkeypatch.setattr("lungct_tune.tuning.cluster.check_storage", checked.append)
+    monkeypatch.setattr("lungct_tune.search_run.check_storage", checked.append)
     with exclusive_lock(plan.experiment):
         refused = refused_at_its_start(plan, StorageError)
     assert "another process is running one" in str(refused) and not checked
@@ -150,16 +151,38 @@ def test_a_folder_where_the_bundle_cannot_be_written_is_refused_before_anything_
     assert notes.read_text() == "mine"
 
 
+@pytest.mark.parametrize("scheme", ["", "fsspec+file://"])
 def test_a_search_that_was_stopped_at_its_start_begins_again_with_the_same_command(
-    phantoms: Path, tmp_path: Path
+    scheme: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its study was there, and its settings.yaml was not yet."""
-    asked = Settings.model_validate({"data": phantoms, "storage": str(tmp_path), "name": "one", "weights": "none"})
+    """Its study was there, and its settings.yaml was not yet. Found: with remote storage its copy was refused."""
+    monkeypatch.chdir(tmp_path)
+    storage = f"{scheme}{tmp_path}/there"
+    asked = Settings.model_validate({"data": phantoms, "storage": storage, "name": "one", "weights": "none"})
     plan = plan_search(asked.model_copy(update={"epochs": 3}), set())
-    (tmp_path / "one").mkdir()
     for _ in range(2):
-        with plan.opened_study(new=True) as study:
+        with plan.locked(print), plan.opened_study() as study:
             assert study.get_trials(states=[TrialState.WAITING]) == study.get_trials() != []
+
+
+def test_the_study_of_a_search_that_was_deleted_is_refused_and_not_copied_to_the_storage(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: whoever deleted that study, as the message says, got it back from the copy."""
+    monkeypatch.chdir(tmp_path)
+    storage = f"fsspec+file://{tmp_path}/there"
+    asked = Settings.model_validate({"data": phantoms, "storage": storage, "name": "one", "weights": "none"})
+    plan = plan_search(asked.model_copy(update={"epochs": 3}), set())
+    with plan.locked(print), plan.opened_study() as study:
+        study.ask()
+    plan.experiment.delete_folder("")
+    taken = pytest.raises(StudyError, match=r"is a study 'one' in .*study\.journal already")
+    with taken, plan.locked(print), plan.opened_study():
+        pass
+    assert not plan.experiment.exists("study")
+    (plan.experiment.local_folder / "study.journal").unlink()
+    with plan.locked(print), plan.opened_study():
+        pass
 
 
 def test_what_a_search_resumes_from_is_not_written_again_where_it_is_the_same(phantoms: Path, tmp_path: Path) -> None:
@@ -209,8 +232,8 @@ def test_what_is_trained_with_other_seeds_is_said_as_it_is(
     """A published configuration that has won is not trained twice."""
     last, trained = EpochFigures(1, 0.5, 0.5, 1.0, 1.0, 1.0, 0.1), list[Any]()
     trials = [TrialRecord(number, PUBLISHED, (last,), Outcome.COMPLETED) for number in (0, 1)]
-    monkeypatch.setattr("lungct_tune.experiment.study.finished_trials", lambda study: trials)
-    monkeypatch.setattr("lungct_tune.tuning.rerun.rerun_with_seeds", lambda plan, *both: trained.extend(both[:2]))
+    monkeypatch.setattr("lungct_tune.search_run.finished_trials", lambda study: trials)
+    monkeypatch.setattr("lungct_tune.search_run.rerun_with_seeds", lambda plan, *both: trained.extend(both[:2]))
     nothing: Any = SimpleNamespace(work=SimpleNamespace(slots=1), release=lambda: None, bar=lambda: "")
     plan: Any = SimpleNamespace(settings=Settings(seeds=2))
     run = SearchRun(plan, nothing, {}, nothing, nothing, nothing, nothing, None, Display(Console()))

@@ -50,15 +50,19 @@ class SearchSpace:
         return Hyperparameters(**(PUBLISHED.as_dict() | self.constants | dict(parameters)))
 
     @property
-    def deepest(self) -> int:
-        """The largest truncation depth that any trial can have."""
+    def depths(self) -> tuple[int, int]:
+        """The smallest and the largest truncation depth that any trial can have."""
         depths = [trial.truncation_depth for trial in self.fixed_trials]
-        match self.distributions.get("truncation_depth"):
-            case CategoricalDistribution(choices=choices):
-                depths += [int(str(choice)) for choice in choices]
-            case IntDistribution(high=high):
-                depths.append(high)
-        return max([*depths, int(self.constants.get("truncation_depth", 1))])
+        if (drawn := self.distributions.get("truncation_depth")) is not None:
+            low, high, _ = bounds(drawn)
+            depths += [int(low), int(high)]
+        elif "truncation_depth" in self.constants:
+            depths.append(int(self.constants["truncation_depth"]))
+        return min(depths), max(depths)
+
+    @property
+    def deepest(self) -> int:
+        return self.depths[1]
 
 
 def bounds(distribution: BaseDistribution) -> tuple[float, float, bool]:

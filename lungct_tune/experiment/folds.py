@@ -29,7 +29,7 @@ def decide_folds(plan: Plan, split: DataSplit, has_gpus: Callable[[], bool]) -> 
         DataError: a class has too few groups for the folds of an ensemble.
     """
     settings = plan.settings
-    if plan.fingerprint is None and settings.folds is None:
+    if plan.is_new and settings.folds is None:
         if settings.ensemble:
             split = split.in_folds(FOLDS, settings.split_seed)
         elif _would_help(settings, split) and has_gpus():
@@ -50,10 +50,10 @@ def folds_line(plan: Plan, split: DataSplit, forecast: Forecast | None) -> str:
         if settings.ensemble:
             return f"{line}; those of the best trial become the ensemble"
         other = replace(split, fold=None)
-        if plan.fingerprint is None:
+        if plan.is_new:
             line += f"; --folds 1 evaluates one model on {len(other.validation_rows)}{_taking(forecast, other)}"
         return line
-    if plan.fingerprint is not None or not _would_help(settings, split):
+    if not plan.is_new or not _would_help(settings, split):
         return ""
     few = f"1: a trial is evaluated on {len(split.validation_rows)} images"
     if (folded := _in_folds(split, settings.split_seed)) is None:

@@ -28,7 +28,7 @@ from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
 from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept, read_kept_space
 from lungct_tune.experiment.lock import exclusive_lock, refuse_running
-from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror
+from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, remove_unbegun
 from lungct_tune.filesystem import StorageError
 from lungct_tune.stopping import was_asked
 
@@ -65,9 +65,9 @@ class Plan:
     """The names of the settings that the user gave for a resumed search."""
 
     @property
-    def study_folder(self) -> Path:
-        """The folder of the study's file: the experiment's folder, or with remote storage a folder on this machine."""
-        return self.experiment.local_folder
+    def is_new(self) -> bool:
+        """Whether it is a new search, and none that continues or is read."""
+        return self.fingerprint is None
 
     @property
     def study_url(self) -> str:
@@ -76,9 +76,10 @@ class Plan:
 
     @cached_property
     def _study_file(self) -> Path:
-        database = self.study_folder / DATABASE
-        is_old = self.fingerprint is not None and (database.exists() or self.experiment.exists(DATABASE))
-        return database if is_old else self.study_folder / JOURNAL
+        folder = self.experiment.local_folder
+        database = folder / DATABASE
+        is_old = not self.is_new and (database.exists() or self.experiment.exists(DATABASE))
+        return database if is_old else folder / JOURNAL
 
     @property
     def resume_command(self) -> str:
@@ -131,35 +132,35 @@ class Plan:
             StorageError: another process runs it, or its folder cannot be created.
         """
         with exclusive_lock(self.experiment, say):
-            _check_may_run(self.experiment, is_new=self.fingerprint is None)
+            _check_may_run(self.experiment, is_new=self.is_new)
             yield
 
     @contextmanager
-    def opened_study(self, *, new: bool) -> Iterator[optuna.Study]:
+    def opened_study(self) -> Iterator[optuna.Study]:
         """Creates or opens the study for writing. With remote storage it also keeps a copy there, see `StudyMirror`.
 
         Raises:
             StudyError, JournalError: the study cannot be opened.
             StorageError: on entering, the storage cannot be read.
         """
-        from lungct_tune.experiment.study import open_study, sqlite_storage, told_as_user_errors
-        from lungct_tune.experiment.study_journal import opened_journal, remove_unbegun
+        from lungct_tune.experiment.study import name_taken, open_study, sqlite_storage, told_as_user_errors
+        from lungct_tune.experiment.study_journal import opened_journal
 
         assert self.settings.epochs is not None  # decided by the plan
         how = self.experiment.name, self.space, self.settings.epochs
         if self.settings.study:
             with told_as_user_errors(self.settings.study):
-                yield open_study(self.settings.study, *how, new=new)
+                yield open_study(self.settings.study, *how, new=self.is_new)
             return
         file = self._study_file
         is_journal = file.name == JOURNAL
-        if new:
-            remove_unbegun(file)
+        if self.is_new and (left := remove_unbegun(self.experiment, file)):  # before it is copied to the storage
+            raise name_taken(f"{self.experiment.name!r} in {' and '.join(left)}")
         with ExitStack() as held, told_as_user_errors(str(file)):
             if not self.experiment.is_local:
                 held.enter_context((JournalMirror if is_journal else DatabaseMirror)(self.experiment, file))
             storage = held.enter_context(opened_journal(file)) if is_journal else sqlite_storage(file)
-            yield open_study(storage, *how, new=new, file=file)
+            yield open_study(storage, *how, new=self.is_new, file=file)
 
     def load_and_split(self) -> DataSplit:
         """Finds, decodes (once), groups and splits the images.
@@ -175,7 +176,7 @@ class Plan:
             fetch_images(root),
             settings.image_size,
             class_map=settings.class_map,
-            check_map=self.fingerprint is None,
+            check_map=self.is_new,
             skip_unreadable=settings.skip_unreadable,
             table=settings.table,
             window=settings.ct_window,
@@ -185,7 +186,7 @@ class Plan:
                 f"the images in {images.root} are not those that {self.experiment.name} started with; "
                 "restore them, or start a new search"
             )
-        if self.fingerprint is not None:
+        if not self.is_new:
             with written_by_a_search(f"{self.experiment.uri}/{SPLIT}"):
                 kept = restore_split(images, self.experiment.read(SPLIT) or b"", groups=settings.split_file is not None)
             if settings.split_file and "split_file" in self.given:
@@ -270,7 +271,7 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
         if plan.settings.study:
             from lungct_tune.experiment.study import check_study  # a plan needs no database
 
-            check_study(plan.settings.study, plan.experiment.name, new=plan.fingerprint is None)
+            check_study(plan.settings.study, plan.experiment.name, new=plan.is_new)
     return plan
 
 

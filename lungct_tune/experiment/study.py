@@ -142,15 +142,20 @@ def _opened(storage: str | BaseStorage, name: str, file: Path | None = None) -> 
             storage = RDBStorage(storage, {"connect_args": waits})
         yield storage
     except optuna.exceptions.DuplicatedStudyError as error:
-        raise StudyError(
-            f"there is a study {where} already, though no search of that name is in the --storage: its start may have "
-            "failed. Choose another --name, or delete that study if nobody needs it"
-        ) from error
+        raise name_taken(where) from error
     except KeyError as error:
         remedy = "restore that file" if file else "give the --study that the search was started with"
         raise StudyError(f"there is no study {where}; {remedy}") from error
     except refusals as error:
         raise StudyError(f"the study {where} cannot be opened: {error}\nCheck --study") from error
+
+
+def name_taken(where: str) -> StudyError:
+    """The error for a new search whose study is there already."""
+    return StudyError(
+        f"there is a study {where} already, though no search of that name is in the --storage: its start may have "
+        "failed. Choose another --name, or delete that study if nobody needs it"
+    )
 
 
 @contextmanager

@@ -238,13 +238,6 @@ def opened_journal(file: Path) -> Iterator[StudyStorage]:
         storage.close()
 
 
-def remove_unbegun(file: Path) -> None:
-    """Removes a journal in which no trial has begun: it is left by a search that was stopped at its start."""
-    with suppress(OSError):  # there is none, or it cannot be used, as whoever opens it will say
-        if b'"datetime_start":"' not in file.read_bytes():
-            file.unlink()
-
-
 def _reason(error: OSError) -> str:
     return "the disk is full" if error.errno in FULL else str(error)
 

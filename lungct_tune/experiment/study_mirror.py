@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from abc import ABC, abstractmethod
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -131,6 +131,29 @@ class DatabaseMirror(StudyMirror):
 def is_study(path: str) -> bool:
     """Whether a path in an experiment is of the study or of its copy."""
     return path in (DATABASE, JOURNAL) or path.startswith(f"{PARTS}/")
+
+
+def remove_unbegun(experiment: Experiment, file: Path) -> list[str]:
+    """Removes a journal and a copy in which no trial has begun: a search that was stopped at its start leaves them.
+
+    Returns:
+        Where trials have begun, so that nothing was removed.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    left, begun = [], b'"datetime_start":"'
+    with suppress(OSError):  # there is none, or it cannot be used, as whoever opens it will say
+        if begun in file.read_bytes():
+            left.append(str(file))
+        else:
+            file.unlink()
+    if not experiment.is_local and (parts := _parts(experiment)):
+        if begun in _read_parts(experiment, parts):
+            left.append(f"{experiment.uri}/{PARTS}")
+        else:
+            experiment.delete_folder(PARTS)
+    return left
 
 
 def copy_study(experiment: Experiment, folder: Path) -> Path | None:

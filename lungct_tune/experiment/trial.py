@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import Any, Self
+from typing import Any
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 
@@ -59,15 +59,6 @@ class TrialOrder:
     def identity(self) -> dict[str, Any]:
         """What its figures depend on. A state on storage belongs to a trial if their identities are equal."""
         return {"number": self.number, "seed": self.seed, "configuration": self.hyperparameters.as_dict()}
-
-    def as_dict(self) -> dict[str, Any]:
-        """The form of it in Ray Tune's configuration of a trial."""
-        return self.identity | {"weights_from": self.weights_from}
-
-    @classmethod
-    def from_dict(cls, order: Mapping[str, Any]) -> Self:
-        kept = order["weights_from"] and tuple(order["weights_from"])
-        return cls(order["number"], order["seed"], Hyperparameters(**order["configuration"]), kept)
 
 
 @dataclass(frozen=True)
@@ -145,10 +136,6 @@ class EpochReport:
     def is_last(self) -> bool:
         """Whether the trial has ended with this report."""
         return self.outcome not in (Outcome.RUNNING, Outcome.REFUSED)
-
-    def __str__(self) -> str:
-        """The text in Ray Tune's own log files."""
-        return self.outcome.value
 
 
 @dataclass(frozen=True)

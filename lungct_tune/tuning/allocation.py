@@ -28,7 +28,7 @@ HEAD_MEMORY_OF_GROUP = 0.4 * 2**30
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """How a search divides a cluster into slots."""
+    """How a search, or its final retrainings, divide a cluster into slots."""
 
     slots: int
     workers: int
@@ -46,25 +46,14 @@ class ResourcePlan:
         """Bytes that the slots need on the head."""
         return self.slots * self.head_memory_each
 
+    @property
+    def slot(self) -> str:
+        """The workers of a slot, as text."""
+        return f"{number_of(self.workers, 'worker')} with {describe_resources(self.resources_per_worker)} each"
+
     def __str__(self) -> str:
         waiting = f" (room for {min(self.capacity, self.slots)} now; the others start as nodes come)"
-        return (
-            f"{number_of(self.slots, 'slot')} of {number_of(self.workers, 'worker')} with "
-            f"{describe_resources(self.resources_per_worker)} each{waiting if self.capacity < self.slots else ''}"
-        )
-
-
-@dataclass(frozen=True)
-class RetrainingResources:
-    """The workers of a final retraining."""
-
-    workers: int
-    resources_per_worker: dict[str, float]
-    slots: int
-    """How many retrainings the cluster has room for at the same time, with all the nodes that may come."""
-
-    def __str__(self) -> str:
-        return f"{number_of(self.workers, 'worker')} with {describe_resources(self.resources_per_worker)} each"
+        return f"{number_of(self.slots, 'slot')} of {self.slot}{waiting if self.capacity < self.slots else ''}"
 
 
 def describe_resources(resources: Mapping[str, float]) -> str:
@@ -90,7 +79,10 @@ def workers_of(config: Mapping[str, Any]) -> Sequence[Mapping[str, float]] | Non
 def divide(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
 ) -> ResourcePlan:
-    """Computes `plan_resources` from present nodes and from future ones, `to_come` (see `autoscaler_nodes`).
+    """The slots for which a cluster has room now or can grow; `settings.slots` and others override the defaults.
+
+    Args:
+        nodes, to_come: the two parts of `cluster_nodes`.
 
     Raises:
         ClusterError: there will never be room for one slot, or for the number that the settings ask for; or the head
@@ -130,8 +122,8 @@ def _check_head(plan: ResourcePlan, nodes: Sequence[Mapping[str, float]]) -> Non
 
 def divide_for_retraining(
     settings: Settings, nodes: Sequence[Mapping[str, float]], to_come: Sequence[Mapping[str, float]] | None
-) -> RetrainingResources:
-    """Computes `plan_retraining_resources` from present nodes and from future ones, `to_come`.
+) -> ResourcePlan:
+    """The slots of the final retrainings, on the same nodes as for `divide`.
 
     By default as many workers as a slot has; with folds one, because a slot's workers then train a fold each. More
     workers seldom pay: a batch of 32 images takes a GPU some ms, and two nodes with 10 Gb/s between them 60 ms to add
@@ -156,7 +148,7 @@ def divide_for_retraining(
     slots = max(1, most // workers)
     if to_come is None:  # nodes may come, as for the search
         slots = max(slots, settings.slots or 1)
-    return RetrainingResources(workers, each, slots)
+    return ResourcePlan(slots, workers, each, capacity=workers_that_fit(nodes, each) // workers)
 
 
 def _each(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lungct_tune.tuning.ray_compat import UTILIZATION_SCORER, private
+from lungct_tune.tuning.ray_compat import Private
 
 
 def prefer_available(
@@ -16,7 +16,7 @@ def prefer_available(
     available, it asks for one again and again (ray #20774). Among types of equal score Ray takes the last one of the
     alphabet: `gpu-spot` before `gpu-on-demand`.
     """
-    score = private(UTILIZATION_SCORER)(
+    score = Private.UTILIZATION_SCORER.load()(
         resources, demands, node_type, node_availability_summary=node_availability_summary
     )
     last_try = node_availability_summary.node_availabilities.get(node_type)

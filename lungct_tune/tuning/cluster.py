@@ -22,15 +22,7 @@ from lungct_tune.errors import first_line, number_of
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.stopping import own_signals, stop_delayed
-from lungct_tune.tuning.allocation import (
-    ClusterError,
-    ResourcePlan,
-    RetrainingResources,
-    describe_resources,
-    divide,
-    divide_for_retraining,
-    workers_of,
-)
+from lungct_tune.tuning.allocation import ClusterError, describe_resources, divide, workers_of
 from lungct_tune.tuning.ray_compat import autoscaling_config, has_local_cluster, local_resources
 from lungct_tune.tuning.storage_check import PROBE, check_from_here
 
@@ -155,17 +147,6 @@ def joined_meanwhile(address: str | None, verbose: bool, name: str, display: Dis
                 cluster.close()
 
 
-def plan_resources(settings: Settings) -> ResourcePlan:
-    """The slots for which the cluster has room now or can grow; `settings.slots` and others override the defaults.
-
-    Before a cluster is joined this plans for the one that would be started on this machine.
-
-    Raises:
-        ClusterError: there will never be room for one slot, or for the number that the settings ask for.
-    """
-    return divide(settings, *_cluster())
-
-
 def workers_have_gpus(settings: Settings, joining: Future[str] | None) -> bool:
     """Whether the workers of a search get GPUs.
 
@@ -177,20 +158,14 @@ def workers_have_gpus(settings: Settings, joining: Future[str] | None) -> bool:
     """
     if joining is not None:
         joining.result()
-    return "GPU" in plan_resources(settings).resources_per_worker
+    return "GPU" in divide(settings, *cluster_nodes()).resources_per_worker
 
 
-def plan_retraining_resources(settings: Settings) -> RetrainingResources:
-    """The workers of each final retraining, see `divide_for_retraining`.
+def cluster_nodes() -> tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]] | None]:
+    """The resources of the present nodes, and of those that the autoscaler may start (see `autoscaler_nodes`).
 
-    Raises:
-        ClusterError: there will never be room for the number that the settings ask for.
+    Before a cluster is joined they are those of the one that would be started on this machine.
     """
-    return divide_for_retraining(settings, *_cluster())
-
-
-def _cluster() -> tuple[Sequence[Mapping[str, float]], Sequence[Mapping[str, float]] | None]:
-    """The resources of the present nodes, and of those that the autoscaler may start."""
     return (_nodes(), autoscaler_nodes()) if ray.is_initialized() else ([local_resources()], [])
 
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from math import inf
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lungct_tune.stopping import stop_delayed, was_asked
+from lungct_tune.tuning.ray_compat import draining_nodes
+
 Address = tuple[str, str, int]
-"""Group of workers, kind of letter, number."""
+"""To whom or of whom, kind of letter, number."""
 
-ORDER, REPORT, DRAIN = "order", "report", "drain"
+ORDER, REPORT = OF_GROUPS = "order", "report"
+"""Kinds of letters to and of a group of workers. They are dropped when it is closed."""
 
-NEWS_S = 30.0
+DRAIN, ENDED = "drain", "ended"
+"""Kinds of letters that stay: to the workers on a node that will be lost, and to a task of the scoreboard."""
+
+ANSWER_S = 30.0
 """How long a mailbox gets to answer."""
+
+NEWS_EVERY_S = 1.0
+"""How often the driver and the workers exchange news."""
 
 MANY = 100_000
 """Requests that may wait at the same time: some for each worker of each slot."""
@@ -58,7 +69,6 @@ class Mailbox:
         self._warnings: list[str] = []
         self._warned: set[str] = set()
         self._epochs: dict[str, int] = {}
-        self._ended, self._another_ended = 0, asyncio.Condition()
 
     def __repr__(self) -> str:
         return self._name
@@ -97,9 +107,9 @@ class Mailbox:
 
     @_unlisted
     async def put(self, address: Address, letter: Any) -> None:
-        """Puts a letter. Letters of the same kind two numbers before it have been read, and are dropped."""
+        """Puts a letter. A group's letters of the same kind two numbers before it have been read, and are dropped."""
         group, kind, number = address
-        if kind != DRAIN and group not in self._open:
+        if kind in OF_GROUPS and group not in self._open:
             return
         if kind == REPORT:
             for node in self._nodes[group]:
@@ -108,7 +118,8 @@ class Mailbox:
         future = self._letters[address]
         if not future.done():
             future.set_result(letter)
-        self._letters.pop((group, kind, number - 2), None)
+        if kind in OF_GROUPS:
+            self._letters.pop((group, kind, number - 2), None)
 
     async def get(self, address: Address) -> Any:
         """The letter at this address.
@@ -116,7 +127,7 @@ class Mailbox:
         Raises:
             RuntimeError: the group of workers has been closed, or it is older than this mailbox.
         """
-        if address[1] != DRAIN and address[0] not in self._open:
+        if address[1] in OF_GROUPS and address[0] not in self._open:
             raise RuntimeError(CLOSED)
         return await asyncio.shield(self._letters[address])
 
@@ -188,19 +199,6 @@ class Mailbox:
         return {retraining: self._epochs.get(retraining, 0) for retraining in retrainings}
 
     @_unlisted
-    async def note_ended(self, trials: int) -> None:
-        """Notes how many trials of the search have ended. A later note may overtake an earlier one."""
-        async with self._another_ended:
-            self._ended = max(self._ended, trials)
-            self._another_ended.notify_all()
-
-    @_unlisted
-    async def await_ended(self, trials: int) -> None:
-        """Returns when so many trials of the search have ended."""
-        async with self._another_ended:
-            await self._another_ended.wait_for(lambda: self._ended >= trials)
-
-    @_unlisted
     async def exchange(self, draining: set[str]) -> list[str]:
         """Tells workers that their nodes will be lost; returns the sentences for the user since the last call."""
         for node in draining:
@@ -227,3 +225,33 @@ def opened_mailbox(search: str) -> Iterator[Any]:
         yield mailbox
     finally:
         ray.kill(mailbox)
+
+
+@contextmanager
+def news_exchanged(mailbox: Any, say: Callable[[str], None]) -> Iterator[None]:
+    """In a thread: workers hear that their nodes will be lost, and the user hears what slots and workers have to say.
+
+    Args:
+        say: is called with each sentence.
+    """
+    ended = Event()
+
+    def exchange() -> None:
+        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
+            for sentence in ray.get(mailbox.exchange.remote(draining_nodes()), timeout=ANSWER_S):
+                say(sentence)
+
+    def exchange_to_the_end() -> None:
+        while not ended.wait(NEWS_EVERY_S):
+            exchange()
+        if not was_asked():  # else Ray's own processes may have got the same signal, and not answer
+            exchange()
+
+    thread = Thread(target=exchange_to_the_end, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        with stop_delayed():  # see `SlotQueue.end`
+            thread.join(timeout=ANSWER_S)

@@ -14,15 +14,14 @@ import optuna
 import ray
 
 from lungct_tune.config.prices import PRICES, PricedCluster, Prices, priced_cluster, read_prices, without_price
-from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import number_of
 from lungct_tune.experiment.forecast import Forecast, Workload, as_range
 from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import PLANNED, rungs
 from lungct_tune.training.pace import Pace, PaceOrder, depths_to_measure, device_name, measured_pace, measured_slowdown
-from lungct_tune.tuning.allocation import ResourcePlan, RetrainingResources, workers_that_fit
-from lungct_tune.tuning.cluster import machines, plan_resources, plan_retraining_resources
+from lungct_tune.tuning.allocation import ResourcePlan, divide, divide_for_retraining, workers_that_fit
+from lungct_tune.tuning.cluster import cluster_nodes, machines
 from lungct_tune.tuning.ray_compat import autoscaling_config
 from lungct_tune.tuning.sampler import first_trials
 
@@ -49,6 +48,8 @@ class Outlook:
 
     resources: ResourcePlan
     """The slots."""
+    retraining: ResourcePlan
+    """Those of the final retrainings."""
     lines: dict[str, str]
     """For the plan, by name: cluster, time, price."""
     work: Workload
@@ -73,33 +74,35 @@ def look_ahead(plan: Plan, split: DataSplit) -> Outlook:
         ClusterError: the cluster is too small.
         PricesError: clusters/prices.yaml cannot be used.
     """
-    resources, retraining = plan_resources(plan.settings), plan_retraining_resources(plan.settings)
+    nodes, to_come = cluster_nodes()
+    resources = divide(plan.settings, nodes, to_come)
+    retraining = divide_for_retraining(plan.settings, nodes, to_come)
     head = f"the head needs {resources.head_memory / 2**30:.1f} GiB of memory for its part of the slots"
-    lines = {"cluster": f"{resources}; the final retraining on {retraining}; {head}"}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    lines = {"cluster": f"{resources}; the final retraining on {retraining.slot}; {head}"}
     order = _pace_order(plan, resources)
     on_worker = _pace_of_worker(order, resources) if len(nodes) > 1 else None
     pace = on_worker or measured_pace(order)
     prices = read_prices()
-    work = _workload(plan, split, resources, retraining, max(1, len(nodes)))
+    work = _workload(plan, split, resources, retraining, len(nodes))
     if pace is None:
-        return Outlook(resources, lines | {"time": "not known: the pace could not be measured"}, work, None, None)
+        lines["time"] = "not known: the pace could not be measured"
+        return Outlook(resources, retraining, lines, work, None, None)
     processes = min(work.cpus, work.slots_of_machine * work.workers)
     slowdown = 1.0 if on_worker else min(MOST_SLOWDOWN, measured_slowdown(processes))
     known = first_trials(plan.space, seed=plan.settings.seed, trials=work.trials, slots=work.slots)
     forecast = Forecast(work, plan.space, pace, slowdown, known)
     seconds = forecast.total()
     text = f"{as_range(*seconds)} (measured on {'a worker' if on_worker else 'this machine'}: {pace.device})"
-    if plan.settings.resume:
+    if not plan.is_new:
         text = f"of the whole search {text}"
     if slowdown >= BUSY:
         text += f"; counted as {slowdown:.1f} times as long as on a quiet machine, because of other work here now"
     lines |= {"time": text} | _price_line(forecast, seconds, prices, resources, plan.settings.slots)
-    return Outlook(resources, lines, work, forecast, seconds)
+    return Outlook(resources, retraining, lines, work, forecast, seconds)
 
 
 def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:
-    settings, space = plan.settings, plan.space
+    settings = plan.settings
     assert settings.image_size is not None and settings.batch_size is not None  # decided by for_data()
     each, gpu = resources.resources_per_worker, bool(resources.resources_per_worker.get("GPU"))
     threads = max(1, int(each["CPU"]))
@@ -109,21 +112,12 @@ def _pace_order(plan: Plan, resources: ResourcePlan) -> PaceOrder:
     return PaceOrder(
         image_size=settings.image_size,
         images=settings.batch_size // together,
-        depths=depths_to_measure(_shallowest(space), space.deepest),
+        depths=depths_to_measure(*plan.space.depths),
         threads=threads,
         gpu=gpu,
         beside=max(1, min(workers, most)),
         device=device_name(gpu=gpu),
     )
-
-
-def _shallowest(space: SearchSpace) -> int:
-    drawn = space.distributions.get("truncation_depth")
-    fixed = min(trial.truncation_depth for trial in space.fixed_trials)
-    low = getattr(drawn, "low", None)
-    if low is None:
-        low = min(getattr(drawn, "choices", (int(space.constants.get("truncation_depth", fixed)),)))
-    return min(fixed, int(low))
 
 
 def _pace_of_worker(order: PaceOrder, resources: ResourcePlan) -> Pace | None:
@@ -145,9 +139,7 @@ def _measure_there(order: PaceOrder) -> Pace | None:
     return measured_pace(replace(order, device=device_name(gpu=order.gpu)))
 
 
-def _workload(
-    plan: Plan, split: DataSplit, resources: ResourcePlan, retraining: RetrainingResources, nodes: int
-) -> Workload:
+def _workload(plan: Plan, split: DataSplit, resources: ResourcePlan, retraining: ResourcePlan, nodes: int) -> Workload:
     settings = plan.settings
     assert settings.trials is not None and settings.epochs is not None and settings.batch_size is not None
     train_rows, valid_rows = split.folds[0]

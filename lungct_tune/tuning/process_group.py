@@ -10,7 +10,7 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
-from lungct_tune.tuning.ray_compat import TORCH_BACKEND, private
+from lungct_tune.tuning.ray_compat import Private
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ProcessGroup(TorchConfig):
         return _Backend
 
 
-class _Backend(private(TORCH_BACKEND)):  # type: ignore[misc]
+class _Backend(Private.TORCH_BACKEND.load()):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_name_interface)
         super().on_start(worker_group, backend_config)

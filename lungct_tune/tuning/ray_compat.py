@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import StrEnum
 from importlib import import_module
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -24,92 +25,87 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
-LATEST_CLUSTER = "ray._private.services:find_bootstrap_address"
-"""The address of the cluster that was started last on this machine, which `ray.init` joins; None if there is none."""
-
-LOCAL_RESOURCES = "ray._private.resource_and_label_spec:ResourceAndLabelSpec"
-"""The resources that `ray.init` gives to a cluster that it starts on this machine."""
-
-DATA_PARALLEL_TRAINER = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer"
-"""The base class of TorchTrainer. Its module does not import torch."""
-
-TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
-"""Sets up torch.distributed in Ray Train's workers; subclassed to set the network interface of every worker."""
-
-DATASETS_CALLBACK = "ray.train.v2._internal.callbacks:DatasetsCallback"
-"""Starts an actor that distributes Ray datasets. It would cost a process and 0.2 GB on the head for each group of
-workers, and this project uses no Ray datasets."""
-
-CLEANER_CALLBACK = "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback"
-"""Starts a detached actor that removes the placement group of a dead controller. The search does this itself."""
-
-TRAIN_CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
-"""Runs a group of workers. Ray Train starts it in an actor of its own."""
-
-HEALTH_CHECK_FAILED = "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError"
-"""What Ray Train wraps around an error of a worker's process. An error that the worker itself raises comes as it is."""
-
-SCALING_POLICY = "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy"
-"""Keeps a group of workers at its size."""
-
-SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.worker_group:SynchronizationActor"
-"""Brings the workers together in `ray.train.report`, which the workers of a slot do not call."""
-
-SHUT_DOWN_SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.state:_shutdown_sync_actor"
-"""Kills that actor."""
-
-PLACEMENT_GROUP = "ray.train.v2._internal.execution.worker_group.worker_group:placement_group"
-"""Reserves the resources of a group of workers. Ray Train gives the placement group no name."""
-
-DRAINING_NODES = "ray._private.state:state.get_draining_nodes"
-"""The nodes that will be lost, and when: notices of spot nodes, and what `ray drain-node` asked for."""
-
-FREE_RESOURCES = "ray._private.state:available_resources_per_node"
-"""The resources of each node that nobody uses, by its id."""
-
-PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
-"""Environment variables that Tune sends to its actors. They then appear in Ray's logs and dashboard."""
-
-UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default_utilization_scorer"
-"""How version 1 of Ray's autoscaler scores the types of node that it could start."""
-
-EXPERIMENT_CHECKPOINTS = "ray.tune.execution.experiment_state:_ExperimentCheckpointManager"
-"""Writes the state of Tune's experiment, with all trials, every ten seconds and at the end, and copies its folder."""
-
-EXPERIMENT_ANALYSIS = "ray.tune.analysis.experiment_analysis:ExperimentAnalysis"
-"""What Tune returns at its end. It reads the results of all trials from files."""
-
-TUNE_CONTROLLER = "ray.tune.execution.tune_controller:TuneController"
-"""Runs trials in actors."""
-
-OPTUNA_TRIAL = "optuna.trial:Trial"
-"""Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
-
-PRIVATE_NAMES = (
-    *(DATA_PARALLEL_TRAINER, TORCH_BACKEND, DATASETS_CALLBACK, CLEANER_CALLBACK, TRAIN_CONTROLLER, SCALING_POLICY),
-    *(SYNCHRONIZATION_ACTOR, SHUT_DOWN_SYNCHRONIZATION_ACTOR, PLACEMENT_GROUP, DRAINING_NODES, LATEST_CLUSTER),
-    *(LOCAL_RESOURCES, FREE_RESOURCES, HEALTH_CHECK_FAILED),
-    *(PROPAGATED_VARIABLES, UTILIZATION_SCORER, EXPERIMENT_CHECKPOINTS, EXPERIMENT_ANALYSIS, TUNE_CONTROLLER),
-    OPTUNA_TRIAL,
-)
-
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head has."""
 
 
-def private(name: str) -> Any:
-    """Imports a name of `PRIVATE_NAMES`, "module:attribute".
+class Private(StrEnum):
+    """Private names of Ray and Optuna, "module:attribute"."""
 
-    Raises:
-        ImportError, AttributeError: this version of Ray or Optuna does not have it.
-    """
-    module, _, attributes = name.partition(":")
-    return attrgetter(attributes)(import_module(module))
+    LATEST_CLUSTER = "ray._private.services:find_bootstrap_address"
+    """The address of the cluster that was started last here, which `ray.init` joins; None if there is none."""
+
+    LOCAL_RESOURCES = "ray._private.resource_and_label_spec:ResourceAndLabelSpec"
+    """The resources that `ray.init` gives to a cluster that it starts on this machine."""
+
+    DATA_PARALLEL_TRAINER = "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer"
+    """The base class of TorchTrainer. Its module does not import torch."""
+
+    TORCH_BACKEND = "ray.train.torch.config:_TorchBackend"
+    """Sets up torch.distributed in Ray Train's workers; subclassed to set the network interface of every worker."""
+
+    DATASETS_CALLBACK = "ray.train.v2._internal.callbacks:DatasetsCallback"
+    """Starts an actor that distributes Ray datasets. It would cost a process and 0.2 GB on the head for each group of
+    workers, and this project uses no Ray datasets."""
+
+    CLEANER_CALLBACK = "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback"
+    """Starts a detached actor that removes the placement group of a dead controller. The search does this itself."""
+
+    TRAIN_CONTROLLER = "ray.train.v2._internal.execution.controller.controller:TrainController"
+    """Runs a group of workers. Ray Train starts it in an actor of its own."""
+
+    HEALTH_CHECK_FAILED = "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError"
+    """What Ray Train wraps around an error of a worker's process. An error that the worker raises comes as it is."""
+
+    SCALING_POLICY = "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy"
+    """Keeps a group of workers at its size."""
+
+    SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.worker_group:SynchronizationActor"
+    """Brings the workers together in `ray.train.report`, which the workers of a slot do not call."""
+
+    SHUT_DOWN_SYNCHRONIZATION_ACTOR = "ray.train.v2._internal.execution.worker_group.state:_shutdown_sync_actor"
+    """Kills that actor."""
+
+    PLACEMENT_GROUP = "ray.train.v2._internal.execution.worker_group.worker_group:placement_group"
+    """Reserves the resources of a group of workers. Ray Train gives the placement group no name."""
+
+    DRAINING_NODES = "ray._private.state:state.get_draining_nodes"
+    """The nodes that will be lost, and when: notices of spot nodes, and what `ray drain-node` asked for."""
+
+    FREE_RESOURCES = "ray._private.state:available_resources_per_node"
+    """The resources of each node that nobody uses, by its id."""
+
+    PROPAGATED_VARIABLES = "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE"
+    """Environment variables that Tune sends to its actors. They then appear in Ray's logs and dashboard."""
+
+    UTILIZATION_SCORER = "ray.autoscaler._private.resource_demand_scheduler:_default_utilization_scorer"
+    """How version 1 of Ray's autoscaler scores the types of node that it could start."""
+
+    EXPERIMENT_CHECKPOINTS = "ray.tune.execution.experiment_state:_ExperimentCheckpointManager"
+    """Writes the state of Tune's experiment, with all trials, every ten seconds and at the end; copies its folder."""
+
+    EXPERIMENT_ANALYSIS = "ray.tune.analysis.experiment_analysis:ExperimentAnalysis"
+    """What Tune returns at its end. It reads the results of all trials from files."""
+
+    TUNE_CONTROLLER = "ray.tune.execution.tune_controller:TuneController"
+    """Runs trials in actors."""
+
+    OPTUNA_TRIAL = "optuna.trial:Trial"
+    """Optuna's handle on a trial. In the public interface only `ask` makes one, and only for new trials."""
+
+    def load(self) -> Any:
+        """Imports it.
+
+        Raises:
+            ImportError, AttributeError: this version of Ray or Optuna does not have it.
+        """
+        module, _, attributes = self.partition(":")
+        return attrgetter(attributes)(import_module(module))
 
 
 def reopen_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
     """Optuna's handle on a trial that an earlier process left running."""
-    made: Trial = private(OPTUNA_TRIAL)(study, trial._trial_id)
+    made: Trial = Private.OPTUNA_TRIAL.load()(study, trial._trial_id)
     return made
 
 
@@ -134,7 +130,7 @@ def keep_credentials_from_actors() -> None:
 
     The actors do not need them: nodes have credentials of their own.
     """
-    variables: set[str] = private(PROPAGATED_VARIABLES)
+    variables: set[str] = Private.PROPAGATED_VARIABLES.load()
     variables.difference_update({name for name in variables if name.startswith("AWS_")})
 
 
@@ -144,7 +140,7 @@ def without_files_of_tune() -> Iterator[None]:
 
     Only the first state is written, because Tune looks for the file at its end.
     """
-    checkpoints, analysis = private(EXPERIMENT_CHECKPOINTS), private(EXPERIMENT_ANALYSIS)
+    checkpoints, analysis = Private.EXPERIMENT_CHECKPOINTS.load(), Private.EXPERIMENT_ANALYSIS.load()
     sync, fetch = checkpoints.sync_up_experiment_state, analysis._fetch_trial_dataframes
 
     def sync_first(self: Any, save_fn: Callable[[], None], force: bool = False, wait: bool = False) -> None:
@@ -172,7 +168,7 @@ def without_ending_actors_that_start() -> Iterator[None]:
     is ended then, and for the next trial another one is started. So with many slots and short trials, Tune would start
     processes again and again. Here the idle actor is for the next trial, as long as there is one.
     """
-    controller = private(TUNE_CONTROLLER)
+    controller = Private.TUNE_CONTROLLER.load()
     reuse = controller._maybe_reuse_cached_actor
 
     def reuse_unless_starting(self: Any, trial: Any) -> bool:
@@ -231,9 +227,9 @@ def prepare_controller(groups: PlacementGroups) -> None:
     """
     _groups_of_controller.set(groups)
     for private_name, replacement in (
-        (SYNCHRONIZATION_ACTOR, _NoActor()),
-        (SHUT_DOWN_SYNCHRONIZATION_ACTOR, lambda actor: None),
-        (PLACEMENT_GROUP, lambda *args, **options: _groups_of_controller.get().make(*args, **options)),
+        (Private.SYNCHRONIZATION_ACTOR, _NoActor()),
+        (Private.SHUT_DOWN_SYNCHRONIZATION_ACTOR, lambda actor: None),
+        (Private.PLACEMENT_GROUP, lambda *args, **options: _groups_of_controller.get().make(*args, **options)),
     ):
         module, _, attribute = private_name.partition(":")
         setattr(import_module(module), attribute, replacement)
@@ -256,29 +252,29 @@ def worker_errors(error: Exception) -> list[Exception]:
         error: of the run.
     """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    of_process = private(HEALTH_CHECK_FAILED)
+    of_process = Private.HEALTH_CHECK_FAILED.load()
     return [each.health_check_failure if isinstance(each, of_process) else each for each in failures.values()]
 
 
 def has_local_cluster() -> bool:
     """Whether a Ray cluster was started on this machine that `ray.init` would join."""
-    return private(LATEST_CLUSTER)(None) is not None
+    return Private.LATEST_CLUSTER.load()(None) is not None
 
 
 def local_resources() -> dict[str, float]:
     """The resources that a cluster has which `ray.init` starts on this machine."""
-    found = private(LOCAL_RESOURCES)().resolve(is_head=True, node_ip_address="127.0.0.1")
+    found = Private.LOCAL_RESOURCES.load()().resolve(is_head=True, node_ip_address="127.0.0.1")
     return dict(found.to_resource_dict())
 
 
 def draining_nodes() -> set[str]:
     """The ids of the nodes of which Ray knows that they will be lost."""
-    return set(private(DRAINING_NODES)())
+    return set(Private.DRAINING_NODES.load()())
 
 
 def free_resources() -> dict[str, dict[str, float]]:
     """The resources of each living node that nobody uses, by its id."""
-    free: dict[str, dict[str, float]] = private(FREE_RESOURCES)()
+    free: dict[str, dict[str, float]] = Private.FREE_RESOURCES.load()()
     return free
 
 

@@ -13,19 +13,10 @@ from typing import Any
 from ray.train import RunConfig, ScalingConfig
 from ray.train.backend import BackendConfig
 
-from lungct_tune.tuning.ray_compat import (
-    CLEANER_CALLBACK,
-    DATA_PARALLEL_TRAINER,
-    DATASETS_CALLBACK,
-    SCALING_POLICY,
-    TRAIN_CONTROLLER,
-    PlacementGroups,
-    prepare_controller,
-    private,
-)
+from lungct_tune.tuning.ray_compat import PlacementGroups, Private, prepare_controller
 
 
-class SlotTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
+class SlotTrainer(Private.DATA_PARALLEL_TRAINER.load()):  # type: ignore[misc]
     """A trainer whose controller runs in the actor that calls `fit`, instead of an actor of its own.
 
     This saves three processes for each slot: the controller, the actor that would remove the placement group if the
@@ -49,24 +40,29 @@ class SlotTrainer(private(DATA_PARALLEL_TRAINER)):  # type: ignore[misc]
         groups: PlacementGroups,
         avoid: Iterable[str] = (),
     ) -> None:
+        backend = BackendConfig()
+        if workers > 1:
+            from lungct_tune.tuning.process_group import ProcessGroup  # imports torch
+
+            backend = ProcessGroup()
         super().__init__(
             run_worker,
             train_loop_config=config,
-            backend_config=_process_group() if workers > 1 else BackendConfig(),
+            backend_config=backend,
             scaling_config=scaling(workers, resources_per_worker, avoid),
             run_config=run_config,
         )
         self._groups = groups
 
     def _create_default_callbacks(self) -> list[Any]:
-        made, without = super()._create_default_callbacks(), (private(DATASETS_CALLBACK), private(CLEANER_CALLBACK))
-        return [callback for callback in made if not isinstance(callback, without)]
+        without = Private.DATASETS_CALLBACK.load(), Private.CLEANER_CALLBACK.load()
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         prepare_controller(self._groups)
         # otherwise it starts an actor that asks the autoscaler for what the placement group asks for too
         arguments["scaling_policy"] = _FixedSize(arguments["scaling_policy"].scaling_config)
-        controller = private(TRAIN_CONTROLLER)(**arguments)
+        controller = Private.TRAIN_CONTROLLER.load()(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
 
@@ -87,13 +83,7 @@ def scaling(workers: int, resources_per_worker: dict[str, float], avoid: Iterabl
     )
 
 
-def _process_group() -> BackendConfig:
-    from lungct_tune.tuning.process_group import ProcessGroup
-
-    return ProcessGroup()
-
-
-class _FixedSize(private(SCALING_POLICY)):  # type: ignore[misc]
+class _FixedSize(Private.SCALING_POLICY.load()):  # type: ignore[misc]
     def after_controller_start(self, train_run_context: Any) -> None:
         pass
 

@@ -18,9 +18,9 @@ from lungct_tune.experiment.plan import Plan
 from lungct_tune.experiment.study import compare_seeds
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
 from lungct_tune.filesystem import StorageError
-from lungct_tune.tuning.cluster import has_shared_file_system, plan_resources
-from lungct_tune.tuning.mailbox import opened_mailbox
-from lungct_tune.tuning.shared_data import share_weights
+from lungct_tune.tuning.allocation import divide
+from lungct_tune.tuning.cluster import cluster_nodes, has_shared_file_system
+from lungct_tune.tuning.mailbox import news_exchanged, opened_mailbox
 from lungct_tune.tuning.slot_actor import SlotQueue
 from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.time_left import TimeLeft
@@ -37,7 +37,6 @@ def rerun_trials(
     orders: Sequence[TrialOrder],
     epochs: int,
     slots: int,
-    warn: Callable[[str], None],
     note: Callable[[TrialOrder, EpochReport], None] = lambda order, report: None,
 ) -> list[EpochReport]:
     """Trains each order for at most `epochs` epochs; returns the last report of each, with all its epochs.
@@ -48,11 +47,10 @@ def rerun_trials(
         folder: the name of that folder.
         orders: with distinct numbers.
         slots: how many are trained at the same time, at most.
-        warn: is called with what slots and workers have to say, a sentence each.
         note: see `SlotQueue.run`.
     """
     plan = replace(plan, experiment=Experiment.at(plan.experiment.uri, folder))
-    queue = SlotQueue(plan, warn)
+    queue = SlotQueue(plan)
     try:
         queue.start(min(slots, len(orders)))
         futures = queue.run(orders, note, epochs)
@@ -69,14 +67,13 @@ def rerun_with_seeds(
     seeds: Sequence[int],
     slots: int,
     left: TimeLeft,
-    warn: Callable[[str], None],
 ) -> SeedComparison:
     """Trains the winner and the published configuration once with each of these seeds; see `compare_seeds`.
 
     A training that had ended before an interruption is only read.
 
     Args:
-        plan, slots, warn: see `rerun_trials`.
+        plan, slots: see `rerun_trials`.
         published: the trial of the published configuration; None if it is not trained.
         left: is told how far the trainings are.
 
@@ -102,13 +99,15 @@ def rerun_with_seeds(
             try:
                 experiment.write(_report_file(order), json.dumps(_report_as_dict(order, epochs, report)).encode())
             except StorageError as error:
-                warn(f"the training with seed {order.seed} has ended, but its figures are not saved: {error}")
+                plan.mailbox.warn.remote(
+                    f"the training with seed {order.seed} has ended, but its figures are not saved: {error}"
+                )
 
     reports = {order.number: _read_report(experiment, order, epochs) for order in orders}
     todo = [order for order in orders if reports[order.number] is None]
     left.train_seeds({order.number: order.hyperparameters for order in todo})
     if todo:
-        new = rerun_trials(plan, folder, todo, epochs, slots, warn, note)
+        new = rerun_trials(plan, folder, todo, epochs, slots, note)
         reports |= {order.number: report for order, report in zip(todo, new, strict=True)}
     in_order = [report for report in reports.values() if report is not None]
     return compare_seeds(in_order[: len(seeds)], in_order[len(seeds) :])
@@ -145,7 +144,7 @@ def replay_trial(
     Args:
         plan: that of the search, with one slot.
         weights: pretrained weights; None starts from random ones.
-        warn: see `rerun_trials`.
+        warn: is called with what the slot and its workers have to say, a sentence each.
     """
     experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
     experiment.delete_folder(folder)  # left by a replay that was killed, perhaps with other versions
@@ -153,11 +152,13 @@ def replay_trial(
         with (
             tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common,
             opened_mailbox(folder) as mailbox,
+            news_exchanged(mailbox, warn),
         ):
             file = Path(common, "images.npy") if has_shared_file_system(experiment) else None
-            slot = make_slot_plan(plan, split, share_weights(weights), plan_resources(plan.settings), mailbox, file)
+            resources = divide(plan.settings, *cluster_nodes())
+            slot = make_slot_plan(plan, split, weights, resources, mailbox, file)
             order = TrialOrder(trial.number, plan.settings.seed, trial.hyperparameters)
-            (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1, warn=warn)
+            (report,) = rerun_trials(slot, folder, [order], len(trial.history), slots=1)
     finally:
         experiment.delete_folder(folder)
     return report, provenance(slot)

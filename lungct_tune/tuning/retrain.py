@@ -14,8 +14,9 @@ import numpy as np
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.experiment.bundle import RetrainedModel
 from lungct_tune.experiment.folder import Experiment
+from lungct_tune.tuning.collectives import gather
 from lungct_tune.tuning.shared_data import SharedDataset
-from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes
+from lungct_tune.tuning.trial_state import StateWriter, read_state
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,6 @@ class RetrainOrder:
     seed: int
     test: SharedDataset
     """The images of test. No order of the search has them."""
-    checkpoint_interval: float
-    """Seconds of training between two states."""
     fold: int | None = None
 
     @property
@@ -73,7 +72,7 @@ def orders_of(settings: Settings, trial: TrialRecord, test: SharedDataset) -> li
         settings: of the search, as its plan has decided them.
         test: the images of test.
     """
-    what = trial.number, trial.hyperparameters, settings.seed, test, settings.checkpoint_interval
+    what = trial.number, trial.hyperparameters, settings.seed, test
     folds = range(settings.folds) if settings.ensemble and settings.folds else [None]
     return [RetrainOrder(*what, fold) for fold in folds]
 
@@ -127,13 +126,14 @@ def retrain(
     experiment, dataset = plan.experiment, plan.dataset
     rows = dataset.rows if order.fold is None else plan.folds[order.fold].train_rows
     trainer = dataset.trainer(order.hyperparameters, rows, order.seed, device)
-    _resume(experiment, order, trainer)
+    if (state := read_state(experiment, order.file(STATE))) is not None:
+        trainer.load_state_dict(state)
     writer, saved_at = StateWriter(experiment, lambda epoch: order.file(STATE)), time.monotonic()
     while trainer.epoch < trainer.epochs:
         trainer.train_epoch()
         if trainer.rank == 0:
             note_epoch(trainer.epoch)
-        due = _any_worker(must_save(), trainer) or time.monotonic() - saved_at >= order.checkpoint_interval
+        due = any(gather(must_save())) or time.monotonic() - saved_at >= plan.checkpoint_interval
         if trainer.rank == 0 and due and writer.is_idle and trainer.epoch < trainer.epochs:
             if (error := writer.take_error()) is not None:
                 warn(f"the final retraining goes on, but its state is not saved: {error}")
@@ -161,30 +161,3 @@ def sample_features(trainer: Trainer, dataset: SharedDataset, train_rows: np.nda
     features_ND = pooled_features(trainer.average.model, trainer.images_NHW, positions, trainer.normalisation)
     np.savez(kept, rows=rows, features=features_ND)
     return kept.getvalue()
-
-
-def _any_worker(wish: bool, trainer: Trainer) -> bool:
-    """Whether any worker has the wish."""
-    import torch
-    import torch.distributed as dist
-
-    if trainer.world == 1:
-        return wish
-    wishes = torch.tensor(float(wish), device=trainer.device)
-    dist.all_reduce(wishes)
-    return wishes.item() > 0
-
-
-def _resume(experiment: Experiment, order: RetrainOrder, trainer: Trainer) -> None:
-    """Continues from the last state, if there is one that is whole.
-
-    Only the first worker reads it. If each read the storage, one of them might find another state than the others, and
-    data-parallel training goes wrong without an error then.
-    """
-    import torch.distributed as dist
-
-    kept = [read_bytes(experiment, order.file(STATE)) if trainer.rank == 0 else b""]
-    if trainer.world > 1:
-        dist.broadcast_object_list(kept, src=0)
-    if kept[0]:
-        trainer.load_state_dict(from_bytes(kept[0]))

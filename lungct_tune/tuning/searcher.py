@@ -36,12 +36,12 @@ from lungct_tune.experiment.study import (
     trial_record,
 )
 from lungct_tune.experiment.study_journal import StudyStorage
-from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder
+from lungct_tune.experiment.trial import BASELINE, STATES, EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import NodeRefused, StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.ray_compat import reopen_trial, report_value, storage_of, suggest_value
 from lungct_tune.tuning.sampler import SearchSampler
-from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.slots import ORDER, REPORT
 from lungct_tune.tuning.tally import SearchTally
 
 MAX_FAILED_IN_A_ROW = 5
@@ -141,7 +141,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", self._provenance)
         self._live[trial_id] = _Live(trial)
-        return TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from).as_dict()
+        return {ORDER: TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from)}
 
     def record(self, trial_id: str, report: EpochReport) -> None:
         """Adds a step's epochs to the study, and earlier epochs that an interruption kept from it."""
@@ -196,14 +196,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
         self._failed.clear()
 
     def _tell(self, live: _Live, outcome: Outcome) -> None:
-        if outcome is Outcome.FAILED:
-            ended = self._study.tell(live.trial, state=TrialState.FAIL)
-        elif outcome is Outcome.STOPPED:
-            ended = self._study.tell(live.trial, state=TrialState.PRUNED)
-        elif outcome is Outcome.COMPLETED and live.history:
-            ended = self._study.tell(live.trial, live.history[-1].balanced_accuracy)
-        else:
-            ended = self._study.tell(live.trial, BAD_SCORE)
+        state, score = TrialState[STATES[outcome]], None
+        if state is TrialState.COMPLETE:
+            is_usable = outcome is Outcome.COMPLETED and live.history
+            score = live.history[-1].balanced_accuracy if is_usable else BAD_SCORE
+        ended = self._study.tell(live.trial, score, state)
         self._sampler.add(ended)
         not_kept = self.tally.add(trial_record(ended))
         self._storage_threads.submit(self._clean_up, ended.number, not_kept)

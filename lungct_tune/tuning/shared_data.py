@@ -127,7 +127,7 @@ def share_dataset(
 
     Args:
         rows: the rows of these images; the workers get no others.
-        backbone: pretrained weights, of `share_weights`.
+        backbone: pretrained weights.
         path: see `share_images`.
         besides: other images that have been shared already.
 
@@ -147,11 +147,6 @@ def share_dataset(
         batch_size=settings.batch_size,
         epochs=settings.epochs,
     )
-
-
-def share_weights(weights: dict[str, torch.Tensor] | None) -> ray.ObjectRef[dict[str, torch.Tensor]] | None:
-    """Puts pretrained weights into the object store, once for all workers."""
-    return None if weights is None else ray.put(weights)
 
 
 def share_images(

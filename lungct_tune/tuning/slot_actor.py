@@ -18,8 +18,6 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder
 from lungct_tune.stopping import stop_delayed
 from lungct_tune.tuning.groups import remove_placement_groups
-from lungct_tune.tuning.mailbox import NEWS_S
-from lungct_tune.tuning.ray_compat import draining_nodes
 from lungct_tune.tuning.retrain import RetrainOrder
 from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.slots import ON_HEAD, Slot
@@ -40,14 +38,11 @@ class SlotActor:
     """A slot in an actor.
 
     Its workers' placement group has the slot's name. So it can be removed after the actor was killed.
-
-    Args:
-        search: see `Slot`.
     """
 
-    def __init__(self, plan: SlotPlan, search: str = "") -> None:
+    def __init__(self, plan: SlotPlan) -> None:
         actor = ray.remote(Slot).options(num_cpus=0, resources=ON_HEAD, max_concurrency=2)
-        self._actor: Any = actor.remote(plan, search)
+        self._actor: Any = actor.remote(plan)
 
     def run(self, order: TrialOrder | RetrainOrder) -> ray.ObjectRef[EpochReport]:
         """Starts a step (see `Slot.run`); returns its future report."""
@@ -84,12 +79,10 @@ class SlotQueue:
 
     Args:
         plan: of every slot.
-        warn: is called with what slots and workers have to say, a sentence each.
-        search: see `Slot`.
     """
 
-    def __init__(self, plan: SlotPlan, warn: Callable[[str], None], search: str = "") -> None:
-        self._plan, self._warn, self._search = plan, warn, search or plan.experiment.name
+    def __init__(self, plan: SlotPlan) -> None:
+        self._plan = plan
         self._slots: list[SlotActor] = []
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
@@ -97,7 +90,7 @@ class SlotQueue:
     def start(self, slots: int) -> None:
         """Starts slots until there are so many."""
         with stop_delayed():
-            self._slots += [SlotActor(self._plan, self._search) for _ in range(slots - len(self._slots))]
+            self._slots += [SlotActor(self._plan) for _ in range(slots - len(self._slots))]
 
     def run(
         self,
@@ -120,7 +113,7 @@ class SlotQueue:
         return futures
 
     def wait(self, futures: list[Future[EpochReport]], note: Callable[[], None] = lambda: None) -> None:
-        """Waits until all have ended, or one has failed. Meanwhile the workers hear which nodes will be lost.
+        """Waits until all have ended, or one has failed.
 
         Args:
             note: is called now and then.
@@ -129,20 +122,11 @@ class SlotQueue:
             Exception: what has failed.
         """
         running = set(futures)
-        try:
-            while running:
-                ended, running = wait(running, POLL_S, FIRST_EXCEPTION)
-                self._exchange_news()
-                for future in ended:
-                    future.result()
-                note()
-        finally:
-            self._exchange_news()
-
-    def _exchange_news(self) -> None:
-        with suppress(ray.exceptions.RayError):  # the mailbox may be starting again
-            for sentence in ray.get(self._plan.mailbox.exchange.remote(draining_nodes()), timeout=NEWS_S):
-                self._warn(sentence)
+        while running:
+            ended, running = wait(running, POLL_S, FIRST_EXCEPTION)
+            for future in ended:
+                future.result()
+            note()
 
     def end(self) -> None:
         """Ends all slots at the same time, whatever they do.
@@ -155,7 +139,7 @@ class SlotQueue:
                 self.run([])
             for thread in self._threads:
                 thread.join()
-            remove_placement_groups(f"{self._search} slot")
+            remove_placement_groups(self._plan.slots)
 
     def _serve(
         self,

@@ -26,3 +26,10 @@ class SlotPlan:
     """The epochs after which early stopping decides about a trial."""
     checkpoint_interval: float = 30.0
     """Seconds of training between two saved states of a trial."""
+    kind: str = ""
+    """A word in the names of the slots, where a job has two kinds of them."""
+
+    @property
+    def slots(self) -> str:
+        """How the names of the slots begin; numbers follow."""
+        return " ".join(filter(None, [self.experiment.name, self.kind, "slot"]))

@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -32,8 +31,8 @@ from lungct_tune.tuning.slot_plan import SlotPlan
 from lungct_tune.tuning.storage_check import PROBE
 from lungct_tune.tuning.workers import OutOfMemory
 
-REPORT = "report"
-"""The key of the `EpochReport` in a result of Ray Tune."""
+ORDER, REPORT = "order", "report"
+"""The keys of the `TrialOrder` in Ray Tune's configuration of a trial, and of the `EpochReport` in a result."""
 
 MAX_LOSSES = 3
 """How many groups of workers may be lost over one step of a trial before the trial counts as failed."""
@@ -67,19 +66,19 @@ run there too. So every other node may come and go."""
 class TuneSlot(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's side of a slot: an actor that Tune reuses for one trial after another.
 
-    A trial's configuration is a `TrialOrder` as a dictionary, and a step is one call of `Slot.run`. The result of a
-    step has the figures of its last epoch for Tune's loggers, and under `REPORT` the `EpochReport` for the other code.
+    A trial's configuration is a `TrialOrder`, and a step is one call of `Slot.run`, whose result has the `EpochReport`.
     """
 
     def setup(self, config: dict[str, Any], plan: SlotPlan) -> None:  # type: ignore[override]
         # Returns before the workers have started: Tune starts the next slot only after this method returns
-        self._order, self._slot = TrialOrder.from_dict(config), Slot(plan)
+        self._order: TrialOrder = config[ORDER]
+        self._slot = Slot(plan)
 
     def __repr__(self) -> str:
         return self._slot.name  # Ray asks once, when the actor is made, and shows it in its dashboard
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._order = TrialOrder.from_dict(new_config)
+        self._order = new_config[ORDER]
         return True
 
     def step(self) -> dict[str, Any]:
@@ -87,12 +86,8 @@ class TuneSlot(tune.Trainable):  # type: ignore[misc]
             report = self._slot.run(self._order)
         except NodeRefused as refusal:  # not raised: Tune would count it as a failure of the trial and retry
             report = EpochReport(Outcome.REFUSED, reason=str(refusal))
-        result: dict[str, Any] = {OBJECTIVE: 0.0, REPORT: report, "done": report.is_last}
-        if report.epochs:
-            last = report.epochs[-1]
-            # Tune's own iteration, by which its loggers count, would restart at 1 when an interrupted trial continues
-            result |= last.as_dict() | {"training_iteration": last.epoch}
-        return result | (asdict(report.cost) if report.cost else {})
+        reached = report.epochs[-1].balanced_accuracy if report.epochs else 0.0
+        return {OBJECTIVE: reached, REPORT: report, "done": report.is_last}
 
     def cleanup(self) -> None:
         self._slot.release()
@@ -103,19 +98,16 @@ class Slot:
 
     The workers write a trial's state to the experiment's storage from time to time, and start by reading it. So other
     workers can continue the trial: workers that replace these, or workers of a resumed search.
-
-    Args:
-        search: what the slot's name begins with; by default the name of the experiment.
     """
 
-    def __init__(self, plan: SlotPlan, search: str = "") -> None:
+    def __init__(self, plan: SlotPlan) -> None:
         for name, value in OF_RAY_TRAIN.items():
             os.environ.setdefault(name, value)
         self._plan, self._released, self._lock = plan, threading.Event(), threading.Lock()
         self._mailbox = plan.mailbox
         self._actor = ray.get_runtime_context().current_actor
         self.number: int = ray.get(self._mailbox.take_number.remote(self._actor))
-        self.name = f"{search or plan.experiment.name} slot {self.number}"
+        self.name = f"{plan.slots} {self.number}"
         remove_placement_groups(self.name)  # of a slot with this number that has been killed
         self._group = self._new_group(self._avoided())
 
@@ -147,7 +139,10 @@ class Slot:
                     outcome = Outcome.FAILED if losses == MAX_LOSSES else Outcome.RUNNING
                 if isinstance(loss.__cause__, StorageError) and self._released.wait(PAUSE_S):
                     raise
-                self._replace_group(loss, avoid)
+                with self._lock:
+                    if self._released.is_set():
+                        raise
+                    self._group = self._new_group(avoid)
                 if outcome is not Outcome.RUNNING:
                     return EpochReport(outcome, reason=str(loss))
 
@@ -215,12 +210,6 @@ class Slot:
         except StorageError:
             return False
         return True
-
-    def _replace_group(self, loss: WorkersLost, avoid: set[str]) -> None:
-        with self._lock:
-            if self._released.is_set():
-                raise loss
-            self._group = self._new_group(avoid)
 
     def _new_group(self, avoid: set[str]) -> Group:
         return Group(self._plan, self.name, self.number, avoid)

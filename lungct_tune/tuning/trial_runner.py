@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,15 +21,14 @@ from lungct_tune.experiment.folder import TRIAL_WEIGHTS, VALID, old_state_file, 
 from lungct_tune.experiment.trial import EpochCost, EpochFigures, EpochReport, Outcome, TrialOrder
 from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
+from lungct_tune.tuning.collectives import gather, of_first, rank_and_world
 from lungct_tune.tuning.fold_model import FoldModel, mean_figures
-from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes, saved_epochs
+from lungct_tune.tuning.trial_state import StateWriter, read_state, saved_epochs
 
 if TYPE_CHECKING:
     import torch
 
     from lungct_tune.tuning.slot_plan import SlotPlan
-
-T = TypeVar("T")
 
 STEP_S = 1.0
 """A step ends with the first epoch that ends after so many seconds, so that the study and the display keep up."""
@@ -79,17 +78,15 @@ class TrialRunner:
         slot: int,
         warn: Callable[[str], None],
     ) -> None:
-        import torch.distributed as dist
-
         self.order, folds = order, plan.folds
         self._experiment, self._epochs, self._rungs = plan.experiment, plan.dataset.epochs, plan.rungs
         self._interval, self._slot, self._warn = plan.checkpoint_interval, slot, warn
-        self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._rank, self._world = rank_and_world()
         self._each_alone = len(folds) > 1
         mine = range(self._rank, len(folds), self._world) if self._each_alone else [0]
         self._models = {k: FoldModel(plan.dataset, folds[k], order, device, self._each_alone) for k in mine}
         images = sum(model.images for model in self._models.values())
-        self._images = sum(self._gather(images)) if self._each_alone else images
+        self._images = sum(gather(images)) if self._each_alone else images
         self._in_order = np.argsort(np.concatenate([fold.valid_rows for fold in folds]))
         self._history: list[EpochFigures] = []
         self._ended = False
@@ -116,7 +113,7 @@ class TrialRunner:
         first, known, outcome, reason = self._reported, len(self._history), Outcome.RUNNING, ""
         step_is_over = known == self._epochs
         while not step_is_over:
-            by_worker = self._gather(self._train_epoch(began, must_save))
+            by_worker = gather(self._train_epoch(began, must_save))
             if reason := next((worker.diverged for worker in by_worker if worker.diverged), ""):
                 outcome = Outcome.DIVERGED
                 break
@@ -209,54 +206,36 @@ class TrialRunner:
         }
 
     def _resume(self) -> None:
-        """Continues from the newest state that all workers can read, if there is one.
-
-        Workers that train one model together get the state from the first of them. If each read the storage, one of
-        them might find another state than the others, and data-parallel training goes wrong without an error then.
-        """
-        number = self.order.number
-        reads = self._rank == 0 or self._each_alone
-        files = self._world if self._each_alone else 1
-        for epoch in self._of_first(saved_epochs(self._experiment, number, files) if self._rank == 0 else []):
-            kept = read_bytes(self._experiment, self._state_file(epoch)) if reads else b""
-            state = self._own_state(kept)
-            if all(self._gather(state is not None)):
+        """Continues from the newest state that all workers can read, if there is one."""
+        number, files = self.order.number, self._world if self._each_alone else 1
+        for epoch in of_first(saved_epochs(self._experiment, number, files) if self._rank == 0 else []):
+            state = self._read_state(self._state_file(epoch))
+            if all(gather(state is not None)):
                 assert state is not None
-                self._load(state)
+                for k, model in self._models.items():
+                    model.trainer.load_state_dict(state["folds"][k])
+                self._history = [EpochFigures(**figures) for figures in state["history"]]
                 self._writer = StateWriter(self._experiment, self._state_file, epoch)
                 return
         self._resume_old()
 
-    def _own_state(self, kept: bytes) -> dict[str, Any] | None:
-        """The state in `kept`, or in the first worker's; None if it is empty or of another study's trial."""
-        kept = kept if self._each_alone else self._of_first(kept)
-        state = from_bytes(kept) if kept else None
+    def _read_state(self, file: str) -> dict[str, Any] | None:
+        """The state in a file; None if there is none, it is damaged, or it is of another study's trial."""
+        state = read_state(self._experiment, file, each_alone=self._each_alone)
         return state if state and state["order"] == self.order.identity else None
 
-    def _load(self, state: dict[str, Any]) -> None:
-        for number, model in self._models.items():
-            model.trainer.load_state_dict(state["folds"][number])
-        self._history = [EpochFigures(**figures) for figures in state["history"]]
-
     def _resume_old(self) -> None:
-        """Continues from the states of version 0.1: a file for each fold."""
-        states = {}
-        for number in self._models:
-            kept = b""
-            if self._rank == 0 or self._each_alone:
-                kept = read_bytes(self._experiment, old_state_file(self.order.number, number))
-            states[number] = self._own_state(kept)
-        histories = {k: [EpochFigures(**e) for e in state["history"]] if state else [] for k, state in states.items()}
-        lengths = {k: len(history) for k, history in histories.items()}
-        if len(set(chain(*(each.values() for each in self._gather(lengths))))) > 1:
-            return  # the files are of different epochs
-        for number, model in self._models.items():
-            if (state := states[number]) is not None:
+        """Continues from the states of version 0.1, a file for each fold, if all are of the same epoch."""
+        states = {k: self._read_state(old_state_file(self.order.number, k)) for k in self._models}
+        mine = {k: [EpochFigures(**e) for e in state["history"]] if state else [] for k, state in states.items()}
+        by_worker = gather(mine) if self._each_alone else [mine]
+        lengths = {len(history) for worker in by_worker for history in worker.values()}
+        if len(lengths) > 1:
+            return
+        for k, model in self._models.items():
+            if (state := states[k]) is not None:
                 model.trainer.load_state_dict(state["training"])
-        by_worker = self._gather(histories)
-        if not self._each_alone:
-            by_worker = by_worker[:1]
-        for epoch in range(len(next(iter(histories.values())))):
+        for epoch in range(*lengths):
             of_epoch = [{k: history[epoch] for k, history in worker.items()} for worker in by_worker]
             self._history.append(mean_figures(of_epoch, None))
 
@@ -265,14 +244,14 @@ class TrialRunner:
         last = self._history[-1]
         if self.order.weights_from is None or last.rank >= self.order.weights_from:
             mine = {k: model.predictions() for k, model in self._models.items()}
-            by_fold = dict(chain(*(worker.items() for worker in self._gather(mine))))
+            by_fold = dict(chain(*(worker.items() for worker in gather(mine))))
             if self._rank == 0:
                 probabilities_NC = np.concatenate([by_fold[k] for k in sorted(by_fold)])[self._in_order]
                 began = time.perf_counter()
                 for path, content in self._files(last, probabilities_NC).items():
                     self._write(path, content)
                 self._writer.waited_s += time.perf_counter() - began
-        self._gather(None)  # no worker answers before the files are written
+        gather(None)  # no worker answers before the files are written
 
     def _files(self, last: EpochFigures, probabilities_NC: np.ndarray) -> dict[str, bytes | memoryview]:
         import safetensors.torch
@@ -296,23 +275,3 @@ class TrialRunner:
             except StorageError as error:
                 self._warn(f"trial {self.order.number} has ended and waits for the storage: {error}")
                 time.sleep(PAUSE_S)
-
-    def _gather(self, mine: T) -> list[T]:
-        """The values of all workers, by rank."""
-        if self._world == 1:
-            return [mine]
-        import torch.distributed as dist
-
-        gathered: list[Any] = [None] * self._world
-        dist.all_gather_object(gathered, mine)
-        return gathered
-
-    def _of_first(self, value: T) -> T:
-        """The first worker's value, on all workers."""
-        if self._world == 1:
-            return value
-        import torch.distributed as dist
-
-        sent = [value]
-        dist.broadcast_object_list(sent, src=0)
-        return sent[0]

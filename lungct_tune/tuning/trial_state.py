@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lungct_tune.experiment.folder import MOST_STATE_BYTES, Experiment, state_file, trial_folder
+from lungct_tune.tuning.collectives import of_first, rank_and_world
 
 if TYPE_CHECKING:
     import torch
@@ -36,24 +37,36 @@ def saved_epochs(experiment: Experiment, number: int, files: int) -> list[int]:
     return sorted(whole, reverse=True)
 
 
-def read_bytes(experiment: Experiment, file: str) -> bytes:
-    """A state's bytes; none if there is no such file or it is damaged.
+def read_state(experiment: Experiment, file: str, *, each_alone: bool = False) -> dict[str, Any] | None:
+    """The state in a file, on the CPU; None if there is no such file or it is damaged.
+
+    Workers that train one model together get it from the first of them. If each read the storage, one of them might
+    find another state than the others, and data-parallel training goes wrong without an error then.
+
+    Args:
+        each_alone: whether this worker trains models of its own.
 
     Raises:
         StorageError: the storage refuses.
     """
-    kept = experiment.read(file, MOST_STATE_BYTES) or b""
-    content = memoryview(kept)[DIGEST_BYTES:]
-    return kept if kept[:DIGEST_BYTES] == hashlib.sha256(content).digest() else b""
-
-
-def from_bytes(kept: bytes) -> dict[str, Any]:
-    """The state in what `read_bytes` returned, on the CPU."""
     import torch
 
+    if each_alone:
+        kept = _read_bytes(experiment, file)
+    else:
+        kept = of_first(_read_bytes(experiment, file) if rank_and_world()[0] == 0 else b"")
+    if not kept:
+        return None
     content = io.BytesIO(memoryview(kept)[DIGEST_BYTES:])
     state: dict[str, Any] = torch.load(content, weights_only=True, map_location="cpu")
     return state
+
+
+def _read_bytes(experiment: Experiment, file: str) -> bytes:
+    """A state's bytes; none if there is no such file or it is damaged."""
+    kept = experiment.read(file, MOST_STATE_BYTES) or b""
+    content = memoryview(kept)[DIGEST_BYTES:]
+    return kept if kept[:DIGEST_BYTES] == hashlib.sha256(content).digest() else b""
 
 
 def to_bytes(state: Mapping[str, Any]) -> memoryview:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
+import ray
 from ray import tune
 
 from lungct_tune.config.search_space import SearchSpace
-from lungct_tune.config.settings import Settings
 from lungct_tune.data.split import DataSplit
 from lungct_tune.display import Display
 from lungct_tune.errors import SearchStopped, UserError
@@ -30,13 +28,10 @@ from lungct_tune.tuning.allocation import ResourcePlan
 from lungct_tune.tuning.background import BackgroundThreads
 from lungct_tune.tuning.callbacks.best_so_far import BestSoFarCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
-from lungct_tune.tuning.callbacks.node_watch import NodeWatchCallback
 from lungct_tune.tuning.callbacks.progress import ProgressCallback
 from lungct_tune.tuning.callbacks.prometheus import PrometheusCallback
 from lungct_tune.tuning.callbacks.scoreboard import ScoreboardCallback
 from lungct_tune.tuning.callbacks.tensorboard import TensorBoardCallback
-from lungct_tune.tuning.cluster import plan_retraining_resources
-from lungct_tune.tuning.final_slots import FinalSlots
 from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.ray_compat import (
@@ -48,15 +43,14 @@ from lungct_tune.tuning.sampler import startup_trials
 from lungct_tune.tuning.searcher import OptunaScheduler, OptunaSearcher
 from lungct_tune.tuning.shared_data import share_dataset
 from lungct_tune.tuning.slot_plan import SlotPlan
-from lungct_tune.tuning.slots import ON_HEAD, TuneSlot
+from lungct_tune.tuning.slots import ON_HEAD, ORDER, TuneSlot
 from lungct_tune.tuning.time_left import TimeLeft
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_FAILURES = 10
 """How often a slot's actor, which is on the head, may die during a trial before the trial counts as failed."""
-
-SOON_S = 60.0
-"""How long before the end of a whole search workers of the retraining may start in room that the search leaves free.
-Their start takes some 10 s."""
 
 STORAGE_THREADS = 4
 """Threads that delete and upload files, so that a storage with a latency of 100 ms keeps up with 20 trials a second."""
@@ -67,7 +61,7 @@ keep_credentials_from_actors()
 def make_slot_plan(
     plan: Plan,
     split: DataSplit,
-    backbone: Any,
+    weights: dict[str, torch.Tensor] | None,
     resources: ResourcePlan,
     mailbox: Any,
     file: Path | None,
@@ -75,11 +69,12 @@ def make_slot_plan(
     """The configuration of a search's slots, with the images of train and validation, and no test image.
 
     Args:
-        backbone: of `share_weights`.
+        weights: pretrained ones; None starts from random ones. All workers share them.
         mailbox: of `opened_mailbox`.
         file: the file for images that are too large for the object store, see `share_images`.
     """
     assert plan.settings.epochs is not None  # decided by the plan
+    backbone = None if weights is None else ray.put(weights)
     return SlotPlan(
         experiment=plan.experiment,
         dataset=share_dataset(plan.settings, split.images, split.searched_rows, backbone, path=file),
@@ -90,45 +85,6 @@ def make_slot_plan(
         rungs=rungs(plan.settings.epochs),
         checkpoint_interval=plan.settings.checkpoint_interval,
     )
-
-
-def make_final_slots(
-    settings: Settings,
-    plan: SlotPlan,
-    study: optuna.Study,
-    slots: int,
-    left: TimeLeft,
-    prepare: Callable[[], object],
-    warn: Callable[[str], None],
-) -> FinalSlots:
-    """The slots of a search's final retrainings. The first may start while the last trials run.
-
-    Args:
-        slots: of the search.
-        left: estimates the time to the end of the whole search.
-        prepare, warn: see `FinalSlots`.
-    """
-    assert settings.trials is not None  # decided by the plan
-    resources = plan_retraining_resources(settings)
-    plan = replace(plan, workers=resources.workers, resources_per_worker=resources.resources_per_worker)
-
-    soon = partial(nears_end, study, settings.trials, slots, left)
-    return FinalSlots(plan, min(slots, resources.slots), soon, prepare, warn)
-
-
-def nears_end(study: optuna.Study, trials: int, slots: int, left: TimeLeft) -> bool:
-    """Whether every slot of a search has a trial, and one has no more of them or the whole search will end soon.
-
-    Args:
-        trials: of the whole search.
-        left: estimates the time to its end.
-    """
-    states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    begun, ended = sum(state.name != "WAITING" for state in states), sum(state.is_finished() for state in states)
-    if begun < min(trials, slots) or not left.has_started:
-        return False
-    seconds = left.seconds
-    return (begun >= trials and ended > 0) or (seconds is not None and seconds[1] < SOON_S)
 
 
 def run_search(
@@ -192,7 +148,7 @@ def run_search(
             held.enter_context(board)
             held.enter_context(without_files_of_tune())
             held.enter_context(without_ending_actors_that_start())
-            held.callback(remove_placement_groups, f"{plan.experiment.name} slot")
+            held.callback(remove_placement_groups, plan.slots)
             tuner = tune.Tuner(
                 # CPUs and GPUs are reserved by the slot's workers, not by its actor
                 tune.with_resources(tune.with_parameters(TuneSlot, plan=plan), tune.PlacementGroupFactory([ON_HEAD])),
@@ -211,7 +167,7 @@ def run_search(
                     failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                     # the workers themselves write a trial's state to the storage
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    callbacks=[*callbacks, progress, NodeWatchCallback(plan.mailbox, display.console)],
+                    callbacks=[*callbacks, progress],
                     verbose=0,
                 ),
             )
@@ -271,4 +227,4 @@ def provenance(plan: SlotPlan) -> dict[str, Any]:
 
 
 def _trial_name(trial: Any) -> str:
-    return f"trial_{trial.config['number']:04d}"
+    return f"trial_{trial.config[ORDER].number:04d}"

@@ -26,7 +26,7 @@ def begun(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = Settings(data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=storage)
     plan = plan_search(settings.model_copy(update={"name": "begun"}), set())
     plan.save(plan.load_and_split())
-    with plan.opened_study(new=True):
+    with plan.opened_study():
         return Path(plan.experiment.uri)
 
 
@@ -66,7 +66,7 @@ def test_resume_says_which_file_is_damaged(begun: Path, tmp_path: Path, name: st
     damage(folder / name, how)
     with (
         pytest.raises(UserError, match=says),
-        read_plan(Experiment(str(folder)), set()).opened_study(new=False),
+        read_plan(Experiment(str(folder)), set()).opened_study(),
     ):
         pass
 

@@ -33,7 +33,7 @@ def begun(phantoms: Path, tmp_path: Path) -> Plan:
     settings = Settings(data=phantoms, image_size=32, trials=1, epochs=1, weights="none", storage=str(tmp_path))
     plan = plan_search(settings.model_copy(update={"name": "begun"}), set())
     plan.save(plan.load_and_split())
-    with plan.opened_study(new=True):
+    with plan.opened_study():
         return plan
 
 
@@ -80,7 +80,7 @@ def test_no_database_is_asked_that_only_the_storage_names(
 
 
 def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
-    study_url = f"sqlite:///{begun.study_folder}/elsewhere.db"
+    study_url = f"sqlite:///{begun.experiment.local_folder}/elsewhere.db"
     open_study(study_url, "begun", begun.space, 1, new=True)
     overwrite(begun, study="postgresql+psycopg://me@elsewhere/x")
     assert read_results(begun.experiment, study_url).trials == []
@@ -91,7 +91,7 @@ def test_a_database_that_the_user_names_is_used(begun: Plan) -> None:
 
 def test_a_search_that_is_ended_early_has_no_more_trials_than_it_asked_for(begun: Plan) -> None:
     """Found: "2 of 1 trials have ended", after --resume with fewer trials than had ended."""
-    with begun.opened_study(new=False) as study:
+    with read_plan(begun.experiment, set()).opened_study() as study:
         for _ in range(2):
             study.add_trial(create_trial(value=0.5, user_attrs={"configuration": {}, "outcome": "completed"}))
     found = read_results(begun.experiment)
@@ -100,11 +100,11 @@ def test_a_search_that_is_ended_early_has_no_more_trials_than_it_asked_for(begun
 
 def test_a_study_with_trials_and_no_search_is_named(begun: Plan) -> None:
     """Somebody has lost settings.yaml, and not the results."""
-    with begun.opened_study(new=False) as study:
+    with read_plan(begun.experiment, set()).opened_study() as study:
         study.ask()
     Path(begun.experiment.uri, "settings.yaml").unlink()
     with pytest.raises(StudyError, match=r"'begun' in .*begun/study\.journal already.*delete that study"):
-        begun.opened_study(new=True).__enter__()
+        begun.opened_study().__enter__()
 
 
 def test_what_belongs_to_one_run_is_not_taken_from_the_storage(begun: Plan) -> None:
@@ -154,7 +154,7 @@ def test_weights_that_have_moved_are_used_and_others_are_refused(begun: Plan, tm
     plan = plan_search(
         Settings(resume="begun", storage=storage, weights=str(weights)), {"resume", "storage", "weights"}
     )
-    with plan.opened_study(new=False) as study:
+    with plan.opened_study() as study:
         plan.check_weights(study)
         plan.check_weights(study)
         weights.write_bytes(b"those")

@@ -26,12 +26,10 @@ def test_a_higher_balanced_accuracy_ranks_higher_and_ties_go_to_the_lower_negati
     assert replace(EPOCH, balanced_accuracy=0.6, log_loss=9.0).rank > replace(EPOCH, log_loss=0.1).rank
 
 
-def test_an_order_and_the_figures_of_an_epoch_are_kept_as_plain_values_and_read_back() -> None:
+def test_the_figures_of_an_epoch_and_what_they_depend_on_are_kept_as_plain_values() -> None:
     order = TrialOrder(7, 3, Hyperparameters(truncation_depth=4))
     assert set(order.identity) == {"number", "seed", "configuration"}  # the keys of states on storage
-    for one in (order, replace(order, weights_from=(0.7, -0.9))):
-        assert TrialOrder.from_dict(json.loads(json.dumps(one.as_dict()))) == one
-        assert one.identity == order.identity
+    assert replace(order, weights_from=(0.7, -0.9)).identity == json.loads(json.dumps(order.identity))
     assert EpochFigures(**EPOCH.as_dict()) == EPOCH and "slot" not in EPOCH.as_dict()
     assert pickle.loads(pickle.dumps(order)) == order
 

@@ -10,7 +10,7 @@ from devices import device  # noqa: F401
 from toys import SMALL, toy_data, training
 
 from lungct_tune.experiment.folder import Experiment, state_file
-from lungct_tune.tuning.trial_state import StateWriter, from_bytes, read_bytes
+from lungct_tune.tuning.trial_state import StateWriter, read_state
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -33,7 +33,7 @@ def test_a_state_is_that_of_its_epoch_though_training_goes_on(device: torch.devi
         trained.train_epoch()
         writer.wait()
         assert writer.take_error() is None and writer.newest == epoch
-        kept = from_bytes(read_bytes(experiment, state_file(0, epoch)))
+        kept = read_state(experiment, state_file(0, epoch)) or {}
         written = tensors_in(kept["training"])
         assert len(written) == len(expected) and all(map(torch.equal, written, expected))
     assert all(tensor.is_pinned() for tensor in tensors_in(writer._copy)) or device.type == "cpu"

@@ -143,7 +143,7 @@ def test_before_a_trial_has_begun_there_is_none_to_train_again(
     )
     plan = plan_search(begun, set())
     plan.save(plan.load_and_split())
-    with plan.opened_study(new=True):
+    with plan.opened_study():
         pass
     assert replay.main(["new", "0", "--storage", str(tmp_path)]) == 2
     assert "new has no trial 0; none has begun" in capsys.readouterr().err

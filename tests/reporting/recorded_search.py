@@ -80,7 +80,7 @@ class Search:
     def run(self, epochs: int = EPOCHS, failure: str = "") -> None:
         """One trial: to its end, left after some epochs, or failing after them."""
         name = f"ray-{len(self.study.trials)}"
-        number = self._tune.suggest(name)["number"]
+        number = self._tune.suggest(name)["order"].number
         for epoch in range(1, epochs + 1):
             reached = 0.3 + 0.1 * epoch + 0.01 * number
             figures = EpochFigures(

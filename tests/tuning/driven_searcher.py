@@ -9,9 +9,9 @@ from lungct_tune.config.search_space import SearchSpace, parse_space
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import open_study
 from lungct_tune.experiment.study_journal import StudyStorage
-from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome
+from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder
 from lungct_tune.tuning.searcher import OptunaSearcher
-from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.slots import ORDER, REPORT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,10 +51,15 @@ class Tune:
         )
         self._ids = iter(range(10**6))
 
+    def suggest(self, name: str) -> dict[str, Any]:
+        """The order for Ray's next trial, as values."""
+        order: TrialOrder = self.search.suggest(name)[ORDER]
+        return order.identity | {"weights_from": order.weights_from}
+
     def run(self, epochs: int = EPOCHS) -> dict[str, Any]:
         """One trial, as far as the study lets it or `epochs`; then it is left as a crash leaves it."""
         name = f"ray-{next(self._ids)}"
-        suggested = self.search.suggest(name)
+        suggested = self.suggest(name)
         for epoch in range(1, epochs + 1):
             report = epoch_report(suggested["configuration"], epoch)
             if epoch == EPOCHS:

@@ -91,7 +91,7 @@ def test_a_laptop_without_gpus() -> None:
     assert (allotment.slots, allotment.resources_per_worker) == (2, {"CPU": 1})
     assert str(allotment) == "2 slots of 1 worker with 1 CPU each"
     final = divide_for_retraining(settings(), LAPTOP, FIXED)
-    assert str(final) == "1 worker with 1 CPU each"
+    assert final.slot == "1 worker with 1 CPU each"
 
 
 def test_gpus_are_used_where_there_are_some_and_not_counted_where_there_are_none() -> None:
@@ -122,7 +122,7 @@ def test_the_retraining_has_the_workers_of_a_slot_and_several_get_a_whole_gpu_ea
 
 def test_gpus_count_once_the_cluster_is_joined_and_if_workers_get_some(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes, joining = list(LAPTOP), Future[str]()
-    monkeypatch.setattr("lungct_tune.tuning.cluster._cluster", lambda: (nodes, FIXED))
+    monkeypatch.setattr("lungct_tune.tuning.cluster.cluster_nodes", lambda: (nodes, FIXED))
     assert not workers_have_gpus(settings(), None)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(workers_have_gpus, settings(), joining)

@@ -7,7 +7,10 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from lungct_tune.tuning.mailbox import REPORT, Mailbox
+import pytest
+from processes import wait_for
+
+from lungct_tune.tuning.mailbox import REPORT, Mailbox, news_exchanged, opened_mailbox
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -70,6 +73,19 @@ def test_a_sentence_is_said_once() -> None:
         return await mailbox.exchange(set()) + await mailbox.exchange(set())
 
     assert asyncio.run(said()) == ["the storage is away", "it is back"]
+
+
+def test_the_user_hears_news_at_once_and_those_of_the_end(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: what a slot had to say when the search stopped was not said."""
+    import ray
+
+    monkeypatch.setattr("lungct_tune.tuning.mailbox.was_asked", lambda: False)  # another test has sent a signal
+    said: list[str] = []
+    with opened_mailbox("one") as mailbox, news_exchanged(mailbox, said.append):
+        ray.get(mailbox.warn.remote("trial 3 has lost its workers"))
+        wait_for(lambda: said)
+        ray.get(mailbox.warn.remote("the disk is full"))
+    assert said == ["trial 3 has lost its workers", "the disk is full"]
 
 
 def test_slots_that_start_together_get_numbers_of_their_own_without_waiting_for_busy_ones(cluster: None) -> None:

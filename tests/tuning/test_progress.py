@@ -35,7 +35,7 @@ class Shown:
         self.progress = ProgressCallback(self.tally, earlier, 60, EPOCHS, clock, left, display)
 
     def start(self, number: int, hyperparameters: Hyperparameters = PUBLISHED) -> Any:
-        trial = SimpleNamespace(config=TrialOrder(number, 0, hyperparameters).as_dict())
+        trial = SimpleNamespace(config={"order": TrialOrder(number, 0, hyperparameters)})
         self.progress.on_trial_start(0, [], trial)
         return trial
 

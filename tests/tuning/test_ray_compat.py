@@ -19,11 +19,9 @@ from ray_state import nothing_held
 
 import lungct_tune
 from lungct_tune.tuning.ray_compat import (
-    DATA_PARALLEL_TRAINER,
     HEAD_NODE,
-    PRIVATE_NAMES,
     PlacementGroups,
-    private,
+    Private,
     reopen_trial,
     suggest_value,
     without_ending_actors_that_start,
@@ -31,17 +29,17 @@ from lungct_tune.tuning.ray_compat import (
 )
 
 
-@pytest.mark.parametrize("name", PRIVATE_NAMES)
-def test_a_private_name_of_ray_is_where_it_was(name: str) -> None:
-    assert private(name) is not None
+@pytest.mark.parametrize("name", list(Private))
+def test_a_private_name_of_ray_is_where_it_was(name: Private) -> None:
+    assert name.load() is not None
 
 
 @pytest.mark.parametrize("method", ["_create_default_callbacks", "_initialize_and_run_controller"])
 def test_a_trainer_of_ray_has_the_private_methods_that_ours_overrides(method: str) -> None:
     from lungct_tune.tuning.ray_trainer import SlotTrainer
 
-    assert callable(getattr(private(DATA_PARALLEL_TRAINER), method))
-    assert getattr(SlotTrainer, method) is not getattr(private(DATA_PARALLEL_TRAINER), method)
+    assert callable(getattr(Private.DATA_PARALLEL_TRAINER.load(), method))
+    assert getattr(SlotTrainer, method) is not getattr(Private.DATA_PARALLEL_TRAINER.load(), method)
 
 
 def test_a_slots_actor_imports_no_torch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -69,7 +70,7 @@ class Queue:
 
     step: Callable[[TrialOrder], EpochReport]
 
-    def __init__(self, plan: object, warn: object) -> None: ...
+    def __init__(self, plan: object) -> None: ...
 
     def start(self, slots: int) -> None: ...
 
@@ -94,7 +95,8 @@ class Seeds:
     def __init__(self, folder: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rerun, "SlotQueue", Queue)
         self.now = 0.0
-        self.plan = slot_plan(folder, phantoms, epochs=4)
+        mailbox = SimpleNamespace(warn=SimpleNamespace(remote=print))
+        self.plan = slot_plan(folder, phantoms, epochs=4, mailbox=mailbox)
         history = tuple(epoch(number) for number in range(1, 5))
         self.published = TrialRecord(0, PUBLISHED, history, Outcome.COMPLETED)
         self.winner = TrialRecord(7, SHALLOW, history, Outcome.COMPLETED)
@@ -104,7 +106,7 @@ class Seeds:
 
     def run(self, step: Callable[[TrialOrder], EpochReport]) -> SeedComparison:
         Queue.step = staticmethod(step)
-        return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.left, print)
+        return rerun_with_seeds(self.plan, self.winner, self.published, [5, 6], 1, self.left)
 
 
 @pytest.fixture

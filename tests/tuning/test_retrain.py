@@ -24,7 +24,7 @@ from lungct_tune.filesystem import StorageError
 from lungct_tune.models.features import pooled_features
 from lungct_tune.models.preprocessing import as_grey, forward
 from lungct_tune.training.trainer import Trainer
-from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed, retrain_all
+from lungct_tune.tuning.final_slots import FinalSlots, RetrainingFailed
 from lungct_tune.tuning.fold_model import Fold, FoldModel
 from lungct_tune.tuning.mailbox import opened_mailbox
 from lungct_tune.tuning.retrain import FEATURES, PREDICTIONS, STATE, WEIGHTS, RetrainOrder, read_result, retrain
@@ -71,9 +71,10 @@ def searched(images: ImageSet) -> SharedDataset:
     return dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) != "test"))
 
 
-def slot_plan(images: ImageSet, storage: Path, mailbox: Any = None) -> SlotPlan:
+def slot_plan(images: ImageSet, storage: Path, mailbox: Any = None, interval: float = 1e9) -> SlotPlan:
     fold = Fold(searched(images).rows, searched(images).rows)
-    return SlotPlan(Experiment.at(str(storage), "one"), searched(images), (fold,), 1, {"CPU": 1}, mailbox)
+    experiment = Experiment.at(str(storage), "one")
+    return SlotPlan(experiment, searched(images), (fold,), 1, {"CPU": 1}, mailbox, checkpoint_interval=interval)
 
 
 @pytest.fixture
@@ -82,13 +83,12 @@ def mailbox(cluster: None) -> Iterator[Any]:
         yield mailbox
 
 
-def order(images: ImageSet, interval: float = 1e9) -> RetrainOrder:
+def order(images: ImageSet) -> RetrainOrder:
     return RetrainOrder(
         number=3,
         hyperparameters=Hyperparameters(truncation_depth=3, augmentation=0.5, dropout=0.2),
         seed=3,
         test=dataset(images, np.flatnonzero(split_images(images, "grouped", seed=0) == "test")),
-        checkpoint_interval=interval,
     )
 
 
@@ -124,7 +124,7 @@ def test_predicts_the_test_images_with_the_weights_that_it_writes(images: ImageS
 def test_a_stopped_retraining_continues_to_the_same_weights(
     images: ImageSet, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, one, train_epoch = slot_plan(images, tmp_path), order(images, interval=0.0), Trainer.train_epoch
+    plan, one, train_epoch = slot_plan(images, tmp_path, interval=0.0), order(images), Trainer.train_epoch
 
     def lost_in_the_third_epoch(trainer: Trainer) -> float:
         time.sleep(0.3)  # until the earlier epoch's state is written
@@ -218,14 +218,12 @@ def test_slots_share_retrainings_the_first_starts_early_and_all_give_their_room_
         assert train_workers() == [], "the search still needs the room"
         near = True
         wait_for(train_workers, within_s=120)
-        results, _ = retrain_all(
-            plan.experiment, orders, [], slots, others_end_first, lambda now: notes.append({**now})
-        )
+        results, _ = slots.retrain(orders, [], others_end_first, lambda now: notes.append({**now}))
     assert [result.weights for result in results] == [whole[WEIGHTS]] * 3
     assert notes[0] == {each.folder: 0 for each in orders} and notes[-1] == {}
     assert nothing_held(besides=("Mailbox",))
     with FinalSlots(plan, 2, lambda: True) as idle:
-        (read,), _ = retrain_all(plan.experiment, [one], [], idle)
+        (read,), _ = idle.retrain([one])
         time.sleep(3)
         assert train_workers() == [], "there is nothing to retrain"
     assert np.array_equal(read.probabilities_NC, results[0].probabilities_NC) and nothing_held(besides=("Mailbox",))
@@ -243,7 +241,7 @@ def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Pat
         FinalSlots(plan, 2, lambda: False) as slots,
         pytest.raises(RetrainingFailed, match=r"test does not fit[\s\S]*--resume continues"),
     ):
-        retrain_all(plan.experiment, [waits, fails], [], slots)
+        slots.retrain([waits, fails])
     assert nothing_held(besides=("Mailbox",))
 
 
@@ -251,17 +249,20 @@ def test_a_retraining_that_fails_ends_the_others(images: ImageSet, tmp_path: Pat
 def test_a_retraining_that_diverges_costs_only_the_comparison_or_is_told_with_what_helps(
     images: ImageSet, tmp_path: Path, mailbox: Any
 ) -> None:
-    plan, one, said = slot_plan(images, tmp_path, mailbox), order(images), list[str]()
+    import ray
+
+    plan, one = slot_plan(images, tmp_path, mailbox), order(images)
     diverging = replace(one, number=4, hyperparameters=replace(one.hyperparameters, backbone_lr=1e18, head_lr=1e18))
-    with FinalSlots(plan, 2, lambda: False, warn=said.append) as slots:
-        ours, theirs = retrain_all(plan.experiment, [one], [diverging], slots)
+    with FinalSlots(plan, 2, lambda: False) as slots:
+        ours, theirs = slots.retrain([one], [diverging])
     assert len(ours) == 1 and theirs == []
-    assert len(said) == 1 and said[0].startswith("the retraining of trial 4 has diverged: loss ")
+    (said,) = ray.get(mailbox.exchange.remote(set()))
+    assert said.startswith("the retraining of trial 4 has diverged: loss ")
     with (
-        FinalSlots(plan, 1, lambda: False, warn=said.append) as slots,
+        FinalSlots(plan, 1, lambda: False) as slots,
         pytest.raises(RetrainingFailed, match=r"the retraining of trial 4 has diverged[\s\S]*with more trials"),
     ):
-        retrain_all(plan.experiment, [one, diverging], [], slots)
+        slots.retrain([one, diverging])
 
 
 @pytest.mark.long
@@ -295,6 +296,8 @@ def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_a
     images: ImageSet, tmp_path: Path, mailbox: Any
 ) -> None:
     """Its thread ended, and kept the room for which the search may wait."""
+    import ray
+
     warnings: list[str] = []
 
     def nears_end() -> bool:
@@ -302,8 +305,12 @@ def test_a_slot_that_started_early_gives_its_room_back_when_the_study_does_not_a
             raise StudyError("the database is locked")
         return True
 
-    with FinalSlots(slot_plan(images, tmp_path, mailbox), 1, nears_end, warn=warnings.append):
-        wait_for(lambda: warnings and not train_workers(), within_s=120)
+    def is_told() -> bool:
+        warnings.extend(ray.get(mailbox.exchange.remote(set())))
+        return bool(warnings) and not train_workers()
+
+    with FinalSlots(slot_plan(images, tmp_path, mailbox), 1, nears_end):
+        wait_for(is_told, within_s=120)
         assert "the database is locked" in warnings[0]
 
 

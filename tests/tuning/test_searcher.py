@@ -28,7 +28,7 @@ from lungct_tune.experiment.study import (
     rungs,
     search_cost,
 )
-from lungct_tune.experiment.trial import KEPT_TRIALS, EpochReport, Outcome, TrialOrder, TrialRecord, best_trial
+from lungct_tune.experiment.trial import KEPT_TRIALS, EpochReport, Outcome, TrialRecord, best_trial
 from lungct_tune.tuning.searcher import MAX_FAILED_IN_A_ROW, OptunaScheduler
 from lungct_tune.tuning.slots import REPORT
 
@@ -75,7 +75,7 @@ def test_interrupted_or_not_the_suggestions_are_the_same(tmp_path: Path) -> None
 def test_a_trial_that_was_running_goes_on_and_earlier_epochs_are_filled_in(tmp_path: Path) -> None:
     first = Tune(tmp_path).run(epochs=2)
     tune = Tune(tmp_path)
-    again = tune.search.suggest("ray-new")
+    again = tune.suggest("ray-new")
     assert again == first
     # the workers kept epoch 3, and the driver died before it told the study
     tune.search.record("ray-new", epoch_report(first["configuration"], 1, 2, 3, 4))
@@ -100,7 +100,7 @@ def test_a_fixed_trial_that_differs_only_in_what_is_not_varied_is_run_too(tmp_pa
 def test_the_published_trial_is_not_stopped_even_if_a_better_one_was_there_first(tmp_path: Path) -> None:
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 40}}, {{truncation_depth: 1}}]")
     rung = rungs(EPOCHS)[0]
-    trials = {name: tune.search.suggest(name)["configuration"] for name in ("published", "better", "worse")}
+    trials = {name: tune.suggest(name)["configuration"] for name in ("published", "better", "worse")}
     for name in ("better", "published", "worse"):
         tune.search.record(name, epoch_report(trials[name], *range(1, rung + 1)))
     stopped = {name: tune.search.should_stop(name) for name in ("better", "published", "worse")}
@@ -120,7 +120,7 @@ def test_a_trial_whose_asking_was_cut_short_gets_all_its_parameters(tmp_path: Pa
     tune.run()
     tune.study.ask({"dropout": tune.space.distributions["dropout"]})  # killed before the second parameter
     resumed = Tune(tmp_path)
-    suggested = resumed.search.suggest("ray-new")
+    suggested = resumed.suggest("ray-new")
     assert set(resumed.study.trials[1].params) == set(resumed.space.distributions)
     assert suggested["configuration"]["truncation_depth"] >= 30
 
@@ -128,7 +128,7 @@ def test_a_trial_whose_asking_was_cut_short_gets_all_its_parameters(tmp_path: Pa
 def test_a_trial_that_was_to_be_stopped_when_the_driver_died_is_stopped(tmp_path: Path) -> None:
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     tune.run()
-    suggested = tune.search.suggest("a")
+    suggested = tune.suggest("a")
     tune.search.record("a", epoch_report(suggested["configuration"], 1, 2, 3))
     assert tune.search.should_stop("a")
     resumed = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
@@ -154,7 +154,7 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
     tune = Tune(tmp_path)
     tune.run()
     for name in ("a", "b", "c"):
-        tune.search.suggest(name)
+        tune.suggest(name)
     tune.search.record("a", epoch_report(PUBLISHED.as_dict(), 1))
     tune.search.on_trial_complete("a", {REPORT: EpochReport(Outcome.DIVERGED, reason="loss nan in epoch 2")})
     tune.search.note_failure("b", "out of memory")
@@ -186,7 +186,7 @@ def test_divergence_is_a_bad_score_and_failure_has_its_reason(tmp_path: Path) ->
 
 def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
-    suggested = tune.search.suggest("a")
+    suggested = tune.suggest("a")
     OptunaScheduler(tune.search).on_trial_error(None, RayTrial("a"))
     last = replace(epoch_report(suggested["configuration"], 1), outcome=Outcome.COMPLETED)
     tune.search.on_trial_complete("a", {REPORT: last})
@@ -196,12 +196,12 @@ def test_a_slot_lost_on_the_way_leaves_no_mark_on_a_trial_that_recovers(tmp_path
 
 def test_a_trial_that_has_not_ended_stays_one_that_can_be_resumed(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
-    suggested = tune.search.suggest("a")
+    suggested = tune.suggest("a")
     report = epoch_report(suggested["configuration"], 1)
     tune.search.record("a", report)
     tune.search.on_trial_complete("a", {REPORT: report})
     assert tune.study.trials[0].state == TrialState.RUNNING and "ended" not in tune.study.trials[0].user_attrs
-    assert Tune(tmp_path).search.suggest("b") == suggested
+    assert Tune(tmp_path).suggest("b") == suggested
 
 
 def test_what_only_a_running_trial_needs_is_deleted_at_its_end(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
     orders, scores = [], {}
     for score in np.random.default_rng(0).permutation(KEPT_TRIALS + 6):
-        order = TrialOrder.from_dict(tune.search.suggest(f"ray-{score}"))
+        order = tune.search.suggest(f"ray-{score}")["order"]
         report = replace(epoch_report(order.hyperparameters.as_dict(), 1), outcome=Outcome.COMPLETED)
         figures = replace(report.epochs[0], balanced_accuracy=float(score))
         experiment.write(f"trials/{order.number:04d}/model.safetensors", b"")
@@ -244,14 +244,14 @@ def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
         (min(scores[order.number] for order in orders[:KEPT_TRIALS]), -1.0)
     ]
     resumed = Tune(tmp_path)
-    assert TrialOrder.from_dict(resumed.search.suggest("again")).weights_from == (6.0, -1.0)
+    assert resumed.suggest("again")["weights_from"] == (6.0, -1.0)
 
 
 def test_epochs_that_were_repeated_replace_the_earlier_ones_and_what_followed(tmp_path: Path) -> None:
     """A crash lost the state after epoch 1; the study knows three epochs of it."""
     configuration = Tune(tmp_path).run(epochs=3)["configuration"]
     tune = Tune(tmp_path)
-    tune.search.suggest("again")
+    tune.suggest("again")
     first, second = (epoch_report(configuration, epoch).epochs[0] for epoch in (1, 2))
     second = replace(second, balanced_accuracy=0.125, at=1.9e9)
     tune.search.record("again", EpochReport(Outcome.RUNNING, (replace(first, slot=None), second)))
@@ -263,7 +263,7 @@ def test_epochs_that_were_repeated_replace_the_earlier_ones_and_what_followed(tm
 
 def test_several_epochs_of_a_step_are_one_attribute_and_all_intermediate_values(tmp_path: Path) -> None:
     tune = Tune(tmp_path)
-    configuration = tune.search.suggest("a")["configuration"]
+    configuration = tune.suggest("a")["configuration"]
     tune.search.record("a", epoch_report(configuration, 1, 2, 3))
     tune.search.record("a", epoch_report(configuration, 4, 5))
     trial = tune.study.trials[0]
@@ -274,7 +274,7 @@ def test_several_epochs_of_a_step_are_one_attribute_and_all_intermediate_values(
 def test_a_trial_is_stopped_only_at_a_rung(tmp_path: Path) -> None:
     tune = Tune(tmp_path, f"{SPACE}\nfixed_trials: [{{truncation_depth: 1}}]")
     tune.run()
-    configuration = tune.search.suggest("worse")["configuration"]
+    configuration = tune.suggest("worse")["configuration"]
     assert rungs(EPOCHS) == (3,)
     stopped = []
     for epoch in (2, 3):
@@ -299,7 +299,7 @@ def test_no_rung_is_in_the_last_third_of_the_epochs(epochs: int) -> None:
 
 def fail(tune: Tune) -> int:
     """A trial whose slot loses its workers again and again; its number."""
-    suggested = tune.search.suggest("failing")
+    suggested = tune.suggest("failing")
     report = EpochReport(Outcome.FAILED, reason="the workers ended")
     tune.search.on_trial_complete("failing", {REPORT: report})
     return int(suggested["number"])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +67,7 @@ def test_errors_of_a_slots_process_reach_the_user_as_they_are(plan: SlotPlan) ->
         def run(self, order: TrialOrder) -> Any:
             return self.actor.run.remote(order)
 
-    queue, order = SlotQueue(plan, print), TrialOrder(0, 0, Hyperparameters())
+    queue, order = SlotQueue(plan), TrialOrder(0, 0, Hyperparameters())
     refusing = InActor(Refusing)
     with pytest.raises(NodeRefused, match=r"^node 1: cannot write$"):
         queue._step(refusing, order)  # type: ignore[arg-type]
@@ -89,31 +88,11 @@ def test_a_second_ctrl_c_waits_for_the_threads_of_slots_that_end(plan: SlotPlan)
             ended.append(True)
 
     ended: list[bool] = []
-    queue = SlotQueue(plan, print)
+    queue = SlotQueue(plan)
     queue._slots = [Ending()]  # type: ignore[list-item]
     with pytest.raises(KeyboardInterrupt):
         queue.end()
     assert ended
-
-
-def test_while_slots_train_the_user_hears_their_news(plan: SlotPlan) -> None:
-    import ray
-
-    from lungct_tune.tuning.mailbox import opened_mailbox
-    from lungct_tune.tuning.slot_actor import SlotQueue
-
-    said: list[str] = []
-    running: Future[EpochReport] = Future()
-
-    def warn(sentence: str) -> None:
-        said.append(sentence)
-        running.set_result(EpochReport(Outcome.COMPLETED))
-
-    with opened_mailbox("one") as mailbox, ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(SlotQueue(replace(plan, mailbox=mailbox), warn).wait, [running])
-        ray.get(mailbox.warn.remote("trial 3 has lost its workers"))
-        waiting.result(timeout=60)
-    assert said == ["trial 3 has lost its workers"]
 
 
 def test_only_groups_of_workers_of_these_slots_are_counted_as_waiting() -> None:

@@ -57,7 +57,7 @@ class InActor:
             self.end_mailbox = held.pop_all().close
         self.plan, self.folder = replace(plan, mailbox=self.mailbox), Path(plan.experiment.uri)
         made = ray.remote(num_cpus=0)(tune.with_parameters(TuneSlot, plan=self.plan))
-        self.actor: Any = made.remote(order(0).as_dict())
+        self.actor: Any = made.remote({"order": order(0)})
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function in the slot's process, with Ray Tune's side of the slot and these arguments."""
@@ -116,8 +116,8 @@ def run(slot: InActor, number: int, hyperparameters: Hyperparameters = SHALLOW) 
 
 def assign(slot: InActor, number: int, hyperparameters: Hyperparameters = SHALLOW, **changes: Any) -> None:
     """Gives the slot a trial, as Ray Tune does."""
-    trial = order(number, hyperparameters).as_dict() | changes
-    assert slot.call(lambda it: it.reset(trial))
+    trial = replace(order(number, hyperparameters), **changes)
+    assert slot.call(lambda it: it.reset({"order": trial}))
 
 
 def begin(slot: InActor, number: int) -> None:
@@ -129,13 +129,13 @@ def begin(slot: InActor, number: int) -> None:
 
 
 def step(slot: InActor) -> EpochReport:
-    """A step as Ray Tune has it done, and what it told Tune's own loggers."""
+    """A step as Ray Tune has it done."""
     result = slot.call(lambda it: it.train())
     report: EpochReport = result["report"]
     assert result["done"] == report.is_last
     if report.epochs:
         last = report.epochs[-1]
-        assert (result["training_iteration"], result[OBJECTIVE]) == (last.epoch, last.balanced_accuracy)
+        assert result[OBJECTIVE] == last.balanced_accuracy
         assert last.slot is not None
     return report
 
@@ -241,7 +241,7 @@ def test_a_retraining_may_take_longer_than_workers_of_a_trial_may_be_silent(slot
 
     run(slot, 24)
     group = group_of(slot)
-    long = RetrainOrder(24, SHALLOW, seed=3, test=Slow(**vars(slot.plan.dataset)), checkpoint_interval=3600)
+    long = RetrainOrder(24, SHALLOW, seed=3, test=Slow(**vars(slot.plan.dataset)))
     with slot.changed("lungct_tune.tuning.groups", HANG_MIN_S=0.0, HANG_EPOCHS=0):
         assert slot.call(lambda it: it._slot.run(long)).outcome is Outcome.COMPLETED
     assert group_of(slot) == group

@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from lungct_tune.config.hyperparameters import PUBLISHED
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.trial import EpochCost, EpochFigures, EpochReport, Outcome
+from lungct_tune.experiment.trial import EpochCost, EpochFigures, EpochReport, Outcome, TrialOrder
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.callbacks.tensorboard import FOLDER, PREFIX, TensorBoardCallback
 from lungct_tune.tuning.slots import REPORT
@@ -21,7 +21,7 @@ from lungct_tune.tuning.slots import REPORT
 class RayTrial:
     """As much of Ray's trial as the callback reads."""
 
-    config: dict[str, Any] = {"configuration": PUBLISHED.as_dict()}  # noqa: RUF012
+    config: dict[str, Any] = {"order": TrialOrder(7, 0, PUBLISHED)}  # noqa: RUF012
     last_result: dict[str, Any] = {OBJECTIVE: 0.5}  # noqa: RUF012
 
     def __str__(self) -> str:

@@ -163,7 +163,7 @@ def test_slower_epochs_than_foreseen_put_the_end_off() -> None:
 
 def test_the_retraining_may_start_beside_the_last_trial_or_shortly_before_the_end() -> None:
     """But not while slots of the search start, which need the room."""
-    from lungct_tune.tuning.tuner import SOON_S, nears_end
+    from lungct_tune.tuning.final_slots import SOON_S, nears_end
 
     study, clock, work = optuna.create_study(), Clock(), workload(3, 9, (3,))
     left = TimeLeft(work, (), now=clock)

@@ -19,13 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from trials import SHALLOW, comparable, epochs_of, order, run_all, runner, slot_plan
 
-from lungct_tune.experiment.folder import delete_states
+from lungct_tune.experiment.folder import delete_states, old_state_file
 from lungct_tune.experiment.trial import EpochFigures, Outcome
 from lungct_tune.filesystem import StorageError
 from lungct_tune.tuning import trial_runner
 from lungct_tune.tuning.fold_model import FoldModel
 from lungct_tune.tuning.retrain import STATE, RetrainOrder, retrain
 from lungct_tune.tuning.trial_runner import TrialRunner
+from lungct_tune.tuning.trial_state import to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,6 +99,28 @@ def test_a_resumed_trial_says_which_epochs_it_has_trained(plan: SlotPlan) -> Non
     run_to(runner(plan, order(0)), 2)
     report = runner(plan, order(0)).run()
     assert [len(report.epochs), len(report.trained)] == [3, 1]
+
+
+def test_states_of_version_0_1_are_a_file_for_each_fold_and_count_if_all_are_of_the_same_epoch(
+    tmp_path: Path, phantoms: Path
+) -> None:
+    plan = slot_plan(tmp_path, phantoms, epochs=EPOCHS, folds=2)
+    trial = run_to(runner(plan, order(0)), 2)
+    history = [replace(figures, balanced_accuracy_sd=None).as_dict() for figures in trial._history]
+    delete_states(plan.experiment, 0)
+
+    def write(fold: int, epochs: int) -> None:
+        training = trial._models[fold].trainer.state_dict()
+        state = {"order": trial.order.identity, "training": training, "history": history[:epochs]}
+        plan.experiment.write(old_state_file(0, fold), to_bytes(state))
+
+    write(0, 2)
+    write(1, 1)
+    assert runner(plan, order(0))._history == []
+    write(1, 2)
+    resumed, whole = runner(plan, order(0)), run_all(runner(plan, order(1)))
+    assert len(resumed._history) == 2
+    assert [*map(comparable, epochs_of(run_all(resumed)))][2:] == [*map(comparable, epochs_of(whole))][2:]
 
 
 def test_a_state_that_cannot_be_made_is_reported(plan: SlotPlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,8 +348,10 @@ def _two_ranks(rank: int, folder: Path, phantoms: Path, folds: int) -> None:
             apart._models[0].trainer.epoch = rank
             with pytest.raises(RuntimeError, match="workers are at different epochs"):
                 apart.run()
-            retraining = RetrainOrder(1, order(2).hyperparameters, 0, plan.dataset, checkpoint_interval=1e9)
-            retrain(plan, retraining, torch.device("cpu"), must_save=lambda: rank == 1)
+            retraining = RetrainOrder(1, order(2).hyperparameters, 0, plan.dataset)
+            retrain(
+                replace(plan, checkpoint_interval=1e9), retraining, torch.device("cpu"), must_save=lambda: rank == 1
+            )
             assert rank == 1 or plan.experiment.exists(retraining.file(STATE)), "the second worker may be lost"
     finally:
         dist.destroy_process_group()

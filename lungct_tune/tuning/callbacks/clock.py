@@ -18,7 +18,7 @@ class SlotTimeCallback(SearchCallback):
     """Writes the wall time of the search to the study, and the time of the slots that have room on the cluster."""
 
     def __init__(self, study: optuna.Study, plan: SlotPlan, slots: int) -> None:
-        self._study, self._search_slots, self._slots = study, f"{plan.experiment.name} slot", slots
+        self._study, self._search_slots, self._slots = study, plan.slots, slots
         self._wall_s, self.slot_s = study.user_attrs.get("wall_s", 0.0), study.user_attrs.get("slot_s", 0.0)
         self._counted = self._kept = time.monotonic()
         self.waiting = 0

@@ -35,16 +35,6 @@ class TrackingError(UserError):
     """MLflow cannot be used. The message says where, why and what to do."""
 
 
-def check_tracking(track: str | None, name: str, *, new: bool) -> None:
-    """Checks, before any work, that an `MLflowTracker` can be made; does nothing without an address.
-
-    Raises:
-        TrackingError: see `MLflowTracker`.
-    """
-    if track:
-        MLflowTracker(track, name, new=new)
-
-
 @dataclass
 class _Run:
     """The state of a trial's run in MLflow."""

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.display import Display, print_prose
-from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialOrder, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, EpochReport, Outcome, TrialRecord
 from lungct_tune.tuning.callbacks import SearchCallback
 from lungct_tune.tuning.callbacks.clock import SlotTimeCallback
-from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.slots import ORDER, REPORT
 from lungct_tune.tuning.tally import SearchTally
 from lungct_tune.tuning.time_left import TimeLeft
 
@@ -98,13 +98,13 @@ class ProgressCallback(SearchCallback):
             self._display.console.print(self._table(MOST_ROWS))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        order = TrialOrder.from_dict(trial.config)
+        order = trial.config[ORDER]
         self._running.setdefault(order.number, _Running(order.hyperparameters))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._starting.close()
         report: EpochReport = result[REPORT]
-        number = trial.config["number"]
+        number = trial.config[ORDER].number
         if report.epochs and number in self._running:
             last, running = report.epochs[-1], self._running[number]
             running.epoch, running.score, running.state = last.epoch, last.balanced_accuracy, "running"
@@ -112,7 +112,7 @@ class ProgressCallback(SearchCallback):
             self._left.add(number, running.hyperparameters, last.epoch, seconds)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._running.pop(trial.config["number"], None)
+        self._running.pop(trial.config[ORDER].number, None)
         self._note_ended()
 
     on_trial_error = on_trial_complete

@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lungct_tune.tuning.callbacks import SearchCallback
+from lungct_tune.tuning.mailbox import ENDED
 from lungct_tune.tuning.tally import SearchTally
 
 PERIOD_S = 2.0
@@ -44,16 +45,17 @@ class ScoreboardCallback(SearchCallback):
     def _show(self) -> None:
         if (ended := self._tally.finished) == self._shown:
             return
-        self._shown, self._at = ended, time.monotonic()
+        before, self._shown, self._at = self._shown, ended, time.monotonic()
         best = self._tally.best
         name = f"{ended} of {self._trials} trials done"
         if best is not None and best.last is not None:
             name += f", best so far {100 * best.last.balanced_accuracy:.1f} % in trial {best.number}"
-        self._mailbox.note_ended.remote(ended)
+        self._mailbox.put.remote(("", ENDED, before), None)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._wait.options(name=name, scheduling_strategy=here).remote(self._mailbox, ended + 1)
+        self._wait.options(name=name, scheduling_strategy=here).remote(self._mailbox, ended)
 
 
-def _wait(mailbox: Any, trials: int) -> None:
+def _wait(mailbox: Any, ended: int) -> None:
+    """Returns when more than so many trials have ended."""
     with suppress(ray.exceptions.RayActorError):  # the search has ended
-        ray.get(mailbox.await_ended.remote(trials))
+        ray.get(mailbox.get.options(enable_task_events=False).remote(("", ENDED, ended)))

@@ -19,7 +19,7 @@ from lungct_tune.filesystem import StorageError
 from lungct_tune.training.objective import OBJECTIVE
 from lungct_tune.tuning.background import BackgroundThreads
 from lungct_tune.tuning.callbacks import SearchCallback
-from lungct_tune.tuning.slots import REPORT
+from lungct_tune.tuning.slots import ORDER, REPORT
 
 FOLDER = "tune"
 """In the experiment: a folder for each trial, with TensorBoard's events."""
@@ -68,7 +68,7 @@ class TensorBoardCallback(SearchCallback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         reached = trial.last_result.get(OBJECTIVE, 0.0) if trial.last_result else 0.0
-        self._thread.submit(self._finish, str(trial), trial.config["configuration"], reached)
+        self._thread.submit(self._finish, str(trial), trial.config[ORDER].hyperparameters.as_dict(), reached)
 
     on_trial_error = on_trial_complete
 
