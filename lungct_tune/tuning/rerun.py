@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import UserError
@@ -104,7 +105,7 @@ def rerun_with_seeds(
             except StorageError as error:
                 warn(f"the training with seed {order.seed} has ended, but its figures are not saved: {error}")
 
-    reports = {order.number: _read_report(experiment, order, epochs) for order in orders}
+    reports = {order.number: _read_report(experiment, order, epochs, warn) for order in orders}
     todo = [order for order in orders if reports[order.number] is None]
     left.train_seeds({order.number: order.hyperparameters for order in todo})
     if todo:
@@ -129,12 +130,20 @@ def _report_as_dict(order: TrialOrder, epochs: int, report: EpochReport) -> dict
     return {"order": order.identity, "epochs": epochs, "outcome": report.outcome.value, "history": history}
 
 
-def _read_report(experiment: Experiment, order: TrialOrder, epochs: int) -> EpochReport | None:
-    """The last report of a training that has ended; None if it has not, or was another one."""
-    kept = json.loads(experiment.read(_report_file(order)) or "{}")
-    if (kept.get("order"), kept.get("epochs")) != (order.identity, epochs):
+def _read_report(
+    experiment: Experiment, order: TrialOrder, epochs: int, warn: Callable[[str], None]
+) -> EpochReport | None:
+    """The last report of a training that has ended; None if it has not, or was another one, or its file is damaged."""
+    if (content := experiment.read(_report_file(order))) is None:
         return None
-    return EpochReport(Outcome(kept["outcome"]), tuple(EpochFigures(**figures) for figures in kept["history"]))
+    try:
+        kept = json.loads(content)
+        if (kept.get("order"), kept.get("epochs")) != (order.identity, epochs):
+            return None
+        return EpochReport(Outcome(kept["outcome"]), tuple(EpochFigures(**figures) for figures in kept["history"]))
+    except (ValueError, TypeError, KeyError, AttributeError):  # by a machine that was lost, or by somebody
+        warn(f"the training with seed {order.seed} runs again: {experiment.uri}/{_report_file(order)} is damaged")
+        return None
 
 
 def replay_trial(
@@ -147,8 +156,8 @@ def replay_trial(
         weights: pretrained weights; None starts from random ones.
         warn: see `rerun_trials`.
     """
-    experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
-    experiment.delete_folder(folder)  # left by a replay that was killed, perhaps with other versions
+    experiment = plan.experiment
+    folder = f"{experiment.name}-again-{uuid4().hex[:8]}"  # its own, since there may be another replay now
     try:
         with (
             tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common,
