@@ -57,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace, console: Console) -> int:
     # imported only after the command line is checked, so that --help answers at once
     from lungct_tune.experiment.folder import locate
-    from lungct_tune.experiment.plan import read_plan
+    from lungct_tune.experiment.plan import check_place, read_plan
     from lungct_tune.tuning.cluster import joined
 
     experiment = locate(asked.source, asked.storage)
     trial = find_trial(experiment, asked.trial, asked.study)
     elsewhere = {name: value for name in ("data", "table", "weights") if (value := getattr(asked, name))}
     plan = read_plan(experiment, {*elsewhere, "study"}, slots=1, **elsewhere)
+    check_place(experiment)
     split, weights = plan.load_and_split(), plan.read_weights()
     with joined(asked.address, verbose=False, name=f"{experiment.name} again"):
         return 0 if replay(plan, split, weights, trial, console) else 1

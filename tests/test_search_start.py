@@ -21,7 +21,7 @@ from lungct_tune.errors import UserError
 from lungct_tune.experiment.bundle import CONFIG, write_bundle
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.lock import exclusive_lock
-from lungct_tune.experiment.plan import PlanError, plan_search
+from lungct_tune.experiment.plan import PlanError, check_place, plan_search
 from lungct_tune.experiment.study import StudyError
 from lungct_tune.experiment.trial import EpochFigures, Outcome, TrialRecord
 from lungct_tune.filesystem import StorageError
@@ -219,6 +219,8 @@ def test_a_storage_where_no_folder_can_be_made_is_refused_before_the_images_are_
     monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
     with pytest.raises(StorageError, match="may not be written; choose another --storage"):
         plan_search(Settings.model_validate(asked | {"storage": str(tmp_path)}), set())
+    with pytest.raises(StorageError, match=f"^{tmp_path} may not be written; make it writable, or use a copy"):
+        check_place(Experiment(str(tmp_path)))  # as for --resume and `replay`
     assert file.read_text() == "mine" and list(tmp_path.iterdir()) == [file]
 
 

@@ -73,12 +73,15 @@ def find_bundle(experiment: Experiment) -> str | None:
         BundleError: `best` has lost its checksums.
     """
     so_far = _complete_so_far(experiment)  # listed first: the search deletes it once `best/` is written
-    if not has_bundle(experiment) and not so_far and experiment.files(FOLDER):
+    final = experiment.files(FOLDER)  # in one listing, since `best/` may be put there between two
+    if f"{FOLDER}/{CHECKSUMS}" in final:
+        return FOLDER
+    if final and not so_far:
         raise BundleError(
             f"{experiment.uri}/{FOLDER} has no {CHECKSUMS}, so it is no complete bundle. Restore that file, or move "
             f"the folder away: search --resume {experiment.name} then writes it again"
         )
-    return FOLDER if has_bundle(experiment) else max(so_far, default=None)
+    return max(so_far, default=None)
 
 
 def bundle_to_give(experiment: Experiment, name: str) -> str:

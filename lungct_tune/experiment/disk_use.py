@@ -20,7 +20,7 @@ NOT_NEEDED = {
     r"so_far/\d+/[^/]+": "bundles that were made while it ran",
     r"(search|test)-images\.npy": "images for the workers",
     r"slots/.+|[\w.-]+-seeds/.+": "folders of Ray Train, trainings with other seeds",
-    r"[\w.-]+-again/(trials|slots)/.+|tmp\w{8}/images\.npy": "files of a replay that was killed",
+    r"[\w.-]+-again(-[0-9a-f]{8})?/(trials|slots)/.+|tmp\w{8}/images\.npy": "files of a replay that was killed",
     r"\.probe[\w-]*|running\.json|(.+/)?[^/]+\.[0-9a-f]{8}\.part|best\.part/.+": "temporary files",
 }
 """The files that a search writes, uses while it runs, and does not use after its end: patterns of their paths in the

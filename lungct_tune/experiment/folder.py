@@ -42,7 +42,8 @@ WRITTEN_IN_PLACE = ("s3", "gcs", "abfs")
 class Experiment:
     """`<storage>/<name>/`, on this machine, a shared file system or an object store.
 
-    settings.yaml   the settings and the data's fingerprint, for `--resume`; space.yaml: the search space
+    settings.yaml   the settings, the sha256 of the next two files, and the data's fingerprint, for `--resume`
+    space.yaml      the search space
     split.csv       every image: path, class, group, whether its patient is known, split
     audit.json      the audit of these images
     study.journal   the Optuna study, a line for each change. With remote storage it is in `local_folder`, and study/

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from lungct_tune.config.search_space import SearchSpace, SpaceError, parse_space
 from lungct_tune.config.settings import OF_ONE_RUN, SettingsError, flags, validate
 from lungct_tune.config.yaml_file import parse_yaml
-from lungct_tune.experiment.folder import Experiment
+from lungct_tune.experiment.folder import SPLIT, Experiment
 
 SETTINGS, SPACE = "settings.yaml", "space.yaml"
+
+SUMS = "sha256"
+"""The key in settings.yaml with the sha256 of space.yaml and of split.csv: of those that were cut at the end of a line,
+the rest can be read. Earlier versions wrote none."""
 
 
 def read_kept(experiment: Experiment) -> dict[str, Any] | None:
@@ -20,7 +25,7 @@ def read_kept(experiment: Experiment) -> dict[str, Any] | None:
     server would be sent a token or a password.
 
     Raises:
-        SettingsError: the file is not one that this program wrote.
+        SettingsError: the file is not one that this program wrote, or space.yaml or split.csv is missing or altered.
         StorageError: the storage refuses.
     """
     kept = experiment.read(SETTINGS)
@@ -36,6 +41,7 @@ def read_kept(experiment: Experiment) -> dict[str, Any] | None:
     if not isinstance(values, dict) or (missing := [name for name in needed if values.get(name) is None]):
         what = f"{missing[0]} is missing" if isinstance(values, dict) else "it has no settings"
         raise SettingsError(f"{file} is not one that a search wrote: {what}; restore it")
+    _check_sums(experiment, values.pop(SUMS, None))
     used = {name: value for name, value in values.items() if name not in OF_ONE_RUN}
     if wrong := [name for name in ("fingerprint", "data") if not isinstance(used.get(name, ""), str | None)]:
         raise SettingsError(f"{file} is not one that a search wrote: {wrong[0]} is no text; restore it")
@@ -47,6 +53,17 @@ def read_kept(experiment: Experiment) -> dict[str, Any] | None:
         raise SettingsError(f"{file} is not one that a search wrote: {error}") from error
     defaults = checked.model_dump(mode="json", exclude={*OF_ONE_RUN, "data", "study"})
     return {"data": None, "study": None} | defaults | used
+
+
+def _check_sums(experiment: Experiment, sums: Any) -> None:
+    for name in (SPACE, SPLIT) if sums else ():
+        if (content := experiment.read(name)) is None:
+            raise SettingsError(f"{experiment.uri}/{name} is missing; restore it")
+        if not isinstance(sums, dict) or hashlib.sha256(content).hexdigest() != sums.get(name):
+            raise SettingsError(
+                f"{experiment.uri}/{name} is not the file that the search wrote: its sha256 is not the one in "
+                f"{SETTINGS}; restore it"
+            )
 
 
 def read_kept_space(experiment: Experiment) -> tuple[str, SearchSpace]:

@@ -26,7 +26,16 @@ from lungct_tune.errors import UserError, number_of
 from lungct_tune.experiment.bundle import FOLDER, has_bundle
 from lungct_tune.experiment.folder import SPLIT, Experiment
 from lungct_tune.experiment.form import written_by_a_search
-from lungct_tune.experiment.kept_settings import confirm_paths, confirm_study, paths_to_give, read_kept, read_kept_space
+from lungct_tune.experiment.kept_settings import (
+    SETTINGS,
+    SPACE,
+    SUMS,
+    confirm_paths,
+    confirm_study,
+    paths_to_give,
+    read_kept,
+    read_kept_space,
+)
 from lungct_tune.experiment.lock import exclusive_lock, refuse_running
 from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL, DatabaseMirror, JournalMirror, remove_unbegun
 from lungct_tune.filesystem import StorageError
@@ -112,7 +121,7 @@ class Plan:
                 raise
             stop = error if isinstance(error, UserError) else KeyboardInterrupt()
             with suppress(StorageError):
-                if self.experiment.exists("settings.yaml") and not has_bundle(self.experiment):
+                if self.experiment.exists(SETTINGS) and not has_bundle(self.experiment):
                     stop.add_note(f"To continue: {self.resume_command}{self._unsaved()}")
             raise stop from None
 
@@ -241,9 +250,11 @@ class Plan:
 
         Those that are the same already are left alone: a machine that is lost may damage what it has just written.
         """
-        kept = self.settings.as_yaml() + yaml.safe_dump({"fingerprint": split.images.fingerprint})
-        files = {SPLIT: split.as_csv(), "space.yaml": self.space_text.encode(), "settings.yaml": kept.encode()}
-        for path, content in files.items():
+        files = {SPACE: self.space_text.encode(), SPLIT: split.as_csv()}
+        sums = {SUMS: {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}}
+        last = {"fingerprint": split.images.fingerprint}  # whose lack says that the file was cut
+        kept = self.settings.as_yaml() + yaml.safe_dump(sums) + yaml.safe_dump(last)
+        for path, content in {**files, SETTINGS: kept.encode()}.items():
             if self.experiment.read(path) != content:
                 self.experiment.write(path, content)
 
@@ -267,6 +278,7 @@ def plan_search(asked: Settings, given: set[str]) -> Plan:
         given = given | {"resume", "hold_test"}
     plan = _resumed(asked, given) if asked.resume else _new(asked)
     if not asked.plan:
+        check_place(plan.experiment)
         refuse_running(plan.experiment)
         if plan.settings.study:
             from lungct_tune.experiment.study import check_study  # a plan needs no database
@@ -280,7 +292,7 @@ def _new(asked: Settings) -> Plan:
     of = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(settings.data or "phantoms").name)
     name = settings.name or f"{datetime.now():%Y-%m-%d-%H%M%S}-{of}"
     experiment = Experiment.at(settings.storage, name)
-    _check_place(experiment)
+    check_place(experiment)
     _check_may_run(experiment, is_new=True)
     assert settings.space is not None  # decided by for_data()
     text = read_space(settings.space)
@@ -312,22 +324,26 @@ def _resumed(asked: Settings, given: set[str]) -> Plan:
     return replace(plan, settings=settings, given=frozenset(given))
 
 
-def _check_place(experiment: Experiment) -> None:
-    """Checks without writing anything that a folder on this machine can be made.
+def check_place(experiment: Experiment) -> None:
+    """Checks without writing anything that a folder on this machine can be made, or if it is there, be written to.
 
     Raises:
         StorageError: it cannot.
     """
     if experiment.is_local:
-        above = next(path for path in Path(experiment.uri).parents if os.path.exists(path))
-        if not above.is_dir():
-            raise StorageError(f"{experiment.uri} cannot be made: {above} is a file; choose another --storage")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise StorageError(f"{experiment.uri} cannot be made: {above} may not be written; choose another --storage")
+        place = Path(experiment.uri)
+        found = next(path for path in (place, *place.parents) if os.path.exists(path))
+        if not found.is_dir():
+            raise StorageError(f"{experiment.uri} cannot be made: {found} is a file; choose another --storage")
+        if os.access(found, os.W_OK | os.X_OK):
+            return
+        if found == place:
+            raise StorageError(f"{place} may not be written; make it writable, or use a copy (pull --all makes one)")
+        raise StorageError(f"{experiment.uri} cannot be made: {found} may not be written; choose another --storage")
 
 
 def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:
-    if is_new and experiment.exists("settings.yaml"):
+    if is_new and experiment.exists(SETTINGS):
         raise PlanError(
             f"{experiment.uri} already holds a search; choose another --name, or continue it: --resume "
             f"{experiment.name}"
@@ -342,7 +358,7 @@ def _check_may_run(experiment: Experiment, *, is_new: bool) -> None:
             f"{experiment.uri}/{FOLDER} is there, and is no complete bundle of this search; move it away, then run the "
             "command again"
         )
-    if not experiment.is_local and (experiment.local_folder / "settings.yaml").exists():
+    if not experiment.is_local and (experiment.local_folder / SETTINGS).exists():
         raise PlanError(
             f"{experiment.local_folder} has another search of this name, whose study would be replaced; run the "
             "command in another folder"

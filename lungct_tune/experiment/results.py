@@ -17,7 +17,7 @@ from lungct_tune.config.search_space import SearchSpace
 from lungct_tune.config.settings import validate
 from lungct_tune.data.split import SPLITS
 from lungct_tune.data.tables import read_table
-from lungct_tune.errors import UserError, first_line
+from lungct_tune.errors import UserError, first_line, number_of
 from lungct_tune.experiment.bundle import (
     AUDIT,
     CHECKSUMS,
@@ -222,8 +222,14 @@ def read_results(experiment: Experiment, study: str | None = None) -> SearchResu
     confirm_study(kept, experiment, given)
     url = validate(given).study
     with tempfile.TemporaryDirectory() as scratch:
-        opened = _open_study(experiment, kept["name"], url, Path(scratch))
-        return gather_results(experiment, opened, read_bundle(experiment))
+        bundle = read_bundle(experiment)  # before the study, so that the study has every trial that it names
+        found = gather_results(experiment, _open_study(experiment, kept["name"], url, Path(scratch)), bundle)
+    if found.test and bundle and found.done < bundle.metrics.search.trials:
+        raise NothingHeld(
+            f"the study of {experiment.uri} has {number_of(found.done, 'trial')} that ended, but {FOLDER}/ was made "
+            f"after {bundle.metrics.search.trials}: {'check --study' if url else f'restore {JOURNAL}'}"
+        )
+    return found
 
 
 def read_bundle(experiment: Experiment) -> Bundle | None:

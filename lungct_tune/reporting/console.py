@@ -108,8 +108,10 @@ def print_plan(plan: Plan, slots: int, outlook: Mapping[str, str], dashboard: st
 
 
 def print_start(plan: Plan, slots: int, ended: int, console: Console) -> None:
-    """Prints that trials run now, and before a judgement how to do without them; nothing if all of them have ended."""
+    """Prints that trials run now, and before a judgement how to do without them, or that more than asked for ended."""
     trials = plan.settings.trials or 0
+    if ended > trials:
+        print_prose(console, f"{ended} trials had ended before, more than --trials {trials}: the best of all counts")
     if ended >= trials:
         return
     console.print(f"\nsearching, {number_of(slots, 'trial')} at a time", style="bold")
@@ -277,12 +279,12 @@ def print_judged(images: ImageSet, metrics: EvaluationMetrics, console: Console,
         console.print(f"left out, mapped to other: {number_of(others, 'image')}", style="yellow")
     _print_left_out(images, console)
     if metrics.learned_from.total:
-        print_prose(
-            console,
-            f"the model was trained on {metrics.learned_from.same_file} of these files, and on images that look like "
-            f"{metrics.learned_from.looks_alike} more: the accuracy is too high",
-            "bold yellow",
-        )
+        same, alike = metrics.learned_from.same_file, metrics.learned_from.looks_alike
+        seen = f"{same} of these files"
+        if alike:
+            like = f"images that look like {alike} of"
+            seen = f"{seen}, and on {like} the others" if same else f"{like} these files"
+        print_prose(console, f"the model was trained on {seen}: the accuracy is too high", "bold yellow")
     print_figures(metrics.test, console, title="accuracy")
     if missing := missing_in_words(metrics.test.missing):
         print_prose(console, missing.strip())

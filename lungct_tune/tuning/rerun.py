@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lungct_tune.data.split import DataSplit
 from lungct_tune.errors import UserError
@@ -129,11 +131,18 @@ def _report_as_dict(order: TrialOrder, epochs: int, report: EpochReport) -> dict
 
 
 def _read_report(experiment: Experiment, order: TrialOrder, epochs: int) -> EpochReport | None:
-    """The last report of a training that has ended; None if it has not, or was another one."""
-    kept = json.loads(experiment.read(_report_file(order)) or "{}")
-    if (kept.get("order"), kept.get("epochs")) != (order.identity, epochs):
+    """The last report of a training that has ended; None if it was another one, or with a warning if it is damaged."""
+    if (content := experiment.read(_report_file(order))) is None:
         return None
-    return EpochReport(Outcome(kept["outcome"]), tuple(EpochFigures(**figures) for figures in kept["history"]))
+    try:
+        kept = json.loads(content)
+        if (kept.get("order"), kept.get("epochs")) != (order.identity, epochs):
+            return None
+        return EpochReport(Outcome(kept["outcome"]), tuple(EpochFigures(**figures) for figures in kept["history"]))
+    except (ValueError, TypeError, KeyError, AttributeError):  # by a machine that was lost, or by somebody
+        what, file = f"the training with seed {order.seed}", f"{experiment.uri}/{_report_file(order)}"
+        logging.getLogger(__name__).warning("%s runs again: %s is damaged", what, file)
+        return None
 
 
 def replay_trial(
@@ -146,8 +155,8 @@ def replay_trial(
         weights: pretrained weights; None starts from random ones.
         warn: is called with what the slot and its workers have to say, a sentence each.
     """
-    experiment, folder = plan.experiment, f"{plan.experiment.name}-again"
-    experiment.delete_folder(folder)  # left by a replay that was killed, perhaps with other versions
+    experiment = plan.experiment
+    folder = f"{experiment.name}-again-{uuid4().hex[:8]}"  # its own, since there may be another replay now
     try:
         with (
             tempfile.TemporaryDirectory(dir=experiment.uri if experiment.is_local else None) as common,

@@ -149,7 +149,7 @@ def test_images_that_it_has_learned_from_are_told(
     changed.resize((80, 80)).save(data / "normal" / "again.jpg", quality=60)
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "trained on 1 of these files, and on images that look like 1 more" in said
+    assert "trained on 1 of these files, and on images that look like 1 of the others" in said
     metrics, _ = judged(tmp_path / "out")
     balanced = metrics["test"]["leak_free"]["balanced_accuracy"]["value"]
     assert "on the 40 images without group overlap: accuracy" in said and f"balanced accuracy {balanced:.3f}" in said
@@ -164,7 +164,7 @@ def test_images_that_it_has_learned_from_are_told(
 
 
 def test_other_slices_of_a_patient_that_it_was_trained_on_are_not_new(
-    bundle: Path, elsewhere: Path, phantoms: Path, tmp_path: Path
+    bundle: Path, elsewhere: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(elsewhere, data)
@@ -172,6 +172,7 @@ def test_other_slices_of_a_patient_that_it_was_trained_on_are_not_new(
     other = min((elsewhere / "normal").iterdir()).name
     (data / "groups.csv").write_text(f"path,group\nnormal/same.png,ann\nnormal/{other},ann\n")
     assert main([str(bundle), "--data", str(data), "--out", str(tmp_path / "out")]) == 0
+    assert "the model was trained on 1 of these files: the accuracy is too high" in capsys.readouterr().out
     metrics, predictions = judged(tmp_path / "out")
     group = predictions.set_index("path")["group"]
     is_new_N = (predictions["group"] != group["normal/same.png"]).to_numpy()

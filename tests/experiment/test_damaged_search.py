@@ -57,7 +57,7 @@ def test_whoever_reads_a_search_says_which_file_is_damaged(begun: Path, tmp_path
     ("name", "how", "says"),
     [
         ("space.yaml", "missing", "space.yaml is missing; restore it"),
-        ("space.yaml", "empty", "restore it, since the search wrote another one"),
+        ("space.yaml", "empty", "space.yaml is not the file that the search wrote: .*; restore it"),
         ("study.journal", "empty", "study.journal; restore that file"),
     ],
 )
@@ -69,6 +69,17 @@ def test_resume_says_which_file_is_damaged(begun: Path, tmp_path: Path, name: st
         read_plan(Experiment(str(folder)), set()).opened_study(),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["space.yaml", "split.csv", "settings.yaml"])
+def test_a_file_without_its_last_line_is_not_taken_for_a_shorter_one(begun: Path, tmp_path: Path, name: str) -> None:
+    """Found: a space had a parameter less, a report images less, without a word."""
+    folder = shutil.copytree(begun, tmp_path / "begun")
+    *lines, _ = (folder / name).read_bytes().splitlines(keepends=True)
+    (folder / name).write_bytes(b"".join(lines))
+    for read in (read_results, lambda experiment: read_plan(experiment, set())):
+        with pytest.raises(UserError, match=rf"{folder}/{name} is not .* restore it"):
+            read(Experiment(str(folder)))
 
 
 def test_a_bundle_without_checksums_is_not_taken_for_a_search_without_a_bundle(

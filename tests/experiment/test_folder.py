@@ -10,7 +10,15 @@ from pathlib import Path
 import optuna
 import pytest
 
-from lungct_tune.experiment.bundle import BundleError, as_json, has_bundle, verify, write_bundle, write_so_far
+from lungct_tune.experiment.bundle import (
+    BundleError,
+    as_json,
+    find_bundle,
+    has_bundle,
+    verify,
+    write_bundle,
+    write_so_far,
+)
 from lungct_tune.experiment.folder import Experiment, locate
 from lungct_tune.experiment.study import load_study, sqlite_storage
 from lungct_tune.filesystem import StorageError
@@ -95,6 +103,35 @@ def test_a_bundle_is_whole_and_verified(tmp_path: Path) -> None:
     folder = tmp_path / "one" / "best"
     assert {path.name for path in folder.iterdir()} == {*FILES, "checksums.txt"}
     verify(folder)
+
+
+@pytest.mark.parametrize("earlier", range(3))
+def test_whoever_looks_for_a_bundle_at_the_moment_it_is_there_finds_none_or_all_of_it(
+    tmp_path: Path, earlier: int
+) -> None:
+    """Found: `report` and `pull` said that it had no checksums."""
+    waits = [None] * earlier
+
+    class Storage(Experiment):
+        def arrive(self) -> None:
+            if waits:
+                waits.pop()
+            elif not Path(self.uri, "best").exists():
+                write_bundle(Experiment(self.uri), FILES)
+
+        def exists(self, path: str = "") -> bool:
+            found = super().exists(path)
+            self.arrive()
+            return found
+
+        def files(self, folder: str = "") -> dict[str, int]:
+            found = super().files(folder)
+            self.arrive()
+            return found
+
+    storage = Storage.at(str(tmp_path), "one")
+    assert find_bundle(storage) in ("best", None)
+    assert find_bundle(storage) == "best"
 
 
 def test_a_crash_while_writing_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:

@@ -203,6 +203,8 @@ def test_a_judgement_says_what_is_trained_before_and_is_continued_as_one(
     assert "0 of 9 trials have ended; the others run before the best is judged\n" in nothing_ended
     assert "7 of 9 trials have ended" in some and "to judge the best of those now, stop, and add --trials 7" in some
     assert not more, "with nothing left to train nothing is announced"
+    print_start(plan, 1, 10, Console(width=200))
+    assert capsys.readouterr().out == "10 trials had ended before, more than --trials 9: the best of all counts\n"
     plan = plan_search(Settings(resume="begun", storage=storage), {"resume", "storage"})
     assert "--resume begun" in plan.resume_command and plan.settings.hold_test
 

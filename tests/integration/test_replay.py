@@ -132,7 +132,7 @@ def test_ctrl_c_ends_a_replay_that_waits_for_room(searched: Path) -> None:
         ray.util.remove_placement_group(bundle)
     assert run.returncode != 0  # 130, or what Ray ends a process with that leaves while a thread waits for workers
     assert nothing_held()  # found: a placement group that the workers' controller made after the end stayed for good
-    assert not list(searched.rglob("images.npy")) and not list(searched.glob("*-again"))
+    assert not list(searched.rglob("images.npy")) and not list(searched.glob("*-again*"))
 
 
 def test_before_a_trial_has_begun_there_is_none_to_train_again(

@@ -13,6 +13,7 @@ from processes import run_here
 from recorded_search import EPOCHS, Search, finished_search
 
 from lungct_tune.compare import main
+from lungct_tune.errors import UserError
 from lungct_tune.evaluation.search_curves import SearchCurve, search_curve, time_steps, trial_steps
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.results import read_results
@@ -125,6 +126,7 @@ def test_searches_with_another_split_are_refused(ended: Path, copy: Path) -> Non
     rows = file.read_text().splitlines()
     at = next(i for i, row in enumerate(rows) if row.endswith(",valid"))
     file.write_text("\n".join([*rows[:at], rows[at].removesuffix("valid") + "train", *rows[at + 1 :]]) + "\n")
+    edit_settings(copy, sha256=None)
     status, _, complained = run(ended, copy)
     moved = rows[at].split(",")[0]
     assert status == 2 and f"1 images are in another part or fold, such as {moved}" in complained
@@ -135,6 +137,15 @@ def test_a_search_without_a_completed_trial_is_refused(ended: Path, tmp_path: Pa
     search.run(epochs=1)
     status, _, complained = run(ended, search.folder)
     assert status == 2 and "none of its trials has run to its end yet" in complained
+
+
+@pytest.mark.parametrize("share", [0.9, 0.0])
+def test_a_study_with_fewer_trials_than_its_bundle_is_refused(share: float, copy: Path) -> None:
+    """Found: a journal that was cut at the end of a line was reported as a search of fewer trials."""
+    lines = (copy / "study.journal").read_bytes().splitlines(keepends=True)
+    (copy / "study.journal").write_bytes(b"".join(lines[: 1 + int(share * len(lines))]))
+    with pytest.raises(UserError, match=r"copy has \d trials? .* best/ was made after 5: restore study\.journal"):
+        read_results(Experiment(str(copy)))
 
 
 def test_a_search_and_a_model_are_not_compared(ended: Path) -> None:

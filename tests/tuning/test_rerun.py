@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from trials import SHALLOW, slot_plan, workload
 
 from lungct_tune import replay
 from lungct_tune.config.hyperparameters import PUBLISHED, Hyperparameters
+from lungct_tune.config.settings import Settings
 from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.metrics import SeedComparison
 from lungct_tune.experiment.trial import EpochFigures, EpochReport, Outcome, TrialOrder, TrialRecord
@@ -27,7 +30,6 @@ from lungct_tune.tuning.tuner import provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
 ORDER = TrialOrder(1, 0, Hyperparameters())
 
@@ -158,6 +160,25 @@ def test_seeds_that_had_ended_before_an_interruption_are_not_trained_again(seeds
     assert trained == [2, 4, 1, 2]  # those of another winner are trained
 
 
+@pytest.mark.parametrize("content", ["", '{"order": [', "[]", '{"order": 1, "epochs": 4}'])
+def test_a_seed_whose_kept_figures_are_damaged_is_trained_again(
+    seeds: Seeds, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found: a search that was continued after the loss of its machine ended with an error of Python."""
+    found = seeds.run(completed)
+    (file,) = Path(seeds.plan.experiment.uri).glob("*-seeds/trials/0002/report.json")
+    file.write_text(content)
+    trained = []
+
+    def step(order: TrialOrder) -> EpochReport:
+        trained.append(order.number)
+        return completed(order)
+
+    assert seeds.run(step) == found and trained == [2]
+    said = f"the training with seed 6 runs again: {file} is damaged"
+    assert (said in caplog.text) == (content[:12] != '{"order": 1,')
+
+
 def test_seeds_whose_figures_the_storage_refuses_count_all_the_same(
     seeds: Seeds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +239,32 @@ def test_a_cpu_that_trains_in_another_precision_is_named(
     replayed([3], monkeypatch, noted if then is None else noted | {"precision": then}, now)
     output = capsys.readouterr().out
     assert said in output and ("versions or resources differ" in output) == bool(said)
+
+
+def test_two_replays_at_once_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found: the second deleted what the first had saved, and both were in one mailbox."""
+    plan: Any = type("Plan", (), {"experiment": Experiment.at(str(tmp_path), "one"), "settings": Settings()})
+    boxes: list[str] = []
+
+    def rerun_trials(slot: Any, folder: str, *_: Any, **__: Any) -> list[Any]:
+        state = Experiment.at(plan.experiment.uri, folder)
+        state.write("trials/0003/state-0001.pt", b"state")
+        boxes.append(folder)
+        if len(boxes) == 1:
+            again()
+            assert state.exists("trials/0003/state-0001.pt")
+        return [None]
+
+    def again() -> None:
+        nothing: Any = None
+        rerun.replay_trial(plan, nothing, None, DIVERGED, print)
+
+    for name in ("make_slot_plan", "share_weights", "plan_resources", "provenance", "opened_mailbox"):
+        monkeypatch.setattr(rerun, name, lambda *_: nullcontext())
+    monkeypatch.setattr(rerun, "rerun_trials", rerun_trials)
+    (tmp_path / "one").mkdir()
+    again()
+    assert len(set(boxes)) == 2 and not list((tmp_path / "one").iterdir())
 
 
 def replayed(steps: list[int], monkeypatch: pytest.MonkeyPatch, then: Any = None, now: Any = None) -> bool:
