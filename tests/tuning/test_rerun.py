@@ -259,8 +259,9 @@ def test_two_replays_at_once_share_no_folder(tmp_path: Path, monkeypatch: pytest
         nothing: Any = None
         rerun.replay_trial(plan, nothing, None, DIVERGED, print)
 
-    for name in ("make_slot_plan", "share_weights", "plan_resources", "provenance", "opened_mailbox"):
+    for name in ("make_slot_plan", "divide", "provenance", "opened_mailbox", "news_exchanged"):
         monkeypatch.setattr(rerun, name, lambda *_: nullcontext())
+    monkeypatch.setattr(rerun, "cluster_nodes", list)
     monkeypatch.setattr(rerun, "rerun_trials", rerun_trials)
     (tmp_path / "one").mkdir()
     again()
