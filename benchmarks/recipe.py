@@ -226,6 +226,20 @@ class Results:
         training = self._known.get(recipe.key(seed))
         return Judged(seconds=training["seconds"], **training[recipe.judged]) if training else None
 
+    def with_and_without_flips(self, clusters: int) -> list[tuple[Judged, Judged]]:
+        """All trainings in so many groups that are long enough, and have flips: with flips at test time and without."""
+        long_enough = [
+            one
+            for key, one in self._known.items()
+            if (of := {**asdict(REFERENCE), **json.loads(key)})["clusters"] == clusters
+            and of["flip"]
+            and of["epochs"] >= 24
+        ]
+        return [
+            (Judged(seconds=0, **training["ema flips"]), Judged(seconds=0, **training["ema"]))
+            for training in long_enough
+        ]
+
     def add(self, recipe: Recipe, seed: int, judged: dict[str, Judged]) -> None:
         training: dict[str, Any] = {"key": recipe.key(seed)}
         for way, figures in judged.items():
@@ -297,6 +311,14 @@ class Table:
             all_classes, cancers = (self._figures(both, weight_N) for weight_N in (self._weight_N, self._cancers_N))
             print(f"| {name} | {len(both)} | {all_classes} | {cancers} | {nll:.3f} | {ece:.3f} | {seconds:.2f} |")
 
+    def print_flips(self, both: list[tuple[Judged, Judged]]) -> None:
+        """Prints what flips at test time are worth over all these trainings, each with them and without."""
+        if both:
+            lower = sum(flipped.nll < plain.nll for flipped, plain in both)
+            print(f"\nflips at test time, {len(both)} trainings of at least 24 epochs: NLL is lower in {lower}")
+            for what, weight_N in (("balanced accuracy", self._weight_N), ("recall of cancers", self._cancers_N)):
+                print(f"{what}: {self._figures(both, weight_N)}")
+
     def _figures(self, both: list[tuple[Judged, Judged]], weight_N: np.ndarray) -> str:
         """The mean recall of the classes that have a weight, and what it is above that of the reference: two cells."""
         n = len(weight_N)
@@ -337,7 +359,9 @@ def main() -> None:
                 judged = {way: Judged.of(labels_N, found_NC, seconds) for way, found_NC in found.items()}
                 results.add(rows[name], seed, judged)
                 print(f"{name}, seed {seed}: {judged[rows[name].judged]}", flush=True)
-    Table(images, folded.table["group"].to_numpy()).print(rows, results, asked.seeds)
+    table = Table(images, folded.table["group"].to_numpy())
+    table.print(rows, results, asked.seeds)
+    table.print_flips(results.with_and_without_flips(asked.clusters))
 
 
 if __name__ == "__main__":
