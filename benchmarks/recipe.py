@@ -229,8 +229,8 @@ class Results:
     def with_and_without_flips(self, clusters: int) -> list[tuple[Judged, Judged]]:
         """All trainings in so many groups that are long enough, and have flips: with flips at test time and without."""
         long_enough = [
-            one
-            for key, one in self._known.items()
+            training
+            for key, training in self._known.items()
             if (of := {**asdict(REFERENCE), **json.loads(key)})["clusters"] == clusters
             and of["flip"]
             and of["epochs"] >= 24
