@@ -92,9 +92,8 @@ class TruncatedResNet50(nn.Module):
         eight significant bits would often be equal.
         """
         if self.mirrored and not self.head.get_submodule("norm").training:  # its statistics are of single images
-            both_NCHW = self.backbone(torch.cat([images_NCHW, images_NCHW.flip(3)]))
-            direct_NCHW, mirror_NCHW = both_NCHW.chunk(2)
-            features_NCHW = (direct_NCHW + mirror_NCHW.flip(3)) / 2
+            both_NCHW, n = self.backbone(torch.cat([images_NCHW, images_NCHW.flip(3)])), images_NCHW.shape[0]
+            features_NCHW = (both_NCHW[:n] + both_NCHW[n:].flip(3)) / 2
         else:
             features_NCHW = self.backbone(images_NCHW)
         is_lower = features_NCHW.dtype != torch.float32

@@ -49,7 +49,6 @@ def winner_section(found: SearchResults) -> dict[str, Any] | None:
         ],
         "depth": ours.truncation_depth,
         "frozen": ours.frozen_depth,
-        "mirrored": found.bundle is not None and found.bundle.config.model.mirrored,
         "bars": bars,
         "stage_labels": labels,
         "stages": [

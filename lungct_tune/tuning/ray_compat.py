@@ -184,6 +184,28 @@ def without_ending_actors_that_start() -> Iterator[None]:
         controller._maybe_reuse_cached_actor = reuse
 
 
+@contextmanager
+def without_counting_a_dead_actor_twice() -> Iterator[None]:
+    """Keeps a trial whose actor dies before Tune has reset it for the trial.
+
+    Tune hears of it twice: that the actor has ended, after which the trial waits for another one, and that the reset
+    has failed. To Tune, the second is the end of a trial that waits, whatever `max_failures` is.
+    """
+    controller = Private.TUNE_CONTROLLER.load()
+    process = controller._process_trial_failure
+
+    def process_once(self: Any, trial: Any, exception: Exception) -> None:
+        self._resetting_trials.discard(trial)
+        if trial.status != trial.PENDING or trial in self._trial_to_actor:
+            process(self, trial, exception)
+
+    controller._process_trial_failure = process_once
+    try:
+        yield
+    finally:
+        controller._process_trial_failure = process
+
+
 class PlacementGroups:
     """Makes the placement groups of one Train controller, until it is closed.
 

@@ -36,6 +36,7 @@ from lungct_tune.tuning.fold_model import Fold
 from lungct_tune.tuning.groups import remove_placement_groups
 from lungct_tune.tuning.ray_compat import (
     keep_credentials_from_actors,
+    without_counting_a_dead_actor_twice,
     without_ending_actors_that_start,
     without_files_of_tune,
 )
@@ -148,6 +149,7 @@ def run_search(
             held.enter_context(board)
             held.enter_context(without_files_of_tune())
             held.enter_context(without_ending_actors_that_start())
+            held.enter_context(without_counting_a_dead_actor_twice())
             held.callback(remove_placement_groups, plan.slots)
             tuner = tune.Tuner(
                 # CPUs and GPUs are reserved by the slot's workers, not by its actor

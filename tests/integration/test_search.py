@@ -81,7 +81,8 @@ def test_the_kept_weights_give_the_figures_that_are_reported(finished: Path, ima
     completed = [trial for trial in trials if trial.outcome is Outcome.COMPLETED]
     assert {int(folder.name) for folder in finished.glob("trials/*")} == {trial.number for trial in completed}
     for trial in completed:
-        model = TruncatedResNet50(trial.hyperparameters.truncation_depth, classes=4)
+        of = trial.hyperparameters
+        model = TruncatedResNet50(of.truncation_depth, classes=4, mirrored=of.mirrored)
         model.load_state_dict(load_file(finished / "trials" / f"{trial.number:04d}" / "model.safetensors"))
         with torch.no_grad():
             probabilities_NC = forward(model.eval(), grey_N1HW, "imagenet").softmax(dim=1).numpy()

@@ -108,7 +108,8 @@ class Search:
         best = best_trial(finished_trials(self.study))
         assert best is not None
         torch.manual_seed(0)
-        model = TruncatedResNet50(best.hyperparameters.truncation_depth, classes=4).eval()
+        of = best.hyperparameters
+        model = TruncatedResNet50(of.truncation_depth, classes=4, mirrored=of.mirrored).eval()
         test = np.flatnonzero(self.split == "test")
         grey_N1HW = as_grey(torch.from_numpy(np.array(self.images.images_NHW[test])))
         with torch.no_grad():
@@ -127,7 +128,7 @@ class Search:
         cost = search_cost(self.study, finished_trials(self.study), slots=1)
         made = Bundle(
             weights=safetensors.torch.save(model.state_dict()),
-            config=describe_model(self.plan.settings, self.images, best.hyperparameters, EPOCHS, None),
+            config=describe_model(self.plan.settings, self.images, of, EPOCHS, None),
             metrics=BundleMetrics("phantoms", None, best.row(), cost, test=figures),
             predictions=Predictions(self.images.classes, paths_N, labels_N, probabilities_NC, groups_N),
         )

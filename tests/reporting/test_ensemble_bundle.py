@@ -14,6 +14,7 @@ import torch
 from recorded_search import Search
 
 from lungct_tune.auditing.audit import audit_images
+from lungct_tune.config.hyperparameters import Hyperparameters
 from lungct_tune.data.split import DataSplit
 from lungct_tune.evaluation.bundle_files import BundleFiles
 from lungct_tune.evaluation.calibration import calibrated
@@ -33,10 +34,10 @@ from lungct_tune.reporting.winner_section import winner_section
 FOLDS = 2
 
 
-def a_model(seed: int, depth: int, split: DataSplit) -> RetrainedModel:
+def a_model(seed: int, of: Hyperparameters, split: DataSplit) -> RetrainedModel:
     """A network with random weights, as the workers leave one of a fold."""
     torch.manual_seed(seed)
-    model = TruncatedResNet50(depth, classes=4)
+    model = TruncatedResNet50(of.truncation_depth, classes=4, mirrored=of.mirrored)
     images = torch.from_numpy(np.array(split.images.images_NHW))
     for _ in range(3):
         forward(model, as_grey(images[torch.randperm(len(images))[:16]]), "imagenet")  # for its statistics
@@ -66,7 +67,7 @@ def members(finished: tuple[Search, DataSplit]) -> list[RetrainedModel]:
     search, split = finished
     best = best_trial(finished_trials(search.study))
     assert best is not None
-    return [a_model(seed, best.hyperparameters.truncation_depth, split) for seed in range(FOLDS)]
+    return [a_model(seed, best.hyperparameters, split) for seed in range(FOLDS)]
 
 
 @pytest.fixture(scope="module")

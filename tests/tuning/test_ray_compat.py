@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from lungct_tune.tuning.ray_compat import (
     Private,
     reopen_trial,
     suggest_value,
+    without_counting_a_dead_actor_twice,
     without_ending_actors_that_start,
     without_files_of_tune,
 )
@@ -103,14 +106,50 @@ def test_tune_ends_no_actor_that_is_starting(cluster: None, tmp_path: Path) -> N
     assert nothing_held()
 
 
+def test_a_trial_whose_slot_dies_before_it_begins_is_run_all_the_same(cluster: None, tmp_path: Path) -> None:
+    """Found: it counted as failed, in a search whose slots were killed at random."""
+    from ray import tune
+
+    died, searcher = tmp_path / "died", Nothing()
+
+    class Dies(tune.Trainable):  # type: ignore[misc]
+        def step(self) -> dict[str, Any]:
+            return {"done": True}
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            if not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return True
+
+    with without_files_of_tune(), without_ending_actors_that_start(), without_counting_a_dead_actor_twice():
+        tune.Tuner(
+            tune.with_resources(Dies, tune.PlacementGroupFactory([{HEAD_NODE: 0.001}])),
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=4, max_concurrent_trials=1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="dies",
+                storage_path=str(tmp_path),
+                failure_config=tune.FailureConfig(max_failures=1),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+    assert died.exists() and searcher.failed == [False] * 4
+    assert nothing_held()
+
+
 class Nothing(Searcher):  # type: ignore[misc]
     """Suggests the same nothing for each trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: list[bool] = []
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         return {}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        pass
+        self.failed.append(error)
 
 
 def test_a_released_slot_makes_no_placement_group() -> None:

@@ -43,7 +43,7 @@ def test_rays_dashboard_has_one_running_task_that_says_how_many_trials_are_done_
         wait_for(shows("3 of 8 trials done, best so far 61.2 % in trial 1"))
     wait_for(lambda: not running())  # the search has ended, and nothing has failed
     failed = list_tasks(filters=[("type", "=", "NORMAL_TASK"), ("state", "=", "FAILED")], detail=True, limit=10_000)
-    assert not [task.name for task in failed if "trials done" in task.name]
+    assert not [(task.name, task.error_message) for task in failed if "trials done" in task.name]
 
 
 def test_a_task_that_starts_late_is_told_all_the_same() -> None:
