@@ -122,6 +122,9 @@ class BundleFiles:
         bundle = self._bundle(
             best, _weights(retrained), scaling, point, figures, predictions, seeds, looks, len(retrained)
         )
+        if retrained[0].features is None:  # by version 0.1, which did not mirror the test images
+            network = bundle.config.model.model_copy(update={"mirrored": False})
+            bundle = replace(bundle, config=bundle.config.model_copy(update={"model": network}))
         return replace(bundle, features=self._training_features(bundle, retrained[0].features))
 
     def files(self, bundle: Bundle) -> dict[str, bytes]:

@@ -174,6 +174,18 @@ def test_a_search_of_one_group_has_a_bundle_that_does_not_tell_unlike_images(
     assert made.features is None and made.metrics.test is not None and made.metrics.test.groups == 1
 
 
+def test_models_that_an_earlier_version_has_retrained_predict_as_they_were_evaluated(
+    finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
+) -> None:
+    """Version 0.1 kept no features, and did not mirror the test images."""
+    search, split = finished
+    best = best_trial(finished_trials(search.study))
+    assert best is not None
+    old = [replace(member, features=None) for member in members]
+    made = BundleFiles(search.plan, split, {}, search.study, slots=1).final(best, old)
+    assert final.config.model.mirrored and not made.config.model.mirrored
+
+
 def test_the_bundle_predicts_what_was_judged(
     finished: tuple[Search, DataSplit], members: list[RetrainedModel], final: Bundle
 ) -> None:
