@@ -193,9 +193,18 @@ def _parts(experiment: Experiment) -> list[int]:
 
 
 def _read_parts(experiment: Experiment, parts: list[int]) -> bytes:
-    """The journal, joined from its parts. The last one may be growing."""
+    """The journal, joined from its parts. The last one may be growing.
+
+    Raises:
+        StorageError: a part is missing, or has lost its end.
+    """
     joined = bytearray()
     for begin in parts:
+        if begin > len(joined):
+            raise StorageError(
+                f"{experiment.uri}/{PARTS} is not whole: what comes before {_part(begin).rpartition('/')[2]} has "
+                f"{len(joined)} bytes instead of {begin}; restore the file before it"
+            )
         joined[begin:] = experiment.read(_part(begin)) or b""
     return bytes(joined)
 

@@ -24,6 +24,7 @@ from lungct_tune.experiment.folder import Experiment
 from lungct_tune.experiment.study import StudyError, load_study, open_study, sqlite_storage, told_as_user_errors
 from lungct_tune.experiment.study_journal import JournalError, opened_journal
 from lungct_tune.experiment.study_mirror import PARTS, JournalMirror, copy_study
+from lungct_tune.filesystem import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -234,6 +235,11 @@ def test_the_copy_grows_in_parts_of_which_only_the_last_is_written_again(
     assert len(parts) > 3 and sum(parts.values()) == file.stat().st_size
     assert max(size for _, size in written) < 4000 + 2000
     assert [path for path, _ in written] == sorted(path for path, _ in written)  # a complete part is left alone
+    first = remote.read(min(parts)) or b""
+    for damaged in (b"", first[: first.rfind(b"\n", 0, -1) + 1]):  # lost, cut at the end of a line
+        remote.write(min(parts), damaged)
+        with pytest.raises(StorageError, match=f"is not whole: .* has {len(damaged)} bytes instead of {len(first)};"):
+            copied(remote, tmp_path / "copy")
 
 
 def test_another_machine_goes_on_from_the_copy_and_then_the_first_one_again(remote: Experiment, tmp_path: Path) -> None:
