@@ -110,6 +110,19 @@ class Experiment:
         except Exception as error:  # fsspec's file systems raise any kind
             raise StorageError(refusal(self.uri, what, error)) from error
 
+    @contextmanager
+    def _deletion(self, path: str) -> Iterator[None]:
+        """Raises FileNotFoundError if `path` is deleted while it is read. S3 raises another error then."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            with suppress(StorageError):  # the error of a broken line is kept
+                if not self.exists(path):
+                    raise FileNotFoundError(path) from error
+            raise
+
     def write(self, path: str, content: bytes | memoryview) -> None:
         """Writes a file. A reader never finds half a file under `path`.
 
@@ -146,7 +159,7 @@ class Experiment:
         Raises:
             StorageError: the storage refuses, or it is no regular file of at most so many bytes.
         """
-        with self._refusals(f"read {path}"), suppress(FileNotFoundError):
+        with self._refusals(f"read {path}"), suppress(FileNotFoundError), self._deletion(path):
             if self.is_local:
                 with open_file(Path(self.uri, path), most) as file:
                     return file.read()
@@ -162,7 +175,8 @@ class Experiment:
         Raises:
             StorageError: there is no such file, or the storage refuses, possibly after some chunks.
         """
-        with self._refusals(f"read {path}"), self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
+        file = f"{self.root}/{path}"
+        with self._refusals(f"read {path}"), self._deletion(path), self.filesystem.open_input_file(file) as stream:
             stream.seek(start)
             while chunk := stream.read(CHUNK):
                 yield chunk

@@ -103,11 +103,15 @@ def _fetch_verified(experiment: Experiment, dest: Path, part: Path, console: Con
                 raise FetchError(TAKEN.format(dest))
             return found
         with _alone(part):
+            _drop_links(part)
+            # first: what is listed after it has the files of every trial that has ended in it
+            study = copy_study(experiment, part) if everything else None
             prefix = "" if everything else f"{found}/"
-            sizes = {path: size for path, size in experiment.files(prefix).items() if not is_transient(path)}
-            targets = {path: _inside(part, path.removeprefix(prefix)) for path in sizes if not is_study(path)}
-            _drop_others(part, {*targets.values(), part / LOCK, *(part / BEGUN).glob("*")})
-            _fetch_all(experiment, targets, part, sizes, console)
+            listed = experiment.files(prefix).items()
+            sizes = {path: size for path, size in listed if not (is_transient(path) or is_study(path))}
+            targets = {path: _inside(part, path.removeprefix(prefix)) for path in sizes}
+            _drop_others(part, {*targets.values(), part / LOCK, study, *(part / BEGUN).glob("*")})
+            _fetch_all(experiment, targets, part / BEGUN, sum(sizes.values()), console)
             folder = part / found if everything and found else part
             wrong = list(checksum_errors(folder)) if found else []
             if not wrong:
@@ -169,22 +173,27 @@ def _inside(part: Path, path: str) -> Path:
     return part / path
 
 
-def _drop_others(part: Path, wanted: set[Path]) -> None:
-    """Deletes files of earlier attempts that are not wanted now, and links, because they could point anywhere."""
+def _drop_links(part: Path) -> None:
+    """Deletes links before anything is written, because they could point anywhere."""
+    for path in sorted(part.rglob("*")):
+        if path.is_symlink():
+            path.unlink()
+
+
+def _drop_others(part: Path, wanted: set[Path | None]) -> None:
+    """Deletes files of earlier attempts that are not wanted now."""
     for path in sorted(part.rglob("*"), reverse=True):  # a folder comes after its content
-        if path.is_symlink() or (path.is_file() and path not in wanted):
+        if path.is_file() and path not in wanted:
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 
-def _fetch_all(
-    experiment: Experiment, targets: Mapping[str, Path], part: Path, sizes: Mapping[str, int], console: Console
-) -> None:
-    """Fetches the study if it is among the files, then the others in parallel, under a progress bar."""
-    begun, stopped = part / BEGUN, threading.Event()
+def _fetch_all(experiment: Experiment, targets: Mapping[str, Path], begun: Path, size: int, console: Console) -> None:
+    """Fetches files in parallel, under a progress bar."""
+    stopped = threading.Event()
     with transfer_bar(console) as bar, ThreadPoolExecutor(AT_ONCE) as pool:
-        task = bar.add_task(experiment.name, total=sum(sizes.values()))
+        task = bar.add_task(experiment.name, total=size)
 
         def arrived(size: int) -> None:
             if stopped.is_set():
@@ -192,9 +201,6 @@ def _fetch_all(
             bar.advance(task, size)
 
         begun.mkdir(exist_ok=True)
-        if study := sizes.keys() - targets.keys():  # first, so that every trial that it has as ended is complete
-            copy_study(experiment, part)
-            arrived(sum(sizes[path] for path in study))
         fetches = []
         for path, target in sorted(targets.items(), key=lambda item: not _is_state(item[1])):  # states do not wait
             target.parent.mkdir(parents=True, exist_ok=True)

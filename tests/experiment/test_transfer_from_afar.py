@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING
 import pytest
 from bundles import begun, files_of_a_bundle, finished
 
+from lungct_tune.experiment import transfer
 from lungct_tune.experiment.bundle import verify, write_bundle, write_so_far
-from lungct_tune.experiment.folder import old_state_file, state_file
+from lungct_tune.experiment.folder import CHUNK, Experiment, old_state_file, state_file
+from lungct_tune.experiment.study_mirror import copy_study
+from lungct_tune.filesystem import StorageError
 from lungct_tune.pull import main
 
 if TYPE_CHECKING:
@@ -152,6 +155,33 @@ def test_all_of_a_search_that_never_rests_comes_with_a_whole_study_and_what_rest
     finally:
         ended.set()
         running.join()
+
+
+def test_all_has_the_files_of_a_trial_that_ends_before_the_study_is_copied(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(bucket)
+
+    def end_a_trial_and_copy(experiment: Experiment, folder: Path) -> Path | None:
+        experiment.write("trials/0003/model.safetensors", b"weights")
+        experiment.write("study/000000000000.journal", b"trial 3 has ended\n")
+        return copy_study(experiment, folder)
+
+    monkeypatch.setattr(transfer, "copy_study", end_a_trial_and_copy)
+    assert main([f"{bucket}/one", str(tmp_path / "all"), "--all"]) == 0
+    assert (tmp_path / "all" / "study.journal").read_bytes() == b"trial 3 has ended\n"
+    assert (tmp_path / "all" / "trials" / "0003" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_not_there_and_no_other_fault(bucket: str) -> None:
+    experiment = begun(bucket)
+    experiment.write("trials/0003/state-0001.pt", bytes(2 * CHUNK))
+    chunks = experiment.chunks("trials/0003/state-0001.pt")
+    assert next(chunks) == bytes(CHUNK)
+    experiment.delete("trials/0003/state-0001.pt")
+    with pytest.raises(StorageError, match="cannot read trials") as raised:
+        next(chunks)
+    assert isinstance(raised.value.__cause__, FileNotFoundError)
 
 
 def test_a_file_whose_name_leads_out_of_the_experiment_is_refused(
