@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -271,23 +270,6 @@ def test_a_storage_that_is_away_costs_time_and_no_trial(slot: InActor) -> None:
     assert report.outcome is Outcome.COMPLETED and [figures.epoch for figures in report.epochs] == [1, 2]
 
 
-def test_a_storage_is_tried_twice_before_a_node_is_refused(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lungct_tune.filesystem import NodeRefused
-    from lungct_tune.tuning import storage_check
-
-    experiment = Experiment(str(tmp_path))
-    monkeypatch.setattr(storage_check, "PROBE_PAUSE_S", 0.0)
-    with pytest.raises(NodeRefused, match="do not see each other's files"):
-        storage_check.check_from_here(experiment)
-    monkeypatch.setattr(storage_check, "PROBE_PAUSE_S", 2.0)
-    late = threading.Timer(0.5, experiment.write, (storage_check.PROBE, b""))
-    late.start()
-    storage_check.check_from_here(experiment)
-    late.join()
-
-
 @pytest.mark.long
 def test_a_mailbox_that_is_started_again_learns_which_nodes_are_left_alone(slot: InActor) -> None:
     begin(slot, 23)
@@ -313,29 +295,6 @@ def test_a_trial_that_kills_its_workers_fails_alone(slot: InActor) -> None:
     assert failed.outcome is Outcome.FAILED
     assert failed.reason == "the workers ended: invalid literal for int() with base 10: 'no number'"  # no traceback
     assert [figures.epoch for figures in epochs_of(run(slot, 14, SHALLOW))] == [1, 2]
-
-
-def test_a_node_that_cannot_use_the_storage_ends_the_search_and_no_trial(tmp_path: Path, phantoms: Path) -> None:
-    import optuna
-    from optuna.trial import TrialState
-    from rich.console import Console
-
-    from lungct_tune.config.search_space import parse_space
-    from lungct_tune.display import Display
-    from lungct_tune.filesystem import NodeRefused
-    from lungct_tune.tuning.mailbox import opened_mailbox
-    from lungct_tune.tuning.tuner import run_search
-
-    plan = slot_plan(tmp_path, phantoms, epochs=1, name="refused")
-    study = optuna.create_study(direction="maximize")
-    # as if the node had come when the search had begun: what it would write is in the way of itself
-    (Path(plan.experiment.uri) / f".probe-{ray.get_runtime_context().get_node_id()}").mkdir(parents=True)
-    space = parse_space("truncation_depth: {low: 1, high: 8}\n", "space.yaml")
-    refused = pytest.raises(NodeRefused, match=rf"^node [\d.]+: {plan.experiment.uri}: cannot write \.probe-")
-    with opened_mailbox("refused") as mailbox, refused:
-        run_search(study, space, replace(plan, mailbox=mailbox), trials=2, slots=1, seed=0, display=Display(Console()))
-    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
-    assert "ended" not in study.trials[0].user_attrs
 
 
 def test_an_order_does_not_overtake_the_opening_of_its_group(
