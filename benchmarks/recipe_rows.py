@@ -80,7 +80,6 @@ ROWS: dict[str, Recipe] = {
     "default + dropout 0.2": replace(DEFAULT, dropout=0.2),
     "default + 10 frozen": replace(DEFAULT, frozen=10),
     "default + 24 epochs": replace(DEFAULT, epochs=24),
-    "default + 24 epochs, batch 16": replace(DEFAULT, epochs=24, batch=16, horizon=32),
     "default + 48 epochs": replace(DEFAULT, epochs=48),
     "default + 96 pixels": replace(DEFAULT, size=96),
     "default + 128 pixels": replace(DEFAULT, size=128),
