@@ -63,7 +63,6 @@ class Watched:
     """Epochs that optuna-dashboard showed, asked twice."""
     metrics: set[str]
     """The names that Prometheus had when every expression of the Grafana dashboard had a value."""
-    mlflow_running: list[Any]
     ended_before: set[int]
     """Trials that had ended when the search was killed."""
     interrupted: set[int]
@@ -125,7 +124,6 @@ def watched(
             )
             metrics = {metric["metric"]["__name__"] for metric in prometheus('{__name__=~"ray_lungct_.+"}')}
         wait_for(lambda: mlflow_runs(mlflow_server[0], "attributes.status = 'RUNNING' AND metrics.epoch >= 1"), run)
-        mlflow_running = mlflow_runs(mlflow_server[0], "attributes.status = 'RUNNING'")
         tasks: list[Any] = []
 
         def known() -> bool:
@@ -145,7 +143,7 @@ def watched(
     with searching("--resume", "watched", "--trials", str(trials), *watch) as run:
         output, _ = run.communicate(timeout=900)
     assert run.returncode == 0, output
-    return Watched(folder, jobs, actors, tasks, optuna_epochs, metrics, mlflow_running, ended, interrupted)
+    return Watched(folder, jobs, actors, tasks, optuna_epochs, metrics, ended, interrupted)
 
 
 # ---- Ray's dashboard ----------------------------------------------------------------------------------
@@ -271,7 +269,6 @@ def look_twice_with_optuna_dashboard(folder: Path, run: subprocess.Popen[str]) -
 
 
 def test_mlflow_has_a_run_for_each_trial_and_one_for_the_final_model(watched: Watched, mlflow_server: Any) -> None:
-    assert watched.mlflow_running
     url, _ = mlflow_server
     runs = {run.info.run_name: run for run in mlflow_runs(url)}
     assert len(mlflow_runs(url)) == len(watched.trials) + 1
