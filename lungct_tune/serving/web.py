@@ -113,7 +113,7 @@ class Web:
         await asyncio.sleep(LEAVING_S)
 
     async def health(self) -> JSONResponse:
-        """Status and number of the replicas that run. Needs no token."""
+        """Status and number of replicas, as of Ray Serve's last check, which is up to 10 s old. Needs no token."""
         if self._is_ending:
             return JSONResponse({"status": ENDING, "replicas": 0, "version": __version__}, 503)
         status = await asyncio.to_thread(serve.status)
