@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,8 +19,8 @@ from rich.console import Console
 from lungct_tune.data.cache import default_cache
 from lungct_tune.experiment.bundle import CHECKSUMS, FOLDER, SO_FAR
 from lungct_tune.experiment.folder import Experiment
-from lungct_tune.experiment.study_mirror import DATABASE
-from lungct_tune.experiment.transfer import TRANSIENT, is_transient, transfer_bar
+from lungct_tune.experiment.study_mirror import DATABASE, JOURNAL
+from lungct_tune.experiment.transfer import TRANSIENT, is_transient, locked, transfer_bar
 from lungct_tune.files import read_text
 from lungct_tune.filesystem import StorageError
 
@@ -40,25 +40,30 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
         storage: the --storage of the search on the head; by default `results`.
 
     Raises:
+        FetchError: another pull is fetching it from there.
         StorageError: the head cannot be reached, or has no such experiment.
     """
-    try:
-        config = yaml.safe_load(read_text(cluster))
-        if not isinstance(config, dict) or "cluster_name" not in config:
-            raise ValueError("it is no cluster file of `ray up`: it has no cluster_name")
-        places = places_on_head(storage)
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")
-        copy = default_cache() / "pulled" / str(config["cluster_name"]) / name
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as own:
+    with ExitStack() as stack:
+        try:
+            config = yaml.safe_load(read_text(cluster))
+            if not isinstance(config, dict) or "cluster_name" not in config:
+                raise ValueError("it is no cluster file of `ray up`: it has no cluster_name")
+            places = places_on_head(storage)
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"with it, SOURCE is an experiment's name, not {name!r}")
+            copy = default_cache() / "pulled" / str(config["cluster_name"]) / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            taken = f"another pull is fetching {name} from this cluster. Wait for it, then run the same command again"
+            stack.enter_context(locked(copy.with_name(f".{name}.lock"), taken))
+            own = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".yaml"))
             # rsync-down excludes what the cluster file excludes
-            yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE], "rsync_filter": []}, own)
+            yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE, JOURNAL], "rsync_filter": []}, own)
             own.flush()
             _find(own.name, places, name).fetch(copy, everything, console)
-    except (OSError, ValueError, yaml.YAMLError, StorageError) as error:
-        raise StorageError(f"--cluster {cluster}: {error}") from error
-    yield Experiment(str(copy))
-    shutil.rmtree(copy)
+        except (OSError, ValueError, yaml.YAMLError, StorageError) as error:
+            raise StorageError(f"--cluster {cluster}: {error}") from error
+        yield Experiment(str(copy))
+        shutil.rmtree(copy)
 
 
 def places_on_head(storage: str | None) -> list[str]:
@@ -133,7 +138,8 @@ class _OnHead:
 
     @property
     def _study_copy(self) -> str:
-        return f".{self.name}.db"
+        """Of the study, beside the experiment's folder."""
+        return f".{self.name}.study"
 
     def fetch(self, copy: Path, everything: bool, console: Console) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -155,20 +161,23 @@ class _OnHead:
             except StorageError:
                 if attempt == ATTEMPTS:
                     raise
-        if everything and DATABASE in sizes:
-            self._rsync(self._study_copy, f"{copy}/{DATABASE}", sizes[DATABASE], console)
+        if everything and (study := next((file for file in (JOURNAL, DATABASE) if file in sizes), None)):
+            self._rsync(self._study_copy, f"{copy}/{study}", sizes[study], console)
             self._run(f"rm {self._study_copy}")
 
     def _list(self, copy_study: bool) -> dict[str, int]:
         """Lists the experiment's files with their sizes.
 
         Args:
-            copy_study: first let SQLite copy an older search's study. Such a copy is consistent, even while the search
-                writes. A journal only grows, so that rsync may copy it at any time.
+            copy_study: first copy the study there: what is listed after it has the files of every trial that has ended
+                in it. SQLite copies an older search's study, so that the copy is consistent while the search writes.
         """
-        study, copy = f"{self.name}/{DATABASE}", self._study_copy
-        program = f'import sqlite3; sqlite3.connect("{study}").execute("VACUUM INTO ?", ["{copy}"])'
-        copying = f"if test -f {study}; then rm -f {copy} && python3 -c '{program}' || exit 1; fi; "
+        journal, database, copy = f"{self.name}/{JOURNAL}", f"{self.name}/{DATABASE}", self._study_copy
+        program = f'import sqlite3; sqlite3.connect("{database}").execute("VACUUM INTO ?", ["{copy}"])'
+        copying = (
+            f"rm -f {copy} && if test -f {journal}; then cp {journal} {copy}; "
+            f"elif test -f {database}; then python3 -c '{program}'; fi || exit 1; "
+        )
         files = rf"cd {self.name} && find . -type f -printf 'found %s %P\n'"
         found = re.findall(r"^found (\d+) (.+?)\r*$", self._run((copying if copy_study else "") + files), re.MULTILINE)
         return {path: int(size) for size, path in found if not is_transient(path)}

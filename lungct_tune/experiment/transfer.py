@@ -154,11 +154,22 @@ def _alone(part: Path) -> Iterator[None]:
     if os.path.lexists(part) and (part.is_symlink() or not mark.is_file()):
         raise FetchError(f"{part} exists, and no pull has made it. Move it away, or give another DEST")
     part.mkdir(parents=True, exist_ok=True)
-    with mark.open("w") as lock:
+    with locked(mark, f"another pull is writing {part}. Wait for it, or give another DEST"):
+        yield
+
+
+@contextmanager
+def locked(file: Path, taken: str) -> Iterator[None]:
+    """Makes a file and locks it for this process.
+
+    Raises:
+        FetchError: another process has locked it, with the message `taken`.
+    """
+    with file.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FetchError(f"another pull is writing {part}. Wait for it, or give another DEST") from error
+            raise FetchError(taken) from error
         yield
 
 

@@ -285,3 +285,18 @@ def test_a_cluster_that_cannot_be_asked_is_said(
     assert main(["one", str(tmp_path / "model"), "--cluster", str(cluster)]) == 2
     said = capsys.readouterr().err
     assert str(cluster) in said and says in said
+
+
+def test_a_second_pull_of_the_same_search_from_the_same_cluster_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found: both wrote to the same folder of the cache, which the first to end deleted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("cluster_name: lab\nprovider: {type: local, head_ip: h}")
+    pull = ["one", str(tmp_path / "model"), "--cluster", str(cluster)]
+    assert main(pull) == 2 and "ray exec" in capsys.readouterr().err
+    (lock,) = (tmp_path / "cache").rglob("*.lock")
+    with transfer.locked(lock, ""):
+        assert main(pull) == 2
+    assert "another pull is fetching one from this cluster" in capsys.readouterr().err

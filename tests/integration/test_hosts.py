@@ -78,9 +78,10 @@ class Cluster:
         """Runs `ray ...` on the laptop, in the project's folder."""
         return self.laptop.run("ray", *command, folder=PROJECT)
 
-    def pull(self, *arguments: str) -> str:
-        """What the product's own pull says on the laptop."""
-        return self.laptop.run(*PULL, *arguments, "--cluster", CLUSTER, folder=PROJECT)
+    def pull(self, *arguments: str, path: str = "") -> str:
+        """What the product's own pull says on the laptop, where programs of this folder come first."""
+        command = shlex.join([*PULL, *arguments, "--cluster", CLUSTER])
+        return self.laptop.run("bash", "-c", f"PATH={hosts.HOME}/{path}:$PATH exec {command}", folder=PROJECT)
 
     def listed(self, what: str, *options: str) -> list[dict[str, Any]]:
         """What Ray's state API on the head says of actors, nodes, ..."""
@@ -253,8 +254,16 @@ def test_slots_on_both_workers_and_the_bundle_on_the_laptop(cluster: Cluster) ->
 
 def test_all_of_a_search_comes_from_where_a_job_leaves_it_and_what_is_not_there_is_said(cluster: Cluster) -> None:
     (cluster.head.home / "results").symlink_to(STORAGE)
-    cluster.pull("slots", "everything", "--all")
+    study = cluster.network.shared / "results" / "slots" / "study.journal"
+    before, rsync = study.read_bytes(), cluster.laptop.home / "slow" / "rsync"
+    rsync.parent.mkdir()
+    rsync.write_text(f'#!/bin/sh\necho {{}} >> {STORAGE}/slots/study.journal\nexec /usr/bin/rsync "$@"\n')
+    rsync.chmod(0o755)
+    cluster.pull("slots", "everything", "--all", path=rsync.parent.name)
+    assert study.read_bytes() > before
+    study.write_bytes(before)
     everything = cluster.laptop.home / "lungct_tune" / "everything"
+    assert (everything / study.name).read_bytes() == before, "the study is of before its files were listed"
     assert len(trials_in(everything, "slots")) == 4
     verify(everything / "best")
     with pytest.raises(AssertionError, match=r"no experiment 'other' on the head in ~/results .* there are: slots"):
