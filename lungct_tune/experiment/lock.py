@@ -25,6 +25,9 @@ RUNNING = "running.json"
 PERIOD_S = 20.0
 """Seconds from one writing to the next."""
 
+SETTLE_S = 1.0
+"""Seconds after which a machine that begins reads what it has written. If two begin at once, one finds the other's."""
+
 SILENT_S = 60.0
 """Of a machine that has written nothing for so long it is assumed that it does not run the search any more."""
 
@@ -102,11 +105,15 @@ def _refuse_another_machine(experiment: Experiment, say: Callable[[str], None]) 
     deadline = time.monotonic() + SILENT_S
     while (now := _running(experiment)) is not None and time.monotonic() < deadline:
         if now != found:
-            raise StorageError(
-                f"{found['host']} is running {experiment.name}, in process {found['process']}; wait for it, or stop it "
-                "there first"
-            )
+            raise _runs_there(experiment, now)
         time.sleep(1)
+
+
+def _runs_there(experiment: Experiment, running: dict[str, Any]) -> StorageError:
+    return StorageError(
+        f"{running['host']} is running {experiment.name}, in process {running['process']}; wait for it, or stop it "
+        "there first"
+    )
 
 
 def _running(experiment: Experiment) -> dict[str, Any] | None:
@@ -126,19 +133,28 @@ def _place(experiment: Experiment) -> dict[str, Any]:
 def _telling_other_machines(experiment: Experiment) -> Iterator[None]:
     ended, me = Event(), _place(experiment) | {"process": os.getpid()}
 
+    def write(times: int) -> None:
+        experiment.write(RUNNING, json.dumps(me | {"times": times}).encode())
+
     def tell() -> None:
-        for times in count():
-            with suppress(StorageError):  # the next time may succeed
-                experiment.write(RUNNING, json.dumps(me | {"times": times}).encode())
+        for times in count(1):
             if ended.wait(PERIOD_S):
                 return
+            with suppress(StorageError):  # the next time may succeed
+                write(times)
 
     thread = Thread(target=tell, daemon=True)
-    thread.start()
     try:
+        write(0)
+        time.sleep(SETTLE_S)
+        if (found := _running(experiment)) and not found.items() >= me.items():
+            raise _runs_there(experiment, found)
+        thread.start()
         yield
     finally:
         ended.set()
-        thread.join(timeout=PERIOD_S)  # a storage that does not answer keeps nobody
+        if thread.ident is not None:
+            thread.join(timeout=PERIOD_S)  # a storage that does not answer keeps nobody
         with suppress(StorageError):
-            experiment.delete(RUNNING)
+            if (found := _running(experiment)) and found.items() >= me.items():
+                experiment.delete(RUNNING)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from processes import wait_for
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def on_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Goes on as another machine."""
     monkeypatch.setattr(lock, "PERIOD_S", 0.2)
+    monkeypatch.setattr(lock, "SETTLE_S", 0.2)
     monkeypatch.setattr(lock, "SILENT_S", 3.0)
 
     def go(name: str) -> None:
@@ -68,6 +69,22 @@ def test_a_search_that_runs_from_another_folder_of_this_machine_is_refused(
         monkeypatch.chdir(tmp_path / "other")
         with pytest.raises(StorageError, match="here is running one, in process"), exclusive_lock(one):
             pytest.fail("two processes run it")
+
+
+def test_of_two_machines_that_begin_at_the_same_moment_one_is_refused(
+    one: Experiment, on_machine: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine("here")
+    write = Experiment.write
+
+    def write_and_be_overtaken(*arguments: Any) -> None:
+        write(*arguments)
+        write(one, RUNNING, json.dumps({"host": "there", "folder": "x", "process": 7, "times": 0}).encode())
+
+    monkeypatch.setattr(Experiment, "write", write_and_be_overtaken)
+    with pytest.raises(StorageError, match="there is running one, in process 7"), exclusive_lock(one):
+        pytest.fail("two machines run it")
+    assert b"there" in (one.read(RUNNING) or b""), "the other machine's file stays"
 
 
 def test_a_search_whose_machine_has_crashed_goes_on_after_a_while(
