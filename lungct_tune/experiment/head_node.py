@@ -57,7 +57,7 @@ def on_head(cluster: Path, name: str, storage: str | None, everything: bool, con
             stack.enter_context(locked(copy.with_name(f".{name}.lock"), taken))
             own = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".yaml"))
             # rsync-down excludes what the cluster file excludes
-            yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE, JOURNAL], "rsync_filter": []}, own)
+            yaml.safe_dump(config | {"rsync_exclude": [*TRANSIENT, DATABASE], "rsync_filter": []}, own)
             own.flush()
             _find(own.name, places, name).fetch(copy, everything, console)
         except (OSError, ValueError, yaml.YAMLError, StorageError) as error:
@@ -138,8 +138,7 @@ class _OnHead:
 
     @property
     def _study_copy(self) -> str:
-        """Of the study, beside the experiment's folder."""
-        return f".{self.name}.study"
+        return f".{self.name}.db"
 
     def fetch(self, copy: Path, everything: bool, console: Console) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -154,30 +153,31 @@ class _OnHead:
             for old in copy.rglob("*"):
                 if old.is_file() and str(old.relative_to(copy)) not in wanted:
                     old.unlink()
-            (copy / what).parent.mkdir(parents=True, exist_ok=True)
+            copy.mkdir(parents=True, exist_ok=True)
             try:
+                if everything and JOURNAL in sizes:  # first: the files that come later are of all trials ended in it
+                    self._rsync(f"{self.name}/{JOURNAL}", f"{copy}/{JOURNAL}.first", sizes[JOURNAL], console)
                 self._rsync(f"{self.name}/{what}", f"{copy}/{what}", sum(wanted.values()), console)
                 break
             except StorageError:
                 if attempt == ATTEMPTS:
                     raise
-        if everything and (study := next((file for file in (JOURNAL, DATABASE) if file in sizes), None)):
-            self._rsync(self._study_copy, f"{copy}/{study}", sizes[study], console)
+        if everything and JOURNAL in sizes:
+            (copy / f"{JOURNAL}.first").replace(copy / JOURNAL)
+        if everything and DATABASE in sizes:
+            self._rsync(self._study_copy, f"{copy}/{DATABASE}", sizes[DATABASE], console)
             self._run(f"rm {self._study_copy}")
 
     def _list(self, copy_study: bool) -> dict[str, int]:
         """Lists the experiment's files with their sizes.
 
         Args:
-            copy_study: first copy the study there: what is listed after it has the files of every trial that has ended
-                in it. SQLite copies an older search's study, so that the copy is consistent while the search writes.
+            copy_study: first let SQLite copy an older search's study. Such a copy is consistent, even while the search
+                writes. A journal only grows, so that rsync may copy it at any time.
         """
-        journal, database, copy = f"{self.name}/{JOURNAL}", f"{self.name}/{DATABASE}", self._study_copy
-        program = f'import sqlite3; sqlite3.connect("{database}").execute("VACUUM INTO ?", ["{copy}"])'
-        copying = (
-            f"rm -f {copy} && if test -f {journal}; then cp {journal} {copy}; "
-            f"elif test -f {database}; then python3 -c '{program}'; fi || exit 1; "
-        )
+        study, copy = f"{self.name}/{DATABASE}", self._study_copy
+        program = f'import sqlite3; sqlite3.connect("{study}").execute("VACUUM INTO ?", ["{copy}"])'
+        copying = f"if test -f {study}; then rm -f {copy} && python3 -c '{program}' || exit 1; fi; "
         files = rf"cd {self.name} && find . -type f -printf 'found %s %P\n'"
         found = re.findall(r"^found (\d+) (.+?)\r*$", self._run((copying if copy_study else "") + files), re.MULTILINE)
         return {path: int(size) for size, path in found if not is_transient(path)}
