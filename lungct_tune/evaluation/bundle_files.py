@@ -177,7 +177,8 @@ class BundleFiles:
         try:
             uncalibrated_NC = np.load(io.BytesIO(self.plan.experiment.read(file) or b""))
         except (ValueError, EOFError):  # `clean` has removed it, or a machine that was lost has damaged it
-            _log.warning("%s is missing or damaged, so the bundle has no calibration and no operating point", file)
+            what = f"trial {best.number} has no calibration and no operating point"
+            _log.warning("%s is missing or damaged, so %s", file, what)
             return None, None
         table = self.split.images.table.iloc[self.split.validation_rows]
         what = f"the winner's {'out-of-fold' if self.plan.settings.cross_validates else 'validation'} predictions"

@@ -92,7 +92,7 @@ def expected_bytes(settings: Settings, space: SearchSpace, slots: int) -> tuple[
     All trials count as those of the deepest network.
     """
     weights = weight_bytes(space.deepest)
-    kept = min(settings.trials or KEPT_TRIALS, KEPT_TRIALS) * weights
+    kept = min(settings.trials or KEPT_TRIALS + 1, KEPT_TRIALS + 1) * weights
     retrainings = 2 if settings.compare_baseline or settings.data is None else 1
     models = settings.folds if settings.ensemble and settings.folds else 1
     at_end = kept + weights * models * (1 + retrainings * (1 + STATE_SIZE))

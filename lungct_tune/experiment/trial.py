@@ -17,7 +17,7 @@ BASELINE = 0
 """The number of the first trial of every study: the published configuration."""
 
 KEPT_TRIALS = 20
-"""So many of the best completed trials keep their weights."""
+"""So many of the best completed trials keep their weights, and the published configuration."""
 
 
 class Outcome(Enum):

@@ -141,7 +141,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]
             trial.set_user_attr("configuration", hyperparameters.as_dict())
         trial.set_user_attr("made_with", self._provenance)
         self._live[trial_id] = _Live(trial)
-        return {ORDER: TrialOrder(trial.number, self._seed, hyperparameters, self.tally.weights_from)}
+        weights_from = None if trial.number == BASELINE else self.tally.weights_from
+        return {ORDER: TrialOrder(trial.number, self._seed, hyperparameters, weights_from)}
 
     def record(self, trial_id: str, report: EpochReport) -> None:
         """Adds a step's epochs to the study, and earlier epochs that an interruption kept from it."""

@@ -6,7 +6,7 @@ import bisect
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from lungct_tune.experiment.trial import KEPT_TRIALS, Outcome, TrialRecord
+from lungct_tune.experiment.trial import BASELINE, KEPT_TRIALS, Outcome, TrialRecord
 
 
 class SearchTally:
@@ -23,7 +23,9 @@ class SearchTally:
         self.new: deque[TrialRecord] = deque()
         """Those that have ended since; the display takes them from here."""
         self._kept: list[tuple[tuple[float, float], int]] = []
-        """Rank and negative number of the trials that keep their weights, the best one last."""
+        """Rank and negative number of the best trials, which keep their weights, the best one last.
+
+        Without the published configuration, which keeps them too: it is calibrated when it is compared."""
         for trial in finished:
             self.add(trial)
         self.new.clear()
@@ -49,7 +51,9 @@ class SearchTally:
         if trial.outcome is not Outcome.COMPLETED or trial.last is None:
             return trial.number
         place = (trial.last.rank, -trial.number)
-        if not self._kept or place > self._kept[-1]:
+        if self.best is None or self.best.last is None or place > (self.best.last.rank, -self.best.number):
             self.best = trial
+        if trial.number == BASELINE:
+            return None
         bisect.insort(self._kept, place)
         return -self._kept.pop(0)[1] if len(self._kept) > KEPT_TRIALS else None

@@ -28,7 +28,7 @@ from lungct_tune.experiment.study import (
     rungs,
     search_cost,
 )
-from lungct_tune.experiment.trial import KEPT_TRIALS, EpochReport, Outcome, TrialRecord, best_trial
+from lungct_tune.experiment.trial import BASELINE, KEPT_TRIALS, EpochReport, Outcome, TrialRecord, best_trial
 from lungct_tune.tuning.searcher import MAX_FAILED_IN_A_ROW, OptunaScheduler
 from lungct_tune.tuning.slots import REPORT
 
@@ -229,7 +229,7 @@ def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
     experiment = Experiment.at(str(tmp_path), "test")
     tune = Tune(tmp_path)
     orders, scores = [], {}
-    for score in np.random.default_rng(0).permutation(KEPT_TRIALS + 6):
+    for score in (0, *np.random.default_rng(0).permutation(KEPT_TRIALS + 6) + 1):  # the published one is the worst
         order = tune.search.suggest(f"ray-{score}")["order"]
         report = replace(epoch_report(order.hyperparameters.as_dict(), 1), outcome=Outcome.COMPLETED)
         figures = replace(report.epochs[0], balanced_accuracy=float(score))
@@ -239,12 +239,12 @@ def test_only_the_best_trials_keep_their_weights(tmp_path: Path) -> None:
         tune.search.on_trial_complete(f"ray-{score}", {REPORT: replace(report, epochs=(figures,))})
     tune.threads.shutdown()
     kept = {int(path.split("/")[1]) for path in experiment.files("trials")}
-    assert kept == {number for number, score in scores.items() if score >= 6}
-    assert [order.weights_from for order in orders[: KEPT_TRIALS + 1]] == [None] * KEPT_TRIALS + [
-        (min(scores[order.number] for order in orders[:KEPT_TRIALS]), -1.0)
+    assert kept == {number for number, score in scores.items() if score >= 7} | {BASELINE}
+    assert [order.weights_from for order in orders[: KEPT_TRIALS + 2]] == [None] * (KEPT_TRIALS + 1) + [
+        (min(scores[order.number] for order in orders[1 : KEPT_TRIALS + 1]), -1.0)
     ]
     resumed = Tune(tmp_path)
-    assert resumed.suggest("again")["weights_from"] == (6.0, -1.0)
+    assert resumed.suggest("again")["weights_from"] == (7.0, -1.0)
 
 
 def test_epochs_that_were_repeated_replace_the_earlier_ones_and_what_followed(tmp_path: Path) -> None:
